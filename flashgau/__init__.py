@@ -1,0 +1,69 @@
+"""Attention, gated linear units, the gated attention unit and FLASH's mixed chunk attention.
+
+Every operation has a Triton kernel or a blocked pure PyTorch form, or both, and a naive reference that defines it.
+
+    >>> import torch, flashgau
+    >>> q, k, v = torch.randn(3, 1, 4, 128, 64)
+    >>> flashgau.attention(q, k, v, causal=True).shape
+    torch.Size([1, 4, 128, 64])
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .ops import (
+    MixedChunkState,
+    Report,
+    alibi_bias,
+    attention,
+    compare,
+    gau_attention,
+    glu,
+    glu_linear,
+    mixed_chunk_attention,
+    mixed_chunk_step,
+    rotary_bias,
+    t5_bias,
+    use_backend,
+)
+
+if TYPE_CHECKING:
+    from . import convert, kernels, models, nn, reference, training
+
+__version__ = "0.1.0"
+
+_SUBMODULES = ("convert", "kernels", "models", "nn", "reference", "training")
+
+__all__ = [
+    "MixedChunkState",
+    "Report",
+    "__version__",
+    "alibi_bias",
+    "attention",
+    "compare",
+    "convert",
+    "gau_attention",
+    "glu",
+    "glu_linear",
+    "kernels",
+    "mixed_chunk_attention",
+    "mixed_chunk_step",
+    "models",
+    "nn",
+    "reference",
+    "rotary_bias",
+    "t5_bias",
+    "training",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Layers, models and the rest load when they are first used: importing flashgau stays cheap.
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBMODULES})

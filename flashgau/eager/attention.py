@@ -1,0 +1,356 @@
+"""Softmax attention by blocks of queries and keys, after FlashAttention (Dao et al. 2022, algorithms 1 and 4).
+
+No matrix of all queries by all keys exists in either pass: memory is linear in length. On a CPU the plain case
+runs on PyTorch's own fused kernel, which computes the same function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .common import Sequence, accumulator, power_of_two_below, sequences, toeplitz_block, toeplitz_sums
+
+Window = tuple[int | None, int | None]
+_BLOCK_ELEMENTS = 2**20  # of the scores of one block, all heads together: a few MB, so that it stays in cache
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    window: Window,
+    softcap: float | None = None,
+    rel_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, Hq, M, E) and log-sum-exp (B, Hq, M) of every query row; `rel_bias` is (B, Hq, 2P-1)."""
+    rule = _Rule(scale, window, softcap, dropout_p, dropout_seed)
+    parts = [
+        _Part(seq, rule, q, k, v, rel_bias, sinks)
+        for seq in sequences(q.shape[0], q.shape[2], k.shape[2], lengths, cu_seqlens, cu_seqlens_k)
+    ]
+    if lengths is None and cu_seqlens is None and parts and parts[0].is_plain():
+        return _forward_fused(parts[0])
+    # Stored as (B, M, Hq, E), so that joining the heads afterwards is a view.
+    out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+    lse = q.new_full(q.shape[:3], -math.inf, dtype=accumulator(q.dtype))
+    for part in parts:
+        out_part, lse_part = part.rows(out), part.rows(lse)
+        if part.is_plain():
+            for target, result in zip((out_part, lse_part), _forward_fused(part), strict=True):
+                target.copy_(result)
+        else:
+            _forward_blocked(part, out_part, lse_part)
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    window: Window,
+    softcap: float | None = None,
+    rel_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of q, k, v, rel_bias (B, Hq, 2P-1) and sinks (Hq,); None where there is no such input."""
+    rule = _Rule(scale, window, softcap, dropout_p, dropout_seed)
+    parts = [
+        _Part(seq, rule, q, k, v, rel_bias, sinks)
+        for seq in sequences(q.shape[0], q.shape[2], k.shape[2], lengths, cu_seqlens, cu_seqlens_k)
+    ]
+    if lengths is None and cu_seqlens is None and dlse is None and parts and parts[0].is_plain():
+        return *_backward_fused(parts[0], dout, out, lse), None, None
+    acc = accumulator(q.dtype)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dbias = torch.zeros(rel_bias.shape, dtype=acc, device=q.device) if rel_bias is not None else None
+    dsinks = torch.zeros(sinks.shape, dtype=acc, device=q.device) if sinks is not None else None
+    for part in parts:
+        seq = part.seq
+        rows = [part.rows(x) for x in (dout, out, lse)]
+        dlse_part = part.rows(dlse) if dlse is not None else None
+        if part.is_plain() and dlse is None:
+            targets = part.rows(dq), part.keys(dk), part.keys(dv)
+            for target, grad in zip(targets, _backward_fused(part, *rows), strict=True):
+                target.copy_(grad)
+        else:
+            dbias_part = dbias[seq.batch] if dbias is not None else None
+            _backward_blocked(part, *rows, dlse_part, part.rows(dq), part.keys(dk), part.keys(dv), dbias_part, dsinks)
+    return (
+        dq,
+        dk,
+        dv,
+        dbias.to(rel_bias.dtype) if dbias is not None and rel_bias is not None else None,
+        dsinks.to(sinks.dtype) if dsinks is not None and sinks is not None else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How a score becomes a probability: everything that is not a differentiable tensor."""
+
+    scale: float
+    window: Window
+    softcap: float | None
+    dropout_p: float
+    dropout_seed: Tensor | None
+
+
+class _Part:
+    """One sequence's views of the tensors: queries (b, Hq, m, D) against keys (b, Hkv, n, D)."""
+
+    def __init__(
+        self,
+        seq: Sequence,
+        rule: _Rule,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        sinks: Tensor | None,
+    ) -> None:
+        self.seq, self.rule, self.sinks = seq, rule, sinks
+        self.q, self.k, self.v = self.rows(q), self.keys(k), self.keys(v)
+        self.bias = bias[seq.batch] if bias is not None else None
+        self.m, self.n = seq.sizes
+        self.groups = q.shape[1] // k.shape[1]
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x[self.seq.batch, :, self.seq.queries]
+
+    def keys(self, x: Tensor) -> Tensor:
+        return x[self.seq.batch, :, self.seq.keys]
+
+    def is_plain(self) -> bool:
+        """Whether PyTorch's fused CPU kernel computes this very function."""
+        left, right = self.rule.window
+        return (
+            self.q.device.type == "cpu"
+            and left is None
+            and (right is None or (right == 0 and (self.m == 1 or self.m == self.n)))
+            and self.rule.softcap is None
+            and self.rule.dropout_p == 0
+            and self.bias is None
+            and self.sinks is None
+            and self.q.shape[-1] == self.v.shape[-1]
+            and min(*self.q.shape, *self.k.shape) > 0
+        )
+
+    def is_causal(self) -> bool:
+        """Whether the fused kernel must mask (one query at the end of the keys sees them all)."""
+        return self.rule.window[1] == 0 and self.m > 1
+
+    def blocks(self) -> Iterator[tuple[slice, list[slice]]]:
+        """Blocks of queries, each with the blocks of keys that any of its rows sees."""
+        heads = max(1, self.q.shape[0] * self.q.shape[1])
+        side = power_of_two_below(math.sqrt(_BLOCK_ELEMENTS / heads), 32, 512)
+        for i0 in range(0, self.m, side):
+            i1 = min(i0 + side, self.m)
+            lo, hi = self.visible(i0)[0], self.visible(i1 - 1)[1]
+            starts = range(lo // side * side, hi, side)
+            yield slice(i0, i1), [slice(j, min(j + side, hi)) for j in starts]
+
+    def visible(self, i: int) -> tuple[int, int]:
+        """The interval [lo, hi) of keys that query i sees."""
+        left, right = self.rule.window
+        position = i + self.n - self.m
+        lo = 0 if left is None else max(0, position - left)
+        hi = self.n if right is None else max(0, min(self.n, position + right + 1))
+        return lo, hi
+
+    def scores(self, q_blk: Tensor, i: slice, j: slice) -> tuple[Tensor, Tensor | None]:
+        """Masked scores (b, Hq, bm, bn) of a block, and the derivative of the softcap where there is one."""
+        b, _, bm, _ = q_blk.shape
+        k_blk = self.k[:, :, j].to(q_blk.dtype)
+        s = (self.fold(q_blk) @ k_blk.mT).view(b, -1, bm, j.stop - j.start).mul_(self.rule.scale)
+        slope = None
+        if self.rule.softcap is not None:
+            t = torch.tanh_(s.div_(self.rule.softcap))
+            slope = 1 - t * t
+            s = t * self.rule.softcap
+        if self.bias is not None:
+            s = s + toeplitz_block(self.bias, self.bias_start(i, j), bm, j.stop - j.start)
+        first, last = self.visible(i.start), self.visible(i.stop - 1)
+        if last[0] > j.start or first[1] < j.stop:  # some row of the block does not see all its keys
+            rows = torch.arange(i.start, i.stop, device=s.device)[:, None] + (self.n - self.m)
+            distance = torch.arange(j.start, j.stop, device=s.device) - rows
+            left, right = self.rule.window
+            hidden = torch.zeros_like(distance, dtype=torch.bool)
+            if left is not None:
+                hidden |= distance < -left
+            if right is not None:
+                hidden |= distance > right
+            s = s.masked_fill_(hidden, -math.inf)
+        return s, slope
+
+    def bias_start(self, i: slice, j: slice) -> int:
+        """Index into the bias vector of the block's first entry: P-1 + (j - p)."""
+        assert self.bias is not None
+        return self.bias.shape[-1] // 2 + j.start - (i.start + self.n - self.m)
+
+    def fold(self, x: Tensor) -> Tensor:
+        """(b, Hq, bm, .) -> (b, Hkv, groups * bm, .): the queries that share keys stand under each other."""
+        return x.reshape(x.shape[0], -1, self.groups * x.shape[2], x.shape[3])
+
+    def kept(self, i: slice, j: slice) -> Tensor | None:
+        """Dropout's factor for a block: 1/(1-p) where an element is kept, 0 elsewhere."""
+        p, seed = self.rule.dropout_p, self.rule.dropout_seed
+        if p == 0 or seed is None:
+            return None
+        b, heads = self.q.shape[:2]
+        device = self.q.device
+        first = self.seq.index
+        key_groups = torch.arange(j.start // 4, (j.stop + 3) // 4, device=device)
+        rows = torch.arange(i.start, i.stop, device=device)[:, None]
+        head = torch.arange(heads, device=device)[:, None, None]
+        batch = torch.arange(first, first + b, device=device)[:, None, None, None]
+        words = torch.stack(philox_4x32_10((key_groups, rows, head, batch), seed.to(device)), dim=-1).flatten(-2)
+        offset = j.start % 4
+        words = words[..., offset : offset + j.stop - j.start]
+        factor = 0.0 if p == 1 else 1 / (1 - p)
+        return (words >= int(p * 2**32)).to(accumulator(self.q.dtype)) * factor
+
+
+def _forward_blocked(part: _Part, out: Tensor, lse: Tensor) -> None:
+    b, heads, _m, _ = part.q.shape
+    acc = lse.dtype
+    for i, key_blocks in part.blocks():
+        q_blk = part.q[:, :, i].to(acc)
+        bm = i.stop - i.start
+        highest = q_blk.new_full((b, heads, bm), -math.inf)
+        if part.sinks is not None:
+            highest = highest.maximum(part.sinks.to(acc)[:, None])
+        # The sink is one more key with value zero: it enters the sum with its own maximum, e^0.
+        total = torch.full_like(highest, 0.0 if part.sinks is None else 1.0)
+        if part.sinks is not None:
+            total = torch.where(highest == -math.inf, 0.0, total)
+        weighted = q_blk.new_zeros(b, heads, bm, out.shape[-1])
+        for j in key_blocks:
+            s, _ = part.scores(q_blk, i, j)
+            new = torch.maximum(highest, s.amax(-1))
+            pivot = torch.where(new == -math.inf, 0.0, new)  # a row that has seen nothing yet
+            p = s.sub_(pivot[..., None]).exp_()
+            shrink = torch.exp(highest - pivot)
+            total = total * shrink + p.sum(-1)
+            kept = part.kept(i, j)
+            if kept is not None:
+                p = p * kept
+            v_blk = part.v[:, :, j].to(acc)
+            weighted = weighted.mul_(shrink[..., None]) + (part.fold(p) @ v_blk).view_as(weighted)
+            highest = new
+        out[:, :, i] = (weighted / torch.where(total == 0, 1.0, total)[..., None]).to(out.dtype)
+        lse[:, :, i] = highest + total.log()
+
+
+def _backward_blocked(
+    part: _Part,
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dbias: Tensor | None,
+    dsinks: Tensor | None,
+) -> None:
+    acc = lse.dtype
+    dk_sum, dv_sum = torch.zeros_like(dk, dtype=acc), torch.zeros_like(dv, dtype=acc)
+    for i, key_blocks in part.blocks():
+        q_blk, do_blk = part.q[:, :, i].to(acc), dout[:, :, i].to(acc)
+        lse_blk = lse[:, :, i]
+        # A row that sees nothing has LSE -inf; with +inf in its place every probability below is exp(-inf) = 0.
+        lse_blk = torch.where(lse_blk == -math.inf, math.inf, lse_blk)
+        delta = (do_blk * out[:, :, i].to(acc)).sum(-1)
+        if dlse is not None:
+            delta = delta - torch.where(lse_blk == math.inf, 0.0, dlse[:, :, i].to(acc))
+        if part.sinks is not None and dsinks is not None:
+            dsinks -= (torch.exp(part.sinks.to(acc)[:, None] - lse_blk) * delta).sum((0, 2))
+        dq_blk = torch.zeros_like(part.fold(q_blk))
+        for j in key_blocks:
+            s, slope = part.scores(q_blk, i, j)
+            p = s.sub_(lse_blk[..., None]).exp_()
+            dp = (part.fold(do_blk) @ part.v[:, :, j].to(acc).mT).view_as(p)
+            kept = part.kept(i, j)
+            if kept is not None:
+                dp = dp * kept
+            dv_sum[:, :, j] += part.fold(p if kept is None else p * kept).mT @ part.fold(do_blk)
+            ds = dp.sub_(delta[..., None]).mul_(p)
+            if dbias is not None:
+                start = part.bias_start(i, j) - (ds.shape[-2] - 1)
+                sums = toeplitz_sums(ds)
+                dbias[..., start : start + sums.shape[-1]] += sums
+            if slope is not None:
+                ds = ds * slope
+            ds = part.fold(ds.mul_(part.rule.scale))
+            dq_blk += ds @ part.k[:, :, j].to(acc)
+            dk_sum[:, :, j] += ds.mT @ part.fold(q_blk)
+        dq[:, :, i] = dq_blk.view_as(q_blk).to(dq.dtype)
+    dk.copy_(dk_sum)
+    dv.copy_(dv_sum)
+
+
+def _forward_fused(part: _Part) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *_fused_inputs(part), is_causal=part.is_causal(), scale=part.rule.scale
+    )
+
+
+def _backward_fused(part: _Part, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        _last_contiguous(dout), *_fused_inputs(part), out, lse, 0.0, part.is_causal(), scale=part.rule.scale
+    )
+    if part.groups > 1:
+        dk, dv = (x.unflatten(1, (-1, part.groups)).sum(2) for x in (dk, dv))
+    return dq, dk, dv
+
+
+def _fused_inputs(part: _Part) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (_last_contiguous(x) for x in (part.q, part.k, part.v))
+    if part.groups > 1:
+        k, v = k.repeat_interleave(part.groups, 1), v.repeat_interleave(part.groups, 1)
+    return q, k, v
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+_MASK = 0xFFFFFFFF
+
+
+def philox_4x32_10(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds of Philox-4x32 (Salmon et al. 2011) on 32-bit words held in int64 tensors, which broadcast."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        # Products wrap modulo 2^64, which leaves all 64 bits of the product of two 32-bit words right.
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (b >> 32 & _MASK) ^ c1 ^ k0, b & _MASK, (a >> 32 & _MASK) ^ c3 ^ k1, a & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3

@@ -1,0 +1,194 @@
+"""Quadratic gated attention (Hua et al. 2022) by panels of queries: O = gate * (A v), memory linear in length.
+
+A panel holds the scores of a few queries against all the keys they see, so that softmax scores need no running
+maximum and every product with the wide values is one large matrix product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .common import (
+    Sequence,
+    accumulator,
+    factor_dtype,
+    power_of_two_below,
+    sequences,
+    toeplitz_block,
+    toeplitz_sums,
+)
+from .scores import score as elementwise_score
+from .scores import score_slope
+
+_PANEL_ELEMENTS = 2**21  # scores of a panel: 8 MB in fp32
+
+
+def gau_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    *,
+    score: str,
+    normalizer: str | float,
+    causal: bool,
+    rel_bias: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    save: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The output (B, M, E) and, when the backward will want it (`save` and a gate), the ungated product A v."""
+    out = q.new_zeros(*q.shape[:2], v.shape[-1])
+    product = torch.zeros_like(out) if save and gate is not None else None
+    for seq in sequences(q.shape[0], q.shape[1], k.shape[1], lengths, cu_seqlens):
+        part = _Part(seq, q, k, v, rel_bias, score, normalizer, causal)
+        for i in part.panels():
+            _, weights, _ = part.weights(i)
+            x = part.times_values(weights)
+            rows = part.absolute(i)
+            if product is not None:
+                product[seq.batch, rows] = x.to(out.dtype)
+            out[seq.batch, rows] = x if gate is None else x * gate[seq.batch, rows]
+    return out, product
+
+
+def gau_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    product: Tensor | None,
+    *,
+    score: str,
+    normalizer: str | float,
+    causal: bool,
+    rel_bias: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of q, k, v, gate and rel_bias (B, 2P-1); None where there is no such input."""
+    acc = accumulator(q.dtype)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dgate = torch.zeros_like(gate) if gate is not None else None
+    dbias = torch.zeros(rel_bias.shape, dtype=acc, device=q.device) if rel_bias is not None else None
+    for seq in sequences(q.shape[0], q.shape[1], k.shape[1], lengths, cu_seqlens):
+        part = _Part(seq, q, k, v, rel_bias, score, normalizer, causal)
+        dk_sum = torch.zeros_like(part.k, dtype=acc)
+        dv_sum = torch.zeros_like(part.v, dtype=acc)
+        for i in part.panels():
+            rows = part.absolute(i)
+            dx = dout[seq.batch, rows].to(acc)
+            if gate is not None and dgate is not None and product is not None:
+                dgate[seq.batch, rows] = (dx * product[seq.batch, rows]).to(dgate.dtype)
+                dx = dx * gate[seq.batch, rows]
+            s, a, scale = part.weights(i)
+            seen = slice(0, a.shape[-1])
+            dx = dx.to(part.factor)
+            dv_sum[:, seen] += a.to(part.factor).mT @ dx
+            da = (dx @ part.v[:, seen].mT).to(acc)
+            ds = part.score_gradient(da, s, a)
+            if dbias is not None:
+                start = part.bias_start(i) - (ds.shape[-2] - 1)
+                sums = toeplitz_sums(ds)
+                dbias[seq.batch, start : start + sums.shape[-1]] += sums
+            ds = ds.mul_(scale)
+            dq[seq.batch, rows] = (ds @ part.k[:, seen]).to(dq.dtype)
+            dk_sum[:, seen] += ds.mT @ part.q[:, i]
+        dk[seq.batch, seq.keys] = dk_sum.to(dk.dtype)
+        dv[seq.batch, seq.keys] = dv_sum.to(dv.dtype)
+    dbias = dbias.to(rel_bias.dtype) if dbias is not None and rel_bias is not None else None
+    return dq, dk, dv, dgate, dbias
+
+
+class _Part:
+    """One sequence: m queries (b, m, S) at the end of n keys (b, n, S)."""
+
+    def __init__(
+        self,
+        seq: Sequence,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        score: str,
+        normalizer: str | float,
+        causal: bool,
+    ) -> None:
+        self.seq, self.score, self.normalizer, self.causal = seq, score, normalizer, causal
+        self.acc, self.factor = accumulator(q.dtype), factor_dtype(v)
+        self.q, self.k = q[seq.batch, seq.queries].to(self.acc), k[seq.batch, seq.keys].to(self.acc)
+        self.v = v[seq.batch, seq.keys].to(self.factor)
+        self.bias = bias[seq.batch] if bias is not None else None
+        self.m, self.n = seq.sizes
+
+    def panels(self) -> Iterator[slice]:
+        """Panels of queries; those in which no query sees any key are left out."""
+        step = power_of_two_below(_PANEL_ELEMENTS / max(1, self.n * self.q.shape[0]), 16, 256)
+        for start in range(0, self.m, step):
+            panel = slice(start, min(start + step, self.m))
+            if self.seen(panel) > 0:
+                yield panel
+
+    def seen(self, i: slice) -> int:
+        """The number of keys that the last query of the panel sees, which is the most."""
+        return max(0, min(self.n, i.stop + self.n - self.m)) if self.causal else self.n
+
+    def absolute(self, i: slice) -> slice:
+        """The panel's rows in the whole tensors."""
+        return slice(self.seq.queries.start + i.start, self.seq.queries.start + i.stop)
+
+    def visible(self, i: slice) -> Tensor | int:
+        """How many keys each query of the panel sees: (rows, 1), or the one number n."""
+        if not self.causal:
+            return self.n
+        return torch.arange(i.start + 1, i.stop + 1, device=self.q.device)[:, None].add(self.n - self.m).clamp_min_(0)
+
+    def scale(self, i: slice) -> Tensor | float:
+        """The factor of q k^T, one for each query where it depends on what the query sees."""
+        if self.score == "softmax":
+            return self.q.shape[-1] ** -0.5
+        if self.score == "softmax_plus":
+            count = torch.as_tensor(self.visible(i), dtype=self.acc, device=self.q.device).clamp_min(16)
+            return torch.log(count) / math.log(512) * self.q.shape[-1] ** -0.5
+        if self.normalizer == "row":
+            count = torch.as_tensor(self.visible(i), dtype=self.acc, device=self.q.device).clamp_min(1)
+            return 1 / count
+        return 1 / (max(self.n, 1) if self.normalizer == "keys" else float(self.normalizer))
+
+    def weights(self, i: slice) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Scores and weights A (b, rows, keys seen) of a panel, and the scale of its q k^T."""
+        offset = self.n - self.m
+        seen, scale = self.seen(i), self.scale(i)
+        s = (self.q[:, i] @ self.k[:, :seen].mT).mul_(scale)
+        if self.bias is not None:
+            s += toeplitz_block(self.bias, self.bias_start(i), i.stop - i.start, seen)
+        # Keys before `edge` are seen by every row of the panel.
+        edge = max(0, min(seen, i.start + offset + 1)) if self.causal else seen
+        if edge < seen:
+            position = torch.arange(i.start, i.stop, device=s.device)[:, None] + offset
+            s[..., edge:].masked_fill_(torch.arange(edge, seen, device=s.device) > position, -math.inf)
+        if not self.score.startswith("softmax"):
+            return s, elementwise_score(self.score, s), scale  # -inf has score 0 and slope 0
+        a = torch.softmax(s, -1)
+        if i.start + offset < 0:  # the first rows see nothing
+            a[:, : -(i.start + offset)] = 0
+        return s, a, scale
+
+    def times_values(self, a: Tensor) -> Tensor:
+        return a.to(self.factor) @ self.v[:, : a.shape[-1]]
+
+    def score_gradient(self, da: Tensor, s: Tensor, a: Tensor) -> Tensor:
+        """dS from dA: the slope of an elementwise score, or softmax's a * (da - sum a da)."""
+        if self.score.startswith("softmax"):
+            return da.sub_((da * a).sum(-1, keepdim=True)).mul_(a)
+        return da.mul_(score_slope(self.score, s))
+
+    def bias_start(self, i: slice) -> int:
+        """Index into the bias vector of the panel's first entry: P-1 + (0 - p)."""
+        assert self.bias is not None
+        return self.bias.shape[-1] // 2 - (i.start + self.n - self.m)

@@ -1,0 +1,240 @@
+"""`flashgau.attention`: exact softmax attention without the matrix of scores (FlashAttention)."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from . import autograd, dispatch
+from .validate import Arguments, autocast
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    rel_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact softmax attention in memory linear in length: softmax(scale q k^T + bias + mask) v.
+
+    In this order: S = scale q k^T; S = softcap tanh(S / softcap); S += rel_bias; mask; P = softmax(S);
+    O = dropout(P) v. Query i of M stands at position p = i + N - M among the N keys (bottom-right alignment). A
+    row that sees no key gives 0 and zero gradients, and its log-sum-exp is -inf. Sums are kept in fp32 (fp64 for
+    fp64 input). Gradients flow to q, k, v, rel_bias and sinks, and are bitwise the same in every run.
+
+    Source: Dao et al. 2022, "FlashAttention" (arXiv 2205.14135), algorithms 1 and 4; Dao 2023 (arXiv 2307.08691).
+
+    Args:
+        q: queries (B, Hq, M, D), fp16, bf16, fp32 or fp64.
+        k: keys (B, Hkv, N, D). Hq is a multiple of Hkv: each key head serves Hq / Hkv query heads.
+        v: values (B, Hkv, N, E).
+        causal: hide keys at positions above p.
+        scale: factor of q k^T, 1/sqrt(D) unless given.
+        window: (left, right): only keys in [p - left, p + right] are seen; None on a side leaves it unbounded.
+        softcap: bound of the scores before bias and mask.
+        rel_bias: relative bias as a vector (..., 2P-1), broadcastable to (B, Hq, 2P-1): key j adds
+            rel_bias[P-1 + (j - p)]. P must cover the longest sequence. fp32 is welcome beside half inputs.
+        sinks: (Hq,) an extra logit of each head in the softmax's denominator only. fp32 beside half is welcome.
+        lengths: (B,) integers, valid keys of each right-padded row, and valid queries too if M == N. What padding
+            holds does not matter, NaN included; its output rows and gradients are 0.
+        cu_seqlens: (G+1,) int32, G sequences packed end to end in one row (B = 1): their ends after a leading 0.
+        cu_seqlens_k: the same for the keys, if they are packed differently.
+        dropout_p: probability in [0, 1] that an element of P is dropped; kept ones are scaled by 1/(1-p).
+        dropout_seed: int or one-element int64 tensor: element (b, h, i, j) is kept or not by Philox-4x32-10 of
+            seed and place, alike on all backends. Drawn from PyTorch's default generator unless given.
+        return_lse: also return the log-sum-exp of every row, (B, Hq, M) fp32, differentiable.
+        backend: "triton", "eager", "reference" or None for the best that can run.
+
+    Returns:
+        (B, Hq, M, E) in the dtype of q, or a pair with the log-sum-exp.
+
+    Raises:
+        TypeError, ValueError: for arguments of the wrong kind, shape or value, by name, before any work.
+        RuntimeError: for a backend that was asked for and cannot run the call.
+
+    Example:
+        >>> import torch, flashgau
+        >>> q = torch.randn(2, 8, 100, 64)
+        >>> k, v = torch.randn(2, 2, 100, 64), torch.randn(2, 2, 100, 64)
+        >>> flashgau.attention(q, k, v, causal=True, lengths=torch.tensor([100, 37])).shape
+        torch.Size([2, 8, 100, 64])
+    """
+    q, k, v = autocast(q, k, v)
+    args = Arguments("attention")
+    args.tensor("q", q, "B Hq M D")
+    args.tensor("k", k, "B Hkv N D")
+    args.tensor("v", v, "B Hkv N E")
+    args.at_least_one("D", "E")
+    heads, kv_heads = args.sizes["Hq"], args.sizes["Hkv"]
+    if (kv_heads == 0 or heads % kv_heads) and (heads or kv_heads):
+        args.fail("q", f"has Hq = {heads} heads", f"a multiple of Hkv = {kv_heads}, the heads of `k`")
+    args.flag("causal", causal)
+    args.flag("return_lse", return_lse)
+    if scale is not None:
+        args.number("scale", scale, "a finite number or None")
+    if softcap is not None:
+        args.number("softcap", softcap, "a positive number or None", low=0, open_low=True)
+    left, right = _window(args, window, causal)
+    longest = args.sequences(lengths, cu_seqlens, cu_seqlens_k)
+    args.relative_bias(rel_bias, "B Hq", longest)
+    if sinks is not None:
+        args.per_head("sinks", sinks, "Hq")
+    args.number("dropout_p", dropout_p, "a probability in [0, 1]", 0, 1)
+    seed = _seed(args, dropout_p, dropout_seed, q.device)
+
+    name = dispatch.resolve("attention", backend, q.device, q.dtype)
+    if name == "reference":
+        return autograd.run(
+            "attention", name, "attention", q.device, q, k, v,
+            causal=causal, scale=scale, window=window, softcap=softcap, rel_bias=rel_bias, sinks=sinks,
+            lengths=lengths, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, dropout_p=dropout_p,
+            dropout_seed=seed, return_lse=return_lse,
+        )  # fmt: skip
+    bias = rel_bias.expand(q.shape[0], heads, -1) if rel_bias is not None else None
+    out, lse = _forward(
+        q, k, v, bias, sinks, lengths, cu_seqlens, cu_seqlens_k, seed,
+        q.shape[-1] ** -0.5 if scale is None else float(scale), left, right, softcap, float(dropout_p), name,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _window(args: Arguments, window: Any, causal: bool) -> tuple[int | None, int | None]:
+    """The interval of visible keys relative to the query's position; causal closes its right side."""
+    if window is None:
+        return None, 0 if causal else None
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        args.fail("window", f"is {window!r}", "a pair (left, right) of whole numbers or None", TypeError)
+    for side, value in zip(("left", "right"), window, strict=True):
+        if value is not None:
+            args.integer(f"window[{side}]", value, 0, "a whole number >= 0 or None")
+    left, right = window
+    return left, 0 if causal else right
+
+
+def _seed(args: Arguments, p: float, seed: Any, device: torch.device) -> Tensor | None:
+    if p == 0:
+        return None
+    if seed is None:
+        return torch.randint(2**62, (1,), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            got = f"is a tensor of {seed.numel()} elements of {seed.dtype}"
+            args.fail("dropout_seed", got, "an int or a one-element int64 tensor", TypeError)
+        return seed.reshape(1).to(device)
+    args.integer("dropout_seed", seed, -(2**63), "an int or a one-element int64 tensor")
+    if seed >= 2**63:
+        args.fail("dropout_seed", f"is {seed}", "an int of 64 bits")
+    return torch.tensor([int(seed)], dtype=torch.int64, device=device)
+
+
+@torch.library.custom_op("flashgau::attention_forward", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_bias: Optional[Tensor],
+    sinks: Optional[Tensor],
+    lengths: Optional[Tensor],
+    cu_seqlens: Optional[Tensor],
+    cu_seqlens_k: Optional[Tensor],
+    dropout_seed: Optional[Tensor],
+    scale: float,
+    left: Optional[int],
+    right: Optional[int],
+    softcap: Optional[float],
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    out, lse = autograd.run(
+        "attention", backend, "attention_forward", q.device, q, k, v,
+        scale=scale, window=(left, right), softcap=softcap, rel_bias=rel_bias, sinks=sinks, lengths=lengths,
+        cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, dropout_p=dropout_p, dropout_seed=dropout_seed,
+    )  # fmt: skip
+    return out, lse
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    # Stored as (B, M, Hq, E), so that joining the heads afterwards is a view.
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+    return out, q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+@torch.library.custom_op("flashgau::attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor,
+    dlse: Optional[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rel_bias: Optional[Tensor],
+    sinks: Optional[Tensor],
+    lengths: Optional[Tensor],
+    cu_seqlens: Optional[Tensor],
+    cu_seqlens_k: Optional[Tensor],
+    dropout_seed: Optional[Tensor],
+    scale: float,
+    left: Optional[int],
+    right: Optional[int],
+    softcap: Optional[float],
+    dropout_p: float,
+    backend: str,
+) -> list[Tensor]:
+    grads = autograd.run(
+        "attention", backend, "attention_backward", q.device, dout, dlse, q, k, v, out, lse,
+        scale=scale, window=(left, right), softcap=softcap, rel_bias=rel_bias, sinks=sinks, lengths=lengths,
+        cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, dropout_p=dropout_p, dropout_seed=dropout_seed,
+    )  # fmt: skip
+    return autograd.present(q, *grads)
+
+
+@_backward.register_fake
+def _(
+    dout: Tensor,
+    dlse: Optional[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rel_bias: Optional[Tensor],
+    sinks: Optional[Tensor],
+    *rest: Any,
+) -> list[Tensor]:
+    return autograd.present(q, *(None if t is None else torch.empty_like(t) for t in (q, k, v, rel_bias, sinks)))
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    tensors, ctx.options = inputs[:9], inputs[9:]
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, rel_bias, sinks, *data, out, lse = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    grads = _backward(dout, dlse, q, k, v, out, lse, rel_bias, sinks, *data, *ctx.options)
+    return *autograd.only_needed(ctx, grads), *[None] * 10
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+autograd.refuse_second_derivative("attention", _backward)

@@ -1,0 +1,207 @@
+"""`flashgau.compare`: how far a backend is from the fp64 reference, beside plain PyTorch's own error."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashgau import reference
+
+from . import dispatch
+
+_ULPS = 8  # floor of the tolerance, in units in the last place of the result's largest value
+_FORWARD, _GRADIENT = 2.0, 3.0  # FlashAttention's rule: multiples of plain PyTorch's error
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor's errors against the fp64 reference: largest and root mean square, of both contestants.
+
+    Attributes:
+        name: "out", "lse", "state.kv", ... for results, "d" and the argument's name for gradients.
+        shape: of the tensor.
+        scale: largest absolute value of the reference.
+        max_error: of the backend.
+        rms_error: of the backend.
+        plain_max_error: of the naive formula in plain PyTorch of the input's dtype.
+        plain_rms_error: of the same.
+        tolerance: what `max_error` may be.
+        ok: whether it is, and everything is finite that should be.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    scale: float
+    max_error: float
+    rms_error: float
+    plain_max_error: float
+    plain_rms_error: float
+    tolerance: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `compare` found: one row for every result and every gradient.
+
+    `print(report)` shows a table; `bool(report)` and `report.ok` tell whether every row is within tolerance.
+    """
+
+    op: str
+    backend: str
+    dtype: torch.dtype
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every row is."""
+        return all(row.ok for row in self.rows)
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        head = f"{self.op}: {self.backend} against the fp64 reference, {str(self.dtype).removeprefix('torch.')} input"
+        lines = [head, f"{'':10}{'max error':>11}{'allowed':>11}{'plain':>11}{'rms':>11}{'plain rms':>11}"]
+        for r in self.rows:
+            numbers = (r.max_error, r.tolerance, r.plain_max_error, r.rms_error, r.plain_rms_error)
+            lines.append(f"{r.name:10}" + "".join(f"{x:11.2e}" for x in numbers) + ("  ok" if r.ok else "  MISS"))
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        return {"op": self.op, "backend": self.backend, "dtype": str(self.dtype), "ok": self.ok, "rows": rows}
+
+
+def compare(op: Callable[..., Any], *args: Any, backend: str | None = None, grad: bool = True, **kwargs: Any) -> Report:
+    """Hold one call of an operation against the fp64 reference on the same values, forward and every gradient.
+
+    The rule is FlashAttention's: the largest error may be twice (three times for gradients) that of the naive
+    formula in plain PyTorch of the same dtype, plus a floor of a few units in the last place of the result's
+    largest value. The inputs are copied; gradients are of a random weighting of the results.
+
+    Source of the rule: the tests of Dao et al.'s flash-attention.
+
+    Args:
+        op: a public operation, such as `flashgau.attention`.
+        *args: its arguments.
+        backend: the backend to hold to the reference; None for the default.
+        grad: also compare the gradient of every floating argument.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        A `Report`: `.ok`, `.rows`, and a table when printed.
+
+    Raises:
+        ValueError: if `op` is not a public operation of flashgau; and whatever the operation itself raises.
+
+    Example:
+        >>> import torch, flashgau
+        >>> q, k, v = torch.randn(3, 1, 2, 33, 16)
+        >>> flashgau.compare(flashgau.attention, q, k, v, causal=True).ok
+        True
+    """
+    name = getattr(op, "__name__", repr(op))
+    if name not in dispatch.FILES:
+        raise ValueError(f"compare: `op` is {name!r}; expected one of {', '.join(dispatch.FILES)}")
+    naive = getattr(reference, name)
+    tensors = [x for _, x in _leaves(args, kwargs)]
+    floating = [x for x in tensors if x.is_floating_point()]
+    if not floating:
+        raise ValueError("compare: no argument is a floating tensor; expected those of " + name)
+    if kwargs.get("dropout_p") and kwargs.get("dropout_seed") is None:
+        kwargs = {**kwargs, "dropout_seed": 0}
+    chosen = dispatch.resolve(name, backend, floating[0].device, floating[0].dtype)
+
+    seed = int(torch.randint(2**31, ()))
+    exact = _run(naive, args, kwargs, torch.float64, grad, seed)
+    plain = _run(getattr(naive, "__wrapped__", naive), args, kwargs, None, grad, seed)
+    ours = _run(op, args, {**kwargs, "backend": chosen}, None, grad, seed)
+    report = Report(name, chosen, floating[0].dtype)
+    report.rows.extend(_row(key, ours[key], exact[key], plain[key]) for key in exact)
+    return report
+
+
+def _leaves(args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor among the arguments, also those inside a recurrent state, with a name."""
+    for key, value in (*((str(i), x) for i, x in enumerate(args)), *kwargs.items()):
+        if isinstance(value, Tensor):
+            yield key, value
+        elif dataclasses.is_dataclass(value):
+            yield from ((f"{key}.{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value))
+
+
+def _run(
+    fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any], dtype: torch.dtype | None, grad: bool, seed: int
+) -> dict[str, Tensor]:
+    """Results and gradients by name, from copies of the arguments in `dtype` (None: as they are)."""
+    inputs: dict[str, Tensor] = {}
+
+    def copied(name: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            copy = value.detach().clone(memory_format=torch.preserve_format)
+            if value.is_floating_point():
+                copy = inputs[name] = (copy if dtype is None else copy.to(dtype)).requires_grad_(grad)
+            return copy
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            parts = {f.name: copied(f"{name}.{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value)}
+            return type(value)(**parts)
+        return value
+
+    names = _argument_names(fn)
+    copies = [copied(names[i] if i < len(names) else str(i), x) for i, x in enumerate(args)]
+    result = fn(*copies, **{key: copied(key, x) for key, x in kwargs.items()})
+    results = _named_results(result)
+    found = {key: value.detach() for key, value in results.items()}
+    if grad and inputs:
+        total: Any = 0
+        for key, value in results.items():
+            if value.is_floating_point() and value.requires_grad:
+                weight = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)).to(value)
+                alive = torch.isfinite(value)  # the log-sum-exp of a row that sees nothing is -inf
+                total = total + (torch.where(alive, value, 0) * torch.where(alive, weight, 0)).sum()
+            seed += 1
+        if isinstance(total, Tensor):
+            grads = torch.autograd.grad(total, list(inputs.values()), allow_unused=True)
+            for (key, x), g in zip(inputs.items(), grads, strict=True):
+                found[f"d{key}"] = torch.zeros_like(x) if g is None else g
+    return found
+
+
+def _argument_names(fn: Callable[..., Any]) -> list[str]:
+    code = getattr(fn, "__wrapped__", fn).__code__
+    return list(code.co_varnames[: code.co_argcount])
+
+
+def _named_results(result: Any) -> dict[str, Tensor]:
+    if isinstance(result, Tensor):
+        return {"out": result}
+    out, extra = result
+    if isinstance(extra, Tensor):
+        return {"out": out, "lse": extra}
+    return {"out": out, **{f"state.{f.name}": getattr(extra, f.name) for f in dataclasses.fields(extra)}}
+
+
+def _row(name: str, ours: Tensor, exact: Tensor, plain: Tensor) -> Row:
+    gradient = name.startswith("d")
+    scale = float(torch.where(torch.isfinite(exact), exact, 0).abs().max()) if exact.numel() else 0.0
+    (max_error, rms_error), (plain_max, plain_rms) = _errors(ours, exact), _errors(plain, exact)
+    unit = torch.finfo(ours.dtype).eps if ours.is_floating_point() else 0.0
+    tolerance = (_GRADIENT if gradient else _FORWARD) * plain_max + _ULPS * unit * scale
+    ok = ours.shape == exact.shape and max_error <= tolerance
+    return Row(name, tuple(exact.shape), scale, max_error, rms_error, plain_max, plain_rms, tolerance, ok)
+
+
+def _errors(x: Tensor, exact: Tensor) -> tuple[float, float]:
+    """Largest and root mean square difference; equal infinities differ by 0, a NaN by infinity."""
+    if x.numel() == 0 or x.shape != exact.shape:
+        return (0.0, 0.0) if x.shape == exact.shape else (float("inf"), float("inf"))
+    x, exact = x.to(torch.float64), exact.to(torch.float64)
+    difference = torch.where(x == exact, 0.0, (x - exact).abs()).nan_to_num(nan=float("inf"))
+    return float(difference.max()), float(difference.square().mean().sqrt())

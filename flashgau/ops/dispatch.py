@@ -1,0 +1,113 @@
+"""Which implementation runs a call: `triton`, `eager` or `reference`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from flashgau import kernels
+
+BACKENDS = ("triton", "eager", "reference")
+
+# Each public operation and the file, on every floor, that implements it.
+FILES = {
+    "attention": "attention",
+    "glu": "glu",
+    "glu_linear": "glu",
+    "gau_attention": "gau",
+    "mixed_chunk_attention": "mixed_chunk",
+    "mixed_chunk_step": "mixed_chunk",
+}
+
+_selected: ContextVar[str | None] = ContextVar("flashgau_backend", default=None)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every flashgau operation inside the `with` block on one backend.
+
+    The choice holds for the current thread or task, nests, and yields to an explicit `backend=` argument. It is a
+    request, honoured or refused: with `"triton"` an operation that cannot run there raises RuntimeError. The
+    environment variable `FLASHGAU_BACKEND` makes the same request for the whole process.
+
+    Args:
+        name: `"triton"`, `"eager"` or `"reference"`.
+
+    Raises:
+        ValueError: if `name` is none of these.
+
+    Example:
+        >>> import torch, flashgau
+        >>> with flashgau.use_backend("reference"):
+        ...     y = flashgau.glu(torch.ones(2, 4), torch.ones(2, 4), activation="relu")
+    """
+    token = _selected.set(_known("use_backend", "name", name))
+    try:
+        yield
+    finally:
+        _selected.reset(token)
+
+
+def explain(op: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
+    """For each backend, None if it can run `op` on tensors of this device and dtype, else the reason it cannot."""
+    return {"triton": _why_not_triton(op, torch.device(device), dtype), "eager": None, "reference": None}
+
+
+def default_backend(op: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that runs `op` when nobody asks for one: Triton on a GPU that it drives, else eager."""
+    device = torch.device(device)
+    return "triton" if device.type != "cpu" and _why_not_triton(op, device, dtype) is None else "eager"
+
+
+def resolve(op: str, requested: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend for this call; a request that cannot be met is refused with the reason."""
+    if requested is not None:
+        name, source = _known(op, "backend", requested), f'backend="{requested}"'
+    elif (chosen := _selected.get()) is not None:
+        name, source = chosen, f'use_backend("{chosen}")'
+    elif (chosen := os.environ.get("FLASHGAU_BACKEND")) is not None:
+        name, source = _known(op, "FLASHGAU_BACKEND", chosen), f"FLASHGAU_BACKEND={chosen}"
+    else:
+        return default_backend(op, device, dtype)
+    reason = explain(op, device, dtype)[name]
+    if reason is not None:
+        raise RuntimeError(f"{op}: {source} cannot run this call: {reason}")
+    return name
+
+
+def implementation(op: str, backend: str, function: str) -> Any:
+    """The function of that name in the backend's file for `op`."""
+    return getattr(_floor(backend, FILES[op]), function)
+
+
+def _floor(backend: str, file: str) -> ModuleType:
+    package = {"triton": "kernels"}.get(backend, backend)
+    return importlib.import_module(f"flashgau.{package}.{file}")
+
+
+def _known(op: str, argument: str, name: object) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{op}: `{argument}` is {name!r}; expected one of {', '.join(map(repr, BACKENDS))}")
+    return str(name)
+
+
+def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if FILES[op] not in kernels.SUPPORTED:
+        return f"this version has no Triton kernel for {op}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if dtype == torch.float64:
+        return "the Triton kernels take fp16, bf16 and fp32, not fp64"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the tensors are on the CPU, and TRITON_INTERPRET=1 was not set"
+    if device.type not in ("cpu", "cuda", "xpu"):
+        return f"Triton does not drive devices of type {device.type!r}"
+    return None

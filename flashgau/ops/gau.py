@@ -1,0 +1,206 @@
+"""`flashgau.gau_attention`: quadratic gated attention with one narrow head and wide values (GAU)."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from . import autograd, dispatch
+from .validate import Arguments, autocast
+
+SCORES = ("relu2", "laplace", "softmax", "softmax_plus")
+
+
+def gau_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None = None,
+    *,
+    score: str = "relu2",
+    normalizer: str | float = "keys",
+    causal: bool = False,
+    rel_bias: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Quadratic gated attention: O = gate * (A v) with a single narrow head, memory linear in length.
+
+    A is the score of x = q k^T / n + rel_bias, masked afterwards (a hidden pair weighs 0):
+    relu2: max(x, 0)^2; laplace: (1 + erf((x - mu) / (sigma sqrt 2))) / 2 with mu = sqrt(1/2), sigma =
+    sqrt(1/(4 pi)); softmax: softmax over visible keys of q k^T / sqrt S + rel_bias; softmax_plus: the same with
+    q k^T scaled by log_512(l) / sqrt S, l = max(16, number of visible keys). Query i of M stands at position
+    i + N - M among the N keys (bottom-right alignment), so a few new queries can look at cached keys.
+
+    Sources: Hua et al. 2022, "Transformer Quality in Linear Time" (arXiv 2202.10447), equations 3 and 4 (relu2);
+    Ma et al. 2022, MEGA (arXiv 2209.10655), equation 11 (laplace); Su Jianlin's notes on GAU (softmax_plus).
+
+    Args:
+        q: queries (B, M, S), fp16, bf16, fp32 or fp64.
+        k: keys (B, N, S).
+        v: values (B, N, E), usually wide: E of hundreds or thousands.
+        gate: (B, M, E) or None for no gate.
+        score: "relu2", "laplace", "softmax" or "softmax_plus".
+        normalizer: n for relu2 and laplace. "keys": the number of valid keys of the sequence, as in the paper's
+            code (a causal prefix then depends on the whole length). "row": the number of keys visible to the query
+            (a causal prefix does not). A number: itself, the choice for lengths that vary. Softmax scores have none.
+        causal: hide keys after the query's position.
+        rel_bias: relative bias (..., 2P-1) broadcastable to (B, 2P-1); key j adds rel_bias[P-1 + (j - p)] for the
+            query at position p. P must cover the longest sequence. fp32 is welcome beside half inputs.
+        lengths: (B,) integers, valid keys of each right-padded row, and valid queries too if M == N. Padding may
+            hold anything; its output rows and gradients are 0.
+        cu_seqlens: (G+1,) int32, G sequences packed end to end in one row (B = 1, M = N).
+        backend: "triton", "eager", "reference" or None for the best that can run.
+
+    Returns:
+        (B, M, E) in the dtype of q.
+
+    Raises:
+        TypeError, ValueError: for arguments of the wrong kind, shape or value, by name, before any work.
+        RuntimeError: for a backend that was asked for and cannot run the call.
+
+    Example:
+        >>> import torch, flashgau
+        >>> q, k = torch.randn(2, 50, 16), torch.randn(2, 50, 16)
+        >>> v, gate = torch.randn(2, 50, 96), torch.randn(2, 50, 96)
+        >>> flashgau.gau_attention(q, k, v, gate, causal=True, normalizer="row").shape
+        torch.Size([2, 50, 96])
+    """
+    q, k, v, gate = autocast(q, k, v, gate)
+    args = Arguments("gau_attention")
+    args.tensor("q", q, "B M S")
+    args.tensor("k", k, "B N S")
+    args.tensor("v", v, "B N E")
+    if gate is not None:
+        args.tensor("gate", gate, "B M E")
+    args.at_least_one("S", "E")
+    args.choice("score", score, SCORES)
+    fixed = _normalizer(args, score, normalizer)
+    args.flag("causal", causal)
+    longest = args.sequences(lengths, cu_seqlens)
+    args.relative_bias(rel_bias, "B", longest)
+
+    name = dispatch.resolve("gau_attention", backend, q.device, q.dtype)
+    if name == "reference":
+        return autograd.run(
+            "gau_attention", name, "gau_attention", q.device, q, k, v, gate, score=score, normalizer=normalizer,
+            causal=causal, rel_bias=rel_bias, lengths=lengths, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+    bias = rel_bias.expand(q.shape[0], -1) if rel_bias is not None else None
+    save = autograd.needs_grad(q, k, v, gate, rel_bias)
+    rule = "number" if fixed is not None else str(normalizer)
+    return _forward(q, k, v, gate, bias, lengths, cu_seqlens, score, rule, fixed or 1.0, causal, save, name)[0]
+
+
+def _normalizer(args: Arguments, score: str, normalizer: Any) -> float | None:
+    """The fixed n, or None for a rule given by name."""
+    expected = "'keys', 'row' or a positive number"
+    if isinstance(normalizer, str):
+        if normalizer not in ("keys", "row"):
+            args.fail("normalizer", f"is {normalizer!r}", expected)
+    else:
+        args.number("normalizer", normalizer, expected, low=0, open_low=True)
+    if score.startswith("softmax") and normalizer != "keys":
+        args.fail("normalizer", f"is {normalizer!r} with score={score!r}", "no normalizer: a softmax has its own")
+    return None if isinstance(normalizer, str) else float(normalizer)
+
+
+@torch.library.custom_op("flashgau::gau_attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Optional[Tensor],
+    rel_bias: Optional[Tensor],
+    lengths: Optional[Tensor],
+    cu_seqlens: Optional[Tensor],
+    score: str,
+    normalizer: str,
+    number: float,
+    causal: bool,
+    save: bool,
+    backend: str,
+) -> list[Tensor]:
+    results = autograd.run(
+        "gau_attention", backend, "gau_attention_forward", q.device, q, k, v, gate, score=score,
+        normalizer=number if normalizer == "number" else normalizer, causal=causal, rel_bias=rel_bias,
+        lengths=lengths, cu_seqlens=cu_seqlens, save=save,
+    )  # fmt: skip
+    return autograd.present(q, *results)
+
+
+@_forward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Optional[Tensor],
+    rel_bias: Optional[Tensor],
+    lengths: Optional[Tensor],
+    cu_seqlens: Optional[Tensor],
+    score: str,
+    normalizer: str,
+    number: float,
+    causal: bool,
+    save: bool,
+    backend: str,
+) -> list[Tensor]:
+    shape = (*q.shape[:2], v.shape[-1])
+    return autograd.present(q, q.new_empty(shape), q.new_empty(shape) if save and gate is not None else None)
+
+
+@torch.library.custom_op("flashgau::gau_attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Optional[Tensor],
+    product: Tensor,
+    rel_bias: Optional[Tensor],
+    lengths: Optional[Tensor],
+    cu_seqlens: Optional[Tensor],
+    score: str,
+    normalizer: str,
+    number: float,
+    causal: bool,
+    backend: str,
+) -> list[Tensor]:
+    grads = autograd.run(
+        "gau_attention", backend, "gau_attention_backward", q.device, dout, q, k, v, gate, product, score=score,
+        normalizer=number if normalizer == "number" else normalizer, causal=causal, rel_bias=rel_bias,
+        lengths=lengths, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    return autograd.present(q, *grads)
+
+
+@_backward.register_fake
+def _(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Optional[Tensor],
+    product: Tensor,
+    rel_bias: Optional[Tensor],
+    *rest: Any,
+) -> list[Tensor]:
+    return autograd.present(q, *(None if t is None else torch.empty_like(t) for t in (q, k, v, gate, rel_bias)))
+
+
+def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    q, k, v, gate, rel_bias, lengths, cu_seqlens, score, normalizer, number, causal, _, backend = inputs
+    ctx.save_for_backward(q, k, v, gate, output[1], rel_bias, lengths, cu_seqlens)
+    ctx.options = score, normalizer, number, causal, backend
+
+
+def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+    results = _backward(grads[0], *ctx.saved_tensors, *ctx.options)
+    return *autograd.only_needed(ctx, results), *[None] * 8
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+autograd.refuse_second_derivative("gau_attention", _backward)

@@ -1,0 +1,271 @@
+"""`flashgau.glu` and `flashgau.glu_linear`: gated linear units (Shazeer 2020)."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from . import autograd, dispatch
+from .validate import Arguments, autocast
+
+ACTIVATIONS = ("identity", "sigmoid", "relu", "relu2", "gelu", "gelu_tanh", "silu")
+
+
+def glu(
+    gate: Tensor,
+    up: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    up_activation: str = "identity",
+    backend: str | None = None,
+) -> Tensor:
+    """Gated linear unit: act(gate) * up_act(up), elementwise.
+
+    The arithmetic is fp32 inside (fp64 for fp64), rounded once. The backward recomputes the activations from the
+    inputs and overwrites nothing.
+
+    Source: Shazeer 2020, "GLU Variants Improve Transformer" (arXiv 2002.05202), table 1: glu is sigmoid, bilinear
+    identity, reglu relu, geglu gelu, swiglu silu, always with the identity on the up side. Hua et al. 2022 (arXiv
+    2202.10447) use silu on both.
+
+    Args:
+        gate: any shape, fp16, bf16, fp32 or fp64. Without `up` its last axis holds [gate | up], read in place.
+        up: the same shape and dtype as `gate`, or None.
+        activation: of the gate side: identity, sigmoid, relu, relu2 (squared relu), gelu (exact erf), gelu_tanh
+            or silu.
+        up_activation: of the up side, the same choices.
+        backend: "triton", "eager", "reference" or None for the best that can run.
+
+    Returns:
+        The shape of `gate`; half its last axis without `up`.
+
+    Raises:
+        TypeError, ValueError: for arguments of the wrong kind, shape or value, by name, before any work.
+        RuntimeError: for a backend that was asked for and cannot run the call.
+
+    Example:
+        >>> import torch, flashgau
+        >>> flashgau.glu(torch.tensor([1.0, -1.0]), torch.tensor([3.0, 3.0]), activation="relu")
+        tensor([3., 0.])
+    """
+    args = Arguments("glu")
+    if up is not None:
+        args.tensor("gate", gate, "...")
+        args.tensor("up", up, "...")
+        if up.shape != gate.shape:
+            args.fail("up", f"has shape {tuple(up.shape)}", f"{tuple(gate.shape)} as `gate` has")
+    else:
+        args.tensor("gate", gate, "... 2F")
+        if gate.shape[-1] % 2:
+            got = f"has shape {tuple(gate.shape)}"
+            args.fail("gate", got, "an even last axis [gate | up] when `up` is not given")
+    _check_activations(args, activation, up_activation)
+    name = dispatch.resolve("glu", backend, gate.device, gate.dtype)
+    if name == "reference":
+        return autograd.run(
+            "glu", name, "glu", gate.device, gate, up, activation=activation, up_activation=up_activation
+        )
+    return _glu(gate, up, activation, up_activation, name)
+
+
+def glu_linear(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    up_activation: str = "identity",
+    backend: str | None = None,
+) -> Tensor:
+    """A gated linear unit with its two projections: glu(x Wg^T + bg, x Wu^T + bu).
+
+    Training keeps both pre-activations for the backward; inference keeps nothing.
+
+    Source: Shazeer 2020 (arXiv 2002.05202), equations 4 to 6.
+
+    Args:
+        x: (..., d), fp16, bf16, fp32 or fp64.
+        w_gate: (F, d), as in torch.nn.Linear.
+        w_up: (F, d).
+        b_gate: (F,) or None.
+        b_up: (F,) or None.
+        activation: of the gate side; see `glu`.
+        up_activation: of the up side.
+        backend: "triton", "eager", "reference" or None for the best that can run.
+
+    Returns:
+        (..., F) in the dtype of x.
+
+    Raises:
+        TypeError, ValueError: for arguments of the wrong kind, shape or value, by name, before any work.
+        RuntimeError: for a backend that was asked for and cannot run the call.
+
+    Example:
+        >>> import torch, flashgau
+        >>> x, wg, wu = torch.randn(5, 8), torch.randn(16, 8), torch.randn(16, 8)
+        >>> flashgau.glu_linear(x, wg, wu, activation="gelu").shape
+        torch.Size([5, 16])
+    """
+    x, w_gate, w_up, b_gate, b_up = autocast(x, w_gate, w_up, b_gate, b_up)
+    args = Arguments("glu_linear")
+    args.tensor("x", x, "... d")
+    args.tensor("w_gate", w_gate, "F d")
+    args.tensor("w_up", w_up, "F d")
+    if b_gate is not None:
+        args.tensor("b_gate", b_gate, "F")
+    if b_up is not None:
+        args.tensor("b_up", b_up, "F")
+    _check_activations(args, activation, up_activation)
+    name = dispatch.resolve("glu_linear", backend, x.device, x.dtype)
+    if name == "reference":
+        return autograd.run(
+            "glu_linear", name, "glu_linear", x.device, x, w_gate, w_up, b_gate, b_up,
+            activation=activation, up_activation=up_activation,
+        )  # fmt: skip
+    save = autograd.needs_grad(x, w_gate, w_up, b_gate, b_up)
+    return _glu_linear(x, w_gate, w_up, b_gate, b_up, activation, up_activation, save, name)[0]
+
+
+def _check_activations(args: Arguments, activation: Any, up_activation: Any) -> None:
+    args.choice("activation", activation, ACTIVATIONS)
+    args.choice("up_activation", up_activation, ACTIVATIONS)
+
+
+@torch.library.custom_op("flashgau::glu", mutates_args=())
+def _glu(gate: Tensor, up: Optional[Tensor], activation: str, up_activation: str, backend: str) -> Tensor:
+    return autograd.run(
+        "glu",
+        backend,
+        "glu_forward",
+        gate.device,
+        gate,
+        up,
+        activation=activation,
+        up_activation=up_activation,
+    )
+
+
+@_glu.register_fake
+def _(gate: Tensor, up: Optional[Tensor], *rest: Any) -> Tensor:
+    return gate.new_empty(gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2))
+
+
+@torch.library.custom_op("flashgau::glu_backward", mutates_args=())
+def _glu_backward(
+    dout: Tensor, gate: Tensor, up: Optional[Tensor], activation: str, up_activation: str, backend: str
+) -> list[Tensor]:
+    grads = autograd.run(
+        "glu", backend, "glu_backward", gate.device, dout, gate, up,
+        activation=activation, up_activation=up_activation,
+    )  # fmt: skip
+    return autograd.present(gate, *grads)
+
+
+@_glu_backward.register_fake
+def _(dout: Tensor, gate: Tensor, up: Optional[Tensor], *rest: Any) -> list[Tensor]:
+    return autograd.present(gate, gate.new_empty(gate.shape), None if up is None else up.new_empty(up.shape))
+
+
+def _save_glu(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    gate, up, *ctx.options = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _differentiate_glu(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _glu_backward(dout, *ctx.saved_tensors, *ctx.options)
+    return *autograd.only_needed(ctx, grads), None, None, None
+
+
+_glu.register_autograd(_differentiate_glu, setup_context=_save_glu)
+autograd.refuse_second_derivative("glu", _glu_backward)
+
+
+@torch.library.custom_op("flashgau::glu_linear", mutates_args=())
+def _glu_linear(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    b_gate: Optional[Tensor],
+    b_up: Optional[Tensor],
+    activation: str,
+    up_activation: str,
+    save: bool,
+    backend: str,
+) -> list[Tensor]:
+    results = autograd.run(
+        "glu_linear", backend, "glu_linear_forward", x.device, x, w_gate, w_up, b_gate, b_up,
+        activation=activation, up_activation=up_activation, save=save,
+    )  # fmt: skip
+    return autograd.present(x, *results)
+
+
+@_glu_linear.register_fake
+def _(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    b_gate: Optional[Tensor],
+    b_up: Optional[Tensor],
+    activation: str,
+    up_activation: str,
+    save: bool,
+    backend: str,
+) -> list[Tensor]:
+    shape = (*x.shape[:-1], w_gate.shape[0])
+    saved = [x.new_empty(shape) if save else None for _ in range(2)]
+    return autograd.present(x, x.new_empty(shape), *saved)
+
+
+@torch.library.custom_op("flashgau::glu_linear_backward", mutates_args=())
+def _glu_linear_backward(
+    dout: Tensor,
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    g: Tensor,
+    u: Tensor,
+    activation: str,
+    up_activation: str,
+    backend: str,
+) -> list[Tensor]:
+    return list(
+        autograd.run(
+            "glu_linear",
+            backend,
+            "glu_linear_backward",
+            x.device,
+            dout,
+            x,
+            w_gate,
+            w_up,
+            g,
+            u,
+            activation=activation,
+            up_activation=up_activation,
+        )
+    )
+
+
+@_glu_linear_backward.register_fake
+def _(dout: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor, *rest: Any) -> list[Tensor]:
+    bias = w_gate.shape[:1]
+    return [x.new_empty(shape) for shape in (x.shape, w_gate.shape, w_up.shape, bias, bias)]
+
+
+def _save_glu_linear(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    x, w_gate, w_up, _, _, activation, up_activation, _, backend = inputs
+    ctx.save_for_backward(x, w_gate, w_up, output[1], output[2])
+    ctx.options = activation, up_activation, backend
+
+
+def _differentiate_glu_linear(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+    results = _glu_linear_backward(grads[0], *ctx.saved_tensors, *ctx.options)
+    return *autograd.only_needed(ctx, results), None, None, None, None
+
+
+_glu_linear.register_autograd(_differentiate_glu_linear, setup_context=_save_glu_linear)
+autograd.refuse_second_derivative("glu_linear", _glu_linear_backward)

@@ -1,0 +1,400 @@
+"""`flashgau.mixed_chunk_attention`: FLASH's local quadratic and global linear attention, and its recurrent form."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from . import autograd, dispatch
+from .state import Continuation, MixedChunkState, open_chunk
+from .validate import Arguments, autocast, readable
+
+SCORES = ("relu2", "laplace")
+
+
+def mixed_chunk_attention(
+    quad_q: Tensor,
+    quad_k: Tensor,
+    lin_q: Tensor,
+    lin_k: Tensor,
+    v: Tensor,
+    gate: Tensor | None = None,
+    *,
+    chunk_size: int = 256,
+    score: str = "relu2",
+    causal: bool = False,
+    quad_normalizer: float | None = None,
+    lin_normalizer: str | float = "tokens",
+    rel_bias: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: MixedChunkState | None = None,
+    return_state: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, MixedChunkState]:
+    """Mixed chunk attention of FLASH: exact within chunks, linear across them. Time and memory linear in length.
+
+    The sequence is cut into chunks of C; for chunk g with rows Q_g, K_g, V_g:
+    local_g = score(quad_Q_g quad_K_g^T / quad_normalizer + rel_bias) V_g, within the chunk (causal: lower
+    triangle); global_g = lin_Q_g (sum over h of lin_K_h^T V_h) / lin_normalizer, over h < g if causal, else over
+    all chunks, its own included; O_g = gate_g * (local_g + global_g). Sums are kept in fp32 (fp64 for fp64).
+
+    Source: Hua et al. 2022, "Transformer Quality in Linear Time" (arXiv 2202.10447), section 3.2 and code 6.
+
+    Args:
+        quad_q: (B, N, S) queries of the local part, fp16, bf16, fp32 or fp64.
+        quad_k: (B, N, S) its keys.
+        lin_q: (B, N, S) queries of the global part.
+        lin_k: (B, N, S) its keys.
+        v: (B, N, E) values of both.
+        gate: (B, N, E) or None for no gate.
+        chunk_size: C, tokens of a chunk. Every sequence is cut from its own start.
+        score: "relu2" (squared relu) or "laplace"; see `gau_attention`.
+        causal: only tokens before, and the token itself, are seen.
+        quad_normalizer: divisor of the local scores, C unless given.
+        lin_normalizer: divisor of the global part: "tokens", the number of tokens summed (the first causal chunk
+            has no global part), or a number.
+        rel_bias: relative bias within a chunk, (..., 2P-1) broadcastable to (B, 2P-1) with P >= C: key j adds
+            rel_bias[P-1 + (j - i)]. fp32 is welcome beside half inputs.
+        lengths: (B,) integers, valid tokens of each right-padded row. Padding may hold anything; its output rows
+            and gradients are 0.
+        cu_seqlens: (G+1,) int32, G sequences packed end to end in one row (B = 1).
+        initial_state: continue causal sequences (one state row each) from here, at any token of a chunk.
+        return_state: also return the state after each sequence's last valid token (causal only).
+        backend: "triton", "eager", "reference" or None for the best that can run.
+
+    Returns:
+        (B, N, E) in the dtype of v, or a pair with the `MixedChunkState`.
+
+    Raises:
+        TypeError, ValueError: for arguments of the wrong kind, shape or value, by name, before any work.
+        RuntimeError: for a backend that was asked for and cannot run the call.
+
+    Example:
+        >>> import torch, flashgau
+        >>> quad_q, quad_k, lin_q, lin_k = torch.randn(4, 1, 1000, 32)
+        >>> v, gate = torch.randn(2, 1, 1000, 128)
+        >>> flashgau.mixed_chunk_attention(quad_q, quad_k, lin_q, lin_k, v, gate, causal=True).shape
+        torch.Size([1, 1000, 128])
+    """
+    op = "mixed_chunk_attention"
+    quad_q, quad_k, lin_q, lin_k, v, gate = autocast(quad_q, quad_k, lin_q, lin_k, v, gate)
+    args = _tensors(op, "N", quad_q, quad_k, lin_q, lin_k, v, gate)
+    args.integer("chunk_size", chunk_size, 1, "a whole number >= 1")
+    args.flag("causal", causal)
+    args.flag("return_state", return_state)
+    quad, lin = _options(args, score, chunk_size, quad_normalizer, lin_normalizer)
+    args.sequences(lengths, cu_seqlens)
+    args.relative_bias(rel_bias, "B", chunk_size, "the chunk size")
+    if not causal and (initial_state is not None or return_state):
+        name = "return_state" if return_state else "initial_state"
+        args.fail(name, "was given with causal=False", "causal=True: only causal sequences have a state")
+    count = args.sizes["B"] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if initial_state is not None:
+        _check_state(args, "initial_state", initial_state, count, chunk_size)
+
+    name = dispatch.resolve(op, backend, quad_q.device, quad_q.dtype)
+    if name == "reference":
+        result = autograd.run(
+            op, name, op, quad_q.device, quad_q, quad_k, lin_q, lin_k, v, gate, chunk_size=chunk_size, score=score,
+            causal=causal, quad_normalizer=quad, lin_normalizer=lin_normalizer, rel_bias=rel_bias, lengths=lengths,
+            cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state,
+        )  # fmt: skip
+        return (result[0], _own_state(result[1])) if return_state else result
+
+    kv = closed = continuation = None
+    if initial_state is not None:
+        kv, closed = initial_state.kv, initial_state.position - initial_state.open_tokens
+        continuation = Continuation.of(initial_state, args.sizes["B"], args.sizes["N"], lengths, cu_seqlens)
+        quad_q, lin_q = continuation.extend(None, quad_q), continuation.extend(None, lin_q)
+        gate = continuation.extend(None, gate) if gate is not None else None
+        quad_k = continuation.extend(initial_state.quad_k, quad_k)
+        lin_k = continuation.extend(initial_state.lin_k, lin_k)
+        v = continuation.extend(initial_state.v, v)
+        lengths, cu_seqlens = continuation.lengths, continuation.cu_seqlens
+    bias = rel_bias.expand(quad_q.shape[0], -1) if rel_bias is not None else None
+    save = autograd.needs_grad(quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias, kv)
+    out, _, kv = _forward(
+        quad_q, quad_k, lin_q, lin_k, v, gate, bias, lengths, cu_seqlens, kv, closed,
+        int(chunk_size), score, causal, quad, lin, save, name,
+    )  # fmt: skip
+    out = out if continuation is None else continuation.restrict(out)
+    if not return_state:
+        return out
+    if cu_seqlens is not None:
+        total = cu_seqlens.diff().to(torch.int64)
+    elif lengths is not None:
+        total = lengths.to(torch.int64)
+    else:
+        total = torch.full((count,), v.shape[1], dtype=torch.int64, device=v.device)
+    done = total - total % chunk_size
+    chunk = (open_chunk(x, done, total, chunk_size, cu_seqlens) for x in (quad_k, lin_k, v))
+    return out, MixedChunkState(kv, *chunk, total if closed is None else closed + total)
+
+
+def mixed_chunk_step(
+    quad_q: Tensor,
+    quad_k: Tensor,
+    lin_q: Tensor,
+    lin_k: Tensor,
+    v: Tensor,
+    gate: Tensor | None = None,
+    *,
+    state: MixedChunkState,
+    score: str = "relu2",
+    quad_normalizer: float | None = None,
+    lin_normalizer: str | float = "tokens",
+    rel_bias: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, MixedChunkState]:
+    """One more token of causal mixed chunk attention, in time and memory independent of how many came before.
+
+    Equal to the last row of `mixed_chunk_attention` over the whole sequence. The given state is left as it was.
+
+    Source: Hua et al. 2022 (arXiv 2202.10447), section 3.2: the recurrent reading of the causal global part.
+
+    Args:
+        quad_q: (B, 1, S), fp16, bf16, fp32 or fp64; so are quad_k, lin_q and lin_k.
+        quad_k: (B, 1, S).
+        lin_q: (B, 1, S).
+        lin_k: (B, 1, S).
+        v: (B, 1, E).
+        gate: (B, 1, E) or None.
+        state: what came before; its buffers set the chunk size. `MixedChunkState.empty` starts a sequence.
+        score: as in `mixed_chunk_attention`, like the options below.
+        quad_normalizer: divisor of the local scores, C unless given.
+        lin_normalizer: "tokens" or a number.
+        rel_bias: relative bias, (..., 2P-1) with P >= C.
+        backend: "triton", "eager", "reference" or None for the best that can run.
+
+    Returns:
+        (B, 1, E) and the new state.
+
+    Raises:
+        TypeError, ValueError: for arguments of the wrong kind, shape or value, by name, before any work.
+        RuntimeError: for a backend that was asked for and cannot run the call.
+
+    Example:
+        >>> import torch, flashgau
+        >>> state = flashgau.MixedChunkState.empty(1, width=8, value_width=16, chunk_size=4)
+        >>> for _ in range(5):
+        ...     x, v = torch.randn(1, 1, 8), torch.randn(1, 1, 16)
+        ...     out, state = flashgau.mixed_chunk_step(x, x, x, x, v, state=state)
+        >>> state.position
+        tensor([5])
+    """
+    op = "mixed_chunk_step"
+    quad_q, quad_k, lin_q, lin_k, v, gate = autocast(quad_q, quad_k, lin_q, lin_k, v, gate)
+    args = _tensors(op, "1", quad_q, quad_k, lin_q, lin_k, v, gate)
+    if quad_q.shape[1] != 1:
+        args.fail("quad_q", f"has shape {tuple(quad_q.shape)}", "(B, 1, S): one token")
+    _check_state(args, "state", state, args.sizes["B"], None)
+    size = state.chunk_size
+    quad, lin = _options(args, score, size, quad_normalizer, lin_normalizer)
+    args.relative_bias(rel_bias, "B", size, "the chunk size")
+
+    name = dispatch.resolve(op, backend, quad_q.device, quad_q.dtype)
+    if name == "reference":
+        out, after = autograd.run(
+            op, name, op, quad_q.device, quad_q, quad_k, lin_q, lin_k, v, gate, state=state, score=score,
+            quad_normalizer=quad, lin_normalizer=lin_normalizer, rel_bias=rel_bias,
+        )  # fmt: skip
+        return out, _own_state(after)
+    bias = rel_bias.expand(quad_q.shape[0], -1) if rel_bias is not None else None
+    out, *after = autograd.run(
+        op, name, op, quad_q.device, quad_q, quad_k, lin_q, lin_k, v, gate, *state.tensors(), score=score,
+        quad_normalizer=quad, lin_normalizer=lin, rel_bias=bias,
+    )  # fmt: skip
+    return out, MixedChunkState(*after)
+
+
+def _tensors(op: str, length: str, *tensors: Any) -> Arguments:
+    """Check quad_q, quad_k, lin_q, lin_k, v and gate."""
+    args = Arguments(op)
+    for name, x in zip(("quad_q", "quad_k", "lin_q", "lin_k"), tensors, strict=False):
+        args.tensor(name, x, f"B {length} S")
+    args.tensor("v", tensors[4], f"B {length} E")
+    if tensors[5] is not None:
+        args.tensor("gate", tensors[5], f"B {length} E")
+    args.at_least_one("S", "E")
+    return args
+
+
+def _options(
+    args: Arguments, score: Any, chunk_size: int, quad_normalizer: Any, lin_normalizer: Any
+) -> tuple[float, float | None]:
+    """Check the score, and return both normalisers; None stands for the number of tokens."""
+    args.choice("score", score, SCORES)
+    if quad_normalizer is not None:
+        args.number("quad_normalizer", quad_normalizer, "a positive number or None", low=0, open_low=True)
+    if lin_normalizer != "tokens":
+        expected = "'tokens' or a positive number"
+        if isinstance(lin_normalizer, str):
+            args.fail("lin_normalizer", f"is {lin_normalizer!r}", expected)
+        args.number("lin_normalizer", lin_normalizer, expected, low=0, open_low=True)
+    quad = float(chunk_size if quad_normalizer is None else quad_normalizer)
+    return quad, None if lin_normalizer == "tokens" else float(lin_normalizer)
+
+
+def _check_state(args: Arguments, name: str, state: Any, count: int, chunk_size: int | None) -> None:
+    if not isinstance(state, MixedChunkState):
+        args.fail(name, f"is a {type(state).__name__}", "a flashgau.MixedChunkState", TypeError)
+    size = state.quad_k.shape[1] if state.quad_k.dim() == 3 else None
+    if size is None or size != (chunk_size or size):
+        got = f"has an open chunk of shape {tuple(state.quad_k.shape)}"
+        args.fail(f"{name}.quad_k", got, f"(G, C, S) with C = {chunk_size or 'chunk_size'}")
+    width, values = args.sizes["S"], args.sizes["E"]
+    wanted = {
+        "kv": (count, width, values),
+        "quad_k": (count, size, width),
+        "lin_k": (count, size, width),
+        "v": (count, size, values),
+        "position": (count,),
+    }
+    for field, shape in wanted.items():
+        got = tuple(getattr(state, field).shape)
+        if got != shape:
+            args.fail(f"{name}.{field}", f"has shape {got}", f"{shape}: one row for each sequence")
+    if state.position.dtype != torch.int64:
+        args.fail(f"{name}.position", f"has dtype {state.position.dtype}", "int64", TypeError)
+    if readable(state.position) and bool((state.position < 0).any()):
+        args.fail(f"{name}.position", f"holds {int(state.position.min())}", "counts of tokens >= 0")
+
+
+def _own_state(state: Any) -> MixedChunkState:
+    """The reference's state as this package's."""
+    return MixedChunkState(state.kv, state.quad_k, state.lin_k, state.v, state.position)
+
+
+@torch.library.custom_op("flashgau::mixed_chunk_attention", mutates_args=())
+def _forward(
+    quad_q: Tensor,
+    quad_k: Tensor,
+    lin_q: Tensor,
+    lin_k: Tensor,
+    v: Tensor,
+    gate: Optional[Tensor],
+    rel_bias: Optional[Tensor],
+    lengths: Optional[Tensor],
+    cu_seqlens: Optional[Tensor],
+    initial_kv: Optional[Tensor],
+    closed_tokens: Optional[Tensor],
+    chunk_size: int,
+    score: str,
+    causal: bool,
+    quad_normalizer: float,
+    lin_normalizer: Optional[float],
+    save: bool,
+    backend: str,
+) -> list[Tensor]:
+    results = autograd.run(
+        "mixed_chunk_attention", backend, "mixed_chunk_attention_forward", v.device,
+        quad_q, quad_k, lin_q, lin_k, v, gate, chunk_size=chunk_size, score=score, causal=causal,
+        quad_normalizer=quad_normalizer, lin_normalizer=lin_normalizer, rel_bias=rel_bias, lengths=lengths,
+        cu_seqlens=cu_seqlens, initial_kv=initial_kv, closed_tokens=closed_tokens, save=save,
+    )  # fmt: skip
+    return autograd.present(v, *results)
+
+
+@_forward.register_fake
+def _(
+    quad_q: Tensor,
+    quad_k: Tensor,
+    lin_q: Tensor,
+    lin_k: Tensor,
+    v: Tensor,
+    gate: Optional[Tensor],
+    rel_bias: Optional[Tensor],
+    lengths: Optional[Tensor],
+    cu_seqlens: Optional[Tensor],
+    initial_kv: Optional[Tensor],
+    closed_tokens: Optional[Tensor],
+    chunk_size: int,
+    score: str,
+    causal: bool,
+    quad_normalizer: float,
+    lin_normalizer: Optional[float],
+    save: bool,
+    backend: str,
+) -> list[Tensor]:
+    count = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sums = torch.float64 if v.dtype == torch.float64 else torch.float32
+    kv = v.new_empty(count, lin_k.shape[-1], v.shape[-1], dtype=sums)
+    product = v.new_empty(v.shape) if save and gate is not None else None
+    return autograd.present(v, v.new_empty(v.shape), product, kv)
+
+
+@torch.library.custom_op("flashgau::mixed_chunk_attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor,
+    dkv: Optional[Tensor],
+    quad_q: Tensor,
+    quad_k: Tensor,
+    lin_q: Tensor,
+    lin_k: Tensor,
+    v: Tensor,
+    gate: Optional[Tensor],
+    product: Tensor,
+    rel_bias: Optional[Tensor],
+    lengths: Optional[Tensor],
+    cu_seqlens: Optional[Tensor],
+    initial_kv: Optional[Tensor],
+    closed_tokens: Optional[Tensor],
+    chunk_size: int,
+    score: str,
+    causal: bool,
+    quad_normalizer: float,
+    lin_normalizer: Optional[float],
+    backend: str,
+) -> list[Tensor]:
+    grads = autograd.run(
+        "mixed_chunk_attention", backend, "mixed_chunk_attention_backward", v.device,
+        dout, dkv, quad_q, quad_k, lin_q, lin_k, v, gate, product, chunk_size=chunk_size, score=score,
+        causal=causal, quad_normalizer=quad_normalizer, lin_normalizer=lin_normalizer, rel_bias=rel_bias,
+        lengths=lengths, cu_seqlens=cu_seqlens, initial_kv=initial_kv, closed_tokens=closed_tokens,
+    )  # fmt: skip
+    return autograd.present(v, *grads)
+
+
+@_backward.register_fake
+def _(
+    dout: Tensor,
+    dkv: Optional[Tensor],
+    quad_q: Tensor,
+    quad_k: Tensor,
+    lin_q: Tensor,
+    lin_k: Tensor,
+    v: Tensor,
+    gate: Optional[Tensor],
+    product: Tensor,
+    rel_bias: Optional[Tensor],
+    lengths: Optional[Tensor],
+    cu_seqlens: Optional[Tensor],
+    initial_kv: Optional[Tensor],
+    *rest: Any,
+) -> list[Tensor]:
+    inputs = (quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias, initial_kv)
+    return autograd.present(v, *(None if t is None else torch.empty_like(t) for t in inputs))
+
+
+def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    *heads_values_gate, rel_bias, lengths, cu_seqlens, initial_kv, closed_tokens = inputs[:11]
+    ctx.save_for_backward(
+        *heads_values_gate, output[1], rel_bias, lengths, cu_seqlens, initial_kv, closed_tokens, output[0]
+    )
+    ctx.options = *inputs[11:16], inputs[17]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    *saved, out = ctx.saved_tensors
+    dout = grads[0] if grads[0] is not None else torch.zeros_like(out)
+    *inner, dbias, dinitial = _backward(dout, grads[2], *saved, *ctx.options)
+    results = autograd.only_needed(ctx, [*inner, dbias, None, None, dinitial, None])
+    return *results, *[None] * 7
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+autograd.refuse_second_derivative("mixed_chunk_attention", _backward)

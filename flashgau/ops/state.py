@@ -1,0 +1,152 @@
+"""The recurrent state of causal mixed chunk attention, and how a sequence is continued from one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MixedChunkState:
+    """What a causal sequence leaves behind: constant in size, however long the sequence was.
+
+    Attributes:
+        kv: (B, S, E) sum of lin_k^T v over closed chunks, fp32 (fp64 for fp64 input).
+        quad_k: (B, C, S) keys of the open chunk; rows from `open_tokens` on are zero.
+        lin_k: (B, C, S) its keys of the linear part.
+        v: (B, C, E) its values.
+        position: (B,) int64, tokens seen so far.
+
+    Example:
+        >>> import torch, flashgau
+        >>> state = flashgau.MixedChunkState.empty(2, width=8, value_width=16, chunk_size=4)
+        >>> x, v = torch.randn(2, 10, 8), torch.randn(2, 10, 16)
+        >>> out, state = flashgau.mixed_chunk_attention(
+        ...     x, x, x, x, v, chunk_size=4, causal=True, initial_state=state, return_state=True)
+        >>> state.position.tolist(), state.open_tokens.tolist()
+        ([10, 10], [2, 2])
+    """
+
+    kv: Tensor
+    quad_k: Tensor
+    lin_k: Tensor
+    v: Tensor
+    position: Tensor
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        width: int,
+        value_width: int,
+        chunk_size: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> MixedChunkState:
+        """The state before the first token: S = `width`, E = `value_width`, C = `chunk_size`."""
+        sums = torch.float64 if dtype == torch.float64 else torch.float32
+        return cls(
+            kv=torch.zeros(batch, width, value_width, dtype=sums, device=device),
+            quad_k=torch.zeros(batch, chunk_size, width, dtype=dtype, device=device),
+            lin_k=torch.zeros(batch, chunk_size, width, dtype=dtype, device=device),
+            v=torch.zeros(batch, chunk_size, value_width, dtype=dtype, device=device),
+            position=torch.zeros(batch, dtype=torch.int64, device=device),
+        )
+
+    @property
+    def chunk_size(self) -> int:
+        """C."""
+        return self.quad_k.shape[1]
+
+    @property
+    def open_tokens(self) -> Tensor:
+        """(B,) tokens in the open chunk, from 0 to C - 1."""
+        return self.position % self.chunk_size
+
+    def select(self, index: Tensor) -> MixedChunkState:
+        """The rows `index` (a 1-D integer or boolean tensor) in that order, repeats allowed: for beam search."""
+        return MixedChunkState(*(t[index] for t in self.tensors()))
+
+    def detach(self) -> MixedChunkState:
+        """The same values, cut off from the graph: for truncated backpropagation through time."""
+        return MixedChunkState(*(t.detach() for t in self.tensors()))
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """kv, quad_k, lin_k, v, position."""
+        return self.kv, self.quad_k, self.lin_k, self.v, self.position
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Sequences with the open chunk of a state put in front, so that their chunk grid starts at a closed chunk.
+
+    Everything is index arithmetic on the tensors' device: nothing is read on the host, and gradients flow.
+    """
+
+    lengths: Tensor | None  # of the extended sequences
+    cu_seqlens: Tensor | None
+    _rows: Tensor  # of [state rows | token rows], flattened, for every extended row
+    _back: Tensor  # of the extended rows, flattened, for every token
+    _extended: tuple[int, int]
+    _tokens: tuple[int, int]
+
+    @classmethod
+    def of(
+        cls, state: MixedChunkState, batch: int, n: int, lengths: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Continuation:
+        """Extend `batch` rows of n tokens, padded or packed, by the open chunks of `state`."""
+        size, opened = state.chunk_size, state.open_tokens
+        count, device = opened.shape[0], opened.device
+        held = count * size  # rows of all open chunks
+        if cu_seqlens is None:
+            t = torch.arange(size + n, device=device)
+            own = torch.arange(count, device=device)[:, None]
+            r = opened[:, None]
+            rows = torch.where(t < r, own * size + t, held + own * n + (t - r).clamp(0, max(n - 1, 0)))
+            back = own * (size + n) + r + torch.arange(n, device=device)
+            return cls(opened + (n if lengths is None else lengths), None, rows, back, (batch, size + n), (batch, n))
+        starts = cu_seqlens.to(torch.int64)
+        shift = torch.cat([opened.new_zeros(1), opened.cumsum(0)])
+        new_starts = starts + shift
+        t = torch.arange(held + n, device=device)
+        own = (torch.searchsorted(new_starts, t, right=True) - 1).clamp(0, max(count - 1, 0))
+        offset, r = t - new_starts[own], opened[own]
+        token = (starts[own] + offset - r).clamp(0, max(n - 1, 0))
+        rows = torch.where(offset < r, own * size + offset, held + token)
+        t = torch.arange(n, device=device)
+        own = (torch.searchsorted(starts, t, right=True) - 1).clamp(0, max(count - 1, 0))
+        return cls(None, new_starts.to(cu_seqlens.dtype), rows, t + shift[own + 1], (1, held + n), (1, n))
+
+    def extend(self, held: Tensor | None, x: Tensor) -> Tensor:
+        """Rows of the open chunks `held` (G, C, .) (zeros if None: queries), then those of x (B, N, .)."""
+        width = x.shape[-1]
+        source = x.reshape(-1, width)
+        count = int(self._held_rows(source.shape[0]))
+        before = x.new_zeros(count, width) if held is None else held.reshape(-1, width).to(x.dtype)
+        return torch.cat([before, source])[self._rows.flatten()].view(*self._extended, width)
+
+    def restrict(self, x: Tensor) -> Tensor:
+        """The tokens' own rows of an extended result."""
+        return x.reshape(-1, x.shape[-1])[self._back.flatten()].view(*self._tokens, x.shape[-1])
+
+    def _held_rows(self, token_rows: int) -> int:
+        batch, length = self._extended
+        return batch * length - token_rows
+
+
+def open_chunk(x: Tensor, closed: Tensor, total: Tensor, size: int, cu_seqlens: Tensor | None) -> Tensor:
+    """The rows (G, size, .) after the last closed chunk, zeros behind them.
+
+    `closed` and `total` (G,) count each sequence's tokens within x (B, N, .): those in closed chunks, and all.
+    """
+    offset = torch.arange(size, device=x.device)
+    inside = offset < (total - closed)[:, None]
+    start = torch.arange(len(total), device=x.device) * x.shape[1] if cu_seqlens is None else cu_seqlens[:-1]
+    flat = x.reshape(-1, x.shape[-1])
+    if flat.shape[0] == 0:
+        return x.new_zeros(len(total), size, x.shape[-1])
+    rows = torch.where(inside, (start + closed)[:, None] + offset, 0)
+    return torch.where(inside[..., None], flat[rows], 0)

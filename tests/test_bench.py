@@ -1,0 +1,364 @@
+"""The benchmark harness: what it refuses to time, what it computes from times, what it writes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench import __main__ as command_line  # noqa: E402
+from bench import harness, memory, report, timing  # noqa: E402
+from bench.cases import (  # noqa: E402
+    FORWARD,
+    PASSES,
+    TRAINING,
+    Case,
+    Goal,
+    Operation,
+    Provider,
+    load,
+    on_tensors,
+)
+
+
+class FakeTimer:
+    """Runs the call, and says it took what the call's name is worth; keeps the order of the calls."""
+
+    def __init__(self, seconds: dict[str, list[float]]) -> None:
+        self.seconds = seconds
+        self.order: list[str] = []
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        name = call()
+        assert isinstance(name, str)
+        times = self.seconds[name]
+        self.order.append(name)
+        return times[(self.order.count(name) - 1) % len(times)]
+
+
+def square(case: Case, t: dict[str, Tensor]) -> Tensor:
+    return t["x"] * t["x"]
+
+
+def toy(*providers: Provider, goals: tuple[Goal, ...] = ()) -> Operation:
+    def cases(device: str, quick: bool) -> list[Case]:
+        return [Case("toy", n, "fp32", {"D": 4}, 8, goals=goals, work={FORWARD: float(n)}) for n in (8, 16)]
+
+    def inputs(case: Case, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"x": torch.randn(length, case.shape["D"], generator=generator)}
+
+    build = on_tensors(square)
+    return Operation("toy", "Toy", cases, inputs, build, build, providers)
+
+
+QUICK = harness.Settings(memory=False, seconds=0.01, min_rounds=3, max_rounds=3)
+
+
+def run(operation: Operation, out: Path, **options: Any) -> dict[str, Any]:
+    return harness.run(operation, out, QUICK, lambda what: None, **options)
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=40))
+def test_quartiles_are_those_of_numpy(values: list[float]) -> None:
+    np.testing.assert_allclose(timing.quartiles(values), np.quantile(values, [0.25, 0.5, 0.75]), rtol=1e-12)
+
+
+def test_rounds_alternate_and_count_by_the_budget() -> None:
+    timer = FakeTimer({"a": [9.0, 1.0, 2.0, 3.0], "b": [5.0, 4.0, 4.0, 4.0]})
+    calls: dict[str, Callable[[], object]] = {"a": lambda: "a", "b": lambda: "b"}
+    times = timing.alternate(calls, timer, warmup=1, min_rounds=2, max_rounds=9, seconds=43.0)
+    assert timer.order == ["a", "b"] + ["a", "b"] * 3  # 43 s at 9 + 5 s a round
+    assert times == {"a": [1.0, 2.0, 3.0], "b": [4.0, 4.0, 4.0]}
+    low, middle, high = timing.speed_ratio(times["b"], times["a"])
+    assert middle == 2.0
+    assert low <= middle <= high
+
+
+def test_cpu_timer_reads_the_clock_around_the_call() -> None:
+    ticks = iter([10.0, 12.5])
+    assert timing.CpuTimer(lambda: next(ticks))(lambda: None) == 2.5
+
+
+def test_garbage_collection_is_off_while_timing() -> None:
+    import gc
+
+    states: list[bool] = []
+    timing.alternate({"a": lambda: states.append(gc.isenabled())}, timing.CpuTimer(), min_rounds=2, seconds=0)
+    assert states
+    assert not any(states)
+    assert gc.isenabled()
+
+
+def test_wrong_providers_are_reported_and_not_timed(tmp_path: Path) -> None:
+    def wrong_gradient(case: Case, t: dict[str, Tensor]) -> Tensor:
+        return t["x"] * t["x"].detach()
+
+    def crash(case: Case, t: dict[str, Tensor]) -> Tensor:
+        raise NotImplementedError("no such luck\nsecond line")
+
+    record = run(
+        toy(
+            Provider("good", on_tensors(square)),
+            Provider("wrong", on_tensors(lambda case, t: 1.001 * square(case, t))),
+            Provider("nan", on_tensors(lambda case, t: square(case, t) * float("nan"))),
+            Provider("wrong gradient", on_tensors(wrong_gradient)),
+            Provider("wrong shape", on_tensors(lambda case, t: square(case, t)[:-1])),
+            Provider("crash", on_tensors(crash)),
+            Provider("absent", on_tensors(square), lambda case, device: "absent-package is not installed"),
+        ),
+        tmp_path,
+    )
+    assert record["complete"]
+    for entry in record["cases"]:
+        results = entry["providers"]
+        status = {name: result["status"] for name, result in results.items()}
+        assert status == {
+            "good": "ok",
+            "wrong": "wrong",
+            "nan": "wrong",
+            "wrong gradient": "wrong",
+            "wrong shape": "failed",
+            "crash": "failed",
+            "absent": "skipped",
+        }
+        assert [name for name, result in results.items() if result["times"]] == ["good"]
+        assert "off by" in results["wrong"]["reason"]
+        assert "d x off by" in results["wrong gradient"]["reason"]
+        assert results["crash"]["reason"] == "NotImplementedError: no such luck"
+        assert results["absent"]["reason"] == "absent-package is not installed"
+    shown = screen(record)
+    for text in ("WRONG", "SKIPPED", "FAILED", "absent-package is not installed", "no such luck"):
+        assert text in shown
+
+
+def screen(record: dict[str, Any]) -> str:
+    from rich.console import Console
+
+    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    report.show(record, console)
+    return console.export_text()
+
+
+def test_a_plain_formula_that_is_not_the_oracles_sets_no_tolerance(tmp_path: Path) -> None:
+    import dataclasses
+
+    skewed = on_tensors(lambda case, t: 1.1 * square(case, t))
+    operation = dataclasses.replace(toy(Provider("good", on_tensors(square))), plain=skewed)
+    record = run(operation, tmp_path)
+    reason = record["cases"][0]["providers"]["good"]["reason"]
+    assert "plain PyTorch in fp64 and the oracle differ" in reason
+
+
+class PassTimer:
+    """Seconds by provider name, whatever the call."""
+
+    def __init__(self, seconds: dict[str, float], operation_calls: list[str]) -> None:
+        self.seconds, self.calls = seconds, operation_calls
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        call()
+        return self.seconds[self.calls[-1]]
+
+
+def test_goals_and_rates_come_from_the_medians(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def tracked(name: str) -> Provider:
+        def call(case: Case, t: dict[str, Tensor]) -> Tensor:
+            seen.append(name)
+            return square(case, t)
+
+        return Provider(name, on_tensors(call))
+
+    goals = (
+        Goal("flashgau-eager", "peer", "speed", FORWARD, 1.5),
+        Goal("flashgau-eager", "peer", "speed", TRAINING, 2.5),
+        Goal("flashgau-eager", "peer", "memory", FORWARD, 0.6),
+    )
+    operation = toy(tracked("flashgau-eager"), tracked("peer"), goals=goals)
+    record = run(operation, tmp_path, timer=PassTimer({"flashgau-eager": 2.0, "peer": 4.0}, seen))
+    entry = record["cases"][0]
+    times = entry["providers"]["peer"]["times"]
+    assert set(times) == set(PASSES)
+    assert times[FORWARD]["median_s"] == 4.0
+    assert times[FORWARD]["raw_s"] == [4.0] * 3
+    assert [goal["verdict"] for goal in entry["goals"]] == ["met", "missed", "not measured"]
+    assert entry["goals"][0]["measured"] == 2.0
+    assert "2.00x" in screen(record)
+
+
+def test_json_is_strict_versioned_and_complete(tmp_path: Path) -> None:
+    nan = Provider("nan", on_tensors(lambda case, t: square(case, t) * float("nan")))
+    run(toy(Provider("good", on_tensors(square)), nan), tmp_path)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    record = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    assert (record["schema"], record["schema_version"]) == (harness.SCHEMA, harness.SCHEMA_VERSION)
+    assert {"cpu", "cores", "threads", "torch", "python", "date", "load_average_before"} <= set(
+        record["machine"]
+    )
+    assert record["machine"]["torch"] == torch.__version__
+    for path in report.plot(record, tmp_path):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".part"] == []
+
+
+def test_interruption_keeps_what_was_measured(tmp_path: Path) -> None:
+    count = 0
+
+    def interrupt(what: str) -> None:
+        nonlocal count
+        count += 1
+        if "N=16" in what:
+            raise KeyboardInterrupt
+
+    operation = toy(Provider("good", on_tensors(square)))
+    record = harness.run(operation, tmp_path, QUICK, interrupt)
+    assert not record["complete"]
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert kept["cases"][0]["providers"]["good"]["times"][FORWARD]["runs"] == 3
+    assert count <= harness.steps(operation, QUICK)
+
+
+def test_memory_growth_holds_only_our_own_providers_to_the_bound() -> None:
+    mib = 2**20
+
+    def entry(length: int, ours: int, peer: int) -> dict[str, Any]:
+        peaks = {"flashgau-eager": ours * mib, "peer": peer * mib}
+        results = {name: {"peak_bytes": {FORWARD: peak}} for name, peak in peaks.items()}
+        return {"group": "g", "length": length, "providers": results}
+
+    rows = harness.growth_rows([entry(64, 2, 4), entry(128, 5, 16), entry(512, 9, 9)])
+    assert [(r["provider"], r["from"], r["factor"], r["verdict"]) for r in rows] == [
+        ("flashgau-eager", 64, 2.5, "missed"),
+        ("peer", 64, 4.0, None),
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the probe reads /proc")
+def test_memory_probe_sees_an_allocation_of_known_size() -> None:
+    program = """
+import torch
+from bench.memory import cpu_peak_growth
+torch.ones(10).sum()
+kept = torch.ones(50 * 2**18)                       # 50 MiB that were there before do not count
+torch.ones(200 * 2**18)                             # nor does an earlier, larger peak
+def call():
+    a = torch.ones(60 * 2**18)                      # 60 MiB
+    b = a + 1                                       # 120 MiB at once
+    del a
+    return b + 1                                    # again 120 MiB at once
+print(cpu_peak_growth(call), cpu_peak_growth(lambda: None))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | memory.ALLOCATOR,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    growth, nothing = (int(word) for word in done.stdout.split())
+    assert abs(growth - 120 * 2**20) < 4 * 2**20
+    assert nothing < 2**20
+
+
+def test_a_failing_memory_probe_says_why() -> None:
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        memory.in_fresh_process("attention", "no such case", "plain", True, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (
+            ["attention", "--providers", "nonesuch"],
+            "no provider nonesuch on cpu; there are flashgau-eager, sdpa",
+        ),
+        (["attention", "--only", "N=3"], "no case's name contains N=3"),
+        (["attention", "--threads", "0"], "--threads must be positive"),
+        (["glu", "--device", "cuda"], "torch sees no GPU"),
+    ],
+)
+def test_bad_requests_are_one_line(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert command_line.main([*arguments, "--out", str(tmp_path)]) == 2
+    assert complaint in " ".join(capsys.readouterr().err.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["attention", "glu", "gau", "gau_layer", "mixed_chunk", "flash_layer"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("quick", [True, False])
+def test_cases_are_well_formed(name: str, device: str, quick: bool) -> None:
+    operation = load(name)
+    cases = operation.cases(device, quick)
+    assert len({case.name for case in cases}) == len(cases)
+    here = {p.name for p in operation.providers if device in p.devices}
+    for case in cases:
+        assert set(case.work) <= set(PASSES)
+        for goal in case.goals:
+            assert {goal.ours, goal.theirs} <= here
+    lengths = {case.length for case in cases}
+    assert any(2 * n in lengths for n in lengths)  # else memory growth cannot be judged
+    json.dumps([dict(case.options) for case in cases])
+
+
+@pytest.mark.parametrize("name", ["attention", "glu", "gau", "gau_layer", "mixed_chunk", "flash_layer"])
+def test_every_operation_runs_quickly_from_end_to_end(name: str, tmp_path: Path) -> None:
+    arguments = [name, "--quick", "--no-memory", "--seconds", "0.05", "--out", str(tmp_path)]
+    assert command_line.main(arguments) == 0
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert record["complete"]
+    have_peer = importlib.util.find_spec("flash_pytorch") is not None
+    for entry in record["cases"]:
+        for provider, result in entry["providers"].items():
+            expected = "skipped" if provider == "flash-pytorch" and not have_peer else "ok"
+            assert result["status"] == expected, (provider, result["reason"])
+
+
+def test_module_command_measures_time_and_memory(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "attention",
+        "--quick",
+        "--only",
+        "N=128",
+        "--providers",
+        "sdpa,plain",
+    ]
+    done = subprocess.run(
+        [*command, "--threads", "1", "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sdpa" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "time.png", "memory.png"}
+    (entry,) = json.loads((tmp_path / "results.json").read_text())["cases"]
+    peaks = {name: result["peak_bytes"][TRAINING] for name, result in entry["providers"].items()}
+    assert peaks["plain"] >= 2 * 128 * 128 * 4  # at least one matrix of scores for each of two heads
