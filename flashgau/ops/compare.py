@@ -120,10 +120,17 @@ def compare(op: Callable[..., Any], *args: Any, backend: str | None = None, grad
     chosen = dispatch.resolve(name, backend, floating[0].device, floating[0].dtype)
 
     seed = int(torch.randint(2**31, ()))
-    exact = _run(naive, args, kwargs, torch.float64, grad, seed)
-    plain = _run(getattr(naive, "__wrapped__", naive), args, kwargs, None, grad, seed)
-    ours = _run(op, args, {**kwargs, "backend": chosen}, None, grad, seed)
-    report = Report(name, chosen, floating[0].dtype)
+    dtype = floating[0].dtype
+
+    def weighting(shape: torch.Size, place: int) -> Tensor:
+        """The random weights of a result, the same numbers in every run: rounded to the input's dtype."""
+        generator = torch.Generator().manual_seed(seed + place)
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    exact = _run(naive, args, kwargs, torch.float64, weighting if grad else None)
+    plain = _run(naive.__wrapped__, args, kwargs, None, weighting if grad else None)
+    ours = _run(op, args, {**kwargs, "backend": chosen}, None, weighting if grad else None)
+    report = Report(name, chosen, dtype)
     report.rows.extend(_row(key, ours[key], exact[key], plain[key]) for key in exact)
     return report
 
@@ -137,17 +144,24 @@ def _leaves(args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]
             yield from ((f"{key}.{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value))
 
 
+Weighting = Callable[[torch.Size, int], Tensor]
+
+
 def _run(
-    fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any], dtype: torch.dtype | None, grad: bool, seed: int
+    fn: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+    dtype: torch.dtype | None,
+    weighting: Weighting | None,
 ) -> dict[str, Tensor]:
-    """Results and gradients by name, from copies of the arguments in `dtype` (None: as they are)."""
+    """Results and, with a weighting, gradients by name, from copies of the arguments in `dtype` (None: as is)."""
     inputs: dict[str, Tensor] = {}
 
     def copied(name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
             copy = value.detach().clone(memory_format=torch.preserve_format)
             if value.is_floating_point():
-                copy = inputs[name] = (copy if dtype is None else copy.to(dtype)).requires_grad_(grad)
+                copy = inputs[name] = (copy if dtype is None else copy.to(dtype)).requires_grad_(weighting is not None)
             return copy
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             parts = {f.name: copied(f"{name}.{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -159,15 +173,15 @@ def _run(
     result = fn(*copies, **{key: copied(key, x) for key, x in kwargs.items()})
     results = _named_results(result)
     found = {key: value.detach() for key, value in results.items()}
-    if grad and inputs:
-        total: Any = 0
-        for key, value in results.items():
-            if value.is_floating_point() and value.requires_grad:
-                weight = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)).to(value)
+    if weighting is not None:
+        terms = []
+        for place, value in enumerate(results.values()):
+            if value.requires_grad:
+                weight = weighting(value.shape, place).to(value)
                 alive = torch.isfinite(value)  # the log-sum-exp of a row that sees nothing is -inf
-                total = total + (torch.where(alive, value, 0) * torch.where(alive, weight, 0)).sum()
-            seed += 1
-        if isinstance(total, Tensor):
+                terms.append((torch.where(alive, value, 0) * torch.where(alive, weight, 0)).sum())
+        if terms:
+            total = torch.stack([t.to(torch.float64) for t in terms]).sum()
             grads = torch.autograd.grad(total, list(inputs.values()), allow_unused=True)
             for (key, x), g in zip(inputs.items(), grads, strict=True):
                 found[f"d{key}"] = torch.zeros_like(x) if g is None else g

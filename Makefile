@@ -1,0 +1,37 @@
+# `make run` shows what flashgau does, `make test` runs its tests; both need only python3 and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: run test lint types docs check clean
+
+run: $(INSTALLED)
+	$(BIN)/flashgau demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The installed wheel is what users get, so that is what is type-checked.
+types: $(INSTALLED)
+	rm -rf build/wheel build/types && mkdir -p build
+	$(BIN)/python -m pip wheel -q --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m pip install -q --no-deps --target build/types build/wheel/flashgau-*.whl
+	cd build && MYPYPATH=types ../$(BIN)/mypy --config-file ../pyproject.toml -p flashgau
+
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict --quiet
+
+check: lint types test docs
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist site .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info
