@@ -90,8 +90,7 @@ def sequences(
         ends = cu_seqlens.tolist()
         ends_k = ends if cu_seqlens_k is None else cu_seqlens_k.tolist()
         return [
-            Sequence(0, g, slice(ends[g], ends[g + 1]), slice(ends_k[g], ends_k[g + 1]))
-            for g in range(len(ends) - 1)
+            Sequence(0, g, slice(ends[g], ends[g + 1]), slice(ends_k[g], ends_k[g + 1])) for g in range(len(ends) - 1)
         ]
     if lengths is None:
         return [Sequence(b, b, slice(0, n_queries), slice(0, n_keys)) for b in range(batch)]

@@ -83,9 +83,7 @@ def gau_attention(
             a = elementwise_score(x, score).masked_fill(~visible, 0)
         out = torch.einsum("m n, n e -> m e", a, v_s)
         outs.append(out if gate is None else gate[place.row, place.queries] * out)
-    return assemble(
-        blank((batch, n_queries, v.shape[-1]), 0.0, q, k, v, gate, rel_bias), places, outs, dim=-2
-    )
+    return assemble(blank((batch, n_queries, v.shape[-1]), 0.0, q, k, v, gate, rel_bias), places, outs, dim=-2)
 
 
 def divisor(normalizer: str | float, n_keys: int, seen: Tensor) -> Tensor | float:

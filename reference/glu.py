@@ -85,6 +85,4 @@ def glu_linear(
         >>> glu_linear(x, w, w, activation="identity").tolist()
         [[1.0, 4.0]]
     """
-    return ACTIVATIONS[activation](F.linear(x, w_gate, b_gate)) * ACTIVATIONS[up_activation](
-        F.linear(x, w_up, b_up)
-    )
+    return ACTIVATIONS[activation](F.linear(x, w_gate, b_gate)) * ACTIVATIONS[up_activation](F.linear(x, w_up, b_up))

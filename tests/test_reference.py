@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from flashgau.reference.attention import dropout_kept, philox
+from flashgau.reference.mixed_chunk import MixedChunkState
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
 from flashgau import reference
-from flashgau.reference.attention import dropout_kept, philox
-from flashgau.reference.mixed_chunk import MixedChunkState
 
 INF = math.inf
 SCORES = ["relu2", "laplace", "softmax", "softmax_plus"]
@@ -139,9 +139,7 @@ def loop_mixed_chunk(
             weight = 0.0
             if j // chunk == g and (not causal or j <= i):
                 x = dot(qq[i].tolist(), qk[j].tolist()) / (quad_normalizer or chunk)
-                weight += loop_score(
-                    x + (0 if bias is None else bias[(len(bias) - 1) // 2 + j - i].item()), score
-                )
+                weight += loop_score(x + (0 if bias is None else bias[(len(bias) - 1) // 2 + j - i].item()), score)
             if not causal or j // chunk < g:
                 tokens = g * chunk if causal else n
                 divisor = tokens if lin_normalizer == "tokens" else lin_normalizer
@@ -177,9 +175,7 @@ sides = st.none() | st.integers(0, 3)
     st.sampled_from([None, (), ("H",), ("B", "H"), (1, "H"), ("B", 1)]),
     st.booleans(),
 )
-def test_attention_is_its_formula(
-    seed, rows, n_queries, heads, causal, window, softcap, bias_form, has_sinks
-):
+def test_attention_is_its_formula(seed, rows, n_queries, heads, causal, window, softcap, bias_form, has_sinks):
     (batch, n, lengths), (hq, hkv) = rows, heads
     m = n if n_queries is None else n_queries
     reach = max(m, n, 1) + seed % 2
@@ -386,8 +382,7 @@ def test_attention_ignores_the_order_of_keys_and_keeps_constants(seed, n, has_si
 def test_attention_over_split_keys_merges_by_lse(seed, cut):
     q, k, v = randoms(seed, (2, 2, 3, 4), (2, 2, 8, 4), (2, 2, 8, 5))
     parts = [
-        reference.attention(q, k[:, :, part], v[:, :, part], return_lse=True)
-        for part in (slice(0, cut), slice(cut, 8))
+        reference.attention(q, k[:, :, part], v[:, :, part], return_lse=True) for part in (slice(0, cut), slice(cut, 8))
     ]
     out, lse = reference.attention(q, k, v, return_lse=True)
     merged = torch.logaddexp(parts[0][1], parts[1][1])
@@ -498,8 +493,7 @@ def test_packed_and_padded_are_alone(name, seed, sizes, spare, filler):
     shapes, shared_shapes, axis, call = CASES[name]
     shared = randoms(seed, *shared_shapes)
     alone = [
-        randoms(seed + 1 + g, *[tuple(n if x == "N" else x for x in s) for s in shapes])
-        for g, n in enumerate(sizes)
+        randoms(seed + 1 + g, *[tuple(n if x == "N" else x for x in s) for s in shapes]) for g, n in enumerate(sizes)
     ]
 
     shared_a, outs, grads = leaves(shared), [], []
@@ -512,9 +506,7 @@ def test_packed_and_padded_are_alone(name, seed, sizes, spare, filler):
 
     # Packed: end to end in one row, with tokens of no sequence after them.
     total, bounds = sum(sizes), torch.tensor([0, *sizes]).cumsum(0).int()
-    packed = leaves(
-        [pad(torch.cat(xs, axis), total + spare, filler, axis)[None] for xs in zip(*alone, strict=True)]
-    )
+    packed = leaves([pad(torch.cat(xs, axis), total + spare, filler, axis)[None] for xs in zip(*alone, strict=True)])
     shared_p = leaves(shared)
     out = call(*packed, *shared_p, cu_seqlens=bounds)
     out.square().sum().backward()
@@ -524,9 +516,7 @@ def test_packed_and_padded_are_alone(name, seed, sizes, spare, filler):
 
     # Padded: each in its row.
     longest = max(sizes) + spare
-    padded = leaves(
-        [torch.stack([pad(x, longest, filler, axis) for x in xs]) for xs in zip(*alone, strict=True)]
-    )
+    padded = leaves([torch.stack([pad(x, longest, filler, axis) for x in xs]) for xs in zip(*alone, strict=True)])
     shared_b = leaves(shared)
     out = call(*padded, *shared_b, lengths=torch.tensor(sizes))
     out.square().sum().backward()
@@ -666,15 +656,11 @@ def test_states_of_padded_and_packed_sequences(seed, first, second):
         [torch.cat([x[b : b + 1, first[b] : first[b] + second[b]] for b in range(2)], 1) for x in inputs],
     ]
     bounds = [torch.tensor([0, *x]).cumsum(0) for x in (first, second)]
-    _, state = reference.mixed_chunk_attention(
-        *(x[:, :7] for x in inputs), lengths=torch.tensor(first), **options
-    )
+    _, state = reference.mixed_chunk_attention(*(x[:, :7] for x in inputs), lengths=torch.tensor(first), **options)
     _, packed_state = reference.mixed_chunk_attention(*cut[0], cu_seqlens=bounds[0], **options)
     for name in FIELDS:
         close(getattr(packed_state, name), getattr(state, name))
-    out, state = reference.mixed_chunk_attention(
-        *cut[1], cu_seqlens=bounds[1], initial_state=state, **options
-    )
+    out, state = reference.mixed_chunk_attention(*cut[1], cu_seqlens=bounds[1], initial_state=state, **options)
     expected, alone = reference.mixed_chunk_attention(
         *inputs, lengths=torch.tensor(first) + torch.tensor(second), **options
     )
@@ -703,9 +689,7 @@ def test_state_ignores_rows_past_the_open_tokens_and_selects_rows():
     dirty = {name: getattr(state, name).clone() for name in ("quad_k", "lin_k", "v")}
     for x in dirty.values():
         x[:, 2:] = math.nan
-    close(
-        reference.mixed_chunk_attention(*inputs, initial_state=replace(state, **dirty), **options), expected
-    )
+    close(reference.mixed_chunk_attention(*inputs, initial_state=replace(state, **dirty), **options), expected)
     index = torch.tensor([1, 1, 0])
     picked = state.select(index)
     assert isinstance(picked, MixedChunkState)

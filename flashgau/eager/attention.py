@@ -151,6 +151,7 @@ class _Part:
             self.q.device.type == "cpu"
             and left is None
             and (right is None or (right == 0 and (self.m == 1 or self.m == self.n)))
+            and self.rule.scale > 0  # it scales after masking, and -inf must stay so
             and self.rule.softcap is None
             and self.rule.dropout_p == 0
             and self.bias is None

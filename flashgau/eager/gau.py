@@ -175,7 +175,7 @@ class _Part:
         if not self.score.startswith("softmax"):
             return s, elementwise_score(self.score, s), scale  # -inf has score 0 and slope 0
         a = torch.softmax(s, -1)
-        if i.start + offset < 0:  # the first rows see nothing
+        if self.causal and i.start + offset < 0:  # the first rows see nothing
             a[:, : -(i.start + offset)] = 0
         return s, a, scale
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -62,7 +63,7 @@ def glu_linear_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """glu(x Wg^T + bg, x Wu^T + bu), and both pre-activations when the backward will want them (`save`)."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _rows(x)
     out = x.new_empty(rows.shape[0], w_gate.shape[0])
     g_all = torch.empty_like(out) if save else None
     u_all = torch.empty_like(out) if save else None
@@ -99,8 +100,8 @@ def glu_linear_backward(
     dwg, dwu = (torch.zeros_like(w, dtype=acc, memory_format=torch.contiguous_format) for w in (w_gate, w_up))
     dbg, dbu = (x.new_zeros(w_gate.shape[0], dtype=acc) for _ in range(2))
     wg, wu = w_gate.to(factor), w_up.to(factor)
-    flat = [t.reshape(-1, t.shape[-1]) for t in (dout, x, g, u)]
-    dx_rows = dx.view(-1, x.shape[-1])
+    flat = [_rows(t) for t in (dout, x, g, u)]
+    dx_rows = _rows(dx)
     for r in _panels(flat[0].shape[0], x.device):
         d_r, x_r, g_r, u_r = (t[r] for t in flat)
         dg, du = torch.empty_like(g_r, dtype=acc), torch.empty_like(u_r, dtype=acc)
@@ -142,6 +143,10 @@ def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
         return gate, up
     half = gate.shape[-1] // 2
     return gate[..., :half], gate[..., half:]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 for the first would be ambiguous at width 0
 
 
 def _panels(rows: int, device: torch.device) -> Iterator[slice]:

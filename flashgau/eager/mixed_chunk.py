@@ -6,6 +6,7 @@ itself: time and memory are linear in length.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,24 +45,29 @@ def mixed_chunk_attention_forward(
     continue sequences (causal only) whose chunks so far are closed. KV is what a causal continuation starts from.
     """
     rule = _Rule(chunk_size, score, causal, quad_normalizer, lin_normalizer)
-    out = torch.zeros_like(v, memory_format=torch.contiguous_format)
-    product = torch.zeros_like(out) if save and gate is not None else None
+    blank = _blank(lengths, cu_seqlens)
+    out = blank(v, memory_format=torch.contiguous_format)
+    product = blank(out) if save and gate is not None else None
     parts = _parts(rule, quad_q, quad_k, lin_q, lin_k, v, rel_bias, lengths, cu_seqlens, closed_tokens)
     states = _states(v, lin_k.shape[-1], cu_seqlens, initial_kv)
     for part in parts:
         kv = states[part.seq.states]
         if not causal:
             for c in part.chunks():
-                part.add_outer(kv, part.lin_k, part.v, c)
+                part.accumulate(kv, part.take(part.lin_k, c), part.take(part.v, c))
         for c in part.chunks():
-            x = part.weights(c)[1].to(part.factor) @ part.take(part.v, c)
+            v_c = part.take(part.v, c)
+            x = part.begin(product if gate is not None else out, c, part.weights(c)[1].to(part.factor), v_c)
             if part.has_global(c):
                 x.baddbmm_(part.scaled_lin_q(c), kv.to(part.factor))
             if causal and part.is_closed(c):
-                part.add_outer(kv, part.lin_k, part.v, c)
+                part.accumulate(kv, part.take(part.lin_k, c), part.take(part.v, c))
             if product is not None:
-                part.view(product, c).copy_(x)
-            part.view(out, c).copy_(x if gate is None else x.mul_(part.take(gate, c)))
+                part.finish(product, c, x)
+            if gate is None:
+                part.finish(out, c, x)
+            else:
+                torch.mul(x, part.take(gate, c), out=part.view(out, c))
     return out, product, states
 
 
@@ -90,8 +96,9 @@ def mixed_chunk_attention_backward(
     """Gradients of quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias (B, 2P-1) and initial_kv (None without it)."""
     rule = _Rule(chunk_size, score, causal, quad_normalizer, lin_normalizer)
     acc = accumulator(v.dtype)
-    dquad_q, dquad_k, dlin_q, dlin_k, dv = (torch.zeros_like(t) for t in (quad_q, quad_k, lin_q, lin_k, v))
-    dgate = torch.zeros_like(gate) if gate is not None else None
+    blank = _blank(lengths, cu_seqlens)
+    dquad_q, dquad_k, dlin_q, dlin_k, dv = (blank(t) for t in (quad_q, quad_k, lin_q, lin_k, v))
+    dgate = blank(gate) if gate is not None else None
     dbias = torch.zeros(rel_bias.shape, dtype=acc, device=v.device) if rel_bias is not None else None
     parts = _parts(rule, quad_q, quad_k, lin_q, lin_k, v, rel_bias, lengths, cu_seqlens, closed_tokens)
     states = _states(v, lin_k.shape[-1], cu_seqlens, initial_kv)
@@ -101,16 +108,18 @@ def mixed_chunk_attention_backward(
         ds_sum = torch.zeros_like(part.bias_block) if part.bias_block is not None else None
         if not causal:
             for c in part.chunks():
-                part.add_outer(kv, part.lin_k, part.v, c)
+                part.accumulate(kv, part.take(part.lin_k, c), part.take(part.v, c))
         # Forwards: what each chunk's queries read from the state.
         for c in part.chunks():
             dx = part.gated(dout, gate, c)
             if part.has_global(c):
-                part.view(dlin_q, c).copy_((dx @ kv.to(part.factor).mT).mul_(part.reciprocal(c)))
+                part.finish(dlin_q, c, part.begin(dlin_q, c, dx, kv.to(part.factor).mT).mul_(part.reciprocal(c)))
+            else:
+                part.view(dlin_q, c).zero_()
             if causal and part.is_closed(c):
-                part.add_outer(kv, part.lin_k, part.v, c)
+                part.accumulate(kv, part.take(part.lin_k, c), part.take(part.v, c))
             if not causal:
-                dkv.add_(part.scaled_lin_q(c).mT @ dx)
+                part.accumulate(dkv, part.scaled_lin_q(c), dx)
         # Backwards: what each chunk's keys and values gave to its own queries and, through the state, to others.
         for c in reversed(part.chunks()):
             dx = part.gated(dout, gate, c)
@@ -118,14 +127,16 @@ def mixed_chunk_attention_backward(
                 torch.mul(part.view(dout, c), part.view(product, c), out=part.view(dgate, c))
             s, a = part.weights(c)
             v_c = part.take(part.v, c)
-            dv_c = a.to(part.factor).mT @ dx
+            dv_c = part.begin(dv, c, a.to(part.factor).mT, dx)
             if not causal or part.is_closed(c):
                 state = dkv.to(part.factor)
-                part.view(dlin_k, c).copy_(v_c @ state.mT)
+                part.put(dlin_k, c, v_c, state.mT)
                 dv_c.baddbmm_(part.take(part.lin_k, c), state)
+            else:
+                part.view(dlin_k, c).zero_()
+            part.finish(dv, c, dv_c)
             if causal and part.has_global(c):
-                dkv.add_(part.scaled_lin_q(c).mT @ dx)
-            part.view(dv, c).copy_(dv_c)
+                part.accumulate(dkv, part.scaled_lin_q(c), dx)
             ds = (dx @ v_c.mT).to(acc).mul_(score_slope(score, s))
             if causal:
                 ds.tril_()
@@ -133,8 +144,8 @@ def mixed_chunk_attention_backward(
                 size = c.stop - c.start
                 ds_sum[:, :size, :size] += ds
             ds.mul_(1 / quad_normalizer)
-            part.view(dquad_q, c).copy_(ds @ part.take(part.quad_k, c, acc))
-            part.view(dquad_k, c).copy_(ds.mT @ part.take(part.quad_q, c, acc))
+            part.put(dquad_q, c, ds, part.take(part.quad_k, c, acc))
+            part.put(dquad_k, c, ds.mT, part.take(part.quad_q, c, acc))
         if dbias is not None and ds_sum is not None:
             middle, size = dbias.shape[-1] // 2, ds_sum.shape[-1]
             dbias[part.seq.batch, middle - size + 1 : middle + size] += toeplitz_sums(ds_sum)
@@ -206,13 +217,28 @@ class _Part:
     def scaled_lin_q(self, c: slice) -> Tensor:
         return (self.view(self.lin_q, c).to(accumulator(self.v.dtype)) * self.reciprocal(c)).to(self.factor)
 
-    def add_outer(self, state: Tensor, k: Tensor, v: Tensor, c: slice) -> None:
-        """state += k_c^T v_c, the sum kept in the state's own type."""
-        k_c, v_c = self.take(k, c).mT, self.take(v, c)
-        if state.dtype == v_c.dtype:
-            state.baddbmm_(k_c, v_c)
+    def begin(self, target: Tensor | None, c: slice, a: Tensor, b: Tensor) -> Tensor:
+        """The product a b, computed in the chunk's place in `target` where the types agree."""
+        if target is None or target.dtype != a.dtype:
+            return torch.bmm(a, b)
+        place = self.view(target, c)
+        return torch.bmm(a, b, out=place)
+
+    def finish(self, target: Tensor, c: slice, x: Tensor) -> None:
+        """Round into its place what `begin` could not compute there."""
+        if target.dtype != x.dtype:
+            self.view(target, c).copy_(x)
+
+    def put(self, target: Tensor, c: slice, a: Tensor, b: Tensor) -> None:
+        """target_c = a b."""
+        self.finish(target, c, self.begin(target, c, a, b))
+
+    def accumulate(self, state: Tensor, a: Tensor, b: Tensor) -> None:
+        """state += a^T b, the sum kept in the state's own type."""
+        if state.dtype == a.dtype:
+            state.baddbmm_(a.mT, b)
         else:
-            state += k_c @ v_c
+            state += a.mT @ b
 
     def weights(self, c: slice) -> tuple[Tensor, Tensor]:
         """Scores before the elementwise function and weights after it and the mask, both (b, c, c)."""
@@ -257,6 +283,11 @@ def _parts(
     return parts
 
 
+def _blank(lengths: Tensor | None, cu_seqlens: Tensor | None) -> Callable[..., Tensor]:
+    """How results begin: as zeros where there is padding, unwritten where every row will be written."""
+    return torch.empty_like if lengths is None and cu_seqlens is None else torch.zeros_like
+
+
 def _states(v: Tensor, width: int, cu_seqlens: Tensor | None, start: Tensor | None) -> Tensor:
     """One state (S, E) for every sequence: a copy of `start`, or zeros."""
     if start is not None:
@@ -288,9 +319,11 @@ def mixed_chunk_step(
     size = open_quad_k.shape[1]
     place = (position % size)[:, None]
     slots = torch.arange(size, device=v.device)
-    here = (slots == place)[..., None]
+    here, before = (slots == place)[..., None], (slots < place)[..., None]
+    # Rows behind the token are zero by contract, so they pass no gradient on either.
     open_quad_k, open_lin_k, open_v = (
-        torch.where(here, new, held) for new, held in ((quad_k, open_quad_k), (lin_k, open_lin_k), (v, open_v))
+        torch.where(here, new, torch.where(before, held, 0))
+        for new, held in ((quad_k, open_quad_k), (lin_k, open_lin_k), (v, open_v))
     )
     s = (quad_q.to(acc) @ open_quad_k.to(acc).mT) / quad_normalizer
     distance = slots - place

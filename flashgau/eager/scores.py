@@ -14,7 +14,7 @@ _SIGMA = math.sqrt(0.25 / math.pi)
 def score(kind: str, x: Tensor) -> Tensor:
     """relu2: max(x, 0)^2 (Hua et al. 2022); laplace: (1 + erf((x - mu) / (sigma sqrt 2))) / 2 (Ma et al. 2022)."""
     if kind == "relu2":
-        return torch.relu(x).square_()
+        return x.clamp_min(0).square_()  # relu would keep its result for autograd, and squaring in place spoil it
     return torch.special.erf((x - _MU).mul_(1 / (_SIGMA * math.sqrt(2)))).add_(1).mul_(0.5)
 
 

@@ -27,6 +27,9 @@ FILES = {
     "mixed_chunk_step": "mixed_chunk",
 }
 
+# Fused pieces of layers, which no caller asks a backend for.
+_INNER = {"projection": "projection", "heads": "projection"}
+
 _selected: ContextVar[str | None] = ContextVar("flashgau_backend", default=None)
 
 
@@ -83,9 +86,19 @@ def resolve(op: str, requested: str | None, device: torch.device, dtype: torch.d
     return name
 
 
+def resolve_inner(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend for a piece of a layer: a request for the reference is honoured, else the best that can run."""
+    requested = _selected.get() or os.environ.get("FLASHGAU_BACKEND")
+    return "reference" if requested == "reference" else default_backend(op, device, dtype)
+
+
 def implementation(op: str, backend: str, function: str) -> Any:
     """The function of that name in the backend's file for `op`."""
-    return getattr(_floor(backend, FILES[op]), function)
+    return getattr(_floor(backend, _file(op)), function)
+
+
+def _file(op: str) -> str:
+    return FILES.get(op) or _INNER[op]
 
 
 def _floor(backend: str, file: str) -> ModuleType:
@@ -100,7 +113,7 @@ def _known(op: str, argument: str, name: object) -> str:
 
 
 def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    if FILES[op] not in kernels.SUPPORTED:
+    if _file(op) not in kernels.SUPPORTED:
         return f"this version has no Triton kernel for {op}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"

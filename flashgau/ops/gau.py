@@ -195,6 +195,7 @@ def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     q, k, v, gate, rel_bias, lengths, cu_seqlens, score, normalizer, number, causal, _, backend = inputs
     ctx.save_for_backward(q, k, v, gate, output[1], rel_bias, lengths, cu_seqlens)
     ctx.options = score, normalizer, number, causal, backend
+    ctx.set_materialize_grads(False)  # or zeros would be made for the saved product, which has no gradient
 
 
 def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:

@@ -260,6 +260,7 @@ def _save_glu_linear(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     x, w_gate, w_up, _, _, activation, up_activation, _, backend = inputs
     ctx.save_for_backward(x, w_gate, w_up, output[1], output[2])
     ctx.options = activation, up_activation, backend
+    ctx.set_materialize_grads(False)  # or zeros would be made for the pre-activations, which have no gradient
 
 
 def _differentiate_glu_linear(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:

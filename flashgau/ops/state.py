@@ -106,6 +106,7 @@ class Continuation:
             own = torch.arange(count, device=device)[:, None]
             r = opened[:, None]
             rows = torch.where(t < r, own * size + t, held + own * n + (t - r).clamp(0, max(n - 1, 0)))
+            rows = rows.clamp(max=held + batch * n - 1)  # without new tokens, what stands for them is unused
             back = own * (size + n) + r + torch.arange(n, device=device)
             return cls(opened + (n if lengths is None else lengths), None, rows, back, (batch, size + n), (batch, n))
         starts = cu_seqlens.to(torch.int64)
@@ -116,6 +117,7 @@ class Continuation:
         offset, r = t - new_starts[own], opened[own]
         token = (starts[own] + offset - r).clamp(0, max(n - 1, 0))
         rows = torch.where(offset < r, own * size + offset, held + token)
+        rows = rows.clamp(max=held + n - 1)
         t = torch.arange(n, device=device)
         own = (torch.searchsorted(starts, t, right=True) - 1).clamp(0, max(count - 1, 0))
         return cls(None, new_starts.to(cu_seqlens.dtype), rows, t + shift[own + 1], (1, held + n), (1, n))

@@ -1,0 +1,153 @@
+"""The projections of a gated attention unit, panel by panel of tokens, so that intermediates stay in cache.
+
+`projection` is a linear layer whose output is cut into parts and activated; `heads` makes queries and keys from the
+shared vector z by OffsetScale and rotary embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .common import accumulator, factor_dtype
+
+_PANEL = 512  # tokens
+
+
+def projection_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    widths: list[int],
+    *,
+    silu: bool,
+    save: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Parts (..., width) of x W^T + b, under silu or not, and the parts before it if `save` (and `silu`).
+
+    Without silu a residual is added to the first part.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    factor = factor_dtype(x)
+    weights = weight.to(factor).split(widths)
+    biases = bias.to(factor).split(widths) if bias is not None else [None] * len(widths)
+    parts = [rows.new_empty(rows.shape[0], width) for width in widths]
+    saved = [torch.empty_like(part) for part in parts] if save and silu else []
+    for r in _panels(rows):
+        panel = rows[r].to(factor)
+        for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
+            out = parts[i][r]
+            before = saved[i][r] if saved else (torch.empty_like(out) if silu else out)
+            h = before if before.dtype == factor else None
+            h = torch.mm(panel, w.T, out=h) if b is None else torch.addmm(b, panel, w.T, out=h)
+            if residual is not None:
+                h += residual.reshape(rows.shape[0], -1)[r]
+            if h is not before:
+                before.copy_(h)
+            if silu:
+                _silu_into(h, out)
+    shape = x.shape[:-1]
+    return [p.view(*shape, -1) for p in parts], [p.view(*shape, -1) for p in saved]
+
+
+def projection_backward(
+    dparts: list[Tensor], x: Tensor, weight: Tensor, saved: list[Tensor], *, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
+    rows = x.reshape(-1, x.shape[-1])
+    factor, acc = factor_dtype(x), accumulator(x.dtype)
+    widths = [d.shape[-1] for d in dparts]
+    weights = weight.to(factor).split(widths)
+    dweight = torch.zeros(weight.shape, dtype=acc, device=x.device)
+    dbias = dweight.new_zeros(weight.shape[0])
+    dx = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    flat = [d.reshape(-1, width) for d, width in zip(dparts, widths, strict=True)]
+    before = [h.reshape(-1, width) for h, width in zip(saved, widths, strict=True)] if silu else None
+    for r in _panels(rows):
+        panel = rows[r].to(factor)
+        dpanel = panel.new_zeros(panel.shape)
+        for i, (w, dw, db) in enumerate(zip(weights, dweight.split(widths), dbias.split(widths), strict=True)):
+            d = flat[i][r].to(acc)
+            if before is not None:
+                d = torch.ops.aten.silu_backward(d, before[i][r].to(acc))
+            db += d.sum(0)
+            d = d.to(factor)
+            dpanel.addmm_(d, w)
+            if dw.dtype == factor:
+                dw.addmm_(d.T, panel)
+            else:
+                dw += d.T @ panel
+        dx[r] = dpanel
+    return dx.view(x.shape), dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+def heads_forward(
+    z: Tensor, gamma: Tensor, beta: Tensor | None, cos: Tensor | None, sin: Tensor | None, *, interleaved: bool
+) -> list[Tensor]:
+    """z (B, N, S) -> each gamma_h z + beta_h (B, N, S), the first channels turned by angles (1 or B, N, pairs)."""
+    acc = accumulator(z.dtype)
+    outs = [z.new_empty(z.shape) for _ in range(gamma.shape[0])]
+    gamma, beta = gamma.to(acc)[:, None], beta.to(acc)[:, None] if beta is not None else None
+    for b, r in _rows(z):
+        panel = z[b, r].to(acc)
+        turned = panel * gamma if beta is None else torch.addcmul(beta, panel, gamma)
+        if cos is not None and sin is not None:
+            _turn(turned, *_angles(cos, sin, b, r), interleaved)
+        for out, head in zip(outs, turned, strict=True):
+            out[b, r] = head
+    return outs
+
+
+def heads_backward(
+    douts: list[Tensor], z: Tensor, gamma: Tensor, cos: Tensor | None, sin: Tensor | None, *, interleaved: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of z, gamma and beta."""
+    acc = accumulator(z.dtype)
+    dz = torch.empty_like(z, memory_format=torch.contiguous_format)
+    wide = gamma.to(acc)[:, None]
+    dgamma, dbeta = (torch.zeros(gamma.shape, dtype=acc, device=z.device) for _ in range(2))
+    for b, r in _rows(z):
+        d = torch.stack([dout[b, r] for dout in douts]).to(acc)
+        if cos is not None and sin is not None:
+            c, s = _angles(cos, sin, b, r)
+            _turn(d, c, -s, interleaved)  # a rotation's gradient turns back
+        dbeta += d.sum(1)
+        dz[b, r] = (d * wide).sum(0)
+        dgamma += d.mul_(z[b, r].to(acc)).sum(1)
+    return dz, dgamma.to(gamma.dtype), dbeta.to(gamma.dtype)
+
+
+def _silu_into(h: Tensor, out: Tensor) -> None:
+    if h.dtype == out.dtype:
+        torch.ops.aten.silu.out(h, out=out)
+    else:
+        out.copy_(torch.ops.aten.silu_(h))
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    """Turn pairs of the leading channels of x (H, n, S) in place by angles (n, pairs)."""
+    turning = x[..., : 2 * cos.shape[-1]]
+    a, b = (turning[..., 0::2], turning[..., 1::2]) if interleaved else turning.chunk(2, dim=-1)
+    new_a = (a * cos).addcmul_(b, sin, value=-1)
+    b.mul_(cos).addcmul_(a, sin)
+    a.copy_(new_a)
+
+
+def _angles(cos: Tensor, sin: Tensor, b: int, r: slice) -> tuple[Tensor, Tensor]:
+    row = b if cos.shape[0] > 1 else 0
+    return cos[row, r], sin[row, r]
+
+
+def _panels(rows: Tensor) -> Iterator[slice]:
+    step = _PANEL if rows.device.type == "cpu" else max(1, rows.shape[0])
+    for start in range(0, rows.shape[0], step):
+        yield slice(start, min(start + step, rows.shape[0]))
+
+
+def _rows(z: Tensor) -> Iterator[tuple[int, slice]]:
+    for b in range(z.shape[0]):
+        for r in _panels(z[b]):
+            yield b, r

@@ -1,0 +1,227 @@
+"""The FLASH layer: a gated attention unit over chunks, linear in the length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import MixedChunkState, mixed_chunk_attention, mixed_chunk_step
+from .biases import make_bias
+from .gated_unit import GatedUnit, UnitState, from_preset, last_shifted
+
+SPECS = ("paper", "lucidrains")
+HEADS = ("quad_q", "quad_k", "lin_q", "lin_k")
+
+
+class FLASH(GatedUnit):
+    """FLASH: like `GAU`, with attention inside chunks and linear attention between them.
+
+        [u, v, z]                    = silu(norm(x) W + b)          widths e, e, S
+        quad_q, quad_k, lin_q, lin_k = RoPE(OffsetScale(z))
+        y                            = x + mixed_chunk_attention(..., v, gate=u) W_o + b_o
+
+    Time and memory are linear in the length, and a causal layer decodes with a state of constant size.
+    Source: [GAU] Hua et al. 2022 (arXiv 2202.10447), section 3.
+
+    Every argument from `norm` to `token_shift` that is None takes its value from the preset `spec`:
+
+    | | "paper" | "lucidrains" (FLASH-pytorch's FLASH in its FLASHTransformer) |
+    |---|---|---|
+    | norm | scalenorm | layernorm |
+    | bias (of a chunk) | toeplitz | t5, times sqrt(S) |
+    | rotary_dim, rotary_interleaved | S, no | min(32, S), yes |
+    | lin_normalizer | tokens | causal: C; else tokens |
+    | head_order | quad_q, quad_k, lin_q, lin_k | quad_q, lin_q, quad_k, lin_k |
+
+    with score relu2, biases, no post-norm and no token shift in both.
+
+    Args:
+        dim: d, width of input and output.
+        spec: the preset.
+        hidden: e, width of gate and value; None for 2 d.
+        key_dim: S, width of queries and keys.
+        chunk_size: C.
+        causal: each token sees only itself and what came before.
+        norm: "layernorm", "scalenorm", "scalenorm_clamped", "rmsnorm", "rms" (no parameters) or "none".
+        post_norm: the same names, after the residual sum.
+        bias: relative bias inside a chunk: "none", "toeplitz" (table), "rotary" (rank form) or "t5".
+        bias_scale: factor of the T5 bias.
+        rotary_dim: how many channels of the four heads RoPE turns; 0 for none.
+        rotary_interleaved: RoPE pairs neighbours rather than halves.
+        score: "relu2" or "laplace"; see `flashgau.mixed_chunk_attention`.
+        lin_normalizer: what divides the linear part: "tokens" or a number.
+        head_order: which row of OffsetScale makes which head.
+        linear_bias: whether the projections and OffsetScale have biases.
+        token_shift: half of the normalised channels come from the token before.
+        residual: add x to the output.
+        qk_dropout: dropout of the four heads while training.
+        device: where the parameters live.
+        dtype: their type.
+
+    Example:
+        >>> import torch
+        >>> layer = FLASH(64, key_dim=16, chunk_size=8, causal=True)
+        >>> x = torch.randn(2, 20, 64)
+        >>> y, state = layer(x[:, :19], return_state=True)
+        >>> step, state = layer.step(x[:, 19:], state)
+        >>> bool(torch.allclose(step, layer(x)[:, 19:], atol=1e-5))
+        True
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        spec: str = "paper",
+        hidden: int | None = None,
+        key_dim: int = 128,
+        chunk_size: int = 256,
+        causal: bool = False,
+        norm: str | None = None,
+        post_norm: str | None = None,
+        bias: str | None = None,
+        bias_scale: float | None = None,
+        rotary_dim: int | None = None,
+        rotary_interleaved: bool | None = None,
+        score: str | None = None,
+        lin_normalizer: str | float | None = None,
+        head_order: Sequence[str] | None = None,
+        linear_bias: bool | None = None,
+        token_shift: bool | None = None,
+        residual: bool = True,
+        qk_dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        paper = {
+            "norm": "scalenorm",
+            "post_norm": "none",
+            "bias": "toeplitz",
+            "bias_scale": 1.0,
+            "rotary_dim": key_dim,
+            "rotary_interleaved": False,
+            "score": "relu2",
+            "lin_normalizer": "tokens",
+            "head_order": HEADS,
+            "linear_bias": True,
+            "token_shift": False,
+        }
+        lucidrains = {
+            "norm": "layernorm",
+            "bias": "t5",
+            "bias_scale": key_dim**0.5,
+            "rotary_dim": min(32, key_dim),
+            "rotary_interleaved": True,
+            "lin_normalizer": float(chunk_size) if causal else "tokens",
+            "head_order": ("quad_q", "lin_q", "quad_k", "lin_k"),
+        }
+        options: dict[str, Any] = from_preset(
+            "FLASH",
+            spec,
+            {"paper": paper, "lucidrains": paper | lucidrains},
+            norm=norm,
+            post_norm=post_norm,
+            bias=bias,
+            bias_scale=bias_scale,
+            rotary_dim=rotary_dim,
+            rotary_interleaved=rotary_interleaved,
+            score=score,
+            lin_normalizer=lin_normalizer,
+            head_order=head_order,
+            linear_bias=linear_bias,
+            token_shift=token_shift,
+        )
+        bias_name, bias_factor = options.pop("bias"), options.pop("bias_scale")
+        score, lin_normalizer, order = (
+            options.pop("score"),
+            options.pop("lin_normalizer"),
+            options.pop("head_order"),
+        )
+        if sorted(order) != sorted(HEADS):
+            raise ValueError(f"FLASH: `head_order` is {order}; expected an order of {', '.join(HEADS)}")
+        super().__init__(
+            dim,
+            4,
+            hidden=hidden,
+            key_dim=key_dim,
+            causal=causal,
+            residual=residual,
+            qk_dropout=qk_dropout,
+            device=device,
+            dtype=dtype,
+            **options,
+        )
+        self.chunk_size, self.score, self.lin_normalizer = chunk_size, score, lin_normalizer
+        self.head_order = tuple(order)
+        self.rel_bias = make_bias(
+            bias_name,
+            heads=None,
+            dim=key_dim,
+            max_length=chunk_size,
+            causal=causal,
+            scale=bias_factor,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: UnitState[MixedChunkState] | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """Apply the layer to a batch of sequences, or to the next part of sequences already begun.
+
+        Args:
+            x: (B, N, d). Padding may hold any finite number.
+            lengths: (B,) valid tokens of each right-padded row.
+            cu_seqlens: (G+1,) bounds of G sequences packed in one row (B = 1); chunks and positions restart in each.
+            state: of the tokens before (causal layers); it is not changed.
+            return_state: also give the state after the last valid token of each row.
+
+        Returns:
+            (B, N, d), or that and the state. Rows of padding hold x plus the output's bias.
+        """
+        self._check(x, cu_seqlens, return_state or state is not None)
+        start: int | Tensor = 0 if state is None else state.memory.position
+        previous = None if state is None else state.previous
+        gate, v, heads, moving = self._project(x, start, cu_seqlens, previous)
+        result: Any = mixed_chunk_attention(
+            **dict(zip(self.head_order, heads, strict=True)),
+            v=v,
+            gate=gate,
+            chunk_size=self.chunk_size,
+            score=self.score,
+            causal=self.causal,
+            lin_normalizer=self.lin_normalizer,
+            rel_bias=None if self.rel_bias is None else self.rel_bias(self.chunk_size),
+            lengths=lengths,
+            cu_seqlens=cu_seqlens,
+            initial_state=None if state is None else state.memory,
+            return_state=return_state,
+        )
+        if not return_state:
+            return self._finish(x, result)
+        out, memory = result
+        return self._finish(x, out), UnitState(memory, last_shifted(moving, lengths))
+
+    def step(self, x: Tensor, state: UnitState[MixedChunkState]) -> tuple[Tensor, UnitState[MixedChunkState]]:
+        """The next token, in constant time and memory: x (B, 1, d) -> (B, 1, d), and the new state."""
+        self._check(x, None, True)
+        gate, v, heads, moving = self._project(x, state.memory.position, None, state.previous)
+        out, memory = mixed_chunk_step(
+            **dict(zip(self.head_order, heads, strict=True)),
+            v=v,
+            gate=gate,
+            state=state.memory,
+            score=self.score,
+            lin_normalizer=self.lin_normalizer,
+            rel_bias=None if self.rel_bias is None else self.rel_bias(self.chunk_size),
+        )
+        return self._finish(x, out), UnitState(memory, last_shifted(moving, None))

@@ -1,0 +1,248 @@
+"""The Gated Attention Unit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import gau_attention
+from .biases import make_bias
+from .cache import KeyValueCache
+from .gated_unit import GatedUnit, UnitState, from_preset, last_shifted
+
+SPECS = ("paper", "lucidrains", "gau-alpha")
+
+
+class GAU(GatedUnit):
+    """Gated Attention Unit: attention and feed-forward layer in one, with a single head and a wide gated value.
+
+        [u, v, z] = silu(norm(x) W + b)          widths e, e, S
+        q, k      = RoPE(OffsetScale(z))
+        y         = x + gau_attention(q, k, v, gate=u) W_o + b_o
+
+    Two GAUs replace one attention and one feed-forward layer. Parameters: about 3 d e + d S.
+    Source: [GAU] Hua et al. 2022 (arXiv 2202.10447), section 2.2 and code 1.
+
+    Every argument from `norm` to `token_shift` that is None takes its value from the preset `spec`:
+
+    | | "paper" | "lucidrains" (FLASH-pytorch's GAU) | "gau-alpha" (Su's encoder) |
+    |---|---|---|---|
+    | norm, post_norm | scalenorm, none | layernorm, none | none, rms |
+    | bias | rotary | t5, times sqrt(d), divided by n | none |
+    | rotary_dim, rotary_interleaved | S, no | 0 | S, yes |
+    | score | relu2 | relu2 | softmax_plus |
+    | linear_bias | yes | yes | no |
+
+    with normalizer "keys" and no token shift in all three.
+
+    Args:
+        dim: d, width of input and output.
+        spec: the preset.
+        hidden: e, width of gate and value; None for 2 d.
+        key_dim: S, width of query and key.
+        causal: each token sees only itself and what came before.
+        max_length: longest sequence; needed by `bias="toeplitz"` only.
+        norm: "layernorm", "scalenorm", "scalenorm_clamped", "rmsnorm", "rms" (no parameters) or "none".
+        post_norm: the same names, after the residual sum.
+        bias: relative bias: "none", "toeplitz" (table), "rotary" (rank form) or "t5".
+        bias_scale: factor of the T5 bias.
+        bias_over_n: divide the bias by n too, like q k^T.
+        rotary_dim: how many channels of q and k RoPE turns; 0 for none.
+        rotary_interleaved: RoPE pairs neighbours rather than halves.
+        score: "relu2", "laplace", "softmax" or "softmax_plus"; see `flashgau.gau_attention`.
+        normalizer: n of the first two: "keys", "row" or a number. Decoding needs "row" or a number.
+        linear_bias: whether the projections and OffsetScale have biases.
+        token_shift: half of the normalised channels come from the token before.
+        residual: add x to the output.
+        qk_dropout: dropout of q and k while training.
+        device: where the parameters live.
+        dtype: their type.
+
+    Example:
+        >>> import torch
+        >>> layer = GAU(64, key_dim=16, causal=True, normalizer="row")
+        >>> x = torch.randn(2, 10, 64)
+        >>> y, state = layer(x[:, :9], return_state=True)
+        >>> step, state = layer.step(x[:, 9:], state)
+        >>> bool(torch.allclose(step, layer(x)[:, 9:], atol=1e-5))
+        True
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        spec: str = "paper",
+        hidden: int | None = None,
+        key_dim: int = 128,
+        causal: bool = False,
+        max_length: int | None = None,
+        norm: str | None = None,
+        post_norm: str | None = None,
+        bias: str | None = None,
+        bias_scale: float | None = None,
+        bias_over_n: bool | None = None,
+        rotary_dim: int | None = None,
+        rotary_interleaved: bool | None = None,
+        score: str | None = None,
+        normalizer: str | float | None = None,
+        linear_bias: bool | None = None,
+        token_shift: bool | None = None,
+        residual: bool = True,
+        qk_dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        paper = {
+            "norm": "scalenorm",
+            "post_norm": "none",
+            "bias": "rotary",
+            "bias_scale": 1.0,
+            "bias_over_n": False,
+            "rotary_dim": key_dim,
+            "rotary_interleaved": False,
+            "score": "relu2",
+            "normalizer": "keys",
+            "linear_bias": True,
+            "token_shift": False,
+        }
+        lucidrains = {
+            "norm": "layernorm",
+            "bias": "t5",
+            "bias_scale": dim**0.5,
+            "bias_over_n": True,
+            "rotary_dim": 0,
+        }
+        alpha = {
+            "norm": "none",
+            "post_norm": "rms",
+            "bias": "none",
+            "rotary_interleaved": True,
+            "score": "softmax_plus",
+            "linear_bias": False,
+        }
+        options: dict[str, Any] = from_preset(
+            "GAU",
+            spec,
+            {"paper": paper, "lucidrains": paper | lucidrains, "gau-alpha": paper | alpha},
+            norm=norm,
+            post_norm=post_norm,
+            bias=bias,
+            bias_scale=bias_scale,
+            bias_over_n=bias_over_n,
+            rotary_dim=rotary_dim,
+            rotary_interleaved=rotary_interleaved,
+            score=score,
+            normalizer=normalizer,
+            linear_bias=linear_bias,
+            token_shift=token_shift,
+        )
+        bias_name, bias_factor = options.pop("bias"), options.pop("bias_scale")
+        score, normalizer, over_n = (
+            options.pop("score"),
+            options.pop("normalizer"),
+            options.pop("bias_over_n"),
+        )
+        super().__init__(
+            dim,
+            2,
+            hidden=hidden,
+            key_dim=key_dim,
+            causal=causal,
+            residual=residual,
+            qk_dropout=qk_dropout,
+            device=device,
+            dtype=dtype,
+            **options,
+        )
+        self.score, self.normalizer, self.bias_over_n = score, normalizer, over_n
+        if over_n and normalizer == "row":
+            raise ValueError('GAU: `bias_over_n` with normalizer "row"; expected "keys" or a number')
+        self.rel_bias = make_bias(
+            bias_name,
+            heads=None,
+            dim=key_dim,
+            max_length=max_length,
+            causal=causal,
+            scale=bias_factor,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: UnitState[KeyValueCache] | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """Apply the layer to a batch of sequences, or to the next part of sequences already begun.
+
+        Args:
+            x: (B, N, d). Padding may hold any finite number.
+            lengths: (B,) valid tokens of each right-padded row. Without a state only.
+            cu_seqlens: (G+1,) bounds of G sequences packed in one row (B = 1).
+            state: of the tokens before (causal layers). Its cache is written in place: use it without gradients.
+            return_state: also give the state after the last valid token.
+
+        Returns:
+            (B, N, d), or that and the state. Rows of padding hold x plus the output's bias.
+        """
+        recurrent = return_state or state is not None
+        self._check(x, cu_seqlens, recurrent)
+        if recurrent and self.normalizer == "keys" and self.score in ("relu2", "laplace"):
+            raise ValueError(
+                'GAU: normalizer "keys" divides by the full length, so no prefix has a state; use "row" or a number'
+            )
+        if state is None:
+            gate, v, heads, moving = self._project(x, 0, cu_seqlens, None)
+            q, k = heads
+            valid = lengths
+            memory = KeyValueCache(k.unsqueeze(1), v.unsqueeze(1), lengths) if return_state else None
+        else:
+            if lengths is not None:
+                raise ValueError("GAU: `lengths` and `state` together; a state already knows the length of each row")
+            memory = state.memory
+            gate, v, heads, moving = self._project(x, memory.start, None, state.previous)
+            q, k = heads
+            memory.append(k.unsqueeze(1), v.unsqueeze(1))
+            k, v, valid = memory.keys[:, 0], memory.values[:, 0], memory.lengths
+        out = gau_attention(
+            q,
+            k,
+            v,
+            gate,
+            score=self.score,
+            normalizer=self.normalizer,
+            causal=self.causal,
+            rel_bias=self._bias(k.shape[1], valid, cu_seqlens),
+            lengths=valid,
+            cu_seqlens=cu_seqlens,
+        )
+        y = self._finish(x, out)
+        return (y, UnitState(memory, last_shifted(moving, lengths))) if return_state else y
+
+    def step(self, x: Tensor, state: UnitState[KeyValueCache]) -> tuple[Tensor, UnitState[KeyValueCache]]:
+        """The next token: x (B, 1, d) -> (B, 1, d), and the state (its cache is written in place)."""
+        return self.forward(x, state=state, return_state=True)
+
+    def _bias(self, length: int, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
+        if self.rel_bias is None:
+            return None
+        bias = self.rel_bias(length)
+        if not self.bias_over_n:
+            return bias
+        if self.normalizer != "keys":
+            return bias / self.normalizer
+        if cu_seqlens is not None:
+            raise ValueError(
+                "GAU: `bias_over_n` with packed sequences, which have one bias but a length each; "
+                "use `lengths`, or a number as `normalizer`"
+            )
+        if lengths is None:
+            return bias / max(length, 1)
+        return bias / lengths.clamp(min=1).unsqueeze(-1).to(bias.dtype)

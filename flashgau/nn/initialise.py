@@ -1,0 +1,25 @@
+"""How weights start: N(0, 0.02) for every matrix and 0 for every bias, as in the GAU paper (arXiv 2202.10447)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+STD = 0.02
+
+
+def linear(inputs: int, outputs: int, bias: bool, **factory: Any) -> nn.Linear:
+    """An `nn.Linear` that starts as N(0, 0.02) with zero bias; `factory` holds device and dtype."""
+    layer = nn.Linear(inputs, outputs, bias=bias, **factory)
+    nn.init.normal_(layer.weight, std=STD)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def embedding(count: int, dim: int, **factory: Any) -> nn.Embedding:
+    """An `nn.Embedding` that starts as N(0, 0.02); `factory` holds device and dtype."""
+    table = nn.Embedding(count, dim, **factory)
+    nn.init.normal_(table.weight, std=STD)
+    return table

@@ -1,0 +1,156 @@
+"""Multi-head softmax attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import attention
+from .biases import make_bias
+from .cache import KeyValueCache
+from .initialise import linear
+from .rotary import RotaryEmbedding, packed_positions
+
+
+class MultiHeadAttention(nn.Module):
+    """softmax(q k^T / sqrt D) v in several heads, with grouped queries, RoPE, relative bias and a cache.
+
+    It has neither norm nor residual sum: a model adds them.
+
+    Args:
+        dim: d, width of input and output.
+        heads: Hq, query heads.
+        kv_heads: Hkv, key and value heads, a divisor of `heads` (grouped queries); None for as many.
+        head_dim: D; None for d / heads.
+        causal: each token sees only itself and what came before.
+        rotary_dim: how many channels of q and k RoPE turns; None for all D, 0 for none.
+        bias: relative bias: "none", "toeplitz" (table), "t5" or "alibi".
+        max_length: longest sequence; needed by `bias="toeplitz"` only.
+        linear_bias: whether the projections have biases.
+        dropout: dropout of the attention weights while training.
+        device: where the parameters live.
+        dtype: their type.
+
+    Example:
+        >>> import torch
+        >>> layer = MultiHeadAttention(64, heads=4, kv_heads=2, causal=True)
+        >>> x = torch.randn(2, 10, 64)
+        >>> y, cache = layer(x[:, :9], return_state=True)
+        >>> step, cache = layer.step(x[:, 9:], cache)
+        >>> bool(torch.allclose(step, layer(x)[:, 9:], atol=1e-5))
+        True
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        causal: bool = False,
+        rotary_dim: int | None = None,
+        bias: str = "none",
+        max_length: int | None = None,
+        linear_bias: bool = False,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"MultiHeadAttention: `heads` is {heads}; expected a multiple of `kv_heads` = {kv_heads}")
+        if head_dim is None and dim % heads:
+            raise ValueError(
+                f"MultiHeadAttention: `dim` is {dim}; expected a multiple of `heads` = {heads}, or a `head_dim`"
+            )
+        head_dim = dim // heads if head_dim is None else head_dim
+        self.dim, self.heads, self.kv_heads, self.head_dim = dim, heads, kv_heads, head_dim
+        self.causal, self.dropout = causal, dropout
+        self.to_qkv = linear(dim, (heads + 2 * kv_heads) * head_dim, linear_bias, device=device, dtype=dtype)
+        self.rotary = None if rotary_dim == 0 else RotaryEmbedding(rotary_dim or head_dim)
+        self.rel_bias = make_bias(
+            bias,
+            heads=heads,
+            dim=head_dim,
+            max_length=max_length,
+            causal=causal,
+            device=device,
+            dtype=dtype,
+        )
+        self.to_out = linear(heads * head_dim, dim, linear_bias, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: KeyValueCache | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """Apply the layer to a batch of sequences, or to the next part of sequences already begun.
+
+        Args:
+            x: (B, N, d). Padding may hold any finite number.
+            lengths: (B,) valid tokens of each right-padded row. Without a state only.
+            cu_seqlens: (G+1,) bounds of G sequences packed in one row (B = 1).
+            state: cache of the tokens before (causal layers), written in place: use it without gradients.
+            return_state: also give the cache after the last valid token.
+
+        Returns:
+            (B, N, d), or that and the cache. Rows of padding hold the output's bias, or 0.
+        """
+        if x.ndim != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"MultiHeadAttention: `x` has shape {tuple(x.shape)}; expected (B, N, {self.dim})")
+        recurrent = return_state or state is not None
+        if recurrent and not self.causal:
+            raise ValueError("MultiHeadAttention: only a causal layer has a cache; it was made with `causal=False`")
+        if recurrent and cu_seqlens is not None:
+            raise ValueError(
+                "MultiHeadAttention: `cu_seqlens` and a cache together; give each sequence a row and `lengths`"
+            )
+        if state is not None and lengths is not None:
+            raise ValueError("MultiHeadAttention: `lengths` and `state` together; a cache knows each row's length")
+        start: int | Tensor = 0 if state is None else state.start
+        qk, v = self._project(x, start, cu_seqlens)
+        q, k = qk.split((self.heads, self.kv_heads), dim=1)
+        if state is not None:
+            state.append(k, v)
+            k, v, lengths = state.keys, state.values, state.lengths
+        elif return_state:
+            state = KeyValueCache(k, v, lengths)
+        out: Any = attention(
+            q,
+            k,
+            v,
+            causal=self.causal,
+            rel_bias=None if self.rel_bias is None else self.rel_bias(k.shape[2]),
+            lengths=lengths,
+            cu_seqlens=cu_seqlens,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        y = self.to_out(out.transpose(1, 2).flatten(2))
+        return (y, state) if return_state else y
+
+    def step(self, x: Tensor, state: KeyValueCache) -> tuple[Tensor, KeyValueCache]:
+        """The next token: x (B, 1, d) -> (B, 1, d), and the cache (written in place)."""
+        return self.forward(x, state=state, return_state=True)
+
+    def _project(self, x: Tensor, start: int | Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, Hq + Hkv, N, D), turned by RoPE, and values (B, Hkv, N, D)."""
+        heads = self.to_qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_dim)).transpose(1, 2)
+        qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
+        if self.rotary is not None:
+            positions = None if cu_seqlens is None else packed_positions(x.shape[1], cu_seqlens)
+            qk = self.rotary(qk, start, positions)
+        return qk, v
+
+    def extra_repr(self) -> str:
+        """The arguments, for printing."""
+        return (
+            f"{self.dim}, heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, causal={self.causal}"
+        )

@@ -1,0 +1,172 @@
+"""Mixed chunk attention in several heads: what "mc-tfm++" has in place of softmax attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import MixedChunkState, mixed_chunk_attention, mixed_chunk_step
+from .biases import make_bias
+from .initialise import linear
+from .rotary import RotaryEmbedding, packed_positions
+
+
+class MultiHeadMixedChunk(nn.Module):
+    """Mixed chunk attention with the projections of `MultiHeadAttention`; linear in the length.
+
+    Each head's query and key serve the quadratic part inside a chunk and the linear part between chunks.
+    It has neither norm nor residual sum: a model adds them.
+
+    Source: the MC-TFM++ ablation of [GAU] (arXiv 2202.10447), section 4.
+
+    Args:
+        dim: d, width of input and output.
+        heads: H.
+        kv_heads: key and value heads, a divisor of `heads`; None for as many.
+        head_dim: D; None for d / heads.
+        chunk_size: C.
+        causal: each token sees only itself and what came before.
+        rotary_dim: how many channels of q and k RoPE turns; None for all D, 0 for none.
+        bias: relative bias inside a chunk, one for all heads: "none", "toeplitz", "rotary" or "t5".
+        score: "relu2" or "laplace"; see `flashgau.mixed_chunk_attention`.
+        linear_bias: whether the projections have biases.
+        device: where the parameters live.
+        dtype: their type.
+
+    Example:
+        >>> import torch
+        >>> layer = MultiHeadMixedChunk(64, heads=4, chunk_size=8, causal=True)
+        >>> x = torch.randn(2, 20, 64)
+        >>> y, state = layer(x[:, :19], return_state=True)
+        >>> step, state = layer.step(x[:, 19:], state)
+        >>> bool(torch.allclose(step, layer(x)[:, 19:], atol=1e-5))
+        True
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        chunk_size: int = 256,
+        causal: bool = False,
+        rotary_dim: int | None = None,
+        bias: str = "toeplitz",
+        score: str = "relu2",
+        linear_bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"MultiHeadMixedChunk: `heads` is {heads}; expected a multiple of `kv_heads` = {kv_heads}")
+        if head_dim is None and dim % heads:
+            raise ValueError(
+                f"MultiHeadMixedChunk: `dim` is {dim}; expected a multiple of `heads` = {heads}, or a `head_dim`"
+            )
+        head_dim = dim // heads if head_dim is None else head_dim
+        self.dim, self.heads, self.kv_heads, self.head_dim = dim, heads, kv_heads, head_dim
+        self.chunk_size, self.causal, self.score = chunk_size, causal, score
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.to_qkv = linear(dim, (heads + 2 * kv_heads) * head_dim, linear_bias, **factory)
+        self.rotary = None if rotary_dim == 0 else RotaryEmbedding(rotary_dim or head_dim)
+        self.rel_bias = make_bias(bias, heads=None, dim=head_dim, max_length=chunk_size, causal=causal, **factory)
+        self.to_out = linear(heads * head_dim, dim, linear_bias, **factory)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: MixedChunkState | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """Apply the layer to a batch of sequences, or to the next part of sequences already begun.
+
+        Args:
+            x: (B, N, d). Padding may hold any finite number.
+            lengths: (B,) valid tokens of each right-padded row.
+            cu_seqlens: (G+1,) bounds of G sequences packed in one row (B = 1).
+            state: of the tokens before (causal layers), with B H rows; it is not changed.
+            return_state: also give the state after the last valid token of each row.
+
+        Returns:
+            (B, N, d), or that and the state. Rows of padding hold finite numbers without meaning.
+        """
+        if x.ndim != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"MultiHeadMixedChunk: `x` has shape {tuple(x.shape)}; expected (B, N, {self.dim})")
+        recurrent = return_state or state is not None
+        if recurrent and not self.causal:
+            raise ValueError("MultiHeadMixedChunk: only a causal layer has a state; this one is not causal")
+        if recurrent and cu_seqlens is not None:
+            raise ValueError(
+                "MultiHeadMixedChunk: `cu_seqlens` and a state together; give each sequence a row and `lengths`"
+            )
+        batch, n, _ = x.shape
+        q, k, v = self._project(x, state, cu_seqlens)
+        if cu_seqlens is not None:
+            # The heads' sequences follow one another in one row.
+            q, k, v = (t.reshape(1, self.heads * n, self.head_dim) for t in (q, k, v))
+            first = torch.arange(self.heads, device=x.device)[:, None] * n + cu_seqlens[:-1]
+            bounds = torch.cat((first.flatten(), first.new_full((1,), self.heads * n)))
+        result: Any = mixed_chunk_attention(
+            q,
+            k,
+            q,
+            k,
+            v,
+            chunk_size=self.chunk_size,
+            score=self.score,
+            causal=self.causal,
+            rel_bias=None if self.rel_bias is None else self.rel_bias(self.chunk_size),
+            lengths=None if lengths is None else lengths.repeat_interleave(self.heads),
+            cu_seqlens=None if cu_seqlens is None else bounds,
+            initial_state=state,
+            return_state=return_state,
+        )
+        out, state = result if return_state else (result, None)
+        y = self._merge(out, batch, n)
+        return (y, state) if return_state else y
+
+    def step(self, x: Tensor, state: MixedChunkState) -> tuple[Tensor, MixedChunkState]:
+        """The next token, in constant time and memory: x (B, 1, d) -> (B, 1, d), and the new state."""
+        q, k, v = self._project(x, state, None)
+        bias = None if self.rel_bias is None else self.rel_bias(self.chunk_size)
+        out, state = mixed_chunk_step(q, k, q, k, v, state=state, score=self.score, rel_bias=bias)
+        return self._merge(out, x.shape[0], 1), state
+
+    def _project(
+        self, x: Tensor, state: MixedChunkState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, each (B H, N, D)."""
+        heads = self.to_qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_dim)).transpose(1, 2)
+        qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
+        if self.rotary is not None:
+            start: int | Tensor = 0 if state is None else state.position[:: self.heads]
+            positions = None if cu_seqlens is None else packed_positions(x.shape[1], cu_seqlens)
+            qk = self.rotary(qk, start, positions)
+        q, k = qk.split((self.heads, self.kv_heads), dim=1)
+        group = self.heads // self.kv_heads
+        return q.flatten(0, 1), _repeat(k, group).flatten(0, 1), _repeat(v, group).flatten(0, 1)
+
+    def _merge(self, out: Tensor, batch: int, n: int) -> Tensor:
+        """Heads (B H, N, D), or (1, H N, D), to the output (B, N, d)."""
+        heads = out.reshape(batch, self.heads, n, self.head_dim)
+        return self.to_out(heads.transpose(1, 2).flatten(2))
+
+    def extra_repr(self) -> str:
+        """The arguments, for printing."""
+        return (
+            f"{self.dim}, heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, "
+            f"chunk_size={self.chunk_size}, causal={self.causal}"
+        )
+
+
+def _repeat(x: Tensor, group: int) -> Tensor:
+    return x if group == 1 else x.repeat_interleave(group, dim=1)

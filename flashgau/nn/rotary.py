@@ -1,0 +1,94 @@
+"""Rotary position embedding, and where the tokens of packed sequences stand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def packed_positions(n: int, cu_seqlens: Tensor) -> Tensor:
+    """Position of each of n packed tokens in its own sequence: (n,) int64, counted from 0 at every boundary.
+
+    Example:
+        >>> import torch
+        >>> packed_positions(6, torch.tensor([0, 2, 6])).tolist()
+        [0, 1, 0, 1, 2, 3]
+    """
+    tokens = torch.arange(n, device=cu_seqlens.device)
+    bounds = cu_seqlens.long()
+    sequence = torch.searchsorted(bounds, tokens, right=True) - 1
+    return tokens - bounds[sequence.clamp(min=0)]
+
+
+class RotaryEmbedding(nn.Module):
+    """RoPE: pairs of channels turn by position * base^(-2i/dim), so that q.k depends on the distance only.
+
+    Angles and rotation are computed in fp32 (fp64 for fp64 input; the frequencies are fp32 numbers there too); the
+    result has x's dtype. It has no parameters and no buffers.
+
+    Source: Su et al. 2021 (arXiv 2104.09864). Channel i is paired with i + dim/2 ("half-split", the form of the GAU
+    paper), or 2i with 2i + 1 if `interleaved`.
+
+    Args:
+        dim: how many leading channels turn; None for all of them. Even.
+        interleaved: pair neighbours rather than halves.
+        base: the slowest pair turns by base^(-(dim - 2) / dim) per token.
+
+    Example:
+        >>> import torch
+        >>> rotary = RotaryEmbedding()
+        >>> q, k = torch.randn(2, 1, 1, 8)
+        >>> score = lambda i, j: (rotary(q, i) * rotary(k, j)).sum()
+        >>> bool(torch.allclose(score(7, 4), score(3, 0), atol=1e-5))
+        True
+    """
+
+    def __init__(self, dim: int | None = None, *, interleaved: bool = False, base: float = 10000.0) -> None:
+        super().__init__()
+        if dim is not None and (dim < 2 or dim % 2):
+            raise ValueError(f"RotaryEmbedding: `dim` is {dim}; expected an even number of channels, at least 2")
+        self.dim, self.interleaved, self.base = dim, interleaved, base
+
+    def frequencies(self, dim: int, device: torch.device | str | None = None) -> Tensor:
+        """Angle per token of each pair: (dim/2,) fp32."""
+        return 1.0 / (self.base ** (torch.arange(0, dim, 2, device=device).float() / dim))
+
+    def forward(self, x: Tensor, start: int | Tensor = 0, positions: Tensor | None = None) -> Tensor:
+        """Turn each token of x by its position.
+
+        Args:
+            x: (B, N, S) or (B, H, N, S).
+            start: position of the first token: an int, or one per row (B,).
+            positions: positions themselves, (N,) or (B, N), instead of start.
+
+        Returns:
+            Tensor: x's shape and dtype.
+        """
+        angle = self.angles(x, start, positions)
+        if angle.ndim == 3 and x.ndim == 4:
+            angle = angle.unsqueeze(1)  # the same for every head
+        cos, sin = angle.cos(), angle.sin()
+
+        dim = 2 * angle.shape[-1]
+        turning = x[..., :dim].to(angle.dtype)
+        a, b = (turning[..., 0::2], turning[..., 1::2]) if self.interleaved else turning.chunk(2, dim=-1)
+        pair = (a * cos - b * sin, b * cos + a * sin)
+        turned = torch.stack(pair, dim=-1).flatten(-2) if self.interleaved else torch.cat(pair, dim=-1)
+        turned = turned.to(x.dtype)
+        return turned if dim == x.shape[-1] else torch.cat((turned, x[..., dim:]), dim=-1)
+
+    def angles(self, x: Tensor, start: int | Tensor = 0, positions: Tensor | None = None) -> Tensor:
+        """Angles of every pair at every token of x (..., N, S): (N, pairs) or (B, N, pairs), fp32 (fp64 for fp64)."""
+        dim = self.dim or x.shape[-1]
+        if dim > x.shape[-1] or dim % 2:
+            got, least = tuple(x.shape), self.dim or 2
+            raise ValueError(f"RotaryEmbedding: `x` has shape {got}; expected an even last axis of at least {least}")
+        if positions is None:
+            positions = torch.arange(x.shape[-2], device=x.device)
+            positions = positions + (start[:, None] if isinstance(start, Tensor) else start)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return positions.to(wide).unsqueeze(-1) * self.frequencies(dim, x.device).to(wide)
+
+    def extra_repr(self) -> str:
+        """The arguments, for printing."""
+        return f"dim={self.dim}, interleaved={self.interleaved}, base={self.base}"
