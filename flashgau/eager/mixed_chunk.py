@@ -7,7 +7,7 @@ itself: time and memory are linear in length.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -37,14 +37,16 @@ def mixed_chunk_attention_forward(
     cu_seqlens: Tensor | None = None,
     initial_kv: Tensor | None = None,
     closed_tokens: Tensor | None = None,
+    silu: bool = False,
     save: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Output (B, N, E); the ungated sum of both parts if `save` and there is a gate; KV (G, S, E) of closed chunks.
 
     `lin_normalizer` None divides by the number of tokens summed. `initial_kv` (G, S, E) and `closed_tokens` (G,)
     continue sequences (causal only) whose chunks so far are closed. KV is what a causal continuation starts from.
+    With `silu`, `v` and `gate` are the values and gate before that activation, which is applied as they are read.
     """
-    rule = _Rule(chunk_size, score, causal, quad_normalizer, lin_normalizer)
+    rule = _Rule(chunk_size, score, causal, quad_normalizer, lin_normalizer, silu)
     blank = _blank(lengths, cu_seqlens)
     out = blank(v, memory_format=torch.contiguous_format)
     product = blank(out) if save and gate is not None else None
@@ -54,20 +56,20 @@ def mixed_chunk_attention_forward(
         kv = states[part.seq.states]
         if not causal:
             for c in part.chunks():
-                part.accumulate(kv, part.take(part.lin_k, c), part.take(part.v, c))
+                part.accumulate(kv, part.take(part.lin_k, c), part.activated(part.v, c))
         for c in part.chunks():
-            v_c = part.take(part.v, c)
+            v_c = part.activated(part.v, c)
             x = part.begin(product if gate is not None else out, c, part.weights(c)[1].to(part.factor), v_c)
             if part.has_global(c):
                 x.baddbmm_(part.scaled_lin_q(c), kv.to(part.factor))
             if causal and part.is_closed(c):
-                part.accumulate(kv, part.take(part.lin_k, c), part.take(part.v, c))
+                part.accumulate(kv, part.take(part.lin_k, c), v_c)
             if product is not None:
                 part.finish(product, c, x)
             if gate is None:
                 part.finish(out, c, x)
             else:
-                torch.mul(x, part.take(gate, c), out=part.view(out, c))
+                torch.mul(x, part.activated(gate, c), out=part.view(out, c))
     return out, product, states
 
 
@@ -92,9 +94,10 @@ def mixed_chunk_attention_backward(
     cu_seqlens: Tensor | None = None,
     initial_kv: Tensor | None = None,
     closed_tokens: Tensor | None = None,
+    silu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias (B, 2P-1) and initial_kv (None without it)."""
-    rule = _Rule(chunk_size, score, causal, quad_normalizer, lin_normalizer)
+    rule = _Rule(chunk_size, score, causal, quad_normalizer, lin_normalizer, silu)
     acc = accumulator(v.dtype)
     blank = _blank(lengths, cu_seqlens)
     dquad_q, dquad_k, dlin_q, dlin_k, dv = (blank(t) for t in (quad_q, quad_k, lin_q, lin_k, v))
@@ -108,7 +111,7 @@ def mixed_chunk_attention_backward(
         ds_sum = torch.zeros_like(part.bias_block) if part.bias_block is not None else None
         if not causal:
             for c in part.chunks():
-                part.accumulate(kv, part.take(part.lin_k, c), part.take(part.v, c))
+                part.accumulate(kv, part.take(part.lin_k, c), part.activated(part.v, c))
         # Forwards: what each chunk's queries read from the state.
         for c in part.chunks():
             dx = part.gated(dout, gate, c)
@@ -117,7 +120,7 @@ def mixed_chunk_attention_backward(
             else:
                 part.view(dlin_q, c).zero_()
             if causal and part.is_closed(c):
-                part.accumulate(kv, part.take(part.lin_k, c), part.take(part.v, c))
+                part.accumulate(kv, part.take(part.lin_k, c), part.activated(part.v, c))
             if not causal:
                 part.accumulate(dkv, part.scaled_lin_q(c), dx)
         # Backwards: what each chunk's keys and values gave to its own queries and, through the state, to others.
@@ -125,8 +128,9 @@ def mixed_chunk_attention_backward(
             dx = part.gated(dout, gate, c)
             if gate is not None and dgate is not None and product is not None:
                 torch.mul(part.view(dout, c), part.view(product, c), out=part.view(dgate, c))
+                part.through_silu(dgate, gate, c)
             s, a = part.weights(c)
-            v_c = part.take(part.v, c)
+            v_c = part.activated(part.v, c)
             dv_c = part.begin(dv, c, a.to(part.factor).mT, dx)
             if not causal or part.is_closed(c):
                 state = dkv.to(part.factor)
@@ -135,6 +139,7 @@ def mixed_chunk_attention_backward(
             else:
                 part.view(dlin_k, c).zero_()
             part.finish(dv, c, dv_c)
+            part.through_silu(dv, v, c)
             if causal and part.has_global(c):
                 part.accumulate(dkv, part.scaled_lin_q(c), dx)
             ds = (dx @ v_c.mT).to(acc).mul_(score_slope(score, s))
@@ -160,6 +165,7 @@ class _Rule:
     causal: bool
     quad_normalizer: float
     lin_normalizer: float | None
+    silu: bool
 
 
 @dataclass(frozen=True)
@@ -175,6 +181,7 @@ class _Part:
     v: Tensor
     bias_block: Tensor | None  # (b, C, C), the same for every chunk
     closed_tokens: Tensor | None  # (b, 1, 1)
+    rooms: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def factor(self) -> torch.dtype:
@@ -194,7 +201,28 @@ class _Part:
 
     def gated(self, dout: Tensor, gate: Tensor | None, c: slice) -> Tensor:
         """The gradient of the ungated product."""
-        return self.take(dout, c) if gate is None else self.take(dout, c) * self.take(gate, c)
+        d = self.take(dout, c)
+        return d if gate is None else torch.mul(d, self.activated(gate, c), out=self.room("product", d))
+
+    def activated(self, x: Tensor, c: slice) -> Tensor:
+        """The chunk's rows of v or the gate, as factors."""
+        rows = self.take(x, c)
+        if not self.rule.silu:
+            return rows
+        return torch.ops.aten.silu.out(rows, out=self.room("v" if x is self.v else "gate", rows))
+
+    def room(self, name: str, like: Tensor) -> Tensor:
+        """Memory for an intermediate of one chunk, the same for all: fresh pages cost as much as the arithmetic."""
+        room = self.rooms.get(name)
+        if room is None or room.shape != like.shape:
+            room = self.rooms[name] = torch.empty_like(like, memory_format=torch.contiguous_format)
+        return room
+
+    def through_silu(self, grad: Tensor, x: Tensor, c: slice) -> None:
+        """Turn the chunk's gradient of silu(x) into that of x, in place."""
+        if self.rule.silu:
+            place = self.view(grad, c)
+            place.copy_(torch.ops.aten.silu_backward(place, self.view(x, c)))
 
     def is_closed(self, c: slice) -> bool:
         return c.stop - c.start == self.rule.chunk_size
@@ -220,7 +248,7 @@ class _Part:
     def begin(self, target: Tensor | None, c: slice, a: Tensor, b: Tensor) -> Tensor:
         """The product a b, computed in the chunk's place in `target` where the types agree."""
         if target is None or target.dtype != a.dtype:
-            return torch.bmm(a, b)
+            return a @ b
         place = self.view(target, c)
         return torch.bmm(a, b, out=place)
 
