@@ -79,6 +79,20 @@ def factor_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+class Rooms:
+    """Memory for intermediates of a loop, the same in every turn: fresh pages can cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[str, Tensor] = {}
+
+    def like(self, name: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The contiguous room of that name, shaped as x; what it held is lost."""
+        room = self._rooms.get(name)
+        if room is None or room.shape != x.shape:
+            room = self._rooms[name] = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+        return room
+
+
 def toeplitz_block(vector: Tensor, first: int, rows: int, columns: int) -> Tensor:
     """The block T[a, c] = vector[first + c - a] of a Toeplitz matrix, for every leading index.
 

@@ -6,28 +6,48 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .common import accumulator, factor_dtype
+from .common import Rooms, accumulator, factor_dtype
 
 _PIECE = 2**17  # elements worked on at a time on a CPU: half a megabyte in fp32, so intermediates stay in cache
 _PANEL = 512  # rows of x multiplied at a time in glu_linear
 
-Derivative = Callable[[Tensor, Tensor], Tensor]
+Forward = Callable[[Tensor, Tensor], Tensor]
+Backward = Callable[[Tensor, Tensor, Tensor], Tensor]
+_aten = torch.ops.aten
 
-# Each activation as (function, derivative); the derivative takes the incoming gradient and the activation's input.
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Derivative]] = {
-    "identity": (lambda x: x, lambda d, x: d),
-    "sigmoid": (torch.sigmoid, lambda d, x: torch.ops.aten.sigmoid_backward(d, torch.sigmoid(x))),
-    "relu": (F.relu, lambda d, x: torch.ops.aten.threshold_backward(d, x, 0)),
-    "relu2": (lambda x: F.relu(x).square_(), lambda d, x: F.relu(x).mul_(d).mul_(2)),
-    "gelu": (F.gelu, torch.ops.aten.gelu_backward),
-    "gelu_tanh": (
-        lambda x: F.gelu(x, approximate="tanh"),
-        lambda d, x: torch.ops.aten.gelu_backward(d, x, approximate="tanh"),
+
+def _sigmoid_backward(d: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    return _aten.sigmoid_backward.grad_input(d, torch.sigmoid(x), grad_input=out)
+
+
+def _gelu(approximate: str) -> tuple[Forward, Backward]:
+    return (
+        lambda x, out: _aten.gelu.out(x, approximate=approximate, out=out),
+        lambda d, x, out: _aten.gelu_backward.grad_input(d, x, approximate=approximate, grad_input=out),
+    )
+
+
+# Each activation as (function of x, derivative at x times the gradient d). Both may write into `out`, and return the
+# result, wherever it is.
+ACTIVATIONS: dict[str, tuple[Forward, Backward]] = {
+    "identity": (lambda x, out: x, lambda d, x, out: d),
+    "sigmoid": (lambda x, out: torch.sigmoid(x, out=out), _sigmoid_backward),
+    "relu": (
+        lambda x, out: torch.clamp_min(x, 0, out=out),
+        lambda d, x, out: _aten.threshold_backward.grad_input(d, x, 0, grad_input=out),
     ),
-    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "relu2": (
+        lambda x, out: torch.clamp_min(x, 0, out=out).square_(),
+        lambda d, x, out: torch.clamp_min(x, 0, out=out).mul_(d).mul_(2),
+    ),
+    "gelu": _gelu("none"),
+    "gelu_tanh": _gelu("tanh"),
+    "silu": (
+        lambda x, out: _aten.silu.out(x, out=out),
+        lambda d, x, out: _aten.silu_backward.grad_input(d, x, grad_input=out),
+    ),
 }
 
 
@@ -35,8 +55,9 @@ def glu_forward(gate: Tensor, up: Tensor | None, *, activation: str, up_activati
     """act(gate) * up_act(up); without `up` the last axis of `gate` holds [gate | up]."""
     gate, up = _halves(gate, up)
     out = gate.new_empty(gate.shape)
+    rooms = Rooms()
     for g, u, o in _pieces(gate, up, out):
-        _gated(g, u, activation, up_activation, o)
+        _gated(g, u, activation, up_activation, o, rooms)
     return out
 
 
@@ -46,8 +67,9 @@ def glu_backward(
     """Gradients of `gate` and `up`; of the packed tensor and None when they came packed."""
     dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
     dup = torch.empty_like(up, memory_format=torch.contiguous_format) if up is not None else None
+    rooms = Rooms()
     for d, g, u, dg, du in _pieces(dout, *_halves(gate, up), *_halves(dgate, dup)):
-        _gated_backward(d, g, u, activation, up_activation, dg, du)
+        _gated_backward(d, g, u, activation, up_activation, dg, du, rooms)
     return dgate, dup
 
 
@@ -69,12 +91,13 @@ def glu_linear_forward(
     u_all = torch.empty_like(out) if save else None
     factor = factor_dtype(x)
     wg, wu = w_gate.to(factor).T, w_up.to(factor).T
+    rooms = Rooms()
     for r in _panels(rows.shape[0], x.device):
         panel = rows[r].to(factor)
         g, u = _affine(panel, wg, b_gate), _affine(panel, wu, b_up)
         if g_all is not None and u_all is not None:
             g_all[r], u_all[r] = g, u
-        _gated(g, u, activation, up_activation, out[r])
+        _gated(g, u, activation, up_activation, out[r], rooms)
     shape = (*x.shape[:-1], w_gate.shape[0])
     return (
         out.view(shape),
@@ -102,10 +125,11 @@ def glu_linear_backward(
     wg, wu = w_gate.to(factor), w_up.to(factor)
     flat = [_rows(t) for t in (dout, x, g, u)]
     dx_rows = _rows(dx)
+    rooms = Rooms()
     for r in _panels(flat[0].shape[0], x.device):
         d_r, x_r, g_r, u_r = (t[r] for t in flat)
         dg, du = torch.empty_like(g_r, dtype=acc), torch.empty_like(u_r, dtype=acc)
-        _gated_backward(d_r, g_r, u_r, activation, up_activation, dg, du)
+        _gated_backward(d_r, g_r, u_r, activation, up_activation, dg, du, rooms)
         dbg += dg.sum(0)
         dbu += du.sum(0)
         dg, du, x_r = dg.to(factor), du.to(factor), x_r.to(factor)
@@ -116,22 +140,35 @@ def glu_linear_backward(
     return dx, dwg.to(dt), dwu.to(dt), dbg.to(dt), dbu.to(dt)
 
 
-def _gated(g: Tensor, u: Tensor, activation: str, up_activation: str, out: Tensor) -> None:
-    acc = accumulator(out.dtype)
-    torch.mul(_apply(activation, g.to(acc)), _apply(up_activation, u.to(acc)), out=out)
+def _gated(g: Tensor, u: Tensor, activation: str, up_activation: str, out: Tensor, rooms: Rooms) -> None:
+    g, u = (_widened(x, name, out.dtype, rooms) for name, x in (("g", g), ("u", u)))
+    a = ACTIVATIONS[activation][0](g, rooms.like("act(g)", g))
+    torch.mul(a, ACTIVATIONS[up_activation][0](u, rooms.like("act(u)", u)), out=out)
 
 
 def _gated_backward(
-    d: Tensor, g: Tensor, u: Tensor, activation: str, up_activation: str, dg: Tensor, du: Tensor
+    d: Tensor, g: Tensor, u: Tensor, activation: str, up_activation: str, dg: Tensor, du: Tensor, rooms: Rooms
 ) -> None:
-    acc = accumulator(d.dtype)
-    d, g, u = d.to(acc), g.to(acc), u.to(acc)
-    dg.copy_(ACTIVATIONS[activation][1](d * _apply(up_activation, u), g))
-    du.copy_(ACTIVATIONS[up_activation][1](d * _apply(activation, g), u))
+    d, g, u = (_widened(x, name, d.dtype, rooms) for name, x in (("d", d), ("g", g), ("u", u)))
+    for x, act, grad, other, other_act in (
+        (g, activation, dg, u, up_activation),
+        (u, up_activation, du, g, activation),
+    ):
+        value = ACTIVATIONS[other_act][0](other, rooms.like("value", other))
+        if act == "identity":
+            torch.mul(d, value, out=grad)
+            continue
+        incoming = torch.mul(d, value, out=rooms.like("incoming", d))
+        target = grad if grad.dtype == d.dtype else rooms.like("grad", d)
+        result = ACTIVATIONS[act][1](incoming, x, target)
+        if result is not grad:
+            grad.copy_(result)
 
 
-def _apply(activation: str, x: Tensor) -> Tensor:
-    return ACTIVATIONS[activation][0](x)
+def _widened(x: Tensor, name: str, dtype: torch.dtype, rooms: Rooms) -> Tensor:
+    """x in the type that sums are kept in for inputs of `dtype`."""
+    acc = accumulator(dtype)
+    return x if x.dtype == acc else rooms.like(name, x, acc).copy_(x)
 
 
 def _affine(x: Tensor, w_t: Tensor, bias: Tensor | None) -> Tensor:

@@ -23,38 +23,38 @@ def projection_forward(
     residual: Tensor | None,
     widths: list[int],
     *,
-    silu: list[bool],
+    silu: bool,
     save: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Parts (..., width) of x W^T + b, under silu where it says so, and if `save` those parts as they were before.
+    """Parts (..., width) of x W^T + b, under silu or not, and the parts before it if `save` (and `silu`).
 
-    A residual is added to the parts without silu.
+    Without silu a residual is added to the first part.
     """
     rows = x.reshape(-1, x.shape[-1])
     factor = factor_dtype(x)
     weights = weight.to(factor).split(widths)
     biases = bias.to(factor).split(widths) if bias is not None else [None] * len(widths)
     parts = [rows.new_empty(rows.shape[0], width) for width in widths]
-    saved = [torch.empty_like(part) if save and active else None for part, active in zip(parts, silu, strict=True)]
+    saved = [torch.empty_like(part) for part in parts] if save and silu else []
     for r in _panels(rows):
         panel = rows[r].to(factor)
         for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
-            out, kept = parts[i][r], saved[i]
-            before = out if not silu[i] else torch.empty_like(out) if kept is None else kept[r]
+            out = parts[i][r]
+            before = saved[i][r] if saved else (torch.empty_like(out) if silu else out)
             h = before if before.dtype == factor else None
             h = torch.mm(panel, w.T, out=h) if b is None else torch.addmm(b, panel, w.T, out=h)
-            if residual is not None and not silu[i]:
+            if residual is not None:
                 h += residual.reshape(rows.shape[0], -1)[r]
             if h is not before:
                 before.copy_(h)
-            if silu[i]:
+            if silu:
                 _silu_into(h, out)
     shape = x.shape[:-1]
-    return [p.view(*shape, -1) for p in parts], [p.view(*shape, -1) for p in saved if p is not None]
+    return [p.view(*shape, p.shape[-1]) for p in parts], [p.view(*shape, p.shape[-1]) for p in saved]
 
 
 def projection_backward(
-    dparts: list[Tensor], x: Tensor, weight: Tensor, saved: list[Tensor], *, silu: list[bool]
+    dparts: list[Tensor], x: Tensor, weight: Tensor, saved: list[Tensor], *, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
     rows = x.reshape(-1, x.shape[-1])
@@ -65,15 +65,14 @@ def projection_backward(
     dbias = dweight.new_zeros(weight.shape[0])
     dx = torch.empty_like(rows, memory_format=torch.contiguous_format)
     flat = [d.reshape(-1, width) for d, width in zip(dparts, widths, strict=True)]
-    kept = iter(saved)
-    before = [next(kept).reshape(-1, width) if active else None for width, active in zip(widths, silu, strict=True)]
+    before = [h.reshape(-1, width) for h, width in zip(saved, widths, strict=True)] if silu else None
     for r in _panels(rows):
         panel = rows[r].to(factor)
         dpanel = dx[r] if dx.dtype == factor else torch.empty_like(panel)
         for i, (w, dw, db) in enumerate(zip(weights, dweight.split(widths), dbias.split(widths), strict=True)):
-            d, h = flat[i][r].to(acc), before[i]
-            if h is not None:
-                d = torch.ops.aten.silu_backward(d, h[r].to(acc))
+            d = flat[i][r].to(acc)
+            if before is not None:
+                d = torch.ops.aten.silu_backward(d, before[i][r].to(acc))
             db += d.sum(0)
             d = d.to(factor)
             if i == 0:

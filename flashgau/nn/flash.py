@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import MixedChunkState, mixed_chunk_step
-from ..ops.mixed_chunk import attend
+from ..ops import MixedChunkState, mixed_chunk_attention, mixed_chunk_step
 from .biases import make_bias
 from .gated_unit import GatedUnit, UnitState, from_preset, last_shifted
 
@@ -192,8 +191,8 @@ class FLASH(GatedUnit):
         self._check(x, cu_seqlens, return_state or state is not None)
         start: int | Tensor = 0 if state is None else state.memory.position
         previous = None if state is None else state.previous
-        gate, v, heads, moving = self._project(x, start, cu_seqlens, previous, activate=False)
-        result: Any = attend(
+        gate, v, heads, moving = self._project(x, start, cu_seqlens, previous)
+        result: Any = mixed_chunk_attention(
             **dict(zip(self.head_order, heads, strict=True)),
             v=v,
             gate=gate,
@@ -206,7 +205,6 @@ class FLASH(GatedUnit):
             cu_seqlens=cu_seqlens,
             initial_state=None if state is None else state.memory,
             return_state=return_state,
-            silu=True,
         )
         if not return_state:
             return self._finish(x, result)

@@ -101,17 +101,14 @@ class GatedUnit(nn.Module):
         start: int | Tensor,
         cu_seqlens: Tensor | None,
         previous: Tensor | None,
-        activate: bool = True,
     ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
-        """Gate and value (B, N, e), every head (B, N, S), and the second result of `shift_tokens`.
-
-        With `activate=False` gate and value are those before silu, for an operation that applies it as it reads them.
-        """
+        """Gate and value (B, N, e), every head (B, N, S), and the second result of `shift_tokens`."""
         normed, moving = self.norm(x), None
         if self.token_shift:
             normed, moving = shift_tokens(normed, previous, cu_seqlens)
-        widths, silu = (self.hidden, self.hidden, self.key_dim), (activate, activate, True)
-        gate, value, z = projection(normed, self.to_hidden.weight, self.to_hidden.bias, widths, silu=silu)
+        gate, value, z = projection(
+            normed, self.to_hidden.weight, self.to_hidden.bias, (self.hidden, self.hidden, self.key_dim), silu=True
+        )
         angles = None
         if self.rotary is not None:
             positions = None if cu_seqlens is None else packed_positions(x.shape[1], cu_seqlens)
@@ -125,7 +122,7 @@ class GatedUnit(nn.Module):
 
     def _finish(self, x: Tensor, out: Tensor) -> Tensor:
         residual = x if self.residual else None
-        (y,) = projection(out, self.to_out.weight, self.to_out.bias, (self.dim,), silu=(False,), residual=residual)
+        (y,) = projection(out, self.to_out.weight, self.to_out.bias, (self.dim,), silu=False, residual=residual)
         return self.post_norm(y)
 
     def _check(self, x: Tensor, cu_seqlens: Tensor | None, recurrent: bool) -> None:

@@ -198,7 +198,9 @@ def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     ctx.set_materialize_grads(False)  # or zeros would be made for the saved product, which has no gradient
 
 
-def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    if grads[0] is None:
+        return (None,) * 13
     results = _backward(grads[0], *ctx.saved_tensors, *ctx.options)
     return *autograd.only_needed(ctx, results), *[None] * 8
 

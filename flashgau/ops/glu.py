@@ -263,7 +263,9 @@ def _save_glu_linear(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     ctx.set_materialize_grads(False)  # or zeros would be made for the pre-activations, which have no gradient
 
 
-def _differentiate_glu_linear(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+def _differentiate_glu_linear(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    if grads[0] is None:
+        return (None,) * 9
     results = _glu_linear_backward(grads[0], *ctx.saved_tensors, *ctx.options)
     return *autograd.only_needed(ctx, results), None, None, None, None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import autograd, dispatch
@@ -80,35 +79,6 @@ def mixed_chunk_attention(
         >>> flashgau.mixed_chunk_attention(quad_q, quad_k, lin_q, lin_k, v, gate, causal=True).shape
         torch.Size([1, 1000, 128])
     """
-    return attend(
-        quad_q, quad_k, lin_q, lin_k, v, gate, chunk_size=chunk_size, score=score, causal=causal,
-        quad_normalizer=quad_normalizer, lin_normalizer=lin_normalizer, rel_bias=rel_bias, lengths=lengths,
-        cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state, backend=backend,
-    )  # fmt: skip
-
-
-def attend(
-    quad_q: Tensor,
-    quad_k: Tensor,
-    lin_q: Tensor,
-    lin_k: Tensor,
-    v: Tensor,
-    gate: Tensor | None,
-    *,
-    chunk_size: int,
-    score: str,
-    causal: bool,
-    quad_normalizer: float | None = None,
-    lin_normalizer: str | float,
-    rel_bias: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    initial_state: MixedChunkState | None,
-    return_state: bool,
-    backend: str | None = None,
-    silu: bool = False,
-) -> Any:
-    """`mixed_chunk_attention`; with `silu`, of silu(v) and silu(gate), which then need no memory of their own."""
     op = "mixed_chunk_attention"
     quad_q, quad_k, lin_q, lin_k, v, gate = autocast(quad_q, quad_k, lin_q, lin_k, v, gate)
     args = _tensors(op, "N", quad_q, quad_k, lin_q, lin_k, v, gate)
@@ -126,8 +96,6 @@ def attend(
         _check_state(args, "initial_state", initial_state, count, chunk_size)
 
     name = dispatch.resolve(op, backend, quad_q.device, quad_q.dtype)
-    if silu and (name == "reference" or initial_state is not None or return_state):  # states hold activated values
-        v, gate, silu = F.silu(v), F.silu(gate) if gate is not None else None, False
     if name == "reference":
         result = autograd.run(
             op, name, op, quad_q.device, quad_q, quad_k, lin_q, lin_k, v, gate, chunk_size=chunk_size, score=score,
@@ -150,7 +118,7 @@ def attend(
     save = autograd.needs_grad(quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias, kv)
     out, _, kv = _forward(
         quad_q, quad_k, lin_q, lin_k, v, gate, bias, lengths, cu_seqlens, kv, closed,
-        int(chunk_size), score, causal, quad, lin, silu, save, name,
+        int(chunk_size), score, causal, quad, lin, save, name,
     )  # fmt: skip
     out = out if continuation is None else continuation.restrict(out)
     if not return_state:
@@ -318,7 +286,6 @@ def _forward(
     causal: bool,
     quad_normalizer: float,
     lin_normalizer: Optional[float],
-    silu: bool,
     save: bool,
     backend: str,
 ) -> list[Tensor]:
@@ -326,7 +293,7 @@ def _forward(
         "mixed_chunk_attention", backend, "mixed_chunk_attention_forward", v.device,
         quad_q, quad_k, lin_q, lin_k, v, gate, chunk_size=chunk_size, score=score, causal=causal,
         quad_normalizer=quad_normalizer, lin_normalizer=lin_normalizer, rel_bias=rel_bias, lengths=lengths,
-        cu_seqlens=cu_seqlens, initial_kv=initial_kv, closed_tokens=closed_tokens, silu=silu, save=save,
+        cu_seqlens=cu_seqlens, initial_kv=initial_kv, closed_tokens=closed_tokens, save=save,
     )  # fmt: skip
     return autograd.present(v, *results)
 
@@ -349,7 +316,6 @@ def _(
     causal: bool,
     quad_normalizer: float,
     lin_normalizer: Optional[float],
-    silu: bool,
     save: bool,
     backend: str,
 ) -> list[Tensor]:
@@ -381,14 +347,13 @@ def _backward(
     causal: bool,
     quad_normalizer: float,
     lin_normalizer: Optional[float],
-    silu: bool,
     backend: str,
 ) -> list[Tensor]:
     grads = autograd.run(
         "mixed_chunk_attention", backend, "mixed_chunk_attention_backward", v.device,
         dout, dkv, quad_q, quad_k, lin_q, lin_k, v, gate, product, chunk_size=chunk_size, score=score,
         causal=causal, quad_normalizer=quad_normalizer, lin_normalizer=lin_normalizer, rel_bias=rel_bias,
-        lengths=lengths, cu_seqlens=cu_seqlens, initial_kv=initial_kv, closed_tokens=closed_tokens, silu=silu,
+        lengths=lengths, cu_seqlens=cu_seqlens, initial_kv=initial_kv, closed_tokens=closed_tokens,
     )  # fmt: skip
     return autograd.present(v, *grads)
 
@@ -416,19 +381,17 @@ def _(
 
 def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     *heads_values_gate, rel_bias, lengths, cu_seqlens, initial_kv, closed_tokens = inputs[:11]
-    ctx.save_for_backward(
-        *heads_values_gate, output[1], rel_bias, lengths, cu_seqlens, initial_kv, closed_tokens, output[0]
-    )
-    ctx.options = *inputs[11:17], inputs[18]
+    ctx.save_for_backward(*heads_values_gate, output[1], rel_bias, lengths, cu_seqlens, initial_kv, closed_tokens)
+    ctx.options = *inputs[11:16], inputs[17]
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    *saved, out = ctx.saved_tensors
-    dout = grads[0] if grads[0] is not None else torch.zeros_like(out)
+    saved = ctx.saved_tensors
+    dout = grads[0] if grads[0] is not None else torch.zeros_like(saved[4])
     *inner, dbias, dinitial = _backward(dout, grads[2], *saved, *ctx.options)
     results = autograd.only_needed(ctx, [*inner, dbias, None, None, dinitial, None])
-    return *results, *[None] * 8
+    return *results, *[None] * 7
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -19,10 +19,10 @@ def projection(
     bias: Tensor | None,
     widths: Sequence[int],
     *,
-    silu: Sequence[bool],
+    silu: bool,
     residual: Tensor | None = None,
 ) -> list[Tensor]:
-    """x W^T + b cut into parts of these widths, each a tensor of its own, under silu where `silu` says so.
+    """x W^T + b cut into parts of these widths, each a tensor of its own, under silu or not.
 
     x (..., d), weight (sum of widths, d) and bias as in torch.nn.Linear; a `residual` (..., width) is added to the
     one part of a projection without silu. Source: [u, v, z] of Hua et al. 2022 (arXiv 2202.10447), code 1.
@@ -32,12 +32,12 @@ def projection(
     inside = residual if residual is not None and residual.dtype == x.dtype else None
     if name == "reference":
         y = F.linear(x, weight, bias)
-        split = y.split(list(widths), -1)
-        parts = [F.silu(part) if active else part for part, active in zip(split, silu, strict=True)]
+        y = F.silu(y) if silu else y
+        parts = list(y.split(list(widths), -1))
         inside = None
     else:
         save = autograd.needs_grad(x, weight, bias)
-        parts = _projection(x, weight, bias, inside, list(widths), list(silu), save, name)[: len(widths)]
+        parts = _projection(x, weight, bias, inside, list(widths), silu, save, name)[: len(widths)]
     return parts if residual is None or inside is not None else [parts[0] + residual]
 
 
@@ -73,7 +73,7 @@ def _projection(
     bias: Optional[Tensor],
     residual: Optional[Tensor],
     widths: list[int],
-    silu: list[bool],
+    silu: bool,
     save: bool,
     backend: str,
 ) -> list[Tensor]:
@@ -90,12 +90,11 @@ def _(
     bias: Optional[Tensor],
     residual: Optional[Tensor],
     widths: list[int],
-    silu: list[bool],
+    silu: bool,
     save: bool,
     backend: str,
 ) -> list[Tensor]:
-    kept = [width for width, active in zip(widths, silu, strict=True) if active and save]
-    return [x.new_empty(*x.shape[:-1], width) for width in [*widths, *kept]]
+    return [x.new_empty(*x.shape[:-1], width) for _ in range(2 if silu and save else 1) for width in widths]
 
 
 @torch.library.custom_op("flashgau::projection_backward", mutates_args=())
@@ -104,7 +103,7 @@ def _projection_backward(
     x: Tensor,
     weight: Tensor,
     saved: list[Tensor],
-    silu: list[bool],
+    silu: bool,
     backend: str,
 ) -> list[Tensor]:
     return list(
