@@ -40,9 +40,11 @@ def attention_forward(
     parts = [
         _Part(seq, rule, q, k, v, rel_bias, sinks)
         for seq in sequences(q.shape[0], q.shape[2], k.shape[2], lengths, cu_seqlens, cu_seqlens_k)
+        if q.shape[1]
     ]
     if lengths is None and cu_seqlens is None and parts and parts[0].is_plain():
-        return _forward_fused(parts[0])
+        out, lse = _forward_fused(parts[0])  # out in the layout of q
+        return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
     # Stored as (B, M, Hq, E), so that joining the heads afterwards is a view.
     out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
     lse = q.new_full(q.shape[:3], -math.inf, dtype=accumulator(q.dtype))
@@ -81,6 +83,7 @@ def attention_backward(
     parts = [
         _Part(seq, rule, q, k, v, rel_bias, sinks)
         for seq in sequences(q.shape[0], q.shape[2], k.shape[2], lengths, cu_seqlens, cu_seqlens_k)
+        if q.shape[1]
     ]
     if lengths is None and cu_seqlens is None and dlse is None and parts and parts[0].is_plain():
         return *_backward_fused(parts[0], dout, out, lse), None, None

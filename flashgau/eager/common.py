@@ -85,12 +85,16 @@ class Rooms:
     def __init__(self) -> None:
         self._rooms: dict[str, Tensor] = {}
 
-    def like(self, name: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The contiguous room of that name, shaped as x; what it held is lost."""
+    def of(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The contiguous room of that name and shape; what it held is lost."""
         room = self._rooms.get(name)
-        if room is None or room.shape != x.shape:
-            room = self._rooms[name] = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+        if room is None or room.shape != shape:
+            room = self._rooms[name] = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
         return room
+
+    def like(self, name: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The room of that name, shaped as x."""
+        return self.of(name, x.shape, x, dtype)
 
 
 def toeplitz_block(vector: Tensor, first: int, rows: int, columns: int) -> Tensor:

@@ -7,7 +7,7 @@ itself: time and memory are linear in length. `Chunks` is the mathematics of one
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,12 +32,30 @@ class Rule:
 
 @dataclass(frozen=True)
 class Heads:
-    """A chunk's queries and keys, each (b, c, S), in the type that sums are kept in."""
+    """Queries and keys of some tokens, each (b, c, S), in the type that sums are kept in."""
 
     quad_q: Tensor
     quad_k: Tensor
     lin_q: Tensor
     lin_k: Tensor
+
+    @classmethod
+    def like(cls, x: Tensor) -> Heads:
+        """Four unwritten ones."""
+        return cls(*(torch.empty_like(x) for _ in range(4)))
+
+    def all(self) -> list[Tensor]:
+        """quad_q, quad_k, lin_q, lin_k."""
+        return [self.quad_q, self.quad_k, self.lin_q, self.lin_k]
+
+    def rows(self, r: slice) -> Heads:
+        """Those of the tokens r."""
+        return Heads(*(x[:, r] for x in self.all()))
+
+    def put(self, r: slice, heads: Heads) -> None:
+        """Set those of the tokens r."""
+        for place, x in zip(self.all(), heads.all(), strict=True):
+            place[:, r] = x
 
 
 @dataclass(frozen=True)
@@ -49,6 +67,7 @@ class Chunks:
     factor: torch.dtype  # of wide matrix products
     bias_block: Tensor | None  # (b, C, C), the same for every chunk
     closed_tokens: Tensor | None  # (b, 1, 1) tokens before the sequence's start, whose chunks are closed
+    rooms: Rooms = field(default_factory=Rooms)
 
     def slices(self) -> list[slice]:
         """Where the chunks lie."""
@@ -90,8 +109,9 @@ class Chunks:
         return s, a.tril_() if self.rule.causal else a
 
     def product(self, c: slice, heads: Heads, v: Tensor, kv: Tensor) -> Tensor:
-        """local + global: A v + lin_q KV / lin_normalizer."""
-        x = self.weights(heads)[1].to(self.factor) @ v
+        """local + global: A v + lin_q KV / lin_normalizer; it stays until the next call."""
+        a = self.weights(heads)[1].to(self.factor)
+        x = torch.bmm(a, v, out=self.rooms.of("product", (*a.shape[:2], v.shape[-1]), v))
         if self.has_global(c):
             x.baddbmm_(self.scaled(heads.lin_q, c).to(self.factor), kv.to(self.factor))
         return x
@@ -114,7 +134,7 @@ class Chunks:
         """
         causal = self.rule.causal
         s, a = self.weights(heads)
-        dv = a.to(self.factor).mT @ dx
+        dv = torch.bmm(a.to(self.factor).mT, dx, out=self.rooms.of("dv", (*a.shape[:2], v.shape[-1]), v))
         dlin_q, dlin_k = torch.zeros_like(heads.lin_q), torch.zeros_like(heads.lin_k)
         if not causal or self.is_closed(c):
             state = dkv.to(self.factor)
@@ -271,14 +291,13 @@ def mixed_chunk_attention_backward(
                 torch.mul(part.view(dout, c), part.view(product, c), out=part.view(dgate, c))
             heads = _heads(part, c, quad_q, quad_k, lin_q, lin_k)
             dheads_c, dv_c = part.gradients(c, dx, heads, v_c, seen.pop() if causal else kv, dkv, ds_sum)
-            for name in ("quad_q", "quad_k", "lin_q", "lin_k"):
-                part.view(getattr(dheads, name), c).copy_(getattr(dheads_c, name))
+            for target, grad in zip(dheads.all(), dheads_c.all(), strict=True):
+                part.view(target, c).copy_(grad)
             part.view(dv, c).copy_(dv_c)
         if dbias is not None and ds_sum is not None:
             add_bias_gradient(dbias, part, ds_sum)
     dbias = dbias.to(rel_bias.dtype) if dbias is not None and rel_bias is not None else None
-    dquad_q, dquad_k, dlin_q, dlin_k = dheads.quad_q, dheads.quad_k, dheads.lin_q, dheads.lin_k
-    return dquad_q, dquad_k, dlin_q, dlin_k, dv, dgate, dbias, dstates if initial_kv is not None else None
+    return *dheads.all(), dv, dgate, dbias, dstates if initial_kv is not None else None
 
 
 def _heads(part: Chunks, c: slice, *whole: Tensor) -> Heads:

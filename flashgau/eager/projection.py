@@ -99,7 +99,7 @@ def heads_forward(
         panel = z[b, r].to(acc)
         turned = panel * gamma if beta is None else torch.addcmul(beta, panel, gamma)
         if cos is not None and sin is not None:
-            _turn(turned, *_angles(cos, sin, b, r), interleaved)
+            turn(turned, *_angles(cos, sin, b, r), interleaved)
         for out, head in zip(outs, turned, strict=True):
             out[b, r] = head
     return outs
@@ -117,7 +117,7 @@ def heads_backward(
         d = torch.stack([dout[b, r] for dout in douts]).to(acc)
         if cos is not None and sin is not None:
             c, s = _angles(cos, sin, b, r)
-            _turn(d, c, -s, interleaved)  # a rotation's gradient turns back
+            turn(d, c, -s, interleaved)  # a rotation's gradient turns back
         dbeta += d.sum(1)
         dz[b, r] = (d * wide).sum(0)
         dgamma += d.mul_(z[b, r].to(acc)).sum(1)
@@ -131,8 +131,8 @@ def _silu_into(h: Tensor, out: Tensor) -> None:
         out.copy_(torch.ops.aten.silu_(h))
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
-    """Turn pairs of the leading channels of x (H, n, S) in place by angles (n, pairs)."""
+def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    """Turn pairs of the leading channels of x (..., n, S) in place by angles (..., n, pairs)."""
     turning = x[..., : 2 * cos.shape[-1]]
     a, b = (turning[..., 0::2], turning[..., 1::2]) if interleaved else turning.chunk(2, dim=-1)
     new_a = (a * cos).addcmul_(b, sin, value=-1)

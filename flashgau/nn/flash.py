@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops import MixedChunkState, mixed_chunk_attention, mixed_chunk_step
+from ..ops.flash_unit import flash_unit, runs_whole
 from .biases import make_bias
 from .gated_unit import GatedUnit, UnitState, from_preset, last_shifted
 
@@ -189,6 +190,8 @@ class FLASH(GatedUnit):
             (B, N, d), or that and the state. Rows of padding hold x plus the output's bias.
         """
         self._check(x, cu_seqlens, return_state or state is not None)
+        if state is None and not return_state and not (self.qk_dropout and self.training) and runs_whole(x):
+            return self._forward_whole(x, lengths, cu_seqlens)
         start: int | Tensor = 0 if state is None else state.memory.position
         previous = None if state is None else state.previous
         gate, v, heads, moving = self._project(x, start, cu_seqlens, previous)
@@ -210,6 +213,29 @@ class FLASH(GatedUnit):
             return self._finish(x, result)
         out, memory = result
         return self._finish(x, out), UnitState(memory, last_shifted(moving, lengths))
+
+    def _forward_whole(self, x: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        """The same as one operator, which keeps nothing wide but x W + b."""
+        normed, _ = self._normed(x, cu_seqlens, None)
+        y = flash_unit(
+            normed,
+            self.to_hidden,
+            self.offset_scale.gamma,
+            self.offset_scale.beta,
+            self.to_out,
+            residual=x if self.residual else None,
+            angles=self._angles(x, 0, cu_seqlens),
+            interleaved=self.rotary is not None and self.rotary.interleaved,
+            order=[self.head_order.index(name) for name in HEADS],
+            chunk_size=self.chunk_size,
+            score=self.score,
+            causal=self.causal,
+            lin_normalizer=self.lin_normalizer,
+            rel_bias=None if self.rel_bias is None else self.rel_bias(self.chunk_size),
+            lengths=lengths,
+            cu_seqlens=cu_seqlens,
+        )
+        return self.post_norm(y)
 
     def step(self, x: Tensor, state: UnitState[MixedChunkState]) -> tuple[Tensor, UnitState[MixedChunkState]]:
         """The next token, in constant time and memory: x (B, 1, d) -> (B, 1, d), and the new state."""

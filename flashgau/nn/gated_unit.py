@@ -103,22 +103,28 @@ class GatedUnit(nn.Module):
         previous: Tensor | None,
     ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
         """Gate and value (B, N, e), every head (B, N, S), and the second result of `shift_tokens`."""
-        normed, moving = self.norm(x), None
-        if self.token_shift:
-            normed, moving = shift_tokens(normed, previous, cu_seqlens)
-        gate, value, z = projection(
-            normed, self.to_hidden.weight, self.to_hidden.bias, (self.hidden, self.hidden, self.key_dim), silu=True
-        )
-        angles = None
-        if self.rotary is not None:
-            positions = None if cu_seqlens is None else packed_positions(x.shape[1], cu_seqlens)
-            angles = self.rotary.angles(z, start, positions)
-            angles = angles if angles.ndim == 3 else angles[None]
+        normed, moving = self._normed(x, cu_seqlens, previous)
+        widths = (self.hidden, self.hidden, self.key_dim)
+        gate, value, z = projection(normed, self.to_hidden.weight, self.to_hidden.bias, widths, silu=True)
+        angles = self._angles(x, start, cu_seqlens)
         interleaved = self.rotary is not None and self.rotary.interleaved
         heads = make_heads(z, self.offset_scale.gamma, self.offset_scale.beta, angles, interleaved=interleaved)
         if self.qk_dropout:
             heads = [F.dropout(head, self.qk_dropout, self.training) for head in heads]
         return gate, value, heads, moving
+
+    def _normed(self, x: Tensor, cu_seqlens: Tensor | None, previous: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """norm(x), shifted if the layer shifts tokens, and the second result of `shift_tokens`."""
+        normed = self.norm(x)
+        return shift_tokens(normed, previous, cu_seqlens) if self.token_shift else (normed, None)
+
+    def _angles(self, x: Tensor, start: int | Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+        """The heads' rotary angles (1 or B, N, pairs)."""
+        if self.rotary is None:
+            return None
+        positions = None if cu_seqlens is None else packed_positions(x.shape[1], cu_seqlens)
+        angles = self.rotary.angles(x[..., :1].expand(*x.shape[:2], self.key_dim), start, positions)
+        return angles if angles.ndim == 3 else angles[None]
 
     def _finish(self, x: Tensor, out: Tensor) -> Tensor:
         residual = x if self.residual else None

@@ -142,7 +142,7 @@ def _seed(args: Arguments, p: float, seed: Any, device: torch.device) -> Tensor 
     return torch.tensor([int(seed)], dtype=torch.int64, device=device)
 
 
-@torch.library.custom_op("flashgau::attention_forward", mutates_args=())
+@autograd.operator("attention_forward")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -176,7 +176,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return out, q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
-@torch.library.custom_op("flashgau::attention_backward", mutates_args=())
+@autograd.operator("attention_backward")
 def _backward(
     dout: Tensor,
     dlse: Optional[Tensor],

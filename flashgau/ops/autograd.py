@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -21,7 +22,35 @@ def present(like: Tensor, *tensors: Tensor | None) -> list[Tensor]:
     return [like.new_empty(0) if t is None else t for t in tensors]
 
 
-def refuse_second_derivative(op: str, operator: torch.library.CustomOpDef) -> None:
+class Operator:
+    """A PyTorch operator `flashgau::name`, for tracing as one node, with a shape function and a derivative."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name = f"flashgau::{name}"
+        torch.library.define(self.name, torch.library.infer_schema(function, mutates_args=()))
+        # Not torch.library.custom_op: that imports the whole of torch.compile, seconds of it, at the first call.
+        torch.library.impl(self.name, "CompositeExplicitAutograd")(function)
+        self.overload = getattr(torch.ops.flashgau, name).default
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the operator."""
+        return self.overload(*args)
+
+    def register_fake(self, function: Callable[..., Any]) -> None:
+        """How shapes, strides and dtypes of the results follow from those of the inputs."""
+        torch.library.register_fake(self.name, function)
+
+    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
+        """The derivative, and what to keep for it."""
+        torch.library.register_autograd(self.name, backward, setup_context=setup_context)
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
+    """Make a function on plain tensors the operator of that name; its schema is read from the annotations."""
+    return lambda function: Operator(name, function)
+
+
+def refuse_second_derivative(op: str, operator: Operator) -> None:
     """Let differentiating a backward operator raise an error that says what to do."""
 
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:

@@ -15,9 +15,6 @@ from flashgau import reference
 from . import dispatch
 
 _ULPS = 8  # floor of the tolerance, in units in the last place of the result's largest value
-# Gradients are differences of terms. Where these cancel (a query that sees one key) their rounding errors stay, and
-# plain PyTorch may have none by luck: the floor also counts this part of the largest gradient, in sums' precision.
-_CANCELLATION = 0.25
 _FORWARD, _GRADIENT = 2.0, 3.0  # FlashAttention's rule: multiples of plain PyTorch's error
 
 
@@ -233,9 +230,10 @@ def _row(
     unit = torch.finfo(dtype if gradient else ours.dtype).eps if ours.is_floating_point() else 0.0
     floor = unit * scale
     if gradient:
-        vanishes = scale < 1e-6 * steepest
-        fine = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-        floor = max(floor, unit * steepest if vanishes else _CANCELLATION * fine * steepest)
+        # Gradients are differences of terms as large as the largest gradient. Where these cancel (a query that sees
+        # one key) the sums' rounding stays, and plain PyTorch may have none by luck; if all is gone, the inputs' too.
+        sums = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        floor = max(floor, (unit if scale < 1e-6 * steepest else sums) * steepest)
     tolerance = (_GRADIENT if gradient else _FORWARD) * plain_max + _ULPS * floor
     ok = ours.shape == exact.shape and max_error <= tolerance
     return Row(name, tuple(exact.shape), scale, max_error, rms_error, plain_max, plain_rms, tolerance, ok)

@@ -28,7 +28,7 @@ FILES = {
 }
 
 # Fused pieces of layers, which no caller asks a backend for.
-_INNER = {"projection": "projection", "heads": "projection"}
+_INNER = {"projection": "projection", "heads": "projection", "flash_unit": "flash_unit"}
 
 _selected: ContextVar[str | None] = ContextVar("flashgau_backend", default=None)
 

@@ -108,7 +108,7 @@ def _normalizer(args: Arguments, score: str, normalizer: Any) -> float | None:
     return None if isinstance(normalizer, str) else float(normalizer)
 
 
-@torch.library.custom_op("flashgau::gau_attention", mutates_args=())
+@autograd.operator("gau_attention")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -152,7 +152,7 @@ def _(
     return autograd.present(q, q.new_empty(shape), q.new_empty(shape) if save and gate is not None else None)
 
 
-@torch.library.custom_op("flashgau::gau_attention_backward", mutates_args=())
+@autograd.operator("gau_attention_backward")
 def _backward(
     dout: Tensor,
     q: Tensor,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-import torch
 from torch import Tensor
 
 from . import autograd, dispatch
@@ -135,7 +134,7 @@ def _check_activations(args: Arguments, activation: Any, up_activation: Any) -> 
     args.choice("up_activation", up_activation, ACTIVATIONS)
 
 
-@torch.library.custom_op("flashgau::glu", mutates_args=())
+@autograd.operator("glu")
 def _glu(gate: Tensor, up: Optional[Tensor], activation: str, up_activation: str, backend: str) -> Tensor:
     return autograd.run(
         "glu",
@@ -154,7 +153,7 @@ def _(gate: Tensor, up: Optional[Tensor], *rest: Any) -> Tensor:
     return gate.new_empty(gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2))
 
 
-@torch.library.custom_op("flashgau::glu_backward", mutates_args=())
+@autograd.operator("glu_backward")
 def _glu_backward(
     dout: Tensor, gate: Tensor, up: Optional[Tensor], activation: str, up_activation: str, backend: str
 ) -> list[Tensor]:
@@ -184,7 +183,7 @@ _glu.register_autograd(_differentiate_glu, setup_context=_save_glu)
 autograd.refuse_second_derivative("glu", _glu_backward)
 
 
-@torch.library.custom_op("flashgau::glu_linear", mutates_args=())
+@autograd.operator("glu_linear")
 def _glu_linear(
     x: Tensor,
     w_gate: Tensor,
@@ -220,7 +219,7 @@ def _(
     return autograd.present(x, x.new_empty(shape), *saved)
 
 
-@torch.library.custom_op("flashgau::glu_linear_backward", mutates_args=())
+@autograd.operator("glu_linear_backward")
 def _glu_linear_backward(
     dout: Tensor,
     x: Tensor,

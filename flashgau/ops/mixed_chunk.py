@@ -268,7 +268,7 @@ def _own_state(state: Any) -> MixedChunkState:
     return MixedChunkState(state.kv, state.quad_k, state.lin_k, state.v, state.position)
 
 
-@torch.library.custom_op("flashgau::mixed_chunk_attention", mutates_args=())
+@autograd.operator("mixed_chunk_attention")
 def _forward(
     quad_q: Tensor,
     quad_k: Tensor,
@@ -326,7 +326,7 @@ def _(
     return autograd.present(v, v.new_empty(v.shape), product, kv)
 
 
-@torch.library.custom_op("flashgau::mixed_chunk_attention_backward", mutates_args=())
+@autograd.operator("mixed_chunk_attention_backward")
 def _backward(
     dout: Tensor,
     dkv: Optional[Tensor],

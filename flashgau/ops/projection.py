@@ -66,7 +66,7 @@ def heads(
     return list(made.unbind(1))
 
 
-@torch.library.custom_op("flashgau::projection", mutates_args=())
+@autograd.operator("projection")
 def _projection(
     x: Tensor,
     weight: Tensor,
@@ -97,7 +97,7 @@ def _(
     return [x.new_empty(*x.shape[:-1], width) for _ in range(2 if silu and save else 1) for width in widths]
 
 
-@torch.library.custom_op("flashgau::projection_backward", mutates_args=())
+@autograd.operator("projection_backward")
 def _projection_backward(
     dparts: list[Tensor],
     x: Tensor,
@@ -137,7 +137,7 @@ _projection.register_autograd(_differentiate_projection, setup_context=_save_pro
 autograd.refuse_second_derivative("projection", _projection_backward)
 
 
-@torch.library.custom_op("flashgau::heads", mutates_args=())
+@autograd.operator("heads")
 def _heads(
     z: Tensor,
     gamma: Tensor,
@@ -155,7 +155,7 @@ def _(z: Tensor, gamma: Tensor, *rest: Any) -> list[Tensor]:
     return [z.new_empty(z.shape) for _ in range(gamma.shape[0])]
 
 
-@torch.library.custom_op("flashgau::heads_backward", mutates_args=())
+@autograd.operator("heads_backward")
 def _heads_backward(
     douts: list[Tensor],
     z: Tensor,
