@@ -108,10 +108,23 @@ class Chunks:
         a = elementwise_score(self.rule.score, s)
         return s, a.tril_() if self.rule.causal else a
 
+    def blocks(self, size: int, by_keys: bool = False) -> list[tuple[slice, slice]]:
+        """Blocks of queries and the keys they see, or of keys and the queries that see them, covering a chunk.
+
+        Two blocks leave out a quarter of a causal chunk, in which no query sees any key.
+        """
+        half, whole = size // 2, slice(0, size)
+        if not self.rule.causal or size < 64:
+            return [(whole, whole)]
+        first, second = slice(0, half), slice(half, size)
+        return [(first, whole), (second, second)] if by_keys else [(first, first), (second, whole)]
+
     def product(self, c: slice, heads: Heads, v: Tensor, kv: Tensor) -> Tensor:
         """local + global: A v + lin_q KV / lin_normalizer; it stays until the next call."""
         a = self.weights(heads)[1].to(self.factor)
-        x = torch.bmm(a, v, out=self.rooms.of("product", (*a.shape[:2], v.shape[-1]), v))
+        x = self.rooms.of("product", (*a.shape[:2], v.shape[-1]), v)
+        for queries, keys in self.blocks(a.shape[-1]):
+            torch.bmm(a[:, queries, keys], v[:, keys], out=x[:, queries])
         if self.has_global(c):
             x.baddbmm_(self.scaled(heads.lin_q, c).to(self.factor), kv.to(self.factor))
         return x
@@ -134,7 +147,13 @@ class Chunks:
         """
         causal = self.rule.causal
         s, a = self.weights(heads)
-        dv = torch.bmm(a.to(self.factor).mT, dx, out=self.rooms.of("dv", (*a.shape[:2], v.shape[-1]), v))
+        size, a = a.shape[-1], a.to(self.factor)
+        dv = self.rooms.of("dv", (*a.shape[:2], v.shape[-1]), v)
+        da = torch.zeros_like(a)
+        for queries, keys in self.blocks(size):
+            da[:, queries, keys] = dx[:, queries] @ v[:, keys].mT
+        for keys, queries in self.blocks(size, by_keys=True):
+            torch.bmm(a[:, queries, keys].mT, dx[:, queries], out=dv[:, keys])
         dlin_q, dlin_k = torch.zeros_like(heads.lin_q), torch.zeros_like(heads.lin_k)
         if not causal or self.is_closed(c):
             state = dkv.to(self.factor)
@@ -144,11 +163,10 @@ class Chunks:
             dlin_q = self.scaled(dx @ kv.to(self.factor).mT, c)
             if causal:
                 self.accumulate(dkv, self.scaled(heads.lin_q, c), dx)
-        ds = (dx @ v.mT).to(s.dtype).mul_(score_slope(self.rule.score, s))
+        ds = da.to(s.dtype).mul_(score_slope(self.rule.score, s))
         if causal:
             ds.tril_()
         if ds_sum is not None:
-            size = ds.shape[-1]
             ds_sum[:, :size, :size] += ds
         ds.mul_(1 / self.rule.quad_normalizer)
         return Heads(ds @ heads.quad_k, ds.mT @ heads.quad_q, dlin_q, dlin_k), dv
