@@ -24,7 +24,7 @@ types: $(INSTALLED)
 	cd build && MYPYPATH=types ../$(BIN)/mypy --config-file ../pyproject.toml -p flashgau
 
 docs: $(INSTALLED)
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 check: lint types test docs
 

@@ -11,28 +11,25 @@ Every operation has a Triton kernel or a blocked pure PyTorch form, or both, and
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .ops import (
-    MixedChunkState,
-    Report,
-    alibi_bias,
-    attention,
-    compare,
-    gau_attention,
-    glu,
-    glu_linear,
-    mixed_chunk_attention,
-    mixed_chunk_step,
-    rotary_bias,
-    t5_bias,
-    use_backend,
-)
-
 if TYPE_CHECKING:
     from . import convert, kernels, models, nn, reference, training
+    from .ops import (
+        MixedChunkState,
+        Report,
+        alibi_bias,
+        attention,
+        compare,
+        gau_attention,
+        glu,
+        glu_linear,
+        mixed_chunk_attention,
+        mixed_chunk_step,
+        rotary_bias,
+        t5_bias,
+        use_backend,
+    )
 
 __version__ = "0.1.0"
-
-_SUBMODULES = ("convert", "kernels", "models", "nn", "reference", "training")
 
 __all__ = [
     "MixedChunkState",
@@ -57,13 +54,18 @@ __all__ = [
     "use_backend",
 ]
 
+_SUBMODULES = ("convert", "kernels", "models", "nn", "reference", "training")
+
 
 def __getattr__(name: str) -> Any:
-    # Layers, models and the rest load when they are first used: importing flashgau stays cheap.
+    # Everything loads when it is first used, torch included: the command line starts at once.
     if name in _SUBMODULES:
         return importlib.import_module(f"{__name__}.{name}")
+    if name in __all__:
+        value = globals()[name] = getattr(importlib.import_module(f"{__name__}.ops"), name)
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_SUBMODULES})
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib.util
 import json
 import os
@@ -211,9 +212,7 @@ def test_json_is_strict_versioned_and_complete(tmp_path: Path) -> None:
 
     record = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
     assert (record["schema"], record["schema_version"]) == (harness.SCHEMA, harness.SCHEMA_VERSION)
-    assert {"cpu", "cores", "threads", "torch", "python", "date", "load_average_before"} <= set(
-        record["machine"]
-    )
+    assert {"cpu", "cores", "threads", "torch", "python", "date", "load_average_before"} <= set(record["machine"])
     assert record["machine"]["torch"] == torch.__version__
     for path in report.plot(record, tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -280,9 +279,27 @@ print(cpu_peak_growth(call), cpu_peak_growth(lambda: None))
     assert nothing < 2**20
 
 
-def test_a_failing_memory_probe_says_why() -> None:
-    with pytest.raises(RuntimeError, match="StopIteration"):
-        memory.in_fresh_process("attention", "no such case", "plain", True, 1)
+def test_a_failing_memory_probe_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", "Traceback ...\nMemoryError: 9 GiB\n")
+    monkeypatch.setattr(memory.subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(RuntimeError, match=r"^MemoryError: 9 GiB$"):
+        memory.in_fresh_process("attention", "case", "plain", True, 1)
+
+
+@pytest.mark.parametrize(("name", "status"), [("flashgau-eager", 1), ("peer", 0)])
+def test_exit_status_is_1_if_ours_is_wrong(
+    name: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = Provider(name, on_tensors(lambda case, t: 2.0 * square(case, t)))
+    operation = toy(wrong, Provider("good", on_tensors(square)))
+    monkeypatch.setattr(command_line, "load", lambda name: operation)
+    arguments = ["glu", "--quick", "--no-memory", "--out", str(tmp_path)]
+    assert command_line.main(arguments) == status
+
+
+def test_durations_have_a_fitting_unit() -> None:
+    assert doctest.testmod(report).attempted == 1
+    assert doctest.testmod(report).failed == 0
 
 
 @pytest.mark.parametrize(
@@ -325,7 +342,10 @@ def test_cases_are_well_formed(name: str, device: str, quick: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["attention", "glu", "gau", "gau_layer", "mixed_chunk", "flash_layer"])
-def test_every_operation_runs_quickly_from_end_to_end(name: str, tmp_path: Path) -> None:
+def test_every_operation_runs_quickly_from_end_to_end(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "plot", lambda record, out: [])  # drawn in other tests
     arguments = [name, "--quick", "--no-memory", "--seconds", "0.05", "--out", str(tmp_path)]
     assert command_line.main(arguments) == 0
     record = json.loads((tmp_path / "results.json").read_text())
@@ -357,7 +377,7 @@ def test_module_command_measures_time_and_memory(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "sdpa" in done.stdout
+    assert "plain" in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "time.png", "memory.png"}
     (entry,) = json.loads((tmp_path / "results.json").read_text())["cases"]
     peaks = {name: result["peak_bytes"][TRAINING] for name, result in entry["providers"].items()}

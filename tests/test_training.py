@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +33,7 @@ from typer.testing import CliRunner
 
 from flashgau.cli.train import ProgressDisplay
 from flashgau.cli.train import train as train_command
+from flashgau.models import KINDS, SIZES
 from flashgau.training import (
     CheckpointError,
     Event,
@@ -40,6 +41,8 @@ from flashgau.training import (
     TrainResult,
     learning_rate,
     load_corpus,
+    load_model,
+    plots,
     resume_config,
     train,
     trainer,
@@ -63,6 +66,14 @@ from flashgau.training.data import (
 from flashgau.training.trainer import BEST, LAST, LOG, PLOT, parameter_groups
 
 FIXTURES = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_plots() -> Iterator[None]:
+    """Drawing takes most of a short run's time; it is tested by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "loss_plot", lambda rows, path, title: path.write_bytes(b"plot"))
+        yield
 
 
 class Bigram(nn.Module):
@@ -369,7 +380,7 @@ def test_sampling_is_uniform_and_pinned() -> None:
     assert sample_starts(10**6, 4, 512, seed=42, step=7).tolist() == PINNED_STARTS
 
 
-PINNED_STARTS = [0, 0, 0, 0]
+PINNED_STARTS = [450035, 305826, 554236, 35131]
 
 
 @given(size=st.integers(2, 5000), length=st.integers(1, 200), count=st.integers(1, 50))
@@ -528,8 +539,9 @@ def test_kill_while_writing_never_leaves_half_a_checkpoint(tmp_path: Path) -> No
         os.waitpid(child, 0)
         tensors, metadata = read_checkpoint(path)
         assert (tensors["a"] == metadata["state"]).all()
-    trainer.files.remove_temporaries(tmp_path)
-    assert os.listdir(tmp_path) == [path.name]
+    (tmp_path / ".mine.tmp").write_bytes(b"not ours")
+    trainer.files.remove_temporaries(path)
+    assert sorted(os.listdir(tmp_path)) == [".mine.tmp", path.name]
 
 
 def test_differences_are_named_and_few() -> None:
@@ -543,31 +555,37 @@ def test_differences_are_named_and_few() -> None:
 # ---------------------------------------------------------------- the loop
 
 
-def test_loss_falls_below_the_bigram_entropy_plus_a_margin(text: Path, tmp_path: Path) -> None:
+def test_loss_reaches_the_entropy_rate_of_a_markov_chain(tmp_path: Path) -> None:
+    """The text is a Markov chain, so its entropy rate is known exactly, and a bigram model can reach it."""
+    random_numbers = np.random.default_rng(5)
+    chain = random_numbers.dirichlet(np.full(6, 0.3), size=6)
+    values, vectors = np.linalg.eig(chain.T)
+    stationary = np.real(vectors[:, np.argmax(np.real(values))])
+    stationary /= stationary.sum()
+    entropy = -(stationary[:, None] * chain * np.log(np.maximum(chain, 1e-300))).sum()
+    state, letters = 0, bytearray()
+    for draw in random_numbers.random(40_000):
+        state = min(int(np.searchsorted(np.cumsum(chain[state]), draw)), 5)
+        letters.append(b"abcdef"[state])
+    (tmp_path / "text").write_bytes(letters)
+
     config = TrainConfig(
-        data=str(text),
-        out=str(tmp_path / "r"),
-        steps=150,
+        data=str(tmp_path / "text"),
+        out=str(tmp_path / "run"),
+        steps=120,
         length=64,
-        lr=0.03,
-        eval_every=50,
+        lr=0.05,
+        weight_decay=0.0,
+        eval_every=60,
         validation_fraction=0.2,
     )
-    model = bigram(24)
+    model = bigram()
     model.dropout.p = 0.0
     result = train(config, model=model)
-    # No bigram model can be below the conditional entropy of a byte given the one before, measured on that text.
-    validation = load_corpus(text, validation_fraction=0.2).validation.astype(np.int64)
-    pairs = np.bincount(validation[:-1] * 256 + validation[1:], minlength=65536).reshape(256, 256)
-    rows = pairs.sum(1, keepdims=True)
-    share = pairs / np.maximum(rows, 1)
-    entropy = -(pairs * np.log(np.where(share > 0, share, 1))).sum() / pairs.sum()
-    assert result.validation_loss is not None
-    assert 0.8 * entropy < result.validation_loss < 1.3 * entropy
+    assert result.history[0]["loss"] > 5.0  # before the first step: about ln 256 = 5.55
+    assert result.validation_loss == pytest.approx(entropy, rel=0.04)
     assert result.bits_per_byte == pytest.approx(result.validation_loss / math.log(2))
-    assert result.history[0]["loss"] > 5.0  # it began near ln 256 = 5.55
-    assert result.stopped == "steps"
-    assert result.bytes_seen == 150 * 8 * 64
+    assert (result.stopped, result.bytes_seen) == ("steps", 120 * 8 * 64)
     assert not result.model.training
 
 
@@ -649,11 +667,12 @@ def uninterrupted(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 @settings(FIXTURES, max_examples=12)
 @given(
-    stops=st.lists(st.integers(0, 11), min_size=1, max_size=3, unique=True).map(sorted),
+    stops=st.lists(st.integers(0, 12), min_size=1, max_size=3, unique=True).map(sorted),
     number=st.sampled_from([signal.SIGINT, signal.SIGTERM]),
 )
 @example(stops=[0], number=signal.SIGINT)
 @example(stops=[5], number=signal.SIGINT)  # a validation is due at this step
+@example(stops=[12], number=signal.SIGTERM)  # and the last one here
 def test_stopped_and_resumed_is_bitwise_uninterrupted(
     stops: list[int],
     number: int,
@@ -739,15 +758,21 @@ def test_minutes_alone_drive_the_schedule(config: TrainConfig) -> None:
     result = train(config, model=bigram())
     assert result.stopped == "time"
     assert 0.6 <= result.elapsed_seconds <= time.perf_counter() - began
-    rates = [row["lr"] for row in result.history if row["kind"] == "train" and row["step"] > 3]
-    assert rates == sorted(rates, reverse=True)
-    assert rates[-1] < 0.5 * config.lr
+    earlier = 0.0
+    for row in result.history:
+        if row["kind"] == "train":  # its step began between the row before it and this one
+            low, high = (
+                learning_rate(config, row["step"] - 1, seconds / 0.6) for seconds in (row["elapsed_seconds"], earlier)
+            )
+            assert low <= row["lr"] <= high
+        earlier = row["elapsed_seconds"]
     # The time already spent is in the checkpoint, so the limit is one of the whole run.
     again = train(resume_config(config.out), resume=True, model=bigram())
     assert (again.stopped, again.step) == ("time", result.step)
-    longer = train(resume_config(config.out, max_minutes=0.9 / 60), resume=True, model=bigram())
-    assert longer.step > result.step
-    assert longer.elapsed_seconds >= 0.9
+    more = resume_config(config.out, max_minutes=60.0, steps=result.step + 2)
+    longer = train(more, resume=True, model=bigram())
+    assert (longer.stopped, longer.step) == ("steps", result.step + 2)
+    assert longer.elapsed_seconds > result.history[-1]["elapsed_seconds"] >= 0.6
 
 
 def test_minutes_beside_steps_only_stop(
@@ -755,7 +780,8 @@ def test_minutes_beside_steps_only_stop(
 ) -> None:
     pause = at_step(5, lambda: time.sleep(0.6))
     result = train(replace(config, max_minutes=0.5 / 60), model=bigram(), callbacks=[pause])
-    assert (result.stopped, result.step) == ("time", 5)
+    assert result.stopped == "time"
+    assert result.step <= 5
     train(resume_config(config.out, max_minutes=60.0), resume=True, model=bigram())
     whole, parts = uninterrupted(config), outcome(Path(config.out))
     assert {k: v for k, v in parts.items() if k.startswith(f"{LAST} model")} == {
@@ -821,10 +847,9 @@ def test_events_tell_the_story(config: TrainConfig) -> None:
     assert [e.progress for e in events if e.kind == "step"] == pytest.approx([s / 12 for s in range(1, 13)])
 
 
-def test_plot_is_a_picture(config: TrainConfig) -> None:
-    result = train(config, model=bigram())
-    assert result.plot is not None
-    picture = result.plot.read_bytes()
+def test_plot_is_a_picture(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "loss_plot", plots.loss_plot)
+    picture = train(config, model=bigram()).plot.read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))
     assert width > 600
@@ -891,8 +916,9 @@ def test_two_processes_cannot_share_a_run(config: TrainConfig) -> None:
 def test_resume_refuses_another_configuration(field: str, config: TrainConfig) -> None:
     interrupted = train(config, model=bigram(), callbacks=[at_step(0, interrupt(), "start")])
     value = getattr(config, field)
-    other = {"model": "gau", "size": "large", "bf16": True, "lr_final": 0.7, "validation_fraction": 0.3}
-    changed = other.get(field, (value or 0) * 0.5 if isinstance(value, float) else (value or 0) + 1)
+    changed: Any = {"model": "gau", "size": "large", "bf16": True}.get(field)
+    if changed is None:
+        changed = value * 0.5 if isinstance(value, float) else value + 1
     with pytest.raises(CheckpointError, match=f"another configuration: {field} is {value} .*, {changed} here"):
         resume_config(interrupted.out, **{field: changed})
     with pytest.raises(CheckpointError, match=f"{field} is {value} in the checkpoint"):
@@ -901,7 +927,6 @@ def test_resume_refuses_another_configuration(field: str, config: TrainConfig) -
 
 def test_resume_refuses_other_data_and_model(config: TrainConfig, text: Path, tmp_path: Path) -> None:
     train(config, model=bigram(), callbacks=[at_step(2, interrupt())])
-    before = (Path(config.out) / LAST).read_bytes()
     other = tmp_path / "other"
     for file in text.iterdir():
         write_tree(other, {file.name: file.read_bytes()})
@@ -909,6 +934,7 @@ def test_resume_refuses_other_data_and_model(config: TrainConfig, text: Path, tm
         train(replace(config, data=str(other)), resume=True, model=bigram(), callbacks=[at_step(3, interrupt())]).step
         == 3
     )
+    before = (Path(config.out) / LAST).read_bytes()
     (other / "rhyme3.txt").write_bytes((other / "rhyme3.txt").read_bytes().swapcase())
     with pytest.raises(CheckpointError, match=r"another data: fingerprint is \w+ in the checkpoint, \w+ here"):
         train(replace(config, data=str(other)), resume=True, model=bigram())
@@ -916,7 +942,15 @@ def test_resume_refuses_other_data_and_model(config: TrainConfig, text: Path, tm
         train(config, resume=True, model=bigram(13))
     with pytest.raises(CheckpointError, match=r"0\.weight is not in the checkpoint"):
         train(config, resume=True, model=nn.Sequential(nn.Embedding(256, 256)))
-    assert len(before) == (Path(config.out) / LAST).stat().st_size
+    assert (Path(config.out) / LAST).read_bytes() == before
+
+
+def test_resume_from_weights_alone(config: TrainConfig) -> None:
+    result = train(config, model=bigram())
+    assert result.best is not None
+    result.best.replace(result.checkpoint)
+    with pytest.raises(CheckpointError, match="holds weights alone"):
+        train(config, resume=True, model=bigram())
 
 
 def test_resume_without_a_checkpoint(config: TrainConfig, tmp_path: Path) -> None:
@@ -955,7 +989,7 @@ def test_devices_that_are_not_there(device: str, config: TrainConfig) -> None:
 
 # ---------------------------------------------------------------- the command
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 app.command()(train_command)
 
 
@@ -1068,15 +1102,17 @@ def test_full_disk_is_one_line(command: Callable[..., Any], monkeypatch: pytest.
 
 
 def test_help_states_the_defaults() -> None:
-    result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "400", "TERM": "dumb"})
-    stated = dict(re.findall(r"--([a-z0-9-]+)\s+.*?\[default: ([^,\]]+)", result.stdout))
+    options = {option.name: option for option in typer.main.get_command(app).params}
+    assert options.keys() - {"resume", "json"} == {field.name for field in fields(TrainConfig)} - {"beta1", "beta2"}
+    assert all(option.help for option in options.values())
+    assert f": {', '.join(KINDS)}." in options["model"].help
+    assert f": {', '.join(SIZES)}." in options["size"].help
     for field in fields(TrainConfig):
-        option = field.name.replace("_", "-")
-        if option in ("beta1", "beta2"):
+        if field.name in ("data", "max_minutes", "warmup", "bf16", "beta1", "beta2"):
             continue
-        assert f"--{option}" in result.stdout
-        if option not in ("data", "max-minutes", "warmup", "bf16"):
-            assert stated[option] == str(field.default), option
+        option = options[field.name]
+        stated = re.search(r"\[default: ([^,\]]+)", option.help)
+        assert (stated[1] if stated else str(option.default)) == str(field.default)
 
 
 def test_progress_bar_draws_in_a_terminal(config: TrainConfig) -> None:
@@ -1096,50 +1132,69 @@ def test_progress_bar_draws_in_a_terminal(config: TrainConfig) -> None:
 
 
 DRIVER = """
-import sys, time, typer, torch
+import sys, time, torch
 torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
-from test_training import bigram, trainer, train_command
-trainer._build = lambda config: (bigram(), None)
-slow = trainer._Run.take_step
-def take_step(self):
-    slow(self)
-    time.sleep(0.05)
-trainer._Run.take_step = take_step
-app = typer.Typer()
-app.command()(train_command)
-app()
+from flashgau.training import trainer
+take_step = trainer._Run.take_step
+def take_step_or_wait(self):
+    take_step(self)
+    while self.state.step == 5 and not self.stop.signal:
+        time.sleep(0.01)  # however late the signal comes, it comes in the middle of the run
+trainer._Run.take_step = take_step_or_wait
+from flashgau.cli import main
+sys.exit(main(["train", *sys.argv[1:]]))
 """
 
 
-def test_ctrl_c_saves_and_the_resumed_run_is_bitwise_uninterrupted(
-    config: TrainConfig, uninterrupted: Callable[[TrainConfig], dict[str, Any]]
-) -> None:
-    """A real process and a real signal; the same bits as in this process without any."""
+def test_ctrl_c_saves_and_the_resumed_run_is_bitwise_uninterrupted(config: TrainConfig, tmp_path: Path) -> None:
+    """A real process, a real signal and a FLASH model; the same bits as in this process without any."""
+    config = replace(config, size="tiny", batch=1, accumulate=1, length=80, eval_windows=2, steps=20)
     options = [
         f"--{name.replace('_', '-')}={value}"
         for name, value in config.to_dict().items()
         if name not in ("max_minutes", "bf16", "beta1", "beta2")
     ]
-    driver = DRIVER.format(tests=str(Path(__file__).parent))
     with subprocess.Popen(
-        [sys.executable, "-c", driver, *options],
+        [sys.executable, "-c", DRIVER, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "step 3/12" in line:
-                process.send_signal(signal.SIGINT)
-                break
-        output, errors = process.communicate(timeout=60)
+        try:
+            whole = train(replace(config, out=str(tmp_path / "whole")))
+            assert process.stderr is not None
+            for line in process.stderr:
+                if "step 3/20" in line:
+                    process.send_signal(signal.SIGINT)
+                    break
+            output, errors = process.communicate(timeout=300)
+        finally:
+            process.kill()
     assert process.returncode == 130, errors
     assert "once more to quit at once" in errors
     assert "stopped by SIGINT, and saved" in output
     assert "Traceback" not in errors
-    step = read_metadata(Path(config.out, LAST))["state"]["step"]
-    assert 3 <= step < 12
-    train(config, resume=True, model=bigram())
-    assert outcome(Path(config.out)) == uninterrupted(config)
+    assert 3 <= read_metadata(Path(config.out, LAST))["state"]["step"] <= 5
+    train(config, resume=True)
+    assert outcome(Path(config.out)) == outcome(whole.out)
+    loaded = load_model(whole.checkpoint)
+    assert not loaded.training
+    tokens = torch.arange(100)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens), whole.model(tokens))
+
+
+def test_named_models_that_do_not_exist(text: Path, tmp_path: Path) -> None:
+    for arguments in (["--size", "gigantic"], ["--model", "rnn"]):
+        result = CliRunner().invoke(app, ["--data", str(text), "--out", str(tmp_path / "run"), *arguments])
+        assert result.exit_code == 1
+        assert len(result.stderr.strip().splitlines()) == 1
+        assert arguments[1] in result.stderr
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_callers_own_model_is_not_loaded_by_name(config: TrainConfig) -> None:
+    result = train(config, model=bigram())
+    with pytest.raises(CheckpointError, match="a model of the caller's own"):
+        load_model(result.checkpoint)

@@ -1,4 +1,7 @@
-"""Gated linear units (Shazeer 2020), computed in cache-sized pieces and in fp32 whatever the dtype."""
+"""Gated linear units (Shazeer 2020), computed in cache-sized pieces.
+
+Every elementary step is fp32 inside. In bf16 its result is rounded, as PyTorch's own elementwise operations do.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from torch import Tensor
 
 from .common import Rooms, accumulator, factor_dtype
 
-_PIECE = 2**17  # elements worked on at a time on a CPU: half a megabyte in fp32, so intermediates stay in cache
+_PIECE = (
+    2**19
+)  # elements worked on at a time on a CPU: intermediates stay in cache, and one call has work for all cores
 _PANEL = 512  # rows of x multiplied at a time in glu_linear
 
 Forward = Callable[[Tensor, Tensor], Tensor]
@@ -128,6 +133,7 @@ def glu_linear_backward(
     rooms = Rooms()
     for r in _panels(flat[0].shape[0], x.device):
         d_r, x_r, g_r, u_r = (t[r] for t in flat)
+        d_r, g_r, u_r = (t.to(acc) for t in (d_r, g_r, u_r))
         dg, du = torch.empty_like(g_r, dtype=acc), torch.empty_like(u_r, dtype=acc)
         _gated_backward(d_r, g_r, u_r, activation, up_activation, dg, du, rooms)
         dbg += dg.sum(0)
@@ -141,7 +147,7 @@ def glu_linear_backward(
 
 
 def _gated(g: Tensor, u: Tensor, activation: str, up_activation: str, out: Tensor, rooms: Rooms) -> None:
-    g, u = (_widened(x, name, out.dtype, rooms) for name, x in (("g", g), ("u", u)))
+    g, u = _in_range(g, "g", rooms), _in_range(u, "u", rooms)
     a = ACTIVATIONS[activation][0](g, rooms.like("act(g)", g))
     torch.mul(a, ACTIVATIONS[up_activation][0](u, rooms.like("act(u)", u)), out=out)
 
@@ -149,11 +155,9 @@ def _gated(g: Tensor, u: Tensor, activation: str, up_activation: str, out: Tenso
 def _gated_backward(
     d: Tensor, g: Tensor, u: Tensor, activation: str, up_activation: str, dg: Tensor, du: Tensor, rooms: Rooms
 ) -> None:
-    d, g, u = (_widened(x, name, d.dtype, rooms) for name, x in (("d", d), ("g", g), ("u", u)))
-    for x, act, grad, other, other_act in (
-        (g, activation, dg, u, up_activation),
-        (u, up_activation, du, g, activation),
-    ):
+    d, g, u = _in_range(d, "d", rooms), _in_range(g, "g", rooms), _in_range(u, "u", rooms)
+    sides = (g, activation, dg, u, up_activation), (u, up_activation, du, g, activation)
+    for x, act, grad, other, other_act in sides:
         value = ACTIVATIONS[other_act][0](other, rooms.like("value", other))
         if act == "identity":
             torch.mul(d, value, out=grad)
@@ -165,10 +169,9 @@ def _gated_backward(
             grad.copy_(result)
 
 
-def _widened(x: Tensor, name: str, dtype: torch.dtype, rooms: Rooms) -> Tensor:
-    """x in the type that sums are kept in for inputs of `dtype`."""
-    acc = accumulator(dtype)
-    return x if x.dtype == acc else rooms.like(name, x, acc).copy_(x)
+def _in_range(x: Tensor, name: str, rooms: Rooms) -> Tensor:
+    """fp16 as fp32: a square or a product of two values leaves its range. bf16 has the range of fp32."""
+    return rooms.like(name, x, torch.float32).copy_(x) if x.dtype == torch.float16 else x
 
 
 def _affine(x: Tensor, w_t: Tensor, bias: Tensor | None) -> Tensor:
@@ -197,18 +200,19 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     first = tensors[0]
     if first.numel() == 0:
         return
-    if first.device.type != "cpu" or first.numel() <= 2 * _PIECE:
+    if first.device.type != "cpu" or first.nbytes <= 2 * _PIECE:
         yield tensors
         return
+    step = _PIECE // first.itemsize
     if all(t.is_contiguous() for t in tensors):
         flat = [t.view(-1) for t in tensors]
-        yield from zip(*(t.split(_PIECE) for t in flat), strict=True)
+        yield from zip(*(t.split(step) for t in flat), strict=True)
         return
     # Rows of the last axis; a view where strides allow it, which those of packed halves do.
     width = first.shape[-1]
     views = [_as_rows(t, width) for t in tensors]
     if all(v is not None for v in views):
-        yield from zip(*(v.split(max(1, _PIECE // width)) for v in views if v is not None), strict=True)
+        yield from zip(*(v.split(max(1, step // width)) for v in views if v is not None), strict=True)
     else:
         for parts in zip(*(t.unbind(0) for t in tensors), strict=True):
             yield from _pieces(*parts)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
@@ -30,14 +30,21 @@ FILES = {
 # Fused pieces of layers, which no caller asks a backend for.
 _INNER = {"projection": "projection", "heads": "projection", "flash_unit": "flash_unit"}
 
-_selected: ContextVar[str | None] = ContextVar("flashgau_backend", default=None)
+
+class _Selected(threading.local):
+    """The backend that `use_backend` asked for in this thread. (torch.compile can read and guard this.)"""
+
+    name: str | None = None
+
+
+_selected = _Selected()
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every flashgau operation inside the `with` block on one backend.
 
-    The choice holds for the current thread or task, nests, and yields to an explicit `backend=` argument. It is a
+    The choice holds for the current thread, nests, and yields to an explicit `backend=` argument. It is a
     request, honoured or refused: with `"triton"` an operation that cannot run there raises RuntimeError. The
     environment variable `FLASHGAU_BACKEND` makes the same request for the whole process.
 
@@ -52,11 +59,11 @@ def use_backend(name: str) -> Iterator[None]:
         >>> with flashgau.use_backend("reference"):
         ...     y = flashgau.glu(torch.ones(2, 4), torch.ones(2, 4), activation="relu")
     """
-    token = _selected.set(_known("use_backend", "name", name))
+    outer, _selected.name = _selected.name, _known("use_backend", "name", name)
     try:
         yield
     finally:
-        _selected.reset(token)
+        _selected.name = outer
 
 
 def explain(op: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
@@ -74,7 +81,7 @@ def resolve(op: str, requested: str | None, device: torch.device, dtype: torch.d
     """The backend for this call; a request that cannot be met is refused with the reason."""
     if requested is not None:
         name, source = _known(op, "backend", requested), f'backend="{requested}"'
-    elif (chosen := _selected.get()) is not None:
+    elif (chosen := _selected.name) is not None:
         name, source = chosen, f'use_backend("{chosen}")'
     elif (chosen := os.environ.get("FLASHGAU_BACKEND")) is not None:
         name, source = _known(op, "FLASHGAU_BACKEND", chosen), f"FLASHGAU_BACKEND={chosen}"
@@ -88,7 +95,7 @@ def resolve(op: str, requested: str | None, device: torch.device, dtype: torch.d
 
 def resolve_inner(op: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend for a piece of a layer: a request for the reference is honoured, else the best that can run."""
-    requested = _selected.get() or os.environ.get("FLASHGAU_BACKEND")
+    requested = _selected.name or os.environ.get("FLASHGAU_BACKEND")
     return "reference" if requested == "reference" else default_backend(op, device, dtype)
 
 

@@ -22,8 +22,8 @@ def glu(
 ) -> Tensor:
     """Gated linear unit: act(gate) * up_act(up), elementwise.
 
-    The arithmetic is fp32 inside (fp64 for fp64), rounded once. The backward recomputes the activations from the
-    inputs and overwrites nothing.
+    Every elementary step is fp32 inside (fp64 for fp64); a backend may round to the dtype after each, as PyTorch
+    does, or only once. The backward recomputes the activations from the inputs and overwrites nothing.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer" (arXiv 2002.05202), table 1: glu is sigmoid, bilinear
     identity, reglu relu, geglu gelu, swiglu silu, always with the identity on the up side. Hua et al. 2022 (arXiv

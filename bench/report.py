@@ -1,0 +1,256 @@
+"""Tables for the screen, JSON for the record, plots for the page."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench.cases import FORWARD, PASSES, TRAINING
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart. A provider has one colour in every plot.
+COLOURS = {
+    "flashgau-eager": "#0072B2",
+    "flashgau-triton": "#D55E00",
+    "plain": "#7F7F7F",
+    "sdpa": "#E69F00",
+    "sdpa-flash": "#E69F00",
+    "sdpa-cudnn": "#009E73",
+    "flash-pytorch": "#CC79A7",
+}
+SPARE_COLOURS = ("#56B4E9", "#F0E442", "#000000", "#882255", "#44AA99")
+MARKERS = "osD^vP*X"
+PLOT_COLUMNS = 4
+VERDICT_STYLE = {"met": "green", "missed": "red", "not measured": "yellow"}
+
+
+def write_json(record: dict[str, Any], path: Path) -> None:
+    """Write atomically: a reader, or a run cut short, never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".json.part")
+    part.write_text(json.dumps(record, indent=1, allow_nan=False, default=str) + "\n")
+    os.replace(part, path)
+
+
+def duration(seconds: float) -> str:
+    """Three significant digits in the unit that suits.
+
+    >>> duration(0.00123456), duration(2.5), duration(3.21e-5)
+    ('1.23 ms', '2.5 s', '32.1 us')
+    """
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+def _timing(times: dict[str, Any] | None) -> str:
+    if not times:
+        return ""
+    half = (times["q3_s"] - times["q1_s"]) / 2
+    return f"{duration(times['median_s'])} [dim]±{100 * half / times['median_s']:.0f}%[/dim]"
+
+
+def _rate(entry: dict[str, Any], run: str, times: dict[str, Any] | None) -> str:
+    if not times or run not in entry["work"]:
+        return ""
+    rate, unit = entry["work"][run] / times["median_s"], entry["work_unit"]
+    unit = {"FLOP": "FLOP/s", "B": "B/s"}[unit]
+    return f"{rate / 1e12:.3g} T{unit}" if rate >= 1e12 else f"{rate / 1e9:.3g} G{unit}"
+
+
+def _mib(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:.3g}" if count < 100 * 2**20 else f"{count / 2**20:.0f}"
+
+
+def _place(machine: dict[str, Any]) -> str:
+    threads = machine["threads"]
+    return machine.get("gpu") or f"{machine['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def results_table(record: dict[str, Any]) -> Table:
+    machine = record["machine"]
+    place = _place(machine)
+    table = Table(title=f"{record['title']}\n[dim]{place}, torch {machine['torch']}[/dim]", title_justify="left")
+    table.add_column("case")
+    table.add_column("provider")
+    for run in PASSES:
+        table.add_column(f"{run}\nmedian ±half IQR", justify="right")
+    table.add_column(f"rate\n({TRAINING})", justify="right")
+    table.add_column("peak MiB\nforward", justify="right")
+    table.add_column("peak MiB\nfwd+bwd", justify="right")
+    table.add_column("error of allowed,\nor why not measured")
+    for entry in record["cases"]:
+        name = entry["name"]
+        for who, result in entry["providers"].items():
+            if result["status"] == "ok":
+                rows = result["check"]["rows"]
+                used = max((r["error"] / r["allowed"] for r in rows if r["allowed"]), default=0.0)
+                note = f"[green]{used:.0%}[/green] at N={result['check']['length']}"
+                if "memory_failed" in result:
+                    note += f"; memory: {escape(result['memory_failed'])}"
+            else:
+                style = {"skipped": "yellow"}.get(result["status"], "bold red")
+                note = f"[{style}]{result['status'].upper()}[/{style}] {escape(result['reason'])}"
+            times, peak = result["times"], result["peak_bytes"]
+            table.add_row(
+                name,
+                who,
+                *(_timing(times.get(run)) for run in PASSES),
+                _rate(entry, TRAINING, times.get(TRAINING)),
+                *(_mib(peak.get(run)) for run in PASSES),
+                note,
+            )
+            name = ""
+        table.add_section()
+    return table
+
+
+def goals_table(record: dict[str, Any]) -> Table:
+    table = Table(title="Goals", title_justify="left")
+    for heading in ("case", "goal", "measured", "verdict"):
+        table.add_column(heading)
+    for entry in record["cases"]:
+        name = entry["name"]
+        for goal in entry["goals"]:
+            sign = ">=" if goal["metric"] == "speed" else "<="
+            text = f"{goal['run']} {goal['metric']} of {goal['ours']} {sign} {goal['bound']:g}x {goal['theirs']}"
+            measured = "" if goal["measured"] is None else f"{goal['measured']:.2f}x"
+            if goal["low"] is not None:
+                measured += f" [dim][{goal['low']:.2f}, {goal['high']:.2f}][/dim]"
+            style = VERDICT_STYLE[goal["verdict"]]
+            table.add_row(name, text, measured, f"[{style}]{goal['verdict']}[/{style}]")
+            name = ""
+    return table
+
+
+def growth_table(record: dict[str, Any]) -> Table:
+    table = Table(title="Peak memory when the length doubles: largest factor", title_justify="left")
+    for heading in ("series", "provider", "run", "factor", "at", "verdict"):
+        table.add_column(heading)
+    worst: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in record["memory_growth"]:
+        key = (row["group"], row["provider"], row["run"])
+        if key not in worst or row["factor"] > worst[key]["factor"]:
+            worst[key] = row
+    for (group, provider, run), row in worst.items():
+        verdict = row["verdict"]
+        shown = (
+            ""
+            if verdict is None
+            else f"[{VERDICT_STYLE[verdict]}]{verdict}[/{VERDICT_STYLE[verdict]}] (<= {row['bound']:g}x)"
+        )
+        table.add_row(group, provider, run, f"{row['factor']:.2f}x", f"{row['from']} to {row['to']}", shown)
+    return table
+
+
+def show(record: dict[str, Any], console: Console) -> None:
+    """Print the tables that have something in them."""
+    console.print(results_table(record))
+    if any(entry["goals"] for entry in record["cases"]):
+        console.print(goals_table(record))
+    if record["memory_growth"]:
+        console.print(growth_table(record))
+    if not record["complete"]:
+        console.print("[yellow]Interrupted: this is what was measured until then.[/yellow]")
+
+
+def _colour(name: str, names: list[str]) -> str:
+    others = [n for n in names if n not in COLOURS]
+    return COLOURS.get(name) or SPARE_COLOURS[others.index(name) % len(SPARE_COLOURS)]
+
+
+def _panel(axis: Axes, entries: list[dict[str, Any]], key: str, scale: float, names: list[str]) -> dict[str, Any]:
+    """One quantity of one group against length, on logarithmic axes. Returns what was drawn, by provider."""
+    drawn: dict[str, Any] = {}
+    largest, smallest = 0.0, math.inf
+    for place, who in enumerate(names):
+        points = []
+        for entry in entries:
+            value = _value(entry["providers"].get(who), key)
+            if value is not None:
+                points.append((entry["length"], *(scale * v for v in value)))
+        if not points:
+            continue
+        x, low, middle, high = zip(*points, strict=True)
+        below = [m - lo for m, lo in zip(middle, low, strict=True)]
+        above = [hi - m for m, hi in zip(middle, high, strict=True)]
+        marker = MARKERS[place % len(MARKERS)]
+        style: dict[str, Any] = {"color": _colour(who, names), "marker": marker, "markersize": 4.5}
+        drawn[who] = axis.errorbar(x, middle, yerr=[below, above], capsize=2, linewidth=1.4, **style)
+        largest, smallest = max(largest, *middle), min(smallest, *middle)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(sorted({entry["length"] for entry in entries}))
+    plain_number = FuncFormatter(lambda value, _: f"{value:g}")
+    axis.xaxis.set_major_formatter(plain_number)
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if largest < 1e3 * smallest else (1.0,)))
+    axis.yaxis.set_major_formatter(plain_number)
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.grid(True, which="major", linewidth=0.4, alpha=0.6)
+    return drawn
+
+
+def _figure(record: dict[str, Any], rows: list[tuple[str, str, float]], path: Path) -> bool:
+    """A column of panels per group of cases, wrapped; a row per (key, label, factor to the label's unit)."""
+    groups = list(dict.fromkeys(entry["group"] for entry in record["cases"]))
+    names = list(dict.fromkeys(who for entry in record["cases"] for who in entry["providers"]))
+    columns = min(len(groups), PLOT_COLUMNS)
+    bands = -(-len(groups) // columns)
+    height = bands * len(rows)
+    figure = Figure(figsize=(max(4.2 * columns, 5.5), 2.9 * height + 1.2), layout="constrained")
+    axes = figure.subplots(height, columns, squeeze=False, sharey="row")
+    for axis in axes.flat:
+        axis.set_visible(False)
+    drawn: dict[str, Any] = {}
+    for place, group in enumerate(groups):
+        band, column = divmod(place, columns)
+        entries = sorted((e for e in record["cases"] if e["group"] == group), key=lambda e: e["length"])
+        for row, (key, label, scale) in enumerate(rows):
+            axis = axes[band * len(rows) + row][column]
+            axis.set_visible(True)
+            drawn |= _panel(axis, entries, key, scale, names)
+            axis.set_xlabel(record["x_label"] if row == len(rows) - 1 else "")
+            axis.set_ylabel(label if column == 0 else "")
+            axis.set_title(group if row == 0 else "", fontsize=10)
+    if not drawn:
+        return False
+    machine = record["machine"]
+    origin = f"{_place(machine)}, torch {machine['torch']}, {machine['date'][:10]}"
+    figure.suptitle(f"{record['title']}\n{origin}", fontsize=10)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=min(len(drawn), 6), frameon=False)
+    figure.savefig(path, dpi=130)
+    return True
+
+
+def _value(result: dict[str, Any] | None, key: str) -> tuple[float, float, float] | None:
+    """(low, middle, high) of what is plotted, None if not measured. `key`: "time/PASS" or "memory/PASS"."""
+    kind, run = key.split("/")
+    if result is None:
+        return None
+    if kind == "time":
+        times = result["times"].get(run)
+        return (times["q1_s"], times["median_s"], times["q3_s"]) if times else None
+    peak = result["peak_bytes"].get(run)
+    return (peak, peak, peak) if peak else None
+
+
+def plot(record: dict[str, Any], out: Path) -> list[Path]:
+    """Draw `time.png` and `memory.png` on logarithmic axes; return those that show something."""
+    out.mkdir(parents=True, exist_ok=True)
+    times = [(f"time/{FORWARD}", "forward (ms)", 1e3), (f"time/{TRAINING}", "forward + backward (ms)", 1e3)]
+    peaks = [(f"memory/{FORWARD}", "forward, peak (MiB)", 2.0**-20)]
+    peaks += [(f"memory/{TRAINING}", "forward + backward, peak (MiB)", 2.0**-20)]
+    return [
+        path for rows, path in ((times, out / "time.png"), (peaks, out / "memory.png")) if _figure(record, rows, path)
+    ]

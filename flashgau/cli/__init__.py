@@ -1,0 +1,78 @@
+"""The `flashgau` command.
+
+Every command lives in a module of its own. Nothing here imports PyTorch: a command does that when it runs, so
+`flashgau --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from flashgau.cli import check, demo, doctor, train
+from flashgau.cli.console import INTERRUPTED, USAGE
+
+__all__ = ["app", "main"]
+
+# The base of every wrong-use error. Newer versions of typer carry their own copy of click, so the class is
+# reached through the one name that is public in all of them.
+UsageError: Any = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    name="flashgau",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        print(f"flashgau {version('flashgau')}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def flashgau(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Attention, gated linear units, the Gated Attention Unit and FLASH: exact, and linear in memory.
+
+    \b
+    Examples:
+      flashgau doctor
+      flashgau check --op attention
+      flashgau COMMAND --help
+    """
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+app.command(short_help="Versions, devices and backends of this machine.")(doctor.doctor)
+app.command(short_help="Hold every operation to the fp64 reference here.")(check.check)
+app.command(short_help="Train a byte-level language model.")(train.train)
+app.command(short_help="All of it in five minutes, with a report.")(demo.demo)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status: 0, 1 failure, 2 wrong use, 130 interrupted."""
+    try:
+        status = app(args=None if arguments is None else list(arguments), prog_name="flashgau", standalone_mode=False)
+    except UsageError as error:
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context else "flashgau"
+        message = " ".join(error.format_message().split())
+        print(f"{where}: {message} (see `{where} --help`)", file=sys.stderr)
+        return USAGE
+    except (typer.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    return status if isinstance(status, int) else 0

@@ -1,0 +1,319 @@
+"""Causal and masked language models over one stack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn.initialise import STD
+from .config import ModelConfig
+from .sampling import sample
+from .stack import ModelState, Stack
+
+IGNORE = -100  # a target that does not count
+
+
+class LanguageModel(nn.Module):
+    """Base of `CausalLM` and `MaskedLM`: a stack and an output matrix.
+
+    Args:
+        config: a `ModelConfig`, or its name ("flash-small").
+        causal: each token sees only itself and what came before.
+        device: where the parameters live.
+        dtype: their type.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig | str,
+        causal: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        config = ModelConfig.named(config) if isinstance(config, str) else config
+        self.config = config
+        self.stack = Stack(config, causal, device=device, dtype=dtype)
+        # A tied matrix is registered once, under its embedding, so that a state dict has no tensor twice.
+        shape = (config.vocab_size, config.dim)
+        self.head_weight = (
+            None if config.tied else nn.Parameter(torch.empty(shape, device=device, dtype=dtype).normal_(std=STD))
+        )
+        self.head_bias = nn.Parameter(torch.zeros(shape[:1], device=device, dtype=dtype)) if config.head_bias else None
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden (..., d) -> logits (..., vocab_size)."""
+        weight = self.stack.embedding.weight if self.head_weight is None else self.head_weight
+        return F.linear(hidden, weight, self.head_bias)
+
+    def num_parameters(self) -> int:
+        """How many numbers are learned; a tied matrix counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+
+class CausalLM(LanguageModel):
+    """A language model that predicts each token from those before it.
+
+    Args:
+        config: a `ModelConfig`, or its name: "flash-tiny", "transformer++-base", ...
+        device: where the parameters live.
+        dtype: their type.
+
+    Example:
+        >>> import torch
+        >>> model = CausalLM(ModelConfig.named("flash-tiny", depth=1))
+        >>> tokens = torch.randint(256, (2, 100))
+        >>> tuple(model(tokens).shape), abs(model.loss(tokens).item() - 5.55) < 0.1
+        ((2, 100, 256), True)
+        >>> tuple(model.generate(tokens, 5, seed=1).shape)
+        (2, 5)
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig | str,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(config, True, device, dtype)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        state: ModelState | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """Logits of the token after each token.
+
+        Args:
+            tokens: (B, N) integers below vocab_size; padding may be any of them.
+            lengths: (B,) valid tokens of each right-padded row.
+            cu_seqlens: (G+1,) bounds of G sequences packed in one row (B = 1).
+            state: of the tokens before, from an earlier call with `return_state=True`.
+            return_state: also give the state after the last valid token of each row.
+
+        Returns:
+            Logits (B, N, vocab_size), or those and a `ModelState`.
+        """
+        if cu_seqlens is not None and (state is not None or return_state):
+            raise ValueError("CausalLM: `cu_seqlens` and a state together; give each sequence a row and `lengths`")
+        hidden, state = self.stack(
+            tokens, lengths=lengths, cu_seqlens=cu_seqlens, state=state, return_state=return_state
+        )
+        logits = self.head(hidden)
+        return (logits, state) if return_state else logits
+
+    def loss(self, tokens: Tensor, lengths: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy, in nats, of every valid token but the first of its sequence, given those before it.
+
+        Args:
+            tokens: (B, N) with N >= 2. All but the last are the input, all but the first the targets.
+            lengths: (B,) valid tokens of each right-padded row.
+            cu_seqlens: (G+1,) bounds of packed sequences (B = 1).
+
+        Returns:
+            A scalar, computed in fp32 (fp64 for an fp64 model). Divided by ln 2 it is bits per token.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] < 2:
+            raise ValueError(f"CausalLM.loss: `tokens` has shape {tuple(tokens.shape)}; expected (B, N), N at least 2")
+        targets = tokens[:, 1:].long()
+        if cu_seqlens is not None:
+            logits = self.forward(tokens, lengths, cu_seqlens=cu_seqlens)[:, :-1]
+            place = torch.arange(targets.shape[1], device=tokens.device) + 1
+            # The first token of a sequence has nothing before it to predict it from.
+            targets = targets.masked_fill(torch.isin(place, cu_seqlens), IGNORE)
+        elif lengths is not None:
+            shorter = (lengths - 1).clamp(min=0)
+            logits = self.forward(tokens[:, :-1], shorter)
+            valid = torch.arange(targets.shape[1], device=tokens.device) < shorter[:, None]
+            targets = targets.masked_fill(~valid, IGNORE)
+        else:
+            logits = self.forward(tokens[:, :-1])
+        return cross_entropy(logits, targets)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Tensor,
+        max_new_tokens: int,
+        *,
+        lengths: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: int | Sequence[int] | None = None,
+        stream: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """Continue a batch of prompts, token by token.
+
+        "flash" and "mc-tfm++" decode with a state of constant size, the other kinds with a key/value cache that grows
+        by doubling. The logits are those of the parallel `forward` on the whole text.
+
+        Args:
+            prompt: (B, N) tokens, N at least 1.
+            max_new_tokens: how many to add at most.
+            lengths: (B,) valid tokens of each right-padded prompt, each at least 1; None if all N are.
+            temperature: logits are divided by it; 0 takes the most likely token.
+            top_k: draw among the k most likely only.
+            top_p: draw among the fewest tokens that together have this probability.
+            seed: of the drawing; None takes torch's default generator.
+            stop: a row ends with the first of these tokens, and is filled with it from there on.
+            stream: called with every new column of tokens (B,), as soon as it is drawn.
+
+        Returns:
+            The new tokens (B, T), T <= max_new_tokens; T is smaller if every row has stopped.
+        """
+        if max_new_tokens < 0:
+            raise ValueError(f"generate: `max_new_tokens` is {max_new_tokens}; expected 0 or more")
+        if prompt.ndim != 2 or prompt.shape[1] == 0:
+            raise ValueError(f"generate: `prompt` has shape {tuple(prompt.shape)}; expected (B, N), N at least 1")
+        batch, n = prompt.shape
+        if lengths is not None and (lengths.shape != (batch,) or bool((lengths < 1).any() | (lengths > n).any())):
+            raise ValueError(f"generate: `lengths` is {lengths.tolist()}; expected {batch} numbers from 1 to {n}")
+        generator = None if seed is None else torch.Generator(prompt.device).manual_seed(seed)
+        stops = None if stop is None else torch.tensor([stop] if isinstance(stop, int) else list(stop))
+        stops = None if stops is None else stops.to(prompt.device)
+        training = self.training
+        self.eval()
+        try:
+            new: list[Tensor] = []
+            done = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
+            if max_new_tokens:
+                hidden, state = self.stack(prompt, lengths=lengths, return_state=True)
+                rows = torch.arange(batch, device=prompt.device)
+                last = hidden[:, -1] if lengths is None else hidden[rows, lengths.long() - 1]
+            while len(new) < max_new_tokens:
+                token = sample(self.head(last), temperature, top_k, top_p, generator)
+                if stops is not None:
+                    token = torch.where(done, new[-1], token) if new else token
+                    done = done | torch.isin(token, stops)
+                new.append(token)
+                if stream is not None:
+                    stream(token)
+                if len(new) == max_new_tokens or (stops is not None and bool(done.all())):
+                    break
+                hidden, state = self.stack(token[:, None], state=state, return_state=True)
+                last = hidden[:, -1]
+        finally:
+            self.train(training)
+        return torch.stack(new, dim=1) if new else prompt.new_zeros(batch, 0, dtype=torch.int64)
+
+
+class MaskedLM(LanguageModel):
+    """A language model that sees the whole text, and fills in tokens that were masked out.
+
+    Args:
+        config: a `ModelConfig`, or its name. Its vocabulary must have a token to mask with.
+        device: where the parameters live.
+        dtype: their type.
+
+    Example:
+        >>> import torch
+        >>> model = MaskedLM(ModelConfig.named("flash-quad-tiny", depth=1, vocab_size=257))
+        >>> tokens = torch.randint(256, (2, 100))
+        >>> inputs, targets = mask_tokens(tokens, mask_token=256, vocab_size=256)
+        >>> tuple(model(inputs).shape), bool(model.loss(inputs, targets) > 0)
+        ((2, 100, 257), True)
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig | str,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(config, False, device, dtype)
+
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Logits (B, N, vocab_size) of every token in its place.
+
+        Args:
+            tokens: (B, N) integers below vocab_size; padding may be any of them.
+            lengths: (B,) valid tokens of each right-padded row.
+            cu_seqlens: (G+1,) bounds of G sequences packed in one row (B = 1).
+        """
+        hidden, _ = self.stack(tokens, lengths=lengths, cu_seqlens=cu_seqlens)
+        return self.head(hidden)
+
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Mean cross-entropy, in nats, over the targets that are not -100.
+
+        Args:
+            tokens: (B, N) the corrupted text.
+            targets: (B, N) the original token where it counts, else -100; see `mask_tokens`.
+            lengths: (B,) valid tokens of each right-padded row.
+            cu_seqlens: (G+1,) bounds of packed sequences (B = 1).
+
+        Returns:
+            A scalar, computed in fp32 (fp64 for an fp64 model).
+        """
+        if targets.shape != tokens.shape:
+            raise ValueError(
+                f"MaskedLM.loss: `targets` has shape {tuple(targets.shape)}; expected {tuple(tokens.shape)}, "
+                "as `tokens` has"
+            )
+        return cross_entropy(self.forward(tokens, lengths, cu_seqlens=cu_seqlens), targets.long())
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over targets (B, N) that are not -100 of -log softmax(logits (B, N, V)), in fp32 at least."""
+    logits = logits.flatten(0, 1)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORE)
+
+
+def mask_tokens(
+    tokens: Tensor,
+    mask_token: int,
+    vocab_size: int,
+    probability: float = 0.15,
+    lengths: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Choose tokens to predict: 80% of them become mask_token, 10% a random token, 10% stay.
+
+    Source: Devlin et al. 2019 (arXiv 1810.04805), section 3.1.
+
+    Args:
+        tokens: (B, N).
+        mask_token: what a masked token becomes.
+        vocab_size: random tokens are below it.
+        probability: share of the tokens to predict.
+        lengths: (B,) valid tokens of each row; padding is never chosen.
+        generator: where the random numbers come from.
+
+    Returns:
+        tuple: inputs (B, N), and targets (B, N) with -100 where nothing is to be predicted.
+
+    Example:
+        >>> import torch
+        >>> inputs, targets = mask_tokens(torch.zeros(1, 8, dtype=torch.long), 9, 9, probability=1.0)
+        >>> targets.tolist()
+        [[0, 0, 0, 0, 0, 0, 0, 0]]
+    """
+    shape, device = tokens.shape, tokens.device
+    chosen = torch.rand(shape, generator=generator, device=device) < probability
+    if lengths is not None:
+        chosen &= torch.arange(shape[1], device=device) < lengths[:, None]
+    fate = torch.rand(shape, generator=generator, device=device)
+    random = torch.randint(vocab_size, shape, generator=generator, device=device, dtype=tokens.dtype)
+    inputs = tokens.masked_fill(chosen & (fate < 0.8), mask_token)
+    inputs = torch.where(chosen & (fate >= 0.9), random, inputs)
+    return inputs, tokens.long().masked_fill(~chosen, IGNORE)

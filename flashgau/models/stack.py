@@ -1,0 +1,187 @@
+"""The body of every language model: embedding, layers, final norm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..nn import (
+    FLASH,
+    GAU,
+    FeedForward,
+    GatedFeedForward,
+    MultiHeadAttention,
+    MultiHeadMixedChunk,
+    ScaledSinusoidal,
+)
+from ..nn.initialise import embedding
+from ..nn.norms import make_norm
+from ..nn.rotary import packed_positions
+from .config import ModelConfig
+
+
+@dataclass
+class ModelState:
+    """What a causal model remembers of a prefix.
+
+    Attributes:
+        layers: the state of each layer. "flash" and "mc-tfm++": of constant size, and not changed by use. The other
+            kinds: key/value caches, which grow with the prefix and are written in place.
+        position: (B,) int64, tokens so far.
+    """
+
+    layers: list[Any]
+    position: Tensor
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + feedforward(norm(x)).
+
+    Args:
+        config: the model, of kind "transformer", "transformer++" or "mc-tfm++".
+        causal: each token sees only itself and what came before.
+        factory: device and dtype.
+    """
+
+    def __init__(self, config: ModelConfig, causal: bool, **factory: Any) -> None:
+        super().__init__()
+        plain = config.kind == "transformer"
+        options: dict[str, Any] = {"kv_heads": config.kv_heads, "causal": causal} | factory
+        if plain:
+            options |= {"rotary_dim": 0}
+        if config.kind == "mc-tfm++":
+            options |= {"chunk_size": config.chunk_size}
+        mixer = MultiHeadMixedChunk if config.kind == "mc-tfm++" else MultiHeadAttention
+        self.attention_norm = make_norm(config.norm, config.dim, **factory)
+        self.attention: Any = mixer(config.dim, config.heads, **(options | config.layer))
+        self.feedforward_norm = make_norm(config.norm, config.dim, **factory)
+        self.feedforward: nn.Module
+        if plain:
+            activation = config.feedforward or "gelu"
+            self.feedforward = FeedForward(config.dim, config.hidden, activation, **factory)
+        else:
+            variant = config.feedforward or "swiglu"
+            self.feedforward = GatedFeedForward(config.dim, config.hidden, variant, **factory)
+
+    def forward(self, x: Tensor, **options: Any) -> Any:
+        """x (B, N, d) -> (B, N, d); options, and a state with `return_state=True`, as of the attention layer."""
+        result = self.attention(self.attention_norm(x), **options)
+        out, state = result if options.get("return_state") else (result, None)
+        x = x + out
+        x = x + self.feedforward(self.feedforward_norm(x))
+        return (x, state) if options.get("return_state") else x
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The next token: x (B, 1, d) -> (B, 1, d), and the state."""
+        out, state = self.attention.step(self.attention_norm(x), state)
+        x = x + out
+        return x + self.feedforward(self.feedforward_norm(x)), state
+
+
+def make_layer(config: ModelConfig, causal: bool, **factory: Any) -> nn.Module:
+    """One layer of the stack: a FLASH or GAU layer, or a transformer block."""
+    if config.kind == "flash":
+        return FLASH(
+            config.dim,
+            spec=config.spec,
+            hidden=config.hidden,
+            key_dim=config.key_dim,
+            chunk_size=config.chunk_size,
+            causal=causal,
+            **config.layer,
+            **factory,
+        )
+    if config.kind == "flash-quad":
+        # Dividing by the keys of the row makes a prefix independent of what follows, so that it can be decoded.
+        decodable = {"normalizer": "row"} if causal and config.spec == "paper" else {}
+        return GAU(
+            config.dim,
+            spec=config.spec,
+            hidden=config.hidden,
+            key_dim=config.key_dim,
+            causal=causal,
+            **(decodable | config.layer),
+            **factory,
+        )
+    return TransformerBlock(config, causal, **factory)
+
+
+class Stack(nn.Module):
+    """Embedding (+ absolute positions), layers, final norm: tokens (B, N) -> (B, N, d).
+
+    Args:
+        config: the model.
+        causal: each token sees only itself and what came before.
+        factory: device and dtype.
+    """
+
+    def __init__(self, config: ModelConfig, causal: bool, **factory: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = embedding(config.vocab_size, config.dim, **factory)
+        default = "scaled_sin" if config.kind == "transformer" else "none"
+        absolute = (config.positions or default) == "scaled_sin"
+        self.positions: nn.Module | None = ScaledSinusoidal(config.dim, **factory) if absolute else None
+        self.layers = nn.ModuleList(make_layer(config, causal, **factory) for _ in range(config.depth))
+        self.norm = make_norm(config.norm, config.dim, **factory)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: ModelState | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, ModelState | None]:
+        """Tokens (B, N) -> hidden (B, N, d), and the state after them if asked for."""
+        self._check(tokens)
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            x = x + self.positions(self._positions(tokens, cu_seqlens, state))
+        states: list[Any] = []
+        recompute = self.config.checkpointing and self.training and torch.is_grad_enabled()
+        layers: list[Any] = list(self.layers)
+        for i, layer in enumerate(layers):
+            if return_state or state is not None:
+                before = None if state is None else state.layers[i]
+                if before is not None and lengths is None and tokens.shape[1] == 1:
+                    x, after = layer.step(x, before)
+                else:
+                    x, after = layer(x, lengths=lengths, state=before, return_state=True)
+                states.append(after)
+            elif recompute:
+                x = checkpoint(layer, x, lengths=lengths, cu_seqlens=cu_seqlens, use_reentrant=False)
+            else:
+                x = layer(x, lengths=lengths, cu_seqlens=cu_seqlens)
+        return self.norm(x), self._state(states, tokens, lengths, state) if return_state else None
+
+    @staticmethod
+    def _positions(tokens: Tensor, cu_seqlens: Tensor | None, state: ModelState | None) -> Tensor:
+        if cu_seqlens is not None:
+            return packed_positions(tokens.shape[1], cu_seqlens)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        return positions if state is None else positions + state.position[:, None]
+
+    @staticmethod
+    def _state(states: list[Any], tokens: Tensor, lengths: Tensor | None, before: ModelState | None) -> ModelState:
+        batch, n = tokens.shape
+        position = torch.full((batch,), n, device=tokens.device) if lengths is None else lengths.long()
+        return ModelState(states, position if before is None else before.position + position)
+
+    def _check(self, tokens: Tensor) -> None:
+        if tokens.ndim != 2:
+            raise ValueError(f"model: `tokens` has shape {tuple(tokens.shape)}; expected (B, N)")
+        if tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise TypeError(f"model: `tokens` has dtype {tokens.dtype}; expected an integer type")
+        # Looking at the values would make a GPU wait, and there the embedding reports them itself.
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"model: `tokens` has values from {low} to {high}; expected 0 to {self.config.vocab_size - 1}"
+                )

@@ -1,0 +1,25 @@
+"""Training of byte-level language models: data, schedule, checkpoints and the loop.
+
+from flashgau.training import TrainConfig, train
+result = train(TrainConfig(model="flash", steps=None, max_minutes=2, out="runs/try"))
+result.bits_per_byte, result.model
+"""
+
+from .checkpoint import CheckpointError
+from .config import TrainConfig, learning_rate
+from .data import Corpus, load_corpus
+from .trainer import Callback, Event, TrainResult, load_model, resume_config, train
+
+__all__ = [
+    "Callback",
+    "CheckpointError",
+    "Corpus",
+    "Event",
+    "TrainConfig",
+    "TrainResult",
+    "learning_rate",
+    "load_corpus",
+    "load_model",
+    "resume_config",
+    "train",
+]

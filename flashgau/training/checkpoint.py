@@ -1,0 +1,213 @@
+"""Checkpoints: one file each, which is either the complete old one or the complete new one, at every moment.
+
+The file is in the safetensors format with all that is not a tensor as JSON in its header. So loading a
+checkpoint runs no code from it (a pickle would), any safetensors reader can open the weights, and names and
+shapes can be checked from the header alone. The bytes are written here rather than by the safetensors library
+because that reports a full disk as an error of its own without the system's error number, and gives no handle
+to synchronise. Reading is the library's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+FORMAT = 1
+_KEY = "flashgau"
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used here: damaged, of another model, or of other data."""
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write, which takes the name `path` only if the block ends without an error.
+
+    The contents reach the disk before the name does: after a crash or a power cut, `path` is the old file or
+    the new one, whole. On an error the temporary file, `.NAME.PID.tmp` in the same folder, is removed and
+    `path` is as it was.
+
+    Raises:
+        OSError: the file cannot be written, for example on a full disk; the message names `path`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        kept = "; the previous one is intact" if path.exists() else ""
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}{kept}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(*paths: Path) -> None:
+    """Delete what killed processes left of `atomic_write` to `paths`. No other process may be writing them."""
+    for path in paths:
+        for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a renaming in `folder` durable, where the system can (Windows and some network folders cannot)."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of names, types, shapes and contents: a safetensors file alone does not notice a changed byte."""
+    state = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(_raw(tensor))
+    return state.hexdigest()
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write `tensors` (any device) and `metadata` (JSON values) to `path`, atomically.
+
+    Raises:
+        OSError: as `atomic_write`; `path` is then what it was before.
+    """
+    held = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    # Wide elements first: every tensor then begins at a multiple of its element size.
+    order = sorted(held, key=lambda name: (-held[name].element_size(), name))
+    # The header vouches for the metadata, and the metadata for the tensors.
+    content = {"format": FORMAT, "tensors_digest": _tensors_digest(held), **metadata}
+    text = json.dumps(content, sort_keys=True, allow_nan=False)
+    header: dict[str, Any] = {"__metadata__": {_KEY: text, "digest": _text_digest(text)}}
+    end = 0
+    for name in order:
+        start, end = end, end + held[name].nbytes
+        header[name] = {
+            "dtype": _DTYPES[held[name].dtype],
+            "shape": list(held[name].shape),
+            "data_offsets": [start, end],
+        }
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with atomic_write(path) as stream:
+        stream.write(len(encoded).to_bytes(8, "little"))
+        stream.write(encoded)
+        for name in order:
+            stream.write(_raw(held[name]))
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a checkpoint, without reading its tensors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is not a checkpoint of flashgau.
+    """
+    with _opened(path) as file:
+        return _metadata(path, file)
+
+
+def read_checkpoint(
+    path: Path, wanted: Callable[[str], bool] = lambda name: True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (on the CPU) and metadata of a checkpoint.
+
+    Args:
+        path: the file.
+        wanted: which tensors to return, by name. All of them are read, to verify the contents.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is damaged, or is not a checkpoint of flashgau.
+    """
+    with _opened(path) as file:
+        metadata = _metadata(path, file)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    if metadata["tensors_digest"] != _tensors_digest(tensors):
+        raise CheckpointError(f"checkpoint {path} is damaged: its contents do not match their checksum")
+    return {name: tensor for name, tensor in tensors.items() if wanted(name)}, metadata
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The safetensors file at `path`, with every way of being unreadable turned into a CheckpointError."""
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} is not a file")
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged or not a safetensors file: {error}") from error
+
+
+def _metadata(path: Path, file: Any) -> dict[str, Any]:
+    """The JSON value in the header, verified."""
+    header = file.metadata() or {}
+    if _KEY not in header or "digest" not in header:
+        raise CheckpointError(f"checkpoint {path} was not written by `flashgau train`: it has no training state")
+    if header["digest"] != _text_digest(header[_KEY]):
+        raise CheckpointError(f"checkpoint {path} is damaged: its header does not match its checksum")
+    metadata: dict[str, Any] = json.loads(header[_KEY])
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path} has format {metadata.get('format')}; this version of flashgau reads {FORMAT}"
+        )
+    return metadata
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], limit: int = 4) -> str:
+    """How two mappings differ, in one line: "lr is 0.1 in the checkpoint, 0.2 here"; empty if they do not.
+
+    Example:
+        >>> differences({"lr": 0.2, "batch": 4}, {"lr": 0.1, "batch": 4})
+        'lr is 0.1 in the checkpoint, 0.2 here'
+    """
+    found = []
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in theirs:
+            found.append(f"{name} is not in the checkpoint")
+        elif name not in ours:
+            found.append(f"{name} is only in the checkpoint")
+        elif ours[name] != theirs[name]:
+            found.append(f"{name} is {theirs[name]} in the checkpoint, {ours[name]} here")
+    more = f"; and {len(found) - limit} more" if len(found) > limit else ""
+    return "; ".join(found[:limit]) + more

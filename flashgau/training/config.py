@@ -1,0 +1,168 @@
+"""What a training run is told, all in one object."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_type_hints
+
+# What may differ between a checkpoint and the run that resumes it: how long, how often, where. All other
+# fields decide which numbers are computed, and must be equal.
+FREE = frozenset({"out", "data", "device", "steps", "max_minutes", "eval_every", "save_every", "log_every"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides a training run.
+
+    Two runs with the same fields on the same text, machine and number of threads are equal bit for bit.
+
+    Attributes:
+        model: kind of model, a name of `flashgau.models`.
+        size: its named size.
+        data: file or folder of text; None is Python's standard library.
+        out: folder of the run: checkpoints `last.safetensors` and `best.safetensors`, `log.jsonl`,
+            `loss.png`, `config.json`.
+        steps: optimizer steps of the whole run; None to be limited by `max_minutes` alone.
+        max_minutes: minutes of the whole run, evaluations and earlier parts of a resumed run included. With
+            `steps` too, the run ends at whichever comes first. Without `steps`, the learning rate follows the
+            clock: such a run can be resumed, but not repeated bit for bit.
+        batch: windows per forward pass.
+        accumulate: forward passes per optimizer step, their gradients averaged.
+        length: predicted bytes of a window.
+        lr: highest learning rate.
+        lr_final: learning rate at the end, as a fraction of `lr`.
+        warmup: steps of linear warm-up; None is 100, or a tenth of `steps` if that is less.
+        weight_decay: of weight matrices, decoupled from the gradient (AdamW).
+        beta1: decay of AdamW's mean of gradients.
+        beta2: decay of AdamW's mean of squared gradients.
+        grad_clip: largest Euclidean norm of the gradient; a larger one is scaled down to it. None: no
+            clipping.
+        bf16: compute under bfloat16 autocast; parameters and optimizer stay fp32.
+        seed: of the initial weights, the batches and dropout.
+        validation_fraction: share of the text kept for validation.
+        eval_windows: most windows of one validation, of `length` bytes each; always the same ones.
+        eval_every: steps between validations; there is one before the first step and one after the last.
+        save_every: steps between checkpoints.
+        log_every: steps between rows of the log.
+        device: "auto" (a GPU if there is one), or a PyTorch device.
+    """
+
+    model: str = "flash"
+    size: str = "small"
+    data: str | None = None
+    out: str = "runs/train"
+    steps: int | None = 2000
+    max_minutes: float | None = None
+    batch: int = 8
+    accumulate: int = 1
+    length: int = 512
+    lr: float = 1e-3
+    lr_final: float = 0.1
+    warmup: int | None = None
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float | None = 1.0
+    bf16: bool = False
+    seed: int = 0
+    validation_fraction: float = 0.05
+    eval_windows: int = 64
+    eval_every: int = 200
+    save_every: int = 200
+    log_every: int = 10
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.max_minutes is None:
+            raise ValueError("TrainConfig: `steps` and `max_minutes` are both None; expected at least one limit")
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            if value is None and hint in (int | None, float | None, str | None):
+                continue
+            if hint in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
+                object.__setattr__(self, field.name, value := float(value))
+            kind = {int | None: int, float | None: float, str | None: str}.get(hint, hint)
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                raise TypeError(f"TrainConfig: `{field.name}` is {value!r}; expected {kind.__name__}")
+            self._check_range(field.name, value)
+
+    @staticmethod
+    def _check_range(name: str, value: Any) -> None:
+        """Refuse a value that no run can mean."""
+        if name in _POSITIVE and not (0 < value < math.inf):
+            raise ValueError(f"TrainConfig: `{name}` is {value}; expected a positive number")
+        if name in ("warmup", "weight_decay") and not (0 <= value < math.inf):
+            raise ValueError(f"TrainConfig: `{name}` is {value}; expected a number that is not negative")
+        if name == "lr_final" and not 0 <= value <= 1:
+            raise ValueError(f"TrainConfig: `{name}` is {value}; expected a number from 0 to 1")
+        if name in ("beta1", "beta2") and not 0 <= value < 1:
+            raise ValueError(f"TrainConfig: `{name}` is {value}; expected a number from 0 to below 1")
+        if name == "validation_fraction" and not 0 < value < 1:
+            raise ValueError(f"TrainConfig: `{name}` is {value}; expected a number between 0 and 1")
+        if name == "seed" and not 0 <= value < 2**63:
+            raise ValueError(f"TrainConfig: `{name}` is {value}; expected an integer from 0 to 2^63 - 1")
+        if name == "out" and not value:
+            raise ValueError("TrainConfig: `out` is empty; expected the name of a folder")
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of warm-up, with the default worked out."""
+        if self.warmup is not None:
+            return self.warmup
+        return 100 if self.steps is None else min(100, self.steps // 10)
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Predicted bytes of one optimizer step."""
+        return self.batch * self.accumulate * self.length
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The configuration with these fields.
+
+        Raises:
+            ValueError: a field does not exist, or has an impossible value.
+
+        Example:
+            >>> TrainConfig.from_dict(TrainConfig(steps=5).to_dict()) == TrainConfig(steps=5)
+            True
+        """
+        unknown = sorted(values.keys() - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"TrainConfig: no field named {', '.join(unknown)}")
+        return cls(**values)
+
+
+_POSITIVE = frozenset(
+    {
+        *("steps", "max_minutes", "batch", "accumulate", "length", "lr", "grad_clip"),
+        *("eval_windows", "eval_every", "save_every", "log_every"),
+    }
+)
+
+
+def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
+    """Learning rate of the optimizer step that `step` steps came before: linear warm-up times cosine decay.
+
+        lr * min(1, (step + 1) / warmup) * (f + (1 - f) (1 + cos(pi * progress)) / 2),      f = lr_final
+
+    Args:
+        config: gives `lr`, `lr_final` and the warm-up.
+        step: steps already taken.
+        progress: share of the run that lies behind, 0 to 1: `step / steps`, or of the time when only that is
+            limited.
+
+    Example:
+        >>> config = TrainConfig(lr=1.0, lr_final=0.5, warmup=4, steps=100)
+        >>> learning_rate(config, 0, 0.0), learning_rate(config, 50, 0.5), learning_rate(config, 100, 1.0)
+        (0.25, 0.75, 0.5)
+    """
+    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps > 0 else 1.0
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+    return config.lr * warm * (config.lr_final + (1.0 - config.lr_final) * cosine)

@@ -1,0 +1,732 @@
+"""The training loop of a byte-level causal language model: exact to resume, safe to interrupt."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, TextIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import checkpoint as files
+from .checkpoint import CheckpointError, differences
+from .config import FREE, TrainConfig, learning_rate
+from .data import VOCABULARY, Corpus, load_corpus, sample_starts, validation_starts, windows
+from .plots import loss_plot
+
+LAST, BEST = "last.safetensors", "best.safetensors"
+LOG, PLOT, SETTINGS = "log.jsonl", "loss.png", "config.json"
+_FILES = (LAST, BEST, LOG, SETTINGS, PLOT)
+_LOCK = ".lock"
+_PLOT_SECONDS = 10.0  # the loss curve is redrawn at the end, and at validations this long after the last time
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a callback of `train` is told.
+
+    Attributes:
+        kind: "start" (once; `values` describe model and data), "step" (after each optimizer step), "train"
+            and "validation" (a row of the log), "save" (a checkpoint was written), "stopping" (a signal asked
+            to stop).
+        step: optimizer steps taken.
+        progress: share of the run that is done, 0 to 1.
+        values: the row of the log, or details.
+    """
+
+    kind: Literal["start", "step", "train", "validation", "save", "stopping"]
+    step: int
+    progress: float
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+Callback = Callable[[Event], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a run ended. Losses are means per byte, in nats; a `None` was never measured.
+
+    Attributes:
+        stopped: "steps" or "time" (the limit that was reached), or "signal".
+        signal: number of the signal that stopped the run, else None.
+        step: optimizer steps taken in the whole run.
+        bytes_seen: bytes predicted in the whole run.
+        train_loss: mean of the last row of the log.
+        validation_loss: of the last validation.
+        bits_per_byte: the same, divided by ln 2.
+        best_validation_loss: the lowest validation loss, whose weights are in `best`.
+        best_step: its step.
+        tokens_per_second: bytes predicted per second, over the training steps of this call.
+        elapsed_seconds: wall-clock time of the whole run, including validation and saving.
+        parameters: number of trained parameters.
+        data: sizes and fingerprint of the text.
+        out: folder of the run.
+        checkpoint: the last checkpoint, from which the run can be resumed.
+        best: weights of the best validation; None before the first one.
+        log: rows of the run as JSON lines.
+        plot: the loss curve.
+        model: the trained model, in evaluation mode.
+        history: the rows of the log.
+    """
+
+    stopped: Literal["steps", "time", "signal"]
+    signal: int | None
+    step: int
+    bytes_seen: int
+    train_loss: float | None
+    validation_loss: float | None
+    bits_per_byte: float | None
+    best_validation_loss: float | None
+    best_step: int | None
+    tokens_per_second: float | None
+    elapsed_seconds: float
+    parameters: int
+    data: Mapping[str, Any]
+    out: Path
+    checkpoint: Path
+    best: Path | None
+    log: Path
+    plot: Path
+    model: nn.Module = field(repr=False, compare=False)
+    history: Sequence[Mapping[str, Any]] = field(repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the model and the history, as JSON values."""
+        kept = {name: value for name, value in vars(self).items() if name not in ("model", "history")}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    model: nn.Module | None = None,
+    callbacks: Iterable[Callback] = (),
+) -> TrainResult:
+    """Train a byte-level causal language model, writing checkpoints, a log and a loss curve to `config.out`.
+
+    The loss is the mean of -log p(next byte) in nats. The run ends at its limit of steps or minutes, or after
+    the step in which SIGINT (Ctrl-C) or SIGTERM arrives; in each case it saves first. A second signal raises
+    KeyboardInterrupt at once. (Signals are heeded only in the main thread.) The caller's random number
+    generators are left as they were.
+
+    A run that was stopped at any step, by a signal or by a crash, and is resumed, gives the same parameters
+    bit for bit as one that never stopped, on the same machine and number of threads, if its schedule follows
+    steps.
+
+    Args:
+        config: everything that decides the run.
+        resume: continue from `config.out`'s last checkpoint, whose fields must equal those of `config` but
+            for limits, intervals, places and device.
+        model: train this module ((B, N) int64 bytes -> (B, N, 256) logits) rather than build `config.model`.
+            It must be given again to resume.
+        callbacks: each is called with every `Event`.
+
+    Raises:
+        FileExistsError: `config.out` holds a run, and `resume` is False.
+        FileNotFoundError: no such data, or no checkpoint to resume.
+        CheckpointError: (a ValueError) the checkpoint is damaged, or of another model, configuration or data.
+        ValueError: the text is too short, or there is no such model, size or device.
+        FloatingPointError: the loss or its gradient became infinite or NaN; the last checkpoint is from
+            before.
+        OSError: something cannot be read or written; the last checkpoint is intact.
+
+    Example:
+        >>> import tempfile
+        >>> from flashgau.training import TrainConfig, train
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     text = Path(folder, "text"); _ = text.write_bytes(b"all work and no play " * 100)
+        ...     model = nn.Sequential(nn.Embedding(256, 16), nn.Linear(16, 256))
+        ...     config = TrainConfig(data=str(text), out=f"{folder}/run", steps=200, length=32, lr=0.03)
+        ...     result = train(config, model=model)
+        >>> result.stopped, result.step, result.bits_per_byte < 1.5
+        ('steps', 200, True)
+    """
+    device, out = _device(config), Path(config.out)
+    _check_folder(out, resume)
+    corpus = load_corpus(config.data, validation_fraction=config.validation_fraction, exclude=out)
+    for part, text in (("training", corpus.train), ("validation", corpus.validation)):
+        if text.size < config.length + 1:
+            raise ValueError(
+                f"data: the {part} text has {text.size} bytes; expected more than length = {config.length}"
+            )
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(config.seed)
+        description = None
+        if model is None:
+            model, description = _build(config)
+        with _locked(out):
+            _check_folder(out, resume)  # another process may have finished a run here by now
+            run = _Run(config, model.to(device), description, corpus, device, list(callbacks))
+            if resume:
+                run.load(out / LAST)
+            return run.go()
+
+
+def resume_config(out: str | os.PathLike[str], **changes: Any) -> TrainConfig:
+    """The configuration of the last checkpoint in `out`, with `changes` (limits, intervals, places, device).
+
+    Raises:
+        FileNotFoundError: there is no checkpoint in `out`.
+        CheckpointError: it is damaged, or a change is not one that a resumed run may make.
+    """
+    path = Path(out) / LAST
+    if not path.exists():
+        raise FileNotFoundError(f"nothing to resume in {Path(out)}: it has no {LAST}")
+    stored = TrainConfig.from_dict(files.read_metadata(path)["config"])
+    wanted = replace(stored, **{**changes, "out": os.fspath(out)})
+    _check_same("configuration", path, _fixed(wanted), _fixed(stored))
+    return wanted
+
+
+def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> nn.Module:
+    """The language model of a checkpoint, last or best, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is damaged, or holds a model that was given to `train` as a module.
+    """
+    from flashgau.models import CausalLM, ModelConfig
+
+    tensors, metadata = files.read_checkpoint(Path(path), lambda name: name.startswith("model."))
+    if metadata["model"] is None:
+        raise CheckpointError(f"checkpoint {path} holds a model of the caller's own, not one of flashgau.models")
+    model = CausalLM(ModelConfig.from_dict(metadata["model"]))
+    _load_weights(Path(path), model, tensors)
+    return model.to(device).eval()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: weight matrices of linear and embedding layers decay, all else does not.
+
+    Biases, norms, offset-scales and tables of relative biases are left alone: decay would pull them to a
+    value that has no meaning for them (a scale to 0, say).
+    """
+    decayed = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d)
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if id(p) in decayed], "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+
+
+@dataclass
+class _State:
+    """What a checkpoint holds besides tensors and configuration: all of a run's memory from step to step."""
+
+    step: int = 0
+    elapsed: float = 0.0
+    validated: int = -1  # the last step with a validation
+    best_loss: float | None = None
+    best_step: int | None = None
+    loss_sum: float = 0.0  # since the last row of the log
+    loss_steps: int = 0
+    norm_max: float = 0.0
+
+
+class _Run:
+    """One run: its model, optimizer, files and state."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        description: dict[str, Any] | None,
+        corpus: Corpus,
+        device: torch.device,
+        callbacks: list[Callback],
+    ) -> None:
+        self.config, self.model, self.description = config, model, description
+        self.corpus, self.device, self.callbacks = corpus, device, callbacks
+        self.out = Path(config.out)
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(model, config.weight_decay),
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            fused=device.type in ("cpu", "cuda"),
+        )
+        self.state = _State()
+        self.saved_step: int | None = None
+        self.log = _Log(self.out / LOG)
+        # Kept on the device between rows of the log: reading them makes the host wait for the device.
+        self.loss_sum = torch.zeros((), device=device)
+        self.norm_max = torch.zeros((), device=device)
+
+    # ---- the loop
+
+    def go(self) -> TrainResult:
+        """From the current state to the end of the run."""
+        self.began = time.perf_counter() - self.state.elapsed
+        self.step_seconds, self.steps_here = 0.0, 0
+        self.row_began, self.row_steps = 0.0, 0
+        self.plotted = self.state.elapsed
+        files.remove_temporaries(*(self.out / name for name in _FILES))
+        self._write_settings()
+        with self.log, _StopSignals(self._on_signal) as self.stop:
+            self._tell("start", self._overview())
+            if self.saved_step is None:
+                self.save()  # a folder that cannot be written shows now, not after an hour
+            # Whether the run is over is decided once per step: the clock may reach its limit at any line.
+            self.reached = self._limit_reached()
+            self._validate_if_due()
+            while not self.stop.signal and not self.reached:
+                self.take_step()
+                self.reached = self._limit_reached()
+                if self.reached or self.state.step % self.config.log_every == 0:
+                    self._log_training()
+                self._validate_if_due()
+                if self.reached or self.stop.signal or self.state.step % self.config.save_every == 0:
+                    self.save()
+            if self.saved_step != self.state.step or self.saved_validated != self.state.validated:
+                self.save()  # stopped during a validation, or resumed only for the last one
+            self._plot()
+            return self._result()
+
+    def take_step(self) -> None:
+        """One optimizer step: `accumulate` forward and backward passes over this step's windows."""
+        config, began = self.config, time.perf_counter()
+        rows = config.batch * config.accumulate
+        starts = sample_starts(self.corpus.train.size, rows, config.length, config.seed, self.state.step)
+        rate = learning_rate(config, self.state.step, self._schedule_progress())
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for part in np.split(starts, config.accumulate):
+            loss = self._loss(part, self.corpus.train) / config.accumulate
+            loss.backward()
+            self.loss_sum += loss.detach().float()
+        norm = nn.utils.clip_grad_norm_(list(self.names), math.inf if config.grad_clip is None else config.grad_clip)
+        self.norm_max = torch.maximum(self.norm_max, norm.float())
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.rate = rate
+        self.state.step += 1
+        self.state.loss_steps += 1
+        self.steps_here += 1
+        self.row_steps += 1
+        self.step_seconds += time.perf_counter() - began
+        self._tell("step")
+
+    def _loss(self, starts: np.ndarray, text: np.ndarray) -> Tensor:
+        """Mean of -log p(next byte), in nats, over the windows at `starts`."""
+        inputs, targets = windows(text, starts, self.config.length)
+        inputs, targets = inputs.to(self.device), targets.to(self.device)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
+            logits = self.model(inputs)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    @torch.no_grad()
+    def validate(self) -> float | None:
+        """Mean loss over the fixed validation windows; None if a signal came meanwhile."""
+        config, text = self.config, self.corpus.validation
+        starts = validation_starts(text.size, config.eval_windows, config.length)
+        self.model.eval()
+        try:
+            total = 0.0
+            for first in range(0, len(starts), config.batch):
+                part = starts[first : first + config.batch]
+                total += self._loss(part, text).item() * len(part)
+                if self.stop.signal:
+                    return None
+            return total / len(starts)
+        finally:
+            self.model.train()
+
+    def _validate_if_due(self) -> None:
+        """Validate, unless this step was or need not be; keep the weights if they are the best so far."""
+        state = self.state
+        due = self.reached or state.step % self.config.eval_every == 0
+        if not due or state.validated == state.step or self.stop.signal:
+            return
+        self._read_sums()  # refuses weights that are not finite before they are called best
+        loss = self.validate()
+        if loss is None:
+            return
+        if not math.isfinite(loss):
+            raise self._not_finite("validation loss")
+        state.validated = state.step
+        self._row("validation", {"loss": loss, "bits_per_byte": loss / math.log(2)})
+        if state.best_loss is None or loss < state.best_loss:
+            state.best_loss, state.best_step = loss, state.step
+            files.write_checkpoint(self.out / BEST, self._weights(), self._metadata())
+        if self._elapsed() - self.plotted > _PLOT_SECONDS:
+            self._plot()
+
+    def _log_training(self) -> None:
+        """One row: means since the last one, which may lie in an earlier part of a resumed run."""
+        self._read_sums()
+        state = self.state
+        if state.loss_steps == 0:
+            return
+        loss = state.loss_sum / state.loss_steps
+        self._row(
+            "train",
+            {
+                "loss": loss,
+                "bits_per_byte": loss / math.log(2),
+                "lr": self.rate,
+                "grad_norm": state.norm_max,
+                "tokens_per_second": self._speed(),
+            },
+        )
+        state.loss_sum, state.loss_steps, state.norm_max = 0.0, 0, 0.0
+        self.loss_sum.zero_()
+        self.norm_max.zero_()
+        self.row_began, self.row_steps = self.step_seconds, 0
+
+    def _speed(self) -> float | None:
+        """Bytes per second since the last row. Read after `_read_sums`, which waits for the device."""
+        seconds = self.step_seconds - self.row_began
+        return self.row_steps * self.config.bytes_per_step / seconds if self.row_steps and seconds > 0 else None
+
+    def _read_sums(self) -> None:
+        """Bring the sums of loss and gradient norm to the host, and refuse them if they are not finite."""
+        began = time.perf_counter()
+        self.state.loss_sum, self.state.norm_max = self.loss_sum.item(), self.norm_max.item()
+        self.step_seconds += time.perf_counter() - began
+        for name, value in (("loss", self.state.loss_sum), ("gradient", self.state.norm_max)):
+            if not math.isfinite(value):
+                raise self._not_finite(name)
+
+    def _not_finite(self, what: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"the {what} is not finite at step {self.state.step}; try a lower lr or a longer warm-up "
+            f"(the checkpoint of step {self.saved_step} is intact)"
+        )
+
+    def _plot(self) -> None:
+        loss_plot(self.log.rows, self.out / PLOT, self._title())
+        self.plotted = self._elapsed()
+
+    # ---- time and progress
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self.began
+
+    def _limit_reached(self) -> Literal["steps", "time"] | None:
+        """Which limit the run has reached."""
+        if self.config.steps is not None and self.state.step >= self.config.steps:
+            return "steps"
+        if self.config.max_minutes is not None and self._elapsed() >= 60 * self.config.max_minutes:
+            return "time"
+        return None
+
+    def _schedule_progress(self) -> float:
+        """Progress as the learning rate sees it: by steps if there is a limit of steps, else by the clock."""
+        if self.config.steps is not None:
+            return self.state.step / self.config.steps
+        return self._clock_progress()
+
+    def _clock_progress(self) -> float:
+        limit = self.config.max_minutes
+        return 0.0 if limit is None else min(1.0, self._elapsed() / (60 * limit))
+
+    def _progress(self) -> float:
+        by_steps = 0.0 if self.config.steps is None else min(1.0, self.state.step / self.config.steps)
+        return max(by_steps, self._clock_progress())
+
+    # ---- saying what happens
+
+    def _row(self, kind: Literal["train", "validation"], values: Mapping[str, Any]) -> None:
+        step = self.state.step
+        place = {"step": step, "bytes": step * self.config.bytes_per_step, "elapsed_seconds": self._elapsed()}
+        row = {"kind": kind, **place, **values}
+        self.log.append(row)
+        self._tell(kind, row)
+
+    def _tell(self, kind: Any, values: Mapping[str, Any] | None = None) -> None:
+        event = Event(kind, self.state.step, self._progress(), values or {})
+        for callback in self.callbacks:
+            callback(event)
+
+    def _on_signal(self, number: int) -> None:
+        self._tell("stopping", {"signal": number})
+
+    def _overview(self) -> dict[str, Any]:
+        return {
+            "model": self._title(),
+            "parameters": self._parameters(),
+            "device": str(self.device),
+            "steps": self.config.steps,
+            "max_minutes": self.config.max_minutes,
+            "out": str(self.out),
+            "data": self.corpus.summary(),
+        }
+
+    def _parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.names if parameter.requires_grad)
+
+    def _title(self) -> str:
+        name = f"{self.config.model} {self.config.size}" if self.description else type(self.model).__name__
+        return f"{name}, {self._parameters() / 1e6:.2f} M parameters, {self.config.length}-byte windows"
+
+    def _result(self) -> TrainResult:
+        state, rows = self.state, self.log.rows
+        last = {row["kind"]: row["loss"] for row in rows}
+        validation = last.get("validation")
+        number = self.stop.signal
+        return TrainResult(
+            stopped=self.reached if self.reached and not number else "signal",
+            signal=number,
+            step=state.step,
+            bytes_seen=state.step * self.config.bytes_per_step,
+            train_loss=last.get("train"),
+            validation_loss=validation,
+            bits_per_byte=None if validation is None else validation / math.log(2),
+            best_validation_loss=state.best_loss,
+            best_step=state.best_step,
+            tokens_per_second=(
+                self.steps_here * self.config.bytes_per_step / self.step_seconds if self.steps_here else None
+            ),
+            elapsed_seconds=self._elapsed(),
+            parameters=self._parameters(),
+            data=self.corpus.summary(),
+            out=self.out,
+            checkpoint=self.out / LAST,
+            best=self.out / BEST if state.best_step is not None else None,
+            log=self.out / LOG,
+            plot=self.out / PLOT,
+            model=self.model.eval(),
+            history=rows,
+        )
+
+    # ---- checkpoints
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+
+    def _metadata(self) -> dict[str, Any]:
+        return {
+            "config": self.config.to_dict(),
+            "model": self.description,
+            "data": self.corpus.summary(),
+            "state": asdict(self.state),
+        }
+
+    def save(self) -> None:
+        """Write the whole state as the last checkpoint. The log up to here is on disk before it is."""
+        self._read_sums()
+        self.state.elapsed = self._elapsed()
+        tensors = self._weights()
+        for parameter, name in self.names.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        self.log.sync()
+        files.write_checkpoint(self.out / LAST, tensors, self._metadata())
+        self.saved_step, self.saved_validated = self.state.step, self.state.validated
+        self._tell("save", {"checkpoint": str(self.out / LAST)})
+
+    def load(self, path: Path) -> None:
+        """Take over the state in a checkpoint, after making sure that it belongs to this run.
+
+        Raises:
+            CheckpointError: it does not; the message names the differences.
+        """
+        tensors, metadata = files.read_checkpoint(path)
+        _check_same("configuration", path, _fixed(self.config), _fixed(TrainConfig.from_dict(metadata["config"])))
+        ours, theirs = self.corpus.summary(), dict(metadata["data"])
+        del ours["source"], theirs["source"]  # the text may have moved
+        _check_same("data", path, ours, theirs)
+        _check_same("model", path, self.description or {}, metadata["model"] or {})
+        if "rng.cpu" not in tensors:
+            raise CheckpointError(f"checkpoint {path} holds weights alone, as {BEST} does; it cannot be resumed")
+        _load_weights(path, self.model, tensors)
+        self._load_optimizer(tensors)
+        self.state = _State(**metadata["state"])
+        self.saved_step, self.saved_validated = self.state.step, self.state.validated
+        self.loss_sum.fill_(self.state.loss_sum)
+        self.norm_max.fill_(self.state.norm_max)
+        torch.set_rng_state(tensors["rng.cpu"])
+        if self.device.type == "cuda" and "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+        self.log.rewind(self.state.step, self.state.validated)
+
+    def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        """Moments by parameter name, so that they do not depend on the order of parameters."""
+        ordered = [self.names[p] for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {
+            index: {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            for index, name in enumerate(ordered)
+            if f"optimizer.step.{name}" in tensors
+        }
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+    def _write_settings(self) -> None:
+        """The configuration for people to read; the checkpoint's own copy is what is resumed from."""
+        settings = {
+            "config": self.config.to_dict(),
+            "model": self.description,
+            "data": self.corpus.summary(),
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        with files.atomic_write(self.out / SETTINGS) as stream:
+            stream.write(json.dumps(settings, indent=2).encode() + b"\n")
+
+
+class _Log:
+    """Rows as JSON lines in a file, and in memory for the plot."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        self.stream: TextIO | None = None
+
+    def __enter__(self) -> _Log:
+        self.stream = self.path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.stream is not None:
+            # After a failed write (a full disk), closing fails once more; the first error is the one to show.
+            with contextlib.suppress(OSError):
+                self.stream.close()
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row; other processes can read it at once."""
+        assert self.stream is not None
+        self.rows.append(row)
+        try:
+            self.stream.write(json.dumps(row) + "\n")
+            self.stream.flush()
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write {self.path}: {error.strerror}") from error
+
+    def sync(self) -> None:
+        """Wait until all rows are on disk."""
+        assert self.stream is not None
+        os.fsync(self.stream.fileno())
+
+    def rewind(self, step: int, validated: int) -> None:
+        """Read back the rows up to `step`; drop what a stopped run wrote after it, half a line included."""
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if row["step"] < step or (row["step"] == step and (row["kind"] == "train" or validated == step)):
+                self.rows.append(row)
+        with files.atomic_write(self.path) as stream:
+            stream.write("".join(json.dumps(row) + "\n" for row in self.rows).encode())
+
+
+class _StopSignals:
+    """Turns the first SIGINT or SIGTERM into a request to stop, and the second into KeyboardInterrupt."""
+
+    def __init__(self, told: Callable[[int], None]) -> None:
+        self.signal: int | None = None
+        self.told = told
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        # Printing may refuse to be interrupted by itself (RuntimeError: reentrant call); no message then.
+        with contextlib.suppress(RuntimeError):
+            self.told(number)
+
+
+def _check_folder(out: Path, resume: bool) -> None:
+    """Refuse to overwrite a run, or to resume one that is not there."""
+    if resume and not (out / LAST).exists():
+        raise FileNotFoundError(f"nothing to resume in {out}: it has no {LAST}")
+    present = [name for name in _FILES if (out / name).exists()]
+    if present and not resume:
+        raise FileExistsError(f"{out} already holds a run ({present[0]}); resume it, or choose another folder")
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is not a folder")
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """The run's folder, made if need be, and held so that no second process trains in it meanwhile."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / _LOCK).open("w") as lock:
+        try:
+            import fcntl
+        except ImportError:  # Windows: no such protection
+            yield
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(error.errno, f"another process is training in {out}") from error
+        yield
+
+
+def _build(config: TrainConfig) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that `config` names, and its configuration as JSON values."""
+    from flashgau.models import CausalLM, ModelConfig
+
+    description = ModelConfig.named(f"{config.model}-{config.size}", vocab_size=VOCABULARY)
+    return CausalLM(description), description.to_dict()
+
+
+def _device(config: TrainConfig) -> torch.device:
+    """The device that `config` names, if it can be used as asked."""
+    if config.device == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(config.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device: {config.device!r} cannot be used: {reason}") from error
+    if device.type == "meta":
+        raise ValueError("device: 'meta' cannot be used: it holds no numbers")
+    return device
+
+
+def _fixed(config: TrainConfig) -> dict[str, Any]:
+    """The fields that a resumed run cannot change."""
+    return {name: value for name, value in config.to_dict().items() if name not in FREE}
+
+
+def _check_same(what: str, path: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    if found := differences(ours, theirs):
+        raise CheckpointError(f"checkpoint {path} has another {what}: {found}")
+
+
+def _load_weights(path: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put the `model.` tensors of a checkpoint into `model`; names, shapes and dtypes must be equal."""
+    weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    ours, theirs = (
+        {name: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in state.items()}
+        for state in (model.state_dict(), weights)
+    )
+    _check_same("model", path, ours, theirs)
+    model.load_state_dict(weights)

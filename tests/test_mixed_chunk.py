@@ -1,0 +1,468 @@
+"""`flashgau.mixed_chunk_attention` and its step on every optimised backend: the reference, its laws, its states."""
+
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import (
+    DTYPES,
+    Call,
+    backend_fixture,
+    backends_of,
+    check_agrees,
+    check_backward_repeats,
+    check_leaves_inputs_alone,
+    check_refuses_second_derivative,
+    check_repeats_bitwise,
+    check_some_gradients,
+    close,
+    dtypes_of,
+    gradients,
+    largest_storages,
+    mixed_chunk_calls,
+    outputs,
+    randn,
+    seeds,
+    step_calls,
+)
+from torch import Tensor
+
+import flashgau
+
+backend = backend_fixture("mixed_chunk_attention")
+data = st.data()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(data)
+def test_agrees_with_the_reference(backend, dtype, data):
+    if dtype in dtypes_of(backend):
+        check_agrees(data.draw(mixed_chunk_calls(dtype=dtype)), backend)
+
+
+@given(data)
+def test_with_states_agrees_with_the_reference(backend, data):
+    check_agrees(data.draw(mixed_chunk_calls(backend, causal=True, stateful=True)), backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(data)
+def test_step_agrees_with_the_reference(backend, dtype, data):
+    if dtype in dtypes_of(backend):
+        check_agrees(data.draw(step_calls(dtype=dtype)), backend)
+
+
+@given(data)
+def test_repeats_bitwise(backend, data):
+    check_repeats_bitwise(data.draw(mixed_chunk_calls(backend)))
+
+
+@given(data)
+def test_leaves_its_inputs_alone(backend, data):
+    check_leaves_inputs_alone(data.draw(mixed_chunk_calls(backend)))
+
+
+@given(data)
+def test_step_leaves_its_inputs_alone(backend, data):
+    check_leaves_inputs_alone(data.draw(step_calls(backend)))
+
+
+@given(data)
+def test_backward_repeats_over_a_kept_graph(backend, data):
+    check_backward_repeats(data.draw(mixed_chunk_calls(backend)))
+
+
+@given(data, st.lists(st.booleans(), min_size=11, max_size=11))
+def test_gradients_of_some_operands_alone(backend, data, needed):
+    check_some_gradients(data.draw(mixed_chunk_calls(backend)), needed)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("score", ["relu2", "laplace"])
+def test_second_derivatives_are_refused(backend, causal, score):
+    operands = [randn(i, 1, 7, 3) for i in range(6)]
+    options = {"chunk_size": 3, "causal": causal, "score": score}
+    check_refuses_second_derivative(Call("mixed_chunk_attention", tuple(operands), options))
+
+
+@pytest.mark.parametrize("score", ["relu2", "laplace"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True, "return_state": True},
+        {"causal": True, "lin_normalizer": 3, "lengths": torch.tensor([4])},
+        {"causal": True, "return_state": True, "continued": True},
+    ],
+    ids=["full", "causal", "lengths", "continued"],
+)
+def test_gradients_are_derivatives(backend, score, options):
+    if torch.float64 not in dtypes_of(backend):
+        pytest.skip("no fp64 on this backend")
+    options = {"chunk_size": 2, "score": score, **options}
+    double = {"dtype": torch.float64}
+    operands = [randn(i, 1, 5, 2, **double).requires_grad_() for i in range(6)]
+    operands.append(randn(6, 3, **double).requires_grad_())
+    state = []
+    if options.pop("continued", False):
+        shapes = (1, 2, 2), (1, 2, 2), (1, 2, 2), (1, 2, 2)
+        # One token of the open chunk is there; what is behind it must not count.
+        state = [randn(7 + i, *s, **double).requires_grad_() for i, s in enumerate(shapes)]
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        *heads, bias = tensors[:7]
+        start = {}
+        if state:
+            kv, *opened = tensors[7:]
+            opened = [torch.cat([x[:, :1], torch.zeros_like(x[:, 1:])], 1) for x in opened]
+            start["initial_state"] = flashgau.MixedChunkState(kv, *opened, torch.tensor([3]))
+        results = outputs(flashgau.mixed_chunk_attention(*heads, rel_bias=bias, **options, **start))
+        return tuple(x for x in results if x.is_floating_point())
+
+    assert torch.autograd.gradcheck(function, (*operands, *state))
+
+
+# ---------------------------------------------------------------- laws
+
+
+def draw_dense(data, backend, *, chunk=None, chunks=None, dtype=None, **options) -> Call:
+    """A call without padding, packing or states."""
+    dtype = dtype or data.draw(st.sampled_from(dtypes_of(backend)))
+    chunk = chunk or data.draw(st.integers(1, 9))
+    if chunks is None:
+        n = data.draw(st.integers(1, 4 * chunk + 2))
+    else:
+        n = chunk * chunks
+    b = data.draw(st.sampled_from([1, 2, 3]))
+    width, value_width = data.draw(st.sampled_from([(8, 8), (5, 19), (16, 3)]))
+    seed = data.draw(seeds)
+    widths = [width] * 4 + [value_width] * data.draw(st.integers(1, 2))
+    operands = tuple(randn(seed + i, b, n, w, dtype=dtype) for i, w in enumerate(widths))
+    kwargs = {"chunk_size": chunk, "score": data.draw(st.sampled_from(["relu2", "laplace"]))}
+    kwargs["lin_normalizer"] = data.draw(st.sampled_from(["tokens", 4]))
+    if data.draw(st.booleans()):
+        kwargs["rel_bias"] = randn(seed + 9, 2 * chunk + 1, dtype=dtype)
+    return Call("mixed_chunk_attention", operands, kwargs | options)
+
+
+@given(data)
+def test_batch_rows_are_independent(backend, data):
+    call = draw_dense(data, backend, causal=data.draw(st.booleans()))
+    whole = call()
+    for b in range(whole.shape[0]):
+        alone = Call(call.name, tuple(x[b : b + 1] for x in call.args), call.kwargs)
+        close(alone(), whole[b : b + 1])
+
+
+@given(data)
+def test_causal_prefix_knows_nothing_of_the_rest(backend, data):
+    call = draw_dense(data, backend, causal=True)
+    n = data.draw(st.integers(0, call.args[0].shape[1]))
+    close(Call(call.name, tuple(x[:, :n] for x in call.args), call.kwargs)(), call()[:, :n])
+
+
+@given(data)
+def test_order_of_chunks_is_irrelevant(backend, data):
+    """Without a mask whole chunks may change places."""
+    chunks = data.draw(st.integers(1, 5))
+    call = draw_dense(data, backend, chunks=chunks, causal=False)
+    size = call.kwargs["chunk_size"]
+    order = torch.randperm(chunks, generator=torch.Generator().manual_seed(data.draw(seeds)))
+    rows = (order[:, None] * size + torch.arange(size)).flatten()
+    (out,), grads = gradients(Call(call.name, call.args, {**call.kwargs}))
+    moved = Call(call.name, tuple(x[:, rows] for x in call.args), call.kwargs)
+    close(moved(), out[:, rows], ulps=32)
+
+
+@given(data)
+def test_one_chunk_is_the_gated_attention_unit(backend, data):
+    """Causal within one chunk there is only the local part: quadratic attention with n = C."""
+    size = data.draw(st.integers(1, 40))
+    call = draw_dense(data, backend, chunk=size, chunks=1, causal=True, dtype=torch.float32)
+    quad_q, quad_k, _, _, v, *gate = call.args
+    options = {key: call.kwargs.get(key) for key in ("score", "causal", "rel_bias")}
+    close(call(), flashgau.gau_attention(quad_q, quad_k, v, *gate, normalizer=size, **options), ulps=32)
+
+
+@given(data)
+def test_chunks_of_one_token_are_linear_attention(backend, data):
+    """With C = 1 and a local score of zero the causal sum over tokens before is all."""
+    call = draw_dense(data, backend, chunk=1, causal=True, dtype=torch.float32, lin_normalizer=2, score="relu2")
+    _, _, lin_q, lin_k, v, *gate = call.args
+    zero = torch.zeros_like(lin_q)
+    out = Call(call.name, (zero, zero, *call.args[2:]), {**call.kwargs, "rel_bias": None})()
+    scores = (lin_q.double() @ lin_k.double().mT).tril(-1) / 2
+    expected = scores @ v.double()
+    close(out, (expected * gate[0] if gate else expected).float(), ulps=64)
+
+
+@given(data)
+def test_gate_multiplies_the_ungated_output(backend, data):
+    call = draw_dense(data, backend, causal=data.draw(st.booleans()), dtype=torch.float32)
+    gate = randn(data.draw(seeds), *call.args[4].shape)
+    ungated = Call(call.name, call.args[:5], call.kwargs)()
+    close(Call(call.name, (*call.args[:5], gate), call.kwargs)(), gate * ungated)
+
+
+# ---------------------------------------------------------------- states
+
+
+def concatenated_state(state: flashgau.MixedChunkState) -> list[Tensor]:
+    return [getattr(state, f.name) for f in fields(state)]
+
+
+@given(data)
+def test_parallel_chunked_and_recurrent_agree(backend, data):
+    """The whole at once, cut at any tokens, and token by token: results, states and gradients."""
+    call = draw_dense(data, backend, causal=True, dtype=torch.float32)
+    n, (b, _, width) = call.args[0].shape[1], call.args[0].shape
+    value_width, chunk = call.args[4].shape[-1], call.kwargs["chunk_size"]
+    cuts = sorted(data.draw(st.lists(st.integers(0, n), max_size=3)))
+    options = {key: x for key, x in call.kwargs.items() if key not in ("causal", "chunk_size")}
+
+    def parallel(*operands: Tensor) -> tuple[Tensor, flashgau.MixedChunkState]:
+        return Call(call.name, operands, call.kwargs)(return_state=True)
+
+    def chunked(*operands: Tensor) -> tuple[Tensor, flashgau.MixedChunkState]:
+        state, outs = None, []
+        for start, stop in zip([0, *cuts], [*cuts, n], strict=True):
+            piece = Call(call.name, tuple(x[:, start:stop] for x in operands), call.kwargs)
+            out, state = piece(initial_state=state, return_state=True)
+            outs.append(out)
+        return torch.cat(outs, 1), state
+
+    def recurrent(*operands: Tensor) -> tuple[Tensor, flashgau.MixedChunkState]:
+        state, outs = flashgau.MixedChunkState.empty(b, width, value_width, chunk), []
+        for i in range(n):
+            out, state = flashgau.mixed_chunk_step(*(x[:, i : i + 1] for x in operands), state=state, **options)
+            outs.append(out)
+        return torch.cat(outs, 1), state
+
+    found = []
+    for form in (parallel, chunked, recurrent):
+        operands = [x.clone().requires_grad_() for x in call.args]
+        out, state = form(*operands)
+        results = [out, *concatenated_state(state)]
+        cotangents = [torch.cos(torch.arange(x.numel()).view(x.shape) / 3.0) for x in results[:-1]]
+        loss = sum((x * c).sum() for x, c in zip(results[:-1], cotangents, strict=True))
+        found.append([x.detach() for x in results] + list(torch.autograd.grad(loss, operands, allow_unused=True)))
+        found[-1][1 + len(results) :] = [
+            torch.zeros_like(x) if g is None else g
+            for x, g in zip(operands[1:], found[-1][1 + len(results) :], strict=True)
+        ]
+    for other in found[1:]:
+        for a, whole in zip(other, found[0], strict=True):
+            if whole.is_floating_point():
+                close(a, whole, ulps=128)
+            else:
+                assert torch.equal(a, whole)
+
+
+@given(data)
+def test_states_are_what_they_say(backend, data):
+    call = data.draw(mixed_chunk_calls(backend, causal=True, stateful=True)).with_options(return_state=True)
+    _, state = call()
+    size = call.kwargs["chunk_size"]
+    v = call.args[4]
+    if "cu_seqlens" in call.kwargs:
+        tokens = call.kwargs["cu_seqlens"].diff().long()
+    else:
+        tokens = call.kwargs.get("lengths", torch.full((v.shape[0],), v.shape[1])).long()
+    before = call.kwargs.get("initial_state")
+    assert torch.equal(state.position, tokens if before is None else tokens + before.position)
+    assert state.kv.dtype == (torch.float64 if v.dtype == torch.float64 else torch.float32)
+    assert state.quad_k.dtype == state.lin_k.dtype == state.v.dtype == v.dtype
+    behind = torch.arange(size) >= (state.position % size)[:, None]
+    for x in (state.quad_k, state.lin_k, state.v):
+        assert x.shape[:2] == (len(tokens), size)
+        assert not x[behind].any()
+
+
+@given(data)
+def test_empty_state_changes_nothing(backend, data):
+    call = draw_dense(data, backend, causal=True)
+    b, _, width = call.args[0].shape
+    dtype = call.args[0].dtype
+    sizes = b, width, call.args[4].shape[-1], call.kwargs["chunk_size"]
+    state = flashgau.MixedChunkState.empty(*sizes, dtype=dtype)
+    fresh, continued = call(return_state=True), call(initial_state=state, return_state=True)
+    for a, x in zip(outputs(continued), outputs(fresh), strict=True):
+        if x.is_floating_point():
+            close(a, x, ulps=4)
+        else:
+            assert torch.equal(a, x)
+
+
+@given(data)
+def test_step_of_each_row_at_its_own_place(backend, data):
+    """Rows of one batch may stand at different tokens of their chunks."""
+    call = draw_dense(data, backend, causal=True, dtype=torch.float32)
+    b, n, _ = call.args[0].shape
+    lengths = torch.tensor([data.draw(st.integers(0, n - 1)) for _ in range(b)])
+    _, state = call(lengths=lengths, return_state=True)
+    rows = torch.arange(b)
+    token = tuple(x[rows, lengths][:, None] for x in call.args)
+    options = {key: x for key, x in call.kwargs.items() if key not in ("causal", "chunk_size")}
+    out, after = flashgau.mixed_chunk_step(*token, state=state, **options)
+    whole, expected = call(lengths=lengths + 1, return_state=True)
+    close(out, whole[rows, lengths][:, None], ulps=64)
+    for a, x in zip(concatenated_state(after), concatenated_state(expected), strict=True):
+        close(a, x, ulps=64) if x.is_floating_point() else None
+    assert torch.equal(after.position, lengths + 1)
+
+
+@given(data)
+def test_states_of_chosen_rows_continue_alone(backend, data):
+    call = draw_dense(data, backend, causal=True, dtype=torch.float32)
+    b = call.args[0].shape[0]
+    chosen = torch.tensor(data.draw(st.lists(st.integers(0, b - 1), min_size=1, max_size=4)))
+    _, state = call(return_state=True)
+    out = call(initial_state=state)
+    picked = Call(call.name, tuple(x[chosen] for x in call.args), call.kwargs)
+    close(picked(initial_state=state.select(chosen)), out[chosen], ulps=32)
+
+
+def test_state_is_left_as_it_was(backend):
+    operands = [randn(i, 2, 5, 3) for i in range(6)]
+    _, state = flashgau.mixed_chunk_attention(*operands, chunk_size=3, causal=True, return_state=True)
+    before = [x.clone() for x in concatenated_state(state)]
+    for _ in range(2):
+        flashgau.mixed_chunk_attention(*operands, chunk_size=3, causal=True, return_state=True, initial_state=state)
+        flashgau.mixed_chunk_step(*(x[:, :1] for x in operands), state=state)
+    assert all(torch.equal(a, x) for a, x in zip(concatenated_state(state), before, strict=True))
+
+
+# ---------------------------------------------------------------- padding and packing
+
+
+@given(data)
+def test_packed_is_alone(backend, data):
+    dtype = data.draw(st.sampled_from(dtypes_of(backend)))
+    counts = data.draw(st.lists(st.sampled_from([0, 1, 3, 8, 13]), min_size=1, max_size=4))
+    causal, seed = data.draw(st.booleans()), data.draw(seeds)
+    options = {
+        "chunk_size": data.draw(st.sampled_from([1, 3, 4, 16])),
+        "score": data.draw(st.sampled_from(["relu2", "laplace"])),
+        "causal": causal,
+        "return_state": causal,
+    }
+    sequences = [tuple(randn(seed + i, 1, n, w, dtype=dtype) for i, w in enumerate((4, 4, 4, 4, 6, 6))) for n in counts]
+
+    def run(operands: tuple[Tensor, ...], **packing: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        call = Call("mixed_chunk_attention", operands, {**options, **packing}).leaves()
+        out, *state = outputs(call())
+        # The weights of each token are its own values, so that they are the same in a pack and alone.
+        loss = (out * torch.cos(7 * out.detach())).sum() + sum(x.sum() for x in state if x.requires_grad)
+        grads = torch.autograd.grad(loss, list(call.args), allow_unused=True)
+        grads = [torch.zeros_like(x) if g is None else g for x, g in zip(operands, grads, strict=True)]
+        return [out.detach(), *grads], [x.detach() for x in state]
+
+    operands = tuple(torch.cat(parts, 1) for parts in zip(*sequences, strict=True))
+    rows, states = run(operands, cu_seqlens=torch.tensor([0, *counts]).cumsum(0))
+    alone = [run(parts) for parts in sequences]
+    for a, parts in zip(rows, zip(*(x[0] for x in alone), strict=True), strict=True):
+        close(a, torch.cat(parts, 1), ulps=4)
+    for a, parts in zip(states, zip(*(x[1] for x in alone), strict=True), strict=True):
+        expected = torch.cat(parts)
+        close(a, expected, ulps=4) if a.is_floating_point() else None
+
+
+@given(data)
+def test_padded_is_alone_and_padding_is_irrelevant(backend, data):
+    dtype = data.draw(st.sampled_from(dtypes_of(backend)))
+    lengths = data.draw(st.lists(st.sampled_from([0, 1, 3, 8, 13]), min_size=1, max_size=4))
+    n, b = max(lengths) + data.draw(st.sampled_from([0, 1, 5])), len(lengths)
+    causal, seed = data.draw(st.booleans()), data.draw(seeds)
+    chunk = data.draw(st.sampled_from([1, 3, 4, 16]))
+    options = {"chunk_size": chunk, "causal": causal, "return_state": causal}
+    if data.draw(st.booleans()):
+        options["rel_bias"] = randn(seed + 9, 2 * chunk - 1, dtype=dtype)
+    operands = [randn(seed + i, b, n, w, dtype=dtype) for i, w in enumerate((4, 4, 4, 4, 6, 6, 6))]
+    for x in operands:
+        for i, length in enumerate(lengths):
+            x[i, length:] = math.nan
+
+    def run(batch: slice, rows: slice, **padding: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        *leaves, weight = (x[batch, rows].clone() for x in operands)
+        leaves = [x.requires_grad_() for x in leaves]
+        out, *state = outputs(flashgau.mixed_chunk_attention(*leaves, **options, **padding))
+        through = [x for x in state if x.requires_grad]
+        cotangents = [weight, *(torch.ones_like(x) for x in through)]
+        grads = torch.autograd.grad([out, *through], leaves, cotangents, allow_unused=True)
+        grads = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
+        return [out.detach(), *grads], [x.detach() for x in state]
+
+    padded, states = run(slice(None), slice(None), lengths=torch.tensor(lengths))
+    for i, length in enumerate(lengths):
+        alone, state = run(slice(i, i + 1), slice(0, length))
+        for a, w in zip(alone, padded, strict=True):
+            close(w[i : i + 1, :length], a, ulps=4)
+            assert not w[i, length:].any()
+        for a, w in zip(state, states, strict=True):
+            close(w[i : i + 1], a, ulps=4) if a.is_floating_point() else None
+
+
+@given(data)
+def test_what_stands_behind_the_open_chunk_is_irrelevant(backend, data):
+    """A step, and a continuation, read no row of a state's buffers from its open tokens on."""
+    call = data.draw(step_calls(backend))
+    state = call.kwargs["state"]
+    behind = (torch.arange(state.chunk_size) >= state.open_tokens[:, None])[..., None]
+    opened = (torch.where(behind, math.nan, x) for x in (state.quad_k, state.lin_k, state.v))
+    spoilt = flashgau.MixedChunkState(state.kv, *opened, state.position)
+    for a, x in zip(outputs(call(state=spoilt)), outputs(call()), strict=True):
+        assert torch.equal(a, x)
+    options = {key: x for key, x in call.kwargs.items() if key != "state"}
+    whole = Call("mixed_chunk_attention", call.args, {**options, "chunk_size": state.chunk_size, "causal": True})
+    results = (outputs(whole(initial_state=s, return_state=True)) for s in (spoilt, state))
+    for a, x in zip(*results, strict=True):
+        assert torch.equal(a, x)
+
+
+# ---------------------------------------------------------------- cost and sizes
+
+
+@pytest.mark.parametrize("name", backends_of("mixed_chunk_attention"))
+@pytest.mark.parametrize("causal", [False, True])
+def test_memory_is_linear(name, causal):
+    """No tensor is longer than the input: there is neither a matrix of scores nor a state for every chunk."""
+    n, width = 4096, 4
+    operands = [randn(i, 1, n, width) for i in range(6)]
+    options = {"chunk_size": 16, "causal": causal, "rel_bias": randn(6, 31), "return_state": causal}
+    with flashgau.use_backend(name), largest_storages() as found:
+        gradients(Call("mixed_chunk_attention", tuple(operands), options))
+    assert max(found) <= 4 * n * width
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_nothing_in_gives_nothing_out(backend, shape, causal):
+    b, n = shape
+    operands = [randn(i, b, n, 3) for i in range(6)]
+    options = {"chunk_size": 4, "causal": causal, "return_state": causal}
+    results, grads = gradients(Call("mixed_chunk_attention", tuple(operands), options))
+    assert results[0].shape == (b, n, 3)
+    assert not any(x.any() for x in [*results, *grads])
+    if causal:
+        assert results[1].shape == (b, 3, 3)
+        assert results[2].shape == (b, 4, 3)
+
+
+def test_packing_without_tokens_keeps_the_states(backend):
+    operands = [randn(i, 2, 5, 3) for i in range(5)]
+    _, state = flashgau.mixed_chunk_attention(*operands, chunk_size=3, causal=True, return_state=True)
+    nothing = [randn(i, 1, 0, 3) for i in range(5)]
+    out, after = flashgau.mixed_chunk_attention(
+        *nothing,
+        chunk_size=3,
+        causal=True,
+        return_state=True,
+        initial_state=state,
+        cu_seqlens=torch.tensor([0, 0, 0]),
+    )
+    assert out.shape == (1, 0, 3)
+    for a, x in zip(concatenated_state(after), concatenated_state(state), strict=True):
+        assert torch.equal(a, x)

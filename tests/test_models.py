@@ -1,0 +1,370 @@
+"""Language models: loss, decoding, configurations."""
+
+import io
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashgau.models import KINDS, SIZES, CausalLM, MaskedLM, ModelConfig, mask_tokens, sample
+
+VOCAB = 23
+TIGHT = {"rtol": 1e-10, "atol": 1e-11}
+
+
+def config(kind, **changes):
+    options = {"dim": 24, "depth": 2, "heads": 4, "kv_heads": 2, "key_dim": 8, "chunk_size": 4, "vocab_size": VOCAB}
+    return ModelConfig(kind=kind, **(options | changes))
+
+
+def causal(kind, **changes):
+    return stirred(CausalLM(config(kind, **changes), dtype=torch.float64))
+
+
+def stirred(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    return model.eval()
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+VARIANTS = [(kind, {}) for kind in KINDS] + [
+    ("flash", {"spec": "lucidrains", "layer": {"token_shift": True}, "positions": "scaled_sin", "tied": False}),
+    ("flash-quad", {"spec": "gau-alpha", "norm": "none", "head_bias": True}),
+    ("transformer++", {"layer": {"bias": "alibi", "rotary_dim": 0}, "norm": "rmsnorm", "feedforward": "geglu"}),
+]
+
+
+# --- decoding is the parallel forward ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "changes"), VARIANTS)
+@given(prompts=st.lists(st.integers(1, 9), min_size=1, max_size=3), seed=st.integers(0, 99))
+@settings(max_examples=8)
+@torch.no_grad()
+def test_streamed_logits_are_the_parallel_ones(kind, changes, prompts, seed):
+    model, new = causal(kind, **changes), 6
+    lengths, rows = torch.tensor(prompts), torch.arange(len(prompts))
+    text = tokens(len(prompts), max(prompts) + new, seed=seed)
+    parallel = model(text)
+    logits, state = model(text[:, : max(prompts)], lengths, return_state=True)
+    for b, n in enumerate(prompts):
+        torch.testing.assert_close(logits[b, :n], parallel[b, :n], **TIGHT)
+    for i in range(new):
+        logits, state = model(text[rows, lengths + i][:, None], state=state, return_state=True)
+        torch.testing.assert_close(logits[:, 0], parallel[rows, lengths + i], **TIGHT)
+    assert state.position.tolist() == (lengths + new).tolist()
+
+
+@pytest.mark.parametrize(("kind", "changes"), VARIANTS)
+@torch.no_grad()
+def test_a_text_in_parts_is_the_text(kind, changes):
+    model, text, state, pieces = causal(kind, **changes), tokens(2, 21), None, []
+    for part in text.split([3, 1, 7, 10], dim=1):
+        logits, state = model(part, state=state, return_state=True)
+        pieces.append(logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), model(text), **TIGHT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_generation_is_argmax_of_the_whole_text_again_and_again(kind):
+    model, lengths = causal(kind), torch.tensor([5, 1, 7])
+    prompt = tokens(3, 7)
+    new = model.generate(prompt, 8, lengths=lengths, temperature=0)
+    for b, n in enumerate(lengths.tolist()):
+        text = prompt[b : b + 1, :n]
+        for _ in range(8):
+            text = torch.cat((text, model(text)[:, -1:].argmax(-1)), 1)
+        assert new[b].tolist() == text[0, n:].tolist()
+
+
+def test_generation_repeats_with_its_seed_and_streams():
+    model, prompt, seen = causal("flash"), tokens(2, 5), []
+    model.train()
+    first = model.generate(prompt, 12, seed=3, top_k=5, stream=lambda column: seen.append(column))
+    assert model.training
+    assert torch.equal(torch.stack(seen, 1), first)
+    assert torch.equal(model.generate(prompt, 12, seed=3, top_k=5), first)
+    assert not torch.equal(model.generate(prompt, 12, seed=4, top_k=5), first)
+    assert model.generate(prompt, 0).shape == (2, 0)
+
+
+@pytest.mark.parametrize("stop", [7, [7, 2]])
+def test_generation_stops(stop):
+    model, prompt = causal("transformer++"), tokens(4, 3)
+    free = model.generate(prompt, 60, seed=1)
+    new = model.generate(prompt, 60, seed=1, stop=stop)
+    stops = [stop] if isinstance(stop, int) else stop
+    ends = []
+    for free_row, row in zip(free.tolist(), new.tolist(), strict=True):
+        end = next((i for i, t in enumerate(row) if t in stops), len(row))
+        assert row[end + 1 :] == [row[end]] * (len(row) - end - 1) if end < len(row) else True
+        # Every row draws each column, stopped or not, so the others are not disturbed.
+        if len(row) == len(free_row):
+            assert row[:end] == free_row[:end]
+        ends.append(end)
+    assert new.shape[1] == min(60, max(ends) + 1)
+
+
+def test_generation_of_a_row_ignores_its_padding():
+    model = causal("flash")
+    prompt, lengths = tokens(2, 6), torch.tensor([4, 6])
+    other = prompt.clone()
+    other[0, 4:] = 0
+    draw = lambda text: model.generate(text, 9, lengths=lengths, seed=1)
+    assert torch.equal(draw(prompt), draw(other))
+
+
+# --- sampling ------------------------------------------------------------------------------------------------------
+
+
+def test_sample_draws_from_the_distribution():
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    n = 40_000
+    drawn = sample(logits.expand(n, 4), 0.7, generator=torch.Generator().manual_seed(0))
+    share = torch.bincount(drawn, minlength=4) / n
+    expected = (logits / 0.7).softmax(-1)
+    assert ((share - expected).abs() < 4 * (expected * (1 - expected) / n).sqrt()).all()
+
+
+def test_sample_limits():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(2000, 4)
+    kept = lambda **options: sorted(set(sample(logits, **options).tolist()))
+    assert kept(temperature=0) == [0]
+    assert kept(top_k=2) == [0, 1]
+    assert kept(top_k=99) == [0, 1, 2, 3]
+    assert kept(top_p=0.4) == [0]
+    assert kept(top_p=0.6) == [0, 1]
+    assert kept(top_p=0.81) == [0, 1, 2]
+    assert kept(top_p=1.0) == [0, 1, 2, 3]
+
+
+# --- loss ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_is_cross_entropy_of_the_next_token(kind):
+    model, text = causal(kind), tokens(3, 10)
+    log_p = model(text[:, :-1]).log_softmax(-1)
+    expected = -log_p.gather(-1, text[:, 1:, None]).mean()
+    torch.testing.assert_close(model.loss(text), expected, **TIGHT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_of_padded_and_packed_texts_is_that_of_the_texts(kind):
+    model, lengths = causal(kind), [4, 1, 9]
+    text = tokens(3, 9)
+    total = sum(model.loss(text[b : b + 1, :n]) * (n - 1) for b, n in enumerate(lengths) if n > 1)
+    expected = total / sum(n - 1 for n in lengths)
+    torch.testing.assert_close(model.loss(text, torch.tensor(lengths)), expected, **TIGHT)
+    packed = torch.cat([text[b, :n] for b, n in enumerate(lengths)])[None]
+    bounds = torch.tensor([0, 4, 5, 14], dtype=torch.int32)
+    torch.testing.assert_close(model.loss(packed, cu_seqlens=bounds), expected, **TIGHT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_changes_no_gradient(kind):
+    text = tokens(2, 11)
+    plain, again = causal(kind), causal(kind, checkpointing=True)
+    again.load_state_dict(plain.state_dict())
+    for model in (plain.train(), again.train()):
+        model.loss(text).backward()
+    for p, q in zip(plain.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, **TIGHT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_causal_models_see_no_future_and_masked_ones_do(kind):
+    text = tokens(1, 12)
+    other = text.clone()
+    other[0, 8] = (other[0, 8] + 1) % VOCAB
+    model = causal(kind)
+    torch.testing.assert_close(model(other)[:, :8], model(text)[:, :8], **TIGHT)
+    masked = stirred(MaskedLM(config(kind), dtype=torch.float64))
+    assert not torch.allclose(masked(other)[:, 0], masked(text)[:, 0], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_learns(kind):
+    torch.manual_seed(0)
+    text = torch.arange(24).remainder(5).expand(4, 24)  # a pattern of five tokens
+    for model, loss in (
+        (CausalLM(config(kind)), lambda m: m.loss(text)),
+        (MaskedLM(config(kind)), lambda m: m.loss(*mask_tokens(text, VOCAB - 1, VOCAB))),
+    ):
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        start = loss(model).item()
+        for _ in range(60):
+            optimizer.zero_grad()
+            value = loss(model)
+            value.backward()
+            optimizer.step()
+        assert value < 0.6 * start
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masked_padded_and_packed_are_alone(kind):
+    model, lengths = stirred(MaskedLM(config(kind), dtype=torch.float64)), [4, 7]
+    text = tokens(2, 7)
+    padded = model(text, torch.tensor(lengths))
+    packed = model(torch.cat([text[0, :4], text[1]])[None], cu_seqlens=torch.tensor([0, 4, 11]))
+    for b, (n, start) in enumerate(zip(lengths, (0, 4), strict=True)):
+        alone = model(text[b : b + 1, :n])
+        torch.testing.assert_close(padded[b : b + 1, :n], alone, **TIGHT)
+        torch.testing.assert_close(packed[:, start : start + n], alone, **TIGHT)
+
+
+def test_mask_tokens():
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(100, (50, 200), generator=generator)
+    lengths = torch.full((50,), 150)
+    inputs, targets = mask_tokens(text, 100, 100, lengths=lengths, generator=generator)
+    chosen = targets != -100
+    assert not chosen[:, 150:].any()
+    assert torch.equal(targets[chosen], text[chosen])
+    assert torch.equal(inputs[~chosen], text[~chosen])
+    share = lambda mask: mask.float().mean().item()
+    assert abs(share(chosen[:, :150]) - 0.15) < 0.02
+    assert abs(share(inputs[chosen] == 100) - 0.8) < 0.05
+    assert abs(share(inputs[chosen] == text[chosen]) - 0.1) < 0.04
+
+
+# --- configurations, parameters, files -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_named_configurations(kind, size):
+    named = ModelConfig.named(f"{kind}-{size}", checkpointing=True)
+    assert named.kind == kind
+    assert named.checkpointing
+    assert ModelConfig.from_json(named.to_json()) == named
+    assert json.loads(named.to_json()) == named.to_dict()
+    model = CausalLM(named, device="meta")
+    if size == "base":
+        assert 100e6 < model.num_parameters() < 125e6
+    if size == "tiny":
+        assert model.num_parameters() < 1e6
+
+
+def test_configuration_survives_tuples():
+    order = ("quad_q", "lin_q", "quad_k", "lin_k")
+    named = ModelConfig(layer={"head_order": order})
+    assert ModelConfig.from_dict(named.to_dict()) == named
+    assert CausalLM(named, device="meta").stack.layers[0].head_order == order
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_start_small_and_the_loss_at_log_vocab(kind):
+    torch.manual_seed(1)
+    model = CausalLM(config(kind, dim=64))
+    for name, p in model.named_parameters():
+        if name.endswith("weight") and p.ndim == 2:
+            assert abs(p.std() - 0.02) < 0.002, name
+    assert abs(model.loss(tokens(8, 64)) - math.log(VOCAB)) < 0.1
+
+
+def test_tied_matrices_count_once_and_are_stored_once():
+    tied, untied = CausalLM(config("flash")), CausalLM(config("flash", tied=False, head_bias=True))
+    assert untied.num_parameters() - tied.num_parameters() == VOCAB * 24 + VOCAB
+    storages = [t.data_ptr() for t in tied.state_dict().values()]
+    assert len(storages) == len(set(storages))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_dict_round_trip(kind):
+    model, text, file = causal(kind), tokens(1, 9), io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other = CausalLM(config(kind), dtype=torch.float64).eval()
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other(text), model(text))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_bf16(kind):
+    torch.manual_seed(0)
+    model, text = CausalLM(config(kind)), tokens(2, 20)
+    exact = model.loss(text)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(text)
+        new = model.generate(text, 4, temperature=0)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert abs(loss - exact) < 0.02
+    assert new.shape == (2, 4)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["flash", "transformer++"])
+def test_bf16_parameters(kind):
+    model, text = CausalLM(config(kind)).to(torch.bfloat16), tokens(2, 20)
+    loss = model.loss(text)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert model.generate(text, 3, temperature=0).shape == (2, 3)
+
+
+def test_torch_compile():
+    model, text = CausalLM(config("flash")), tokens(1, 9)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(text), model(text))
+
+
+def test_cross_entropy_counts_only_the_targets():
+    model, text = MaskedLM(config("flash")), tokens(1, 9)
+    targets = torch.full_like(text, -100)
+    targets[0, 4] = 3
+    expected = F.cross_entropy(model(text)[0, 4:5], torch.tensor([3]))
+    torch.testing.assert_close(model.loss(text, targets), expected)
+
+
+one = tokens(1, 4)
+ERRORS = {
+    "kind": (lambda: ModelConfig(kind="rnn"), "`kind` is 'rnn'; expected one of flash"),
+    "positive": (lambda: ModelConfig(depth=0), "`depth` is 0"),
+    "positions": (lambda: ModelConfig(positions="learned"), "`positions` is 'learned'"),
+    "name": (lambda: ModelConfig.named("flash-huge"), "no configuration is called 'flash-huge'"),
+    "field": (lambda: ModelConfig.from_dict({"width": 3}), "no field is called width"),
+    "shape": (lambda: causal("flash")(one[0]), r"`tokens` has shape \(4,\); expected \(B, N\)"),
+    "range": (lambda: causal("flash")(one + VOCAB), "expected 0 to 22"),
+    "loss": (lambda: causal("flash").loss(one[:, :1]), "N at least 2"),
+    "targets": (lambda: MaskedLM(config("flash")).loss(one, one[:, :2]), "`targets` has shape"),
+    "packed-state": (
+        lambda: causal("flash")(one, cu_seqlens=torch.tensor([0, 4]), return_state=True),
+        "`cu_seqlens` and a state",
+    ),
+    "prompt": (lambda: causal("flash").generate(one[:, :0], 3), "`prompt` has shape"),
+    "new": (lambda: causal("flash").generate(one, -1), "`max_new_tokens` is -1"),
+    "lengths": (lambda: causal("flash").generate(one, 1, lengths=torch.tensor([5])), "numbers from 1 to 4"),
+    "temperature": (lambda: causal("flash").generate(one, 1, temperature=-1.0), "`temperature` is -1"),
+    "top_k": (lambda: causal("flash").generate(one, 1, top_k=0), "`top_k` is 0"),
+    "top_p": (lambda: causal("flash").generate(one, 1, top_p=1.5), "`top_p` is 1.5"),
+    "keys": (
+        lambda: causal("flash-quad", layer={"normalizer": "keys"}).generate(one, 1),
+        'normalizer "keys" divides by the full length',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_say_what_is_wrong(name):
+    call, message = ERRORS[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_tokens_must_be_integers():
+    with pytest.raises(TypeError, match=r"torch.float32; expected an integer type"):
+        CausalLM(config("flash"))(torch.zeros(1, 3))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        CausalLM(config("flash", layer={"colour": 1}))
