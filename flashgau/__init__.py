@@ -13,21 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import convert, kernels, models, nn, reference, training
-    from .ops import (
-        MixedChunkState,
-        Report,
-        alibi_bias,
-        attention,
-        compare,
-        gau_attention,
-        glu,
-        glu_linear,
-        mixed_chunk_attention,
-        mixed_chunk_step,
-        rotary_bias,
-        t5_bias,
-        use_backend,
-    )
+    from .ops.attention import attention
+    from .ops.bias import alibi_bias, rotary_bias, t5_bias
+    from .ops.compare import Report, compare
+    from .ops.dispatch import use_backend
+    from .ops.gau import gau_attention
+    from .ops.glu import glu, glu_linear
+    from .ops.mixed_chunk import mixed_chunk_attention, mixed_chunk_step
+    from .ops.state import MixedChunkState
 
 __version__ = "0.1.0"
 

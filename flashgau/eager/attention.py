@@ -86,14 +86,15 @@ def attention_backward(
         if q.shape[1]
     ]
     if lengths is None and cu_seqlens is None and dlse is None and parts and parts[0].is_plain():
-        return *_backward_fused(parts[0], dout, out, lse), None, None
+        dq, dk, dv = _backward_fused(parts[0], dout, out, lse)
+        return _laid_out_as(q, dq), _laid_out_as(k, dk), _laid_out_as(v, dv), None, None
     acc = accumulator(q.dtype)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dbias = torch.zeros(rel_bias.shape, dtype=acc, device=q.device) if rel_bias is not None else None
     dsinks = torch.zeros(sinks.shape, dtype=acc, device=q.device) if sinks is not None else None
     for part in parts:
         seq = part.seq
-        rows = [part.rows(x) for x in (dout, out, lse)]
+        rows = part.rows(dout), part.rows(out), part.rows(lse)
         dlse_part = part.rows(dlse) if dlse is not None else None
         if part.is_plain() and dlse is None:
             targets = part.rows(dq), part.keys(dk), part.keys(dv)
@@ -330,6 +331,11 @@ def _backward_fused(part: _Part, dout: Tensor, out: Tensor, lse: Tensor) -> tupl
     if part.groups > 1:
         dk, dv = (x.unflatten(1, (-1, part.groups)).sum(2) for x in (dk, dv))
     return dq, dk, dv
+
+
+def _laid_out_as(like: Tensor, x: Tensor) -> Tensor:
+    target = torch.empty_like(like)
+    return x if x.stride() == target.stride() else target.copy_(x)
 
 
 def _fused_inputs(part: _Part) -> tuple[Tensor, Tensor, Tensor]:

@@ -315,7 +315,8 @@ def mixed_chunk_attention_backward(
         if dbias is not None and ds_sum is not None:
             add_bias_gradient(dbias, part, ds_sum)
     dbias = dbias.to(rel_bias.dtype) if dbias is not None and rel_bias is not None else None
-    return *dheads.all(), dv, dgate, dbias, dstates if initial_kv is not None else None
+    dinitial = dstates if initial_kv is not None else None
+    return dheads.quad_q, dheads.quad_k, dheads.lin_q, dheads.lin_k, dv, dgate, dbias, dinitial
 
 
 def _heads(part: Chunks, c: slice, *whole: Tensor) -> Heads:

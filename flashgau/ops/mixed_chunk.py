@@ -130,8 +130,9 @@ def mixed_chunk_attention(
     else:
         total = torch.full((count,), v.shape[1], dtype=torch.int64, device=v.device)
     done = total - total % chunk_size
-    chunk = (open_chunk(x, done, total, chunk_size, cu_seqlens) for x in (quad_k, lin_k, v))
-    return out, MixedChunkState(kv, *chunk, total if closed is None else closed + total)
+    opened_quad, opened_lin, opened_v = (open_chunk(x, done, total, chunk_size, cu_seqlens) for x in (quad_k, lin_k, v))
+    position = total if closed is None else closed + total
+    return out, MixedChunkState(kv, opened_quad, opened_lin, opened_v, position)
 
 
 def mixed_chunk_step(
@@ -254,9 +255,9 @@ def _check_state(args: Arguments, name: str, state: Any, count: int, chunk_size:
         "position": (count,),
     }
     for field, shape in wanted.items():
-        got = tuple(getattr(state, field).shape)
-        if got != shape:
-            args.fail(f"{name}.{field}", f"has shape {got}", f"{shape}: one row for each sequence")
+        given = tuple(getattr(state, field).shape)
+        if given != shape:
+            args.fail(f"{name}.{field}", f"has shape {given}", f"{shape}: one row for each sequence")
     if state.position.dtype != torch.int64:
         args.fail(f"{name}.position", f"has dtype {state.position.dtype}", "int64", TypeError)
     if readable(state.position) and bool((state.position < 0).any()):

@@ -83,7 +83,8 @@ class Arguments:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             self.fail(name, f"is {value!r}", expected, TypeError)
         x = float(value)
-        if not math.isfinite(x) or x < low or x > high or (open_low and x == low):
+        # Not math.isfinite: it cannot be traced with a symbolic number, as torch.compile(dynamic=True) has.
+        if not -math.inf < x < math.inf or x < low or x > high or (open_low and x == low):
             self.fail(name, f"is {value!r}", expected)
 
     def integer(self, name: str, value: Any, low: int, expected: str) -> None:
@@ -174,6 +175,7 @@ class Arguments:
             self.fail(name, f"is a {type(x).__name__}", "an integer torch.Tensor", TypeError)
         if x.dtype not in dtypes:
             self.fail(name, f"has dtype {x.dtype}", "an integer dtype such as int32", TypeError)
+        self._same_device(name, x)
 
     def _packing(self, name: str, cu: Any, total: int, letter: str) -> int:
         self._integers(name, cu, (torch.int32, torch.int64))

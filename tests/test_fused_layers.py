@@ -1,0 +1,125 @@
+"""The fused pieces of GAU and FLASH layers, held to the same layers composed from the reference in plain PyTorch."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import flashgau
+from flashgau.eager import common, flash_unit
+from flashgau.nn import FLASH, GAU
+from flashgau.ops import projection
+
+
+@st.composite
+def layers(draw, kind=FLASH):
+    """A layer in fp64 with parameters of order one, and inputs for it: dense, padded or packed."""
+    causal = draw(st.booleans())
+    options = {
+        "causal": causal,
+        "key_dim": draw(st.sampled_from([2, 8])),
+        "score": draw(st.sampled_from(["relu2", "laplace"])),
+        "bias": draw(st.sampled_from(["none", "rotary", "t5", *(["toeplitz"] if kind is FLASH else [])])),
+        "linear_bias": draw(st.booleans()),
+        "token_shift": draw(st.booleans()),
+        "residual": draw(st.booleans()),
+        "spec": draw(st.sampled_from(["paper", "lucidrains"])),
+    }
+    if kind is FLASH:
+        options["chunk_size"] = draw(st.sampled_from([1, 4, 16, 70]))
+        options["lin_normalizer"] = draw(st.sampled_from(["tokens", 3.0]))
+    else:
+        options["normalizer"] = 5.0 if options["spec"] == "lucidrains" else draw(st.sampled_from(["row", 5.0]))
+    layer = kind(6, hidden=draw(st.integers(1, 9)), dtype=torch.float64, **options)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_()
+    n = draw(st.sampled_from([0, 1, 3, 4, 5, 33, 140]))
+    layout = draw(st.sampled_from(["dense", "padded", "packed"]))
+    x = torch.randn(1 if layout == "packed" else draw(st.integers(1, 3)), n, 6, dtype=torch.float64)
+    sequences = {}
+    if layout == "padded":
+        sequences["lengths"] = torch.tensor([draw(st.integers(0, n)) for _ in range(x.shape[0])])
+    if layout == "packed":
+        cuts = sorted(draw(st.lists(st.integers(0, n), max_size=3)))
+        sequences["cu_seqlens"] = torch.tensor([0, *cuts, n], dtype=torch.int32)
+    return layer, x.requires_grad_(), sequences
+
+
+def results(layer, x, sequences):
+    """The output, and the gradients of x and of every parameter, of a fixed nonlinear function of it."""
+    y = layer(x, **sequences)
+    inputs = [x, *layer.parameters()]
+    grads = torch.autograd.grad(y.sin().sum(), inputs, allow_unused=True)
+    return [y, *(torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True))]
+
+
+def assert_equal_to_reference(layer, x, sequences):
+    fused = results(layer, x, sequences)
+    with flashgau.use_backend("reference"):
+        composed = results(layer, x, sequences)
+    largest = max((float(t.detach().abs().max()) for t in composed if t.numel()), default=0.0)
+    for ours, theirs in zip(fused, composed, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12 * max(1.0, largest))
+
+
+@given(layers())
+def test_a_whole_flash_layer_is_its_parts(case):
+    assert_equal_to_reference(*case)
+
+
+@given(layers(GAU))
+@settings(max_examples=15)
+def test_a_gau_layer_with_fused_projections_is_its_parts(case):
+    assert_equal_to_reference(*case)
+
+
+def test_panels_and_batch_groups_change_nothing(monkeypatch):
+    layer = FLASH(6, key_dim=4, chunk_size=4, causal=True, dtype=torch.float64)
+    x = torch.randn(5, 30, 6, dtype=torch.float64, requires_grad=True)
+    whole = results(layer, x, {})
+    monkeypatch.setattr(flash_unit, "_PANEL", 8)
+    monkeypatch.setattr("flashgau.eager.mixed_chunk._CHUNK_ELEMENTS", 2 * 4 * 12)
+    for ours, theirs in zip(results(layer, x, {}), whole, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_is_near_fp64_with_and_without_native_products(native, monkeypatch):
+    """On processors with matrix tiles products take bf16 factors, elsewhere fp32 ones; both must hold."""
+    monkeypatch.setattr(common, "_multiplies_bf16", lambda kind: native)
+    exact = FLASH(32, key_dim=16, chunk_size=16, causal=True, dtype=torch.float64)
+    rounded = FLASH(32, key_dim=16, chunk_size=16, causal=True, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for p, q in zip(exact.parameters(), rounded.parameters(), strict=True):
+            q.copy_(p.normal_(std=0.3).to(torch.bfloat16))
+            p.copy_(q)
+    x = torch.randn(2, 50, 32, dtype=torch.bfloat16)
+    with flashgau.use_backend("reference"):
+        truth = results(exact, x.double().requires_grad_(), {})
+        plain = results(rounded, x.clone().requires_grad_(), {})
+    ours = results(rounded, x.clone().requires_grad_(), {})
+    for a, b, t in zip(ours, plain, truth, strict=True):
+        floor = 8 * torch.finfo(torch.bfloat16).eps * t.abs().max()
+        assert (a.double() - t).abs().max() <= 3 * (b.double() - t).abs().max() + floor
+
+
+def test_fused_pieces_refuse_a_second_derivative():
+    layer = FLASH(6, key_dim=4, chunk_size=4, causal=True)
+    x = torch.randn(1, 9, 6, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).sin().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r'backend="reference"'):
+        grad.sum().backward()
+
+
+def test_operators_are_what_their_shape_functions_say():
+    x, w, b = torch.randn(2, 5, 6), torch.randn(10, 6), torch.randn(10)
+    args = (x, w, b, None, [4, 4, 2], True, True, "eager")
+    torch.library.opcheck(projection._projection.overload, tuple(map(_trainable, args)))
+    z, gamma, beta, angles = torch.randn(2, 5, 4), torch.randn(3, 4), torch.randn(3, 4), torch.randn(1, 5, 2)
+    args = (z, gamma, beta, angles.cos(), angles.sin(), False, "eager")
+    torch.library.opcheck(projection._heads.overload, tuple(map(_trainable, args)))
+
+
+def _trainable(x):
+    return x.detach().requires_grad_() if isinstance(x, torch.Tensor) else x

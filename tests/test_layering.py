@@ -1,0 +1,116 @@
+"""Who may import whom, read from the source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "flashgau"
+# The two floors that stand at the top of the tree, and what they are imported as.
+ELSEWHERE = {"kernels": ROOT / "kernels", "reference": ROOT / "reference"}
+FLOORS = {"reference": set(), "eager": set(), "kernels": set()}
+OPS = {"ops", *FLOORS}
+ALLOWED: dict[str, set[str]] = {
+    **FLOORS,
+    "ops": set(FLOORS),
+    "nn": OPS,
+    "models": {"nn", *OPS},
+    "convert": {"models", "nn", *OPS},
+    "training": {"models", "nn", *OPS},
+    "cli": {"bench", "training", "convert", "models", "nn", *OPS},
+}
+
+
+def sources(part: str) -> list[Path]:
+    return sorted(ELSEWHERE.get(part, PACKAGE / part).rglob("*.py"))
+
+
+def module_of(path: Path) -> list[str]:
+    """The dotted name of a file, as it is imported."""
+    if path.is_relative_to(PACKAGE):
+        parts = ["flashgau", *path.relative_to(PACKAGE).with_suffix("").parts]
+    else:
+        parts = ["flashgau", *path.relative_to(ROOT).with_suffix("").parts]
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def imports(path: Path) -> set[str]:
+    """Every module of ours that a file imports anywhere, under dotted names."""
+    module = module_of(path)
+    package = module if path.name == "__init__.py" else module[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *(node.module.split(".") if node.module else [])]
+            found.add(".".join(base))
+            found |= {".".join([*base, alias.name]) for alias in node.names}
+    return {name for name in found if name.split(".")[0] in ("flashgau", *ELSEWHERE)}
+
+
+def parts_of(path: Path) -> set[str]:
+    """The parts of the package that a file imports."""
+    found = set()
+    for name in imports(path):
+        top, *rest = name.split(".")
+        assert top == "flashgau", f"{path}: import {name} as flashgau.{name}"
+        if (rest and (PACKAGE / rest[0]).is_dir()) or (rest and rest[0] in ELSEWHERE):
+            found.add(rest[0])
+    return found
+
+
+def test_every_part_has_its_place():
+    here = {p.parent.name for p in PACKAGE.glob("*/__init__.py")} | set(ELSEWHERE)
+    assert here == set(ALLOWED)
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_imports_go_downwards(part):
+    assert sources(part)
+    for path in sources(part):
+        assert parts_of(path) - {part} <= ALLOWED[part], f"{path.relative_to(ROOT)} imports upwards"
+
+
+def test_the_test_sees_imports(tmp_path):
+    """Each way to write an import is found."""
+    path = PACKAGE / "ops" / "attention.py"
+    assert {"flashgau.ops.autograd", "flashgau.ops.validate"} <= imports(path)
+    assert parts_of(PACKAGE / "ops" / "compare.py") == {"reference", "ops"}
+
+
+def test_every_package_is_shipped():
+    """Each directory with Python files is in pyproject's list, which setuptools does not check."""
+    text = (ROOT / "pyproject.toml").read_text()
+    start = text.index("packages = [")
+    listed = set(ast.literal_eval(text[text.index("[", start) : text.index("]", start) + 1]))
+    here = {".".join(module_of(p)) for top in (PACKAGE, *ELSEWHERE.values()) for p in top.rglob("__init__.py")}
+    assert listed == here
+    for top in (PACKAGE, *ELSEWHERE.values()):
+        for path in top.rglob("*.py"):
+            assert (path.parent / "__init__.py").exists(), f"{path.parent} is no package"
+
+
+def test_nothing_is_left_undone():
+    for top in (PACKAGE, *ELSEWHERE.values()):
+        for path in top.rglob("*.py"):
+            for word in ("TODO", "FIXME", "XXX", "raise NotImplementedError"):
+                assert word not in path.read_text(), f"{path.relative_to(ROOT)}: {word}"
+
+
+def test_importing_the_package_loads_no_layers():
+    """`import flashgau` brings the operations; layers, models and tools come when they are used."""
+    late = ["nn", "models", "training", "convert", "cli"]
+    code = f"""
+import sys, flashgau
+loaded = [m for m in {late!r} if "flashgau." + m in sys.modules]
+heavy = [m for m in ("triton", "matplotlib", "typer", "rich") if m in sys.modules]
+assert not loaded, loaded
+assert not heavy, heavy
+assert flashgau.nn.GAU
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

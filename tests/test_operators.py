@@ -1,0 +1,280 @@
+"""The PyTorch operators under the operations: schemas, shape functions, tracing, autocast."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import (
+    Call,
+    attention_calls,
+    close,
+    gau_calls,
+    glu_calls,
+    glu_linear_calls,
+    gradients,
+    mixed_chunk_calls,
+    outputs,
+    randn,
+)
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import flashgau
+from flashgau import nn
+
+T = torch.tensor
+
+
+def heads(n: int = 9, dtype: torch.dtype = torch.float32, batch: int = 2) -> list[Tensor]:
+    return [randn(i, batch, n, w, dtype=dtype) for i, w in enumerate((4, 4, 4, 4, 6, 6))]
+
+
+def state() -> flashgau.MixedChunkState:
+    kv, quad_k, lin_k, v = (randn(i, 2, *s) for i, s in enumerate(((4, 6), (4, 4), (4, 4), (4, 6))))
+    return flashgau.MixedChunkState(kv, quad_k, lin_k, v, T([4, 8]))
+
+
+def attention(*shape: int, **options: Any) -> Call:
+    return Call("attention", tuple(randn(i, *shape) for i in range(3)), options)
+
+
+CALLS = {
+    "attention": attention(2, 2, 9, 4),
+    "attention, causal": attention(2, 2, 9, 4, causal=True, return_lse=True),
+    "attention, all": attention(
+        2, 2, 9, 4, softcap=2.0, window=(3, 1), rel_bias=randn(3, 2, 17), sinks=randn(4, 2), lengths=T([9, 4]),
+        dropout_p=0.2, dropout_seed=3, return_lse=True,
+    ),
+    "attention, packed": attention(1, 2, 9, 4, causal=True, cu_seqlens=T([0, 4, 9]), cu_seqlens_k=T([0, 2, 9])),
+    "glu": Call("glu", (randn(0, 3, 4), randn(1, 3, 4)), {}),
+    "glu, packed": Call("glu", (randn(0, 3, 4),), {"activation": "gelu"}),
+    "glu_linear": Call("glu_linear", (randn(0, 2, 3, 4), randn(1, 5, 4), randn(2, 5, 4)), {}),
+    "glu_linear, biases": Call(
+        "glu_linear", (randn(0, 3, 4), randn(1, 5, 4), randn(2, 5, 4), randn(3, 5), randn(4, 5)), {}
+    ),
+    "gau": Call("gau_attention", (*heads()[:2], *heads()[4:]), {"causal": True}),
+    "gau, softmax": Call("gau_attention", (*heads()[:2], heads()[4]), {"score": "softmax", "lengths": T([9, 4])}),
+    "gau, bias": Call("gau_attention", (*heads()[:2], *heads()[4:]), {"rel_bias": randn(3, 17)}),
+    "mixed_chunk": Call("mixed_chunk_attention", tuple(heads()), {"chunk_size": 4}),
+    "mixed_chunk, causal": Call(
+        "mixed_chunk_attention", tuple(heads()[:5]), {"chunk_size": 4, "causal": True, "rel_bias": randn(3, 7)}
+    ),
+    "mixed_chunk, states": Call(
+        "mixed_chunk_attention", tuple(heads()),
+        {"chunk_size": 4, "causal": True, "initial_state": state(), "return_state": True},
+    ),
+}  # fmt: skip
+
+
+def layers(form: str) -> None:
+    """Run layers forward and backward: they use operators that no public operation does."""
+    torch.manual_seed(0)
+    for layer in (nn.GAU(8, key_dim=4), nn.FLASH(8, key_dim=4, chunk_size=4)):
+        x = randn(0, 2, 9, 8).requires_grad_(form == "training")
+        out = layer(x)
+        if form == "training":
+            out.sum().backward()
+
+
+def recorded(function: Callable[[], Any]) -> dict[str, tuple[Any, tuple]]:
+    """The first call of each flashgau operator inside `function`, by the operator's name."""
+    found: dict[str, tuple[Any, tuple]] = {}
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "flashgau":
+                found.setdefault(func.name(), (func, args))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        function()
+    return found
+
+
+def samples() -> list[tuple[str, str]]:
+    return [(name, kind) for name in (*CALLS, "layers") for kind in ("forward", "backward")]
+
+
+def calls_of(name: str) -> dict[str, tuple[Any, tuple]]:
+    return recorded((lambda: layers("training")) if name == "layers" else lambda: gradients(CALLS[name]))
+
+
+def registered() -> set[str]:
+    return {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("flashgau::")}
+
+
+def test_every_operator_is_tried():
+    tried = set()
+    for name in (*CALLS, "layers"):
+        tried |= set(calls_of(name))
+    assert tried == registered()
+
+
+@pytest.mark.parametrize("name", [*CALLS, "layers"])
+def test_operators_are_well_formed(name):
+    """Schema true (nothing written, no result shares memory with an operand), autograd and shape function in order."""
+    for operator, args in calls_of(name).values():
+        detached = tree_map_only(Tensor, Tensor.detach, args)
+        backward = "backward" in operator.name()
+        if not backward:
+            tree_map_only(Tensor, lambda x: x.requires_grad_(x.is_floating_point()), detached)
+        # A backward operator's own derivative is an error on purpose, and needs no tracing.
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(operator, detached, test_utils=tests)
+        if not backward:
+            torch.library.opcheck(operator, detached, test_utils=("test_aot_dispatch_static",))
+
+
+def check_fakes(function: Callable[[], Any]) -> None:
+    """Shapes, strides and dtypes of the fakes are those of the real results."""
+    for operator, args in recorded(function).values():
+        real = outputs(operator(*args))
+        with FakeTensorMode() as mode, torch.no_grad():
+            fake = outputs(operator(*tree_map_only(Tensor, mode.from_tensor, args)))
+        assert len(real) == len(fake)
+        for a, b in zip(real, fake, strict=True):
+            assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device), operator.name()
+            if a.numel():
+                strides = [(x, y) for s, x, y in zip(a.shape, a.stride(), b.stride(), strict=True) if s > 1]
+                assert all(x == y for x, y in strides), f"{operator.name()}: {a.stride()} against {b.stride()}"
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [attention_calls, partial(attention_calls, plain=True), glu_calls, glu_linear_calls, gau_calls, mixed_chunk_calls],
+    ids=["attention", "plain attention", "glu", "glu_linear", "gau", "mixed_chunk"],
+)
+@given(data=st.data())
+def test_fakes_are_like_the_real(calls, data):
+    call = data.draw(calls())
+    check_fakes(lambda: gradients(call))
+    with torch.no_grad():
+        check_fakes(call)
+
+
+@pytest.mark.parametrize("form", ["training", "inference"])
+def test_fakes_of_layers_are_like_the_real(form):
+    with torch.set_grad_enabled(form == "training"):
+        check_fakes(lambda: layers(form))
+
+
+COMPILED = ["attention, all", "attention, causal", "glu", "glu_linear, biases", "gau, bias", "mixed_chunk, causal",
+            "mixed_chunk, states"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_whole(name):
+    """One graph without a break, forward and backward, with the results of the plain call."""
+    torch._dynamo.reset()
+    call = CALLS[name]
+    function = getattr(flashgau, call.name)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+
+    def run(f: Callable[..., Any]) -> list[Tensor]:
+        leaves = call.leaves()
+        operands = [x for x in leaves.tensors() if x.requires_grad]
+        results = outputs(f(*leaves.args, **leaves.kwargs))
+        through = [x for x in results if x.requires_grad]
+        cotangents = [torch.cos(torch.arange(x.numel()).view(x.shape) / 3.0) for x in through]
+        finite = [torch.where(torch.isfinite(x), x, 0) for x in through]
+        grads = torch.autograd.grad(finite, operands, cotangents, allow_unused=True)
+        return [x.detach() for x in results] + [x for x in grads if x is not None]
+
+    for a, b in zip(run(compiled), run(function), strict=True):
+        if a.is_floating_point():
+            close(a, b, ulps=8)
+        else:
+            assert torch.equal(a, b)
+
+
+def test_compiles_for_any_length():
+    """One graph serves every length once lengths vary."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(flashgau.attention, backend=count, fullgraph=True, dynamic=True)
+    for n in (5, 9, 17, 33):
+        q, k, v = (randn(i, 2, 2, n, 4) for i in range(3))
+        close(compiled(q, k, v, causal=True), flashgau.attention(q, k, v, causal=True))
+    assert len(graphs) == 1
+
+
+# ---------------------------------------------------------------- autocast
+
+CAST = {
+    "attention": attention(2, 2, 40, 8, causal=True, rel_bias=randn(3, 79), sinks=randn(4, 2)),
+    "glu_linear": Call("glu_linear", (randn(0, 3, 40), randn(1, 5, 40), randn(2, 5, 40), randn(3, 5)), {}),
+    "gau_attention": Call("gau_attention", (*heads(40)[:2], *heads(40)[4:]), {"rel_bias": randn(3, 79)}),
+    "mixed_chunk_attention": Call(
+        "mixed_chunk_attention", tuple(heads(40)), {"chunk_size": 16, "rel_bias": randn(3, 31)}
+    ),
+}
+
+
+def autocast(dtype: torch.dtype = torch.bfloat16) -> Any:
+    return torch.autocast("cpu", dtype=dtype)
+
+
+@pytest.mark.parametrize("name", CAST)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+def test_autocast_is_a_cast_of_the_operands(name, dtype, backend):
+    """Equal, bit by bit, to casting q, k, v by hand: nothing inside is cast once more."""
+    call = CAST[name]
+    with autocast(dtype):
+        out = call(backend=backend)
+    cast = Call(call.name, tuple(x.to(dtype) for x in call.args), call.kwargs)
+    assert out.dtype == dtype
+    assert torch.equal(out, cast(backend=backend))
+    with autocast(dtype), torch.autocast("cpu", enabled=False):
+        assert call(backend=backend).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", CAST)
+def test_gradients_under_autocast_have_the_dtype_of_their_operands(name):
+    call = CAST[name].leaves()
+    leaves = [x for x in call.tensors() if x.requires_grad]
+    with autocast():
+        out = call()
+    grads = torch.autograd.grad(out.float().square().sum(), leaves)
+    assert all(g.dtype == torch.float32 and torch.isfinite(g).all() for g in grads)
+    plain = torch.autograd.grad(call().square().sum(), leaves)
+    for g, p in zip(grads, plain, strict=True):
+        assert (g - p).norm() <= 0.03 * p.norm()
+
+
+def test_autocast_leaves_fp64_alone():
+    call = CAST["attention"]
+    double = Call("attention", tuple(x.double() for x in call.args), {"causal": True})
+    with autocast():
+        assert double().dtype == torch.float64
+        q, k, v = double.args
+        assert torch.nn.functional.scaled_dot_product_attention(q, k, v).dtype == torch.float64
+
+
+def test_autocast_does_not_touch_glu():
+    """Elementwise functions keep their operands' dtype under autocast, as PyTorch's own do."""
+    gate, up = randn(0, 3, 4), randn(1, 3, 4)
+    with autocast():
+        assert flashgau.glu(gate, up).dtype == torch.float32
+        assert torch.nn.functional.silu(gate).dtype == torch.float32
+
+
+def test_step_under_autocast():
+    tokens = [randn(i, 2, 1, w) for i, w in enumerate((4, 4, 4, 4, 6, 6))]
+    empty = flashgau.MixedChunkState.empty(2, 4, 6, 4, dtype=torch.bfloat16)
+    with autocast():
+        out, after = flashgau.mixed_chunk_step(*tokens, state=empty)
+    assert out.dtype == torch.bfloat16
+    assert after.v.dtype == torch.bfloat16
+    assert after.kv.dtype == torch.float32
