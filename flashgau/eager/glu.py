@@ -34,8 +34,8 @@ def _gelu(approximate: str) -> tuple[Forward, Backward]:
     )
 
 
-# Each activation as (function of x, derivative at x times the gradient d). Both may write into `out`, and return the
-# result, wherever it is.
+# Each activation as (function of x, derivative at x times the gradient d). Both may write into `out` (which may be d),
+# and return the result, wherever it is.
 ACTIVATIONS: dict[str, tuple[Forward, Backward]] = {
     "identity": (lambda x, out: x, lambda d, x, out: d),
     "sigmoid": (lambda x, out: torch.sigmoid(x, out=out), _sigmoid_backward),
@@ -45,7 +45,7 @@ ACTIVATIONS: dict[str, tuple[Forward, Backward]] = {
     ),
     "relu2": (
         lambda x, out: torch.clamp_min(x, 0, out=out).square_(),
-        lambda d, x, out: torch.clamp_min(x, 0, out=out).mul_(d).mul_(2),
+        lambda d, x, out: _aten.threshold_backward.grad_input(d, x, 0, grad_input=out).mul_(x).mul_(2),
     ),
     "gelu": _gelu("none"),
     "gelu_tanh": _gelu("tanh"),
@@ -148,7 +148,7 @@ def glu_linear_backward(
 
 def _gated(g: Tensor, u: Tensor, activation: str, up_activation: str, out: Tensor, rooms: Rooms) -> None:
     g, u = _in_range(g, "g", rooms), _in_range(u, "u", rooms)
-    a = ACTIVATIONS[activation][0](g, rooms.like("act(g)", g))
+    a = ACTIVATIONS[activation][0](g, out if out.dtype == g.dtype else rooms.like("act(g)", g))
     torch.mul(a, ACTIVATIONS[up_activation][0](u, rooms.like("act(u)", u)), out=out)
 
 
@@ -158,12 +158,10 @@ def _gated_backward(
     d, g, u = _in_range(d, "d", rooms), _in_range(g, "g", rooms), _in_range(u, "u", rooms)
     sides = (g, activation, dg, u, up_activation), (u, up_activation, du, g, activation)
     for x, act, grad, other, other_act in sides:
-        value = ACTIVATIONS[other_act][0](other, rooms.like("value", other))
-        if act == "identity":
-            torch.mul(d, value, out=grad)
-            continue
-        incoming = torch.mul(d, value, out=rooms.like("incoming", d))
+        # Each step writes over the one before, in the gradient's own memory where the types agree.
         target = grad if grad.dtype == d.dtype else rooms.like("grad", d)
+        value = ACTIVATIONS[other_act][0](other, target)
+        incoming = torch.mul(d, value, out=target)
         result = ACTIVATIONS[act][1](incoming, x, target)
         if result is not grad:
             grad.copy_(result)
