@@ -7,14 +7,11 @@ import json
 import math
 import os
 import platform
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +22,9 @@ from . import checkpoint as files
 from .checkpoint import CheckpointError, differences
 from .config import FREE, TrainConfig, learning_rate
 from .data import VOCABULARY, Corpus, load_corpus, sample_starts, validation_starts, windows
+from .log import Log
 from .plots import loss_plot
+from .signals import StopSignals
 
 LAST, BEST = "last.safetensors", "best.safetensors"
 LOG, PLOT, SETTINGS = "log.jsonl", "loss.png", "config.json"
@@ -265,7 +264,7 @@ class _Run:
         )
         self.state = _State()
         self.saved_step: int | None = None
-        self.log = _Log(self.out / LOG)
+        self.log = Log(self.out / LOG)
         # Kept on the device between rows of the log: reading them makes the host wait for the device.
         self.loss_sum = torch.zeros((), device=device)
         self.norm_max = torch.zeros((), device=device)
@@ -280,7 +279,7 @@ class _Run:
         self.plotted = self.state.elapsed
         files.remove_temporaries(*(self.out / name for name in _FILES))
         self._write_settings()
-        with self.log, _StopSignals(self._on_signal) as self.stop:
+        with self.log, StopSignals(self._on_signal) as self.stop:
             self._tell("start", self._overview())
             if self.saved_step is None:
                 self.save()  # a folder that cannot be written shows now, not after an hour
@@ -584,80 +583,6 @@ class _Run:
         }
         with files.atomic_write(self.out / SETTINGS) as stream:
             stream.write(json.dumps(settings, indent=2).encode() + b"\n")
-
-
-class _Log:
-    """Rows as JSON lines in a file, and in memory for the plot."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: list[dict[str, Any]] = []
-        self.stream: TextIO | None = None
-
-    def __enter__(self) -> _Log:
-        self.stream = self.path.open("a", encoding="utf-8")
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.stream is not None:
-            # After a failed write (a full disk), closing fails once more; the first error is the one to show.
-            with contextlib.suppress(OSError):
-                self.stream.close()
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a row; other processes can read it at once."""
-        assert self.stream is not None
-        self.rows.append(row)
-        try:
-            self.stream.write(json.dumps(row) + "\n")
-            self.stream.flush()
-        except OSError as error:
-            raise OSError(error.errno, f"cannot write {self.path}: {error.strerror}") from error
-
-    def sync(self) -> None:
-        """Wait until all rows are on disk."""
-        assert self.stream is not None
-        os.fsync(self.stream.fileno())
-
-    def rewind(self, step: int, validated: int) -> None:
-        """Read back the rows up to `step`; drop what a stopped run wrote after it, half a line included."""
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if row["step"] < step or (row["step"] == step and (row["kind"] == "train" or validated == step)):
-                self.rows.append(row)
-        with files.atomic_write(self.path) as stream:
-            stream.write("".join(json.dumps(row) + "\n" for row in self.rows).encode())
-
-
-class _StopSignals:
-    """Turns the first SIGINT or SIGTERM into a request to stop, and the second into KeyboardInterrupt."""
-
-    def __init__(self, told: Callable[[int], None]) -> None:
-        self.signal: int | None = None
-        self.told = told
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
-        # Printing may refuse to be interrupted by itself (RuntimeError: reentrant call); no message then.
-        with contextlib.suppress(RuntimeError):
-            self.told(number)
 
 
 def _check_folder(out: Path, resume: bool) -> None:
