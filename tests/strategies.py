@@ -38,7 +38,7 @@ GAU_SCORES = (
     ("relu2", 3.5),
     ("laplace", "keys"),
     ("laplace", "row"),
-    ("laplace", 2),
+    ("laplace", 8),
     ("softmax", "keys"),
     ("softmax_plus", "keys"),
 )

@@ -104,8 +104,11 @@ def test_gradients_are_derivatives(backend, options, extras):
 
 
 def close_lse(actual: Tensor, expected: Tensor, like: Tensor) -> None:
-    """On a CPU PyTorch's fused kernel takes exponentials of half-precision inputs to about 20 bits."""
-    close(actual, expected, ulps=256 if like.dtype.itemsize == 2 else 16)
+    """A logarithm near 0 keeps the rounding of what it came from, so values count as at least 1.
+
+    On a CPU PyTorch's fused kernel gives the LSE of half-precision inputs to about 5e-5.
+    """
+    close(actual, expected, ulps=1024 if like.dtype.itemsize == 2 else 16, scale=1.0)
 
 
 def check(actual: Tensor, expected: Tensor, like: Tensor) -> None:

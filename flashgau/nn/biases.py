@@ -166,6 +166,20 @@ class AlibiBias(nn.Module):
         return alibi_bias(self.slopes, max(length, 1))
 
 
+def bias_vector(bias: nn.Module | None, length: int, cu_seqlens: Tensor | None) -> Tensor | None:
+    """The bias for sequences of up to `length` tokens, or None without one.
+
+    Of a packed row `length` is only a bound: there a table gives all it has, and the operation checks that it covers
+    each sequence.
+    """
+    if bias is None:
+        return None
+    if cu_seqlens is not None and isinstance(bias, ToeplitzBias):
+        length = min(length, bias.max_length)
+    vector: Tensor = bias(length)
+    return vector
+
+
 def make_bias(
     name: str,
     *,

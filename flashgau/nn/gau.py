@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import gau_attention
-from .biases import make_bias
+from .biases import bias_vector, make_bias
 from .cache import KeyValueCache
 from .gated_unit import GatedUnit, UnitState, from_preset, last_shifted
 
@@ -231,10 +231,8 @@ class GAU(GatedUnit):
         return self.forward(x, state=state, return_state=True)
 
     def _bias(self, length: int, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
-        if self.rel_bias is None:
-            return None
-        bias = self.rel_bias(length)
-        if not self.bias_over_n:
+        bias = bias_vector(self.rel_bias, length, cu_seqlens)
+        if bias is None or not self.bias_over_n:
             return bias
         if self.normalizer != "keys":
             return bias / self.normalizer

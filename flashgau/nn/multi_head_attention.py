@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import attention
-from .biases import make_bias
+from .biases import bias_vector, make_bias
 from .cache import KeyValueCache
 from .initialise import linear
 from .rotary import RotaryEmbedding, packed_positions
@@ -128,7 +128,7 @@ class MultiHeadAttention(nn.Module):
             k,
             v,
             causal=self.causal,
-            rel_bias=None if self.rel_bias is None else self.rel_bias(k.shape[2]),
+            rel_bias=bias_vector(self.rel_bias, k.shape[2], cu_seqlens),
             lengths=lengths,
             cu_seqlens=cu_seqlens,
             dropout_p=self.dropout if self.training else 0.0,

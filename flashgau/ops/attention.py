@@ -219,7 +219,8 @@ def _(
     sinks: Optional[Tensor],
     *rest: Any,
 ) -> list[Tensor]:
-    return autograd.present(q, *(None if t is None else torch.empty_like(t) for t in (q, k, v, rel_bias, sinks)))
+    like = [torch.empty_like(t) for t in (q, k, v)]
+    return autograd.present(q, *like, *(None if t is None else t.new_empty(t.shape) for t in (rel_bias, sinks)))
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -188,7 +188,8 @@ def _(
     rel_bias: Optional[Tensor],
     *rest: Any,
 ) -> list[Tensor]:
-    return autograd.present(q, *(None if t is None else torch.empty_like(t) for t in (q, k, v, gate, rel_bias)))
+    like = [None if t is None else torch.empty_like(t) for t in (q, k, v, gate)]
+    return autograd.present(q, *like, None if rel_bias is None else rel_bias.new_empty(rel_bias.shape))
 
 
 def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:

@@ -376,8 +376,9 @@ def _(
     initial_kv: Optional[Tensor],
     *rest: Any,
 ) -> list[Tensor]:
-    inputs = (quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias, initial_kv)
-    return autograd.present(v, *(None if t is None else torch.empty_like(t) for t in inputs))
+    inputs = (quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias)
+    like = [None if t is None else torch.empty_like(t) for t in inputs]
+    return autograd.present(v, *like, None if initial_kv is None else initial_kv.new_empty(initial_kv.shape))
 
 
 def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
