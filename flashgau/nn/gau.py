@@ -235,7 +235,7 @@ class GAU(GatedUnit):
         if bias is None or not self.bias_over_n:
             return bias
         if self.normalizer != "keys":
-            return bias / self.normalizer
+            return bias / float(self.normalizer)
         if cu_seqlens is not None:
             raise ValueError(
                 "GAU: `bias_over_n` with packed sequences, which have one bias but a length each; "
