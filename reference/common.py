@@ -187,7 +187,7 @@ def masked_softmax(scores: Tensor, visible: Tensor, sinks: Tensor | None = None)
     return weights[..., :-1] / safe, lse.squeeze(-1)
 
 
-# [MEGA] section 3.5: the Laplace function that imitates relu(x)^2, matched in value and slope at x = sqrt(2).
+# [MEGA] section 3.5: the Laplace function, which meets relu(x)^2 in value and slope at x = mu = sqrt(1/2).
 LAPLACE_MEAN = math.sqrt(1 / 2)
 LAPLACE_STD = math.sqrt(1 / (4 * math.pi))
 
