@@ -44,7 +44,7 @@ def attention_forward(
     ]
     if lengths is None and cu_seqlens is None and parts and parts[0].is_plain():
         out, lse = _forward_fused(parts[0])  # out in the layout of q
-        return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
+        return _laid_out_as(_by_tokens(out), out), lse.contiguous()
     # Stored as (B, M, Hq, E), so that joining the heads afterwards is a view.
     out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
     lse = q.new_full(q.shape[:3], -math.inf, dtype=accumulator(q.dtype))
@@ -87,9 +87,10 @@ def attention_backward(
     ]
     if lengths is None and cu_seqlens is None and dlse is None and parts and parts[0].is_plain():
         dq, dk, dv = _backward_fused(parts[0], dout, out, lse)
-        return _laid_out_as(q, dq), _laid_out_as(k, dk), _laid_out_as(v, dv), None, None
+        dq, dk, dv = (_laid_out_as(_by_tokens(x), d) for x, d in ((q, dq), (k, dk), (v, dv)))
+        return dq, dk, dv, None, None
     acc = accumulator(q.dtype)
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dq, dk, dv = (_by_tokens(x).zero_() for x in (q, k, v))
     dbias = torch.zeros(rel_bias.shape, dtype=acc, device=q.device) if rel_bias is not None else None
     dsinks = torch.zeros(sinks.shape, dtype=acc, device=q.device) if sinks is not None else None
     for part in parts:
@@ -289,19 +290,31 @@ def _backward_blocked(
         lse_blk = lse[:, :, i]
         # A row that sees nothing has LSE -inf; with +inf in its place every probability below is exp(-inf) = 0.
         lse_blk = torch.where(lse_blk == -math.inf, math.inf, lse_blk)
-        delta = (do_blk * out[:, :, i].to(acc)).sum(-1)
+
+        def terms(
+            j: slice, i: slice = i, q_blk: Tensor = q_blk, do_blk: Tensor = do_blk, lse_blk: Tensor = lse_blk
+        ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+            """P and dP of a block, dropout's factor and the softcap's slope."""
+            s, slope = part.scores(q_blk, i, j)
+            p = s.sub_(lse_blk[..., None]).exp_()
+            dp = (part.fold(do_blk) @ part.v[:, :, j].to(acc).mT).view_as(p)
+            kept = part.kept(i, j)
+            return p, dp if kept is None else dp * kept, kept, slope
+
+        if out.dtype == acc and len(key_blocks) > 1:
+            delta = (do_blk * out[:, :, i]).sum(-1)
+        else:  # where dP - delta cancels the rounding of O stays: sum P dP itself if O is in half precision, or cheaply
+            delta = torch.zeros_like(lse_blk)
+            for j in key_blocks:
+                p, dp, _, _ = terms(j)
+                delta += (p * dp).sum(-1)
         if dlse is not None:
             delta = delta - torch.where(lse_blk == math.inf, 0.0, dlse[:, :, i].to(acc))
         if part.sinks is not None and dsinks is not None:
             dsinks -= (torch.exp(part.sinks.to(acc)[:, None] - lse_blk) * delta).sum((0, 2))
         dq_blk = torch.zeros_like(part.fold(q_blk))
         for j in key_blocks:
-            s, slope = part.scores(q_blk, i, j)
-            p = s.sub_(lse_blk[..., None]).exp_()
-            dp = (part.fold(do_blk) @ part.v[:, :, j].to(acc).mT).view_as(p)
-            kept = part.kept(i, j)
-            if kept is not None:
-                dp = dp * kept
+            p, dp, kept, slope = terms(j)
             dv_sum[:, :, j] += part.fold(p if kept is None else p * kept).mT @ part.fold(do_blk)
             ds = dp.sub_(delta[..., None]).mul_(p)
             if dbias is not None:
@@ -333,8 +346,13 @@ def _backward_fused(part: _Part, dout: Tensor, out: Tensor, lse: Tensor) -> tupl
     return dq, dk, dv
 
 
-def _laid_out_as(like: Tensor, x: Tensor) -> Tensor:
-    target = torch.empty_like(like)
+def _by_tokens(x: Tensor) -> Tensor:
+    """Unwritten memory shaped as x (B, H, N, D) and stored as (B, N, H, D), as PyTorch's kernel stores gradients."""
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+
+
+def _laid_out_as(target: Tensor, x: Tensor) -> Tensor:
+    """x, copied into `target` unless its layout is that already."""
     return x if x.stride() == target.stride() else target.copy_(x)
 
 

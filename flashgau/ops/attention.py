@@ -219,7 +219,8 @@ def _(
     sinks: Optional[Tensor],
     *rest: Any,
 ) -> list[Tensor]:
-    like = [torch.empty_like(t) for t in (q, k, v)]
+    # Stored as (B, N, H, D).
+    like = [t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in (q, k, v)]
     return autograd.present(q, *like, *(None if t is None else t.new_empty(t.shape) for t in (rel_bias, sinks)))
 
 
