@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashgau
 from flashgau.eager import attention as eager_attention
+from flashgau.eager import common as eager_common
 from flashgau.eager import gau as eager_gau
 from flashgau.eager import glu as eager_glu
 from flashgau.eager import mixed_chunk as eager_mixed_chunk
@@ -52,7 +53,7 @@ _BLOCKS = {
     (eager_attention, "_BLOCK_ELEMENTS"): 1,
     (eager_gau, "_PANEL_ELEMENTS"): 1,
     (eager_glu, "_PIECE"): 64,
-    (eager_glu, "_PANEL"): 4,
+    (eager_common, "_PANEL"): 4,
     (eager_mixed_chunk, "_CHUNK_ELEMENTS"): 1,
 }
 _OWN_BLOCKS = {place: getattr(*place) for place in _BLOCKS}

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_PANEL = 512  # rows
+
 
 @dataclass(frozen=True)
 class Sequence:
@@ -77,6 +79,13 @@ def factor_dtype(x: Tensor) -> torch.dtype:
     if x.dtype in (torch.float16, torch.bfloat16) and not _multiplies_bf16(x.device.type):
         return torch.float32
     return x.dtype
+
+
+def panels(rows: Tensor) -> Iterator[slice]:
+    """The rows of a matrix a few hundred at a time on a CPU, so that what is made of them stays in cache; else all."""
+    step = _PANEL if rows.device.type == "cpu" else max(1, rows.shape[0])
+    for start in range(0, rows.shape[0], step):
+        yield slice(start, min(start + step, rows.shape[0]))
 
 
 class Rooms:

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .common import Rooms, accumulator, factor_dtype
+from .common import Rooms, accumulator, factor_dtype, panels
 
 _PIECE = (
     2**19
 )  # elements worked on at a time on a CPU: intermediates stay in cache, and one call has work for all cores
-_PANEL = 512  # rows of x multiplied at a time in glu_linear
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 Backward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -97,7 +96,7 @@ def glu_linear_forward(
     factor = factor_dtype(x)
     wg, wu = w_gate.to(factor).T, w_up.to(factor).T
     rooms = Rooms()
-    for r in _panels(rows.shape[0], x.device):
+    for r in panels(rows):
         panel = rows[r].to(factor)
         g, u = _affine(panel, wg, b_gate), _affine(panel, wu, b_up)
         if g_all is not None and u_all is not None:
@@ -131,7 +130,7 @@ def glu_linear_backward(
     flat = [_rows(t) for t in (dout, x, g, u)]
     dx_rows = _rows(dx)
     rooms = Rooms()
-    for r in _panels(flat[0].shape[0], x.device):
+    for r in panels(flat[0]):
         d_r, x_r, g_r, u_r = (t[r] for t in flat)
         d_r, g_r, u_r = (t.to(acc) for t in (d_r, g_r, u_r))
         dg, du = torch.empty_like(g_r, dtype=acc), torch.empty_like(u_r, dtype=acc)
@@ -185,12 +184,6 @@ def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 for the first would be ambiguous at width 0
-
-
-def _panels(rows: int, device: torch.device) -> Iterator[slice]:
-    step = _PANEL if device.type == "cpu" else max(rows, 1)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

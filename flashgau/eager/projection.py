@@ -11,9 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .common import accumulator, factor_dtype
-
-_PANEL = 512  # tokens
+from .common import accumulator, factor_dtype, panels
 
 
 def projection_forward(
@@ -36,7 +34,7 @@ def projection_forward(
     biases = bias.to(factor).split(widths) if bias is not None else [None] * len(widths)
     parts = [rows.new_empty(rows.shape[0], width) for width in widths]
     saved = [torch.empty_like(part) for part in parts] if save and silu else []
-    for r in _panels(rows):
+    for r in panels(rows):
         panel = rows[r].to(factor)
         for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
             out = parts[i][r]
@@ -66,7 +64,7 @@ def projection_backward(
     dx = torch.empty_like(rows, memory_format=torch.contiguous_format)
     flat = [d.reshape(-1, width) for d, width in zip(dparts, widths, strict=True)]
     before = [h.reshape(-1, width) for h, width in zip(saved, widths, strict=True)] if silu else None
-    for r in _panels(rows):
+    for r in panels(rows):
         panel = rows[r].to(factor)
         dpanel = dx[r] if dx.dtype == factor else torch.empty_like(panel)
         for i, (w, dw, db) in enumerate(zip(weights, dweight.split(widths), dbias.split(widths), strict=True)):
@@ -145,13 +143,7 @@ def _angles(cos: Tensor, sin: Tensor, b: int, r: slice) -> tuple[Tensor, Tensor]
     return cos[row, r], sin[row, r]
 
 
-def _panels(rows: Tensor) -> Iterator[slice]:
-    step = _PANEL if rows.device.type == "cpu" else max(1, rows.shape[0])
-    for start in range(0, rows.shape[0], step):
-        yield slice(start, min(start + step, rows.shape[0]))
-
-
 def _rows(z: Tensor) -> Iterator[tuple[int, slice]]:
     for b in range(z.shape[0]):
-        for r in _panels(z[b]):
+        for r in panels(z[b]):
             yield b, r
