@@ -44,9 +44,8 @@ def attention_forward(
     ]
     if lengths is None and cu_seqlens is None and parts and parts[0].is_plain():
         out, lse = _forward_fused(parts[0])  # out in the layout of q
-        return _laid_out_as(_by_tokens(out), out), lse.contiguous()
-    # Stored as (B, M, Hq, E), so that joining the heads afterwards is a view.
-    out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+        return _laid_out_as(_room_for_output(q, v), out), lse.contiguous()
+    out = _room_for_output(q, v).zero_()
     lse = q.new_full(q.shape[:3], -math.inf, dtype=accumulator(q.dtype))
     for part in parts:
         out_part, lse_part = part.rows(out), part.rows(lse)
@@ -344,6 +343,14 @@ def _backward_fused(part: _Part, dout: Tensor, out: Tensor, lse: Tensor) -> tupl
     if part.groups > 1:
         dk, dv = (x.unflatten(1, (-1, part.groups)).sum(2) for x in (dk, dv))
     return dq, dk, dv
+
+
+def _room_for_output(q: Tensor, v: Tensor) -> Tensor:
+    """Unwritten memory (B, Hq, M, E), stored as (B, M, Hq, E) if q is: joining the heads afterwards is then a view."""
+    b, heads, m, _ = q.shape
+    if q.transpose(1, 2).is_contiguous():
+        return q.new_empty(b, m, heads, v.shape[-1]).transpose(1, 2)
+    return q.new_empty(b, heads, m, v.shape[-1])
 
 
 def _by_tokens(x: Tensor) -> Tensor:

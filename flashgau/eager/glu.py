@@ -13,9 +13,7 @@ from torch import Tensor
 
 from .common import Rooms, accumulator, factor_dtype, panels
 
-_PIECE = (
-    2**19
-)  # elements worked on at a time on a CPU: intermediates stay in cache, and one call has work for all cores
+_PIECE = 2**22  # bytes of a tensor worked on at a time on a CPU: what is written is read again from the cache
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 Backward = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -171,8 +171,11 @@ def _forward(
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    # Stored as (B, M, Hq, E), so that joining the heads afterwards is a view.
-    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+    b, heads, m, _ = q.shape
+    if q.transpose(1, 2).is_contiguous():  # as the heads of one projection are: joining them afterwards is a view
+        out = q.new_empty(b, m, heads, v.shape[-1]).transpose(1, 2)
+    else:
+        out = q.new_empty(b, heads, m, v.shape[-1])
     return out, q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 

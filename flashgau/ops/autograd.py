@@ -13,13 +13,19 @@ from .dispatch import implementation
 
 def run(op: str, backend: str, function: str, device: torch.device, *args: Any, **kwargs: Any) -> Any:
     """Call one floor's function with autocast off: operands were cast before, and sums stay in fp32."""
+    call = implementation(op, backend, function)
+    if not torch.is_autocast_enabled(device.type):
+        return call(*args, **kwargs)
     with torch.autocast(device.type, enabled=False):
-        return implementation(op, backend, function)(*args, **kwargs)
+        return call(*args, **kwargs)
 
 
 def present(like: Tensor, *tensors: Tensor | None) -> list[Tensor]:
     """A custom operator returns no None: what is absent becomes an empty tensor."""
     return [like.new_empty(0) if t is None else t for t in tensors]
+
+
+_library = torch.library.Library("flashgau", "FRAGMENT")
 
 
 class Operator:
@@ -41,8 +47,37 @@ class Operator:
         torch.library.register_fake(self.name, function)
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
-        """The derivative, and what to keep for it."""
-        torch.library.register_autograd(self.name, backward, setup_context=setup_context)
+        """The derivative, and what to keep for it; `backward` gets a list if the operator returns one."""
+        # Not torch.library.register_autograd: it looks for missing arguments at every call, of which there are none
+        # here, and that took longer than attention over a hundred tokens.
+        overload, below = self.overload, torch._C._after_autograd_keyset
+        returns_list = overload._schema.returns[0].type.kind() == "ListType"
+
+        def undifferentiated(keyset: Any, *args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload.redispatch(keyset & below, *args)
+
+        class Node(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                *inputs, keyset = args
+                result = undifferentiated(keyset, *inputs)
+                if setup_context is not None:
+                    setup_context(ctx, tuple(inputs), result)
+                return tuple(result) if returns_list else result
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                return *backward(ctx, *([list(grads)] if returns_list else grads)), None
+
+        def differentiable(keyset: Any, *args: Any) -> Any:
+            if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+                return undifferentiated(keyset, *args)
+            result = Node.apply(*args, keyset)
+            return list(result) if returns_list else result
+
+        Node.__name__ = Node.__qualname__ = self.name.replace("::", "_")
+        _library.impl(self.name, differentiable, "Autograd", with_keyset=True)
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
