@@ -53,22 +53,42 @@ ACTIVATIONS: dict[str, tuple[Forward, Backward]] = {
 }
 
 
-def glu_forward(gate: Tensor, up: Tensor | None, *, activation: str, up_activation: str) -> Tensor:
-    """act(gate) * up_act(up); without `up` the last axis of `gate` holds [gate | up]."""
+def glu_forward(
+    gate: Tensor, up: Tensor | None, *, activation: str, up_activation: str, keep: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """act(gate) * up_act(up), and act(gate) if asked to `keep` it, which is for the identity on the up side.
+
+    Without `up` the last axis of `gate` holds [gate | up].
+    """
     gate, up = _halves(gate, up)
     out = gate.new_empty(gate.shape)
+    if keep:
+        activated = ACTIVATIONS[activation][0](gate, gate.new_empty(gate.shape))
+        return torch.mul(activated, up, out=out), activated
     rooms = Rooms()
     for g, u, o in _pieces(gate, up, out):
         _gated(g, u, activation, up_activation, o, rooms)
-    return out
+    return out, None
 
 
 def glu_backward(
-    dout: Tensor, gate: Tensor, up: Tensor | None, *, activation: str, up_activation: str
+    dout: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    *,
+    activation: str,
+    up_activation: str,
+    activated: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of `gate` and `up`; of the packed tensor and None when they came packed."""
     dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
     dup = torch.empty_like(up, memory_format=torch.contiguous_format) if up is not None else None
+    if activated is not None:
+        g, u = _halves(gate, up)
+        dg, du = _halves(dgate, dup)
+        torch.mul(dout, activated, out=du)
+        ACTIVATIONS[activation][1](torch.mul(dout, u, out=dg), g, dg)
+        return dgate, dup
     rooms = Rooms()
     for d, g, u, dg, du in _pieces(dout, *_halves(gate, up), *_halves(dgate, dup)):
         _gated_backward(d, g, u, activation, up_activation, dg, du, rooms)
@@ -189,7 +209,7 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     first = tensors[0]
     if first.numel() == 0:
         return
-    if first.device.type != "cpu" or first.nbytes <= 2 * _PIECE:
+    if first.device.type != "cpu" or first.nbytes <= 4 * _PIECE:
         yield tensors
         return
     step = _PIECE // first.itemsize

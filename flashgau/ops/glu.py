@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
+import torch
 from torch import Tensor
 
 from . import autograd, dispatch
@@ -23,7 +24,8 @@ def glu(
     """Gated linear unit: act(gate) * up_act(up), elementwise.
 
     Every elementary step is fp32 inside (fp64 for fp64); a backend may round to the dtype after each, as PyTorch
-    does, or only once. The backward recomputes the activations from the inputs and overwrites nothing.
+    does, or only once. The backward recomputes the activations from the inputs and overwrites nothing. (On a CPU the
+    forward keeps act(gate) of tensors up to 32 MiB, where recomputing it would take longer than reading it.)
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer" (arXiv 2002.05202), table 1: glu is sigmoid, bilinear
     identity, reglu relu, geglu gelu, swiglu silu, always with the identity on the up side. Hua et al. 2022 (arXiv
@@ -66,7 +68,7 @@ def glu(
         return autograd.run(
             "glu", name, "glu", gate.device, gate, up, activation=activation, up_activation=up_activation
         )
-    return _glu(gate, up, activation, up_activation, name)
+    return _glu(gate, up, activation, up_activation, _keeps(gate, up, activation, up_activation, name), name)[0]
 
 
 def glu_linear(
@@ -134,32 +136,51 @@ def _check_activations(args: Arguments, activation: Any, up_activation: Any) -> 
     args.choice("up_activation", up_activation, ACTIVATIONS)
 
 
-@autograd.operator("glu")
-def _glu(gate: Tensor, up: Optional[Tensor], activation: str, up_activation: str, backend: str) -> Tensor:
-    return autograd.run(
-        "glu",
-        backend,
-        "glu_forward",
-        gate.device,
-        gate,
-        up,
-        activation=activation,
-        up_activation=up_activation,
+_KEPT_BYTES = 2**25  # allocators reuse memory up to about this size; larger tensors pay for fresh pages
+
+
+def _keeps(gate: Tensor, up: Tensor | None, activation: str, up_activation: str, backend: str) -> bool:
+    """Whether the forward keeps act(gate) for the backward: on a CPU, of a small tensor."""
+    return (
+        backend == "eager"
+        and gate.device.type == "cpu"
+        and gate.dtype != torch.float16  # which is computed in fp32
+        and activation != "identity"
+        and up_activation == "identity"
+        and gate.nbytes // (2 if up is None else 1) <= _KEPT_BYTES
+        and autograd.needs_grad(gate, up)
     )
 
 
+@autograd.operator("glu")
+def _glu(
+    gate: Tensor, up: Optional[Tensor], activation: str, up_activation: str, keep: bool, backend: str
+) -> list[Tensor]:
+    options = {"activation": activation, "up_activation": up_activation, "keep": keep}
+    return autograd.present(gate, *autograd.run("glu", backend, "glu_forward", gate.device, gate, up, **options))
+
+
 @_glu.register_fake
-def _(gate: Tensor, up: Optional[Tensor], *rest: Any) -> Tensor:
-    return gate.new_empty(gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2))
+def _(
+    gate: Tensor, up: Optional[Tensor], activation: str, up_activation: str, keep: bool, backend: str
+) -> list[Tensor]:
+    shape = gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2)
+    return autograd.present(gate, gate.new_empty(shape), gate.new_empty(shape) if keep else None)
 
 
 @autograd.operator("glu_backward")
 def _glu_backward(
-    dout: Tensor, gate: Tensor, up: Optional[Tensor], activation: str, up_activation: str, backend: str
+    dout: Tensor,
+    gate: Tensor,
+    up: Optional[Tensor],
+    activated: Optional[Tensor],
+    activation: str,
+    up_activation: str,
+    backend: str,
 ) -> list[Tensor]:
     grads = autograd.run(
         "glu", backend, "glu_backward", gate.device, dout, gate, up,
-        activation=activation, up_activation=up_activation,
+        activation=activation, up_activation=up_activation, activated=activated,
     )  # fmt: skip
     return autograd.present(gate, *grads)
 
@@ -169,14 +190,18 @@ def _(dout: Tensor, gate: Tensor, up: Optional[Tensor], *rest: Any) -> list[Tens
     return autograd.present(gate, gate.new_empty(gate.shape), None if up is None else up.new_empty(up.shape))
 
 
-def _save_glu(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    gate, up, *ctx.options = inputs
-    ctx.save_for_backward(gate, up)
+def _save_glu(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    gate, up, activation, up_activation, keep, backend = inputs
+    ctx.save_for_backward(gate, up, output[1] if keep else None)
+    ctx.options = activation, up_activation, backend
+    ctx.set_materialize_grads(False)  # or zeros would be made for what was kept, which has no gradient
 
 
-def _differentiate_glu(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _glu_backward(dout, *ctx.saved_tensors, *ctx.options)
-    return *autograd.only_needed(ctx, grads), None, None, None
+def _differentiate_glu(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    if grads[0] is None:
+        return (None,) * 6
+    results = _glu_backward(grads[0], *ctx.saved_tensors, *ctx.options)
+    return *autograd.only_needed(ctx, results), None, None, None, None
 
 
 _glu.register_autograd(_differentiate_glu, setup_context=_save_glu)
