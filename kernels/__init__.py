@@ -1,7 +1,7 @@
 """Triton kernels, one file per operation, imported as `flashgau.kernels`.
 
-`SUPPORTED` names the operations that have a Triton kernel in this version; the others run on the
-`eager` backend, and an explicit `backend="triton"` is refused with that reason.
+`SUPPORTED` names the files that exist in this version, with the widest head or row their kernels take; what is not
+there runs on the `eager` backend, and an explicit `backend="triton"` is refused with that reason.
 """
 
-SUPPORTED: frozenset[str] = frozenset()
+SUPPORTED: dict[str, int] = {"attention": 256}

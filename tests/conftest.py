@@ -1,9 +1,13 @@
-"""Hypothesis profiles and one thread per test process."""
+"""Hypothesis profiles, one thread per test process, and interpreted kernels where no GPU compiles them."""
 
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
 
 _QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("ci", max_examples=25, **_QUIET)
@@ -11,3 +15,36 @@ settings.register_profile("thorough", max_examples=500, **_QUIET)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """An interpreted kernel takes milliseconds a program: fewer examples for it than for what is compiled."""
+    test, parameters = getattr(item, "obj", None), getattr(item, "callspec", None)
+    if hasattr(test, "hypothesis") and parameters is not None:
+        interpreted = "triton" in parameters.params.values() and not torch.cuda.is_available()
+        usual = settings.default
+        fewer = settings(usual, max_examples=usual.max_examples * 2 // 5)
+        test._hypothesis_internal_use_settings = fewer if interpreted else usual
+
+
+def _patch_the_language_once() -> None:
+    """Spare Triton's interpreter a third of its time: at every call of a device function it searches all of
+    `triton.language` for what to patch, although the kernel's start has patched it."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch, first = interpreter._patch_builtin, {}
+
+    def once(package, builder, scope):
+        name = first.get(id(package))
+        if name is None:
+            names = (n for n in dir(package) if interpreter.tl.core.is_builtin(getattr(package, n)))
+            first[id(package)] = next(names, None)
+        if name is None or interpreter.tl.core.is_builtin(getattr(package, name)):
+            patch(package, builder, scope)
+
+    interpreter._patch_builtin = once
+
+
+_patch_the_language_once()

@@ -41,7 +41,7 @@ data = st.data()
 @given(data)
 def test_agrees_with_the_reference(backend, dtype, data):
     if dtype in dtypes_of(backend):
-        check_agrees(data.draw(attention_calls(dtype=dtype)), backend)
+        check_agrees(data.draw(attention_calls(backend, dtype=dtype)), backend)
 
 
 @given(data)
@@ -479,6 +479,45 @@ def test_offsets_and_lengths_of_any_integer_dtype(backend):
     for dtype in (torch.int32, torch.int64):
         out = flashgau.attention(q, k, v, cu_seqlens=torch.tensor([0, 5, 9], dtype=dtype))
         close(out[:, :, :5], flashgau.attention(q[:, :, :5], k[:, :, :5], v[:, :, :5]), ulps=4)
+
+
+def test_lengths_and_offsets_may_be_strided(backend):
+    q, k, v = (randn(i, 3, 2, 40, 8) for i in range(3))
+    column = torch.tensor([[40, 1], [17, 2], [5, 3]])[:, 0]
+    for strided in (column, torch.tensor(20).expand(3)):
+        a, b = (flashgau.attention(q, k, v, lengths=x) for x in (strided, strided.clone()))
+        assert torch.equal(a, b)
+    offsets = torch.tensor([0, 0, 7, 7, 15, 15, 40, 40], dtype=torch.int32)[::2]
+    a, b = (flashgau.attention(q[:1], k[:1], v[:1], cu_seqlens=x) for x in (offsets, offsets.clone()))
+    assert torch.equal(a, b)
+
+
+def test_what_a_row_that_sees_nothing_is_sent_does_not_matter(backend):
+    """The gradient of logaddexp(-inf, -inf) is NaN, and arrives at the LSE of such a row."""
+    leaves = [randn(i, 1, 2, m, 16).requires_grad_() for i, m in enumerate((50, 40, 40))]
+    sinks = torch.full((2,), -math.inf).requires_grad_()
+    out, lse = flashgau.attention(*leaves, causal=True, sinks=sinks, return_lse=True)
+    dlse = torch.ones_like(lse)
+    dlse[..., :10] = math.nan
+    grads = torch.autograd.grad((out, lse), (*leaves, sinks), (torch.ones_like(out), dlse))
+    assert all(torch.isfinite(g).all() for g in grads)
+
+
+def test_bias_that_no_query_uses_does_not_matter(backend):
+    leaves = [randn(i, 1, 2, 40, 16).requires_grad_() for i in range(3)]
+    bias = randn(3, 2, 127)
+    bias[:, :24] = bias[:, -24:] = math.nan
+    bias.requires_grad_()
+    out = flashgau.attention(*leaves, rel_bias=bias)
+    grads = torch.autograd.grad(out.sum(), (*leaves, bias))
+    assert all(torch.isfinite(g).all() for g in grads)
+    assert not grads[-1][:, :24].any()
+
+
+def test_windows_of_any_size(backend):
+    q, k, v = (randn(i, 1, 1, 9, 4) for i in range(3))
+    a = flashgau.attention(q, k, v, window=(2**70, 2**31))
+    assert torch.equal(a, flashgau.attention(q, k, v, window=(9, 9)))
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 5, 5), (2, 0, 5, 5), (2, 2, 0, 5), (2, 2, 5, 0), (2, 2, 0, 0)], ids=str)

@@ -12,10 +12,11 @@ PACKAGE = ROOT / "flashgau"
 # The two floors that stand at the top of the tree, and what they are imported as.
 ELSEWHERE = {"kernels": ROOT / "kernels", "reference": ROOT / "reference"}
 FLOORS = {"reference": set(), "eager": set(), "kernels": set()}
-OPS = {"ops", *FLOORS}
+OPS = {"ops", "tuning", *FLOORS}
 ALLOWED: dict[str, set[str]] = {
     **FLOORS,
-    "ops": set(FLOORS),
+    "tuning": {"kernels"},
+    "ops": {"tuning", *FLOORS},
     "nn": OPS,
     "models": {"nn", *OPS},
     "convert": {"models", "nn", *OPS},

@@ -97,7 +97,7 @@ def attention(
     args.number("dropout_p", dropout_p, "a probability in [0, 1]", 0, 1)
     seed = _seed(args, dropout_p, dropout_seed, q.device)
 
-    name = dispatch.resolve("attention", backend, q.device, q.dtype)
+    name = dispatch.resolve("attention", backend, q.device, q.dtype, max(q.shape[-1], v.shape[-1]))
     if name == "reference":
         return autograd.run(
             "attention", name, "attention", q.device, q, k, v,
@@ -122,7 +122,7 @@ def _window(args: Arguments, window: Any, causal: bool) -> tuple[int | None, int
     for side, value in zip(("left", "right"), window, strict=True):
         if value is not None:
             args.integer(f"window[{side}]", value, 0, "a whole number >= 0 or None")
-    left, right = window
+    left, right = (None if side is None else min(int(side), 2**31) for side in window)
     return left, 0 if causal else right
 
 
@@ -139,7 +139,7 @@ def _seed(args: Arguments, p: float, seed: Any, device: torch.device) -> Tensor 
     args.integer("dropout_seed", seed, -(2**63), "an int or a one-element int64 tensor")
     if seed >= 2**63:
         args.fail("dropout_seed", f"is {seed}", "an int of 64 bits")
-    return torch.tensor([int(seed)], dtype=torch.int64, device=device)
+    return torch.full((1,), int(seed), dtype=torch.int64, device=device)  # written there: a copy would wait
 
 
 @autograd.operator("attention_forward")

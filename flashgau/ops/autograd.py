@@ -14,6 +14,10 @@ from .dispatch import implementation
 def run(op: str, backend: str, function: str, device: torch.device, *args: Any, **kwargs: Any) -> Any:
     """Call one floor's function with autocast off: operands were cast before, and sums stay in fp32."""
     call = implementation(op, backend, function)
+    if backend == "triton":
+        from flashgau import tuning  # which needs Triton
+
+        kwargs["choose"] = tuning.choose
     if not torch.is_autocast_enabled(device.type):
         return call(*args, **kwargs)
     with torch.autocast(device.type, enabled=False):

@@ -118,7 +118,8 @@ def compare(op: Callable[..., Any], *args: Any, backend: str | None = None, grad
         raise ValueError("compare: no argument is a floating tensor; expected those of " + name)
     if kwargs.get("dropout_p") and kwargs.get("dropout_seed") is None:
         kwargs = {**kwargs, "dropout_seed": 0}
-    chosen = dispatch.resolve(name, backend, floating[0].device, floating[0].dtype)
+    width = max(x.shape[-1] for x in floating[:3]) if name == "attention" and floating[0].dim() else 0
+    chosen = dispatch.resolve(name, backend, floating[0].device, floating[0].dtype, width)
 
     seed = int(torch.randint(2**31, ()))
     dtype = floating[0].dtype

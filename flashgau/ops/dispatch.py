@@ -66,18 +66,20 @@ def use_backend(name: str) -> Iterator[None]:
         _selected.name = outer
 
 
-def explain(op: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
-    """For each backend, None if it can run `op` on tensors of this device and dtype, else the reason it cannot."""
-    return {"triton": _why_not_triton(op, torch.device(device), dtype), "eager": None, "reference": None}
+def explain(
+    op: str, device: torch.device | str, dtype: torch.dtype = torch.float32, width: int = 0
+) -> dict[str, str | None]:
+    """For each backend, None if it can run `op` on such tensors, with heads of this width, else why it cannot."""
+    return {"triton": _why_not_triton(op, torch.device(device), dtype, width), "eager": None, "reference": None}
 
 
-def default_backend(op: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
+def default_backend(op: str, device: torch.device | str, dtype: torch.dtype = torch.float32, width: int = 0) -> str:
     """The backend that runs `op` when nobody asks for one: Triton on a GPU that it drives, else eager."""
     device = torch.device(device)
-    return "triton" if device.type != "cpu" and _why_not_triton(op, device, dtype) is None else "eager"
+    return "triton" if device.type != "cpu" and _why_not_triton(op, device, dtype, width) is None else "eager"
 
 
-def resolve(op: str, requested: str | None, device: torch.device, dtype: torch.dtype) -> str:
+def resolve(op: str, requested: str | None, device: torch.device, dtype: torch.dtype, width: int = 0) -> str:
     """The backend for this call; a request that cannot be met is refused with the reason."""
     if requested is not None:
         name, source = _known(op, "backend", requested), f'backend="{requested}"'
@@ -86,8 +88,8 @@ def resolve(op: str, requested: str | None, device: torch.device, dtype: torch.d
     elif (chosen := os.environ.get("FLASHGAU_BACKEND")) is not None:
         name, source = _known(op, "FLASHGAU_BACKEND", chosen), f"FLASHGAU_BACKEND={chosen}"
     else:
-        return default_backend(op, device, dtype)
-    reason = explain(op, device, dtype)[name]
+        return default_backend(op, device, dtype, width)
+    reason = explain(op, device, dtype, width)[name]
     if reason is not None:
         raise RuntimeError(f"{op}: {source} cannot run this call: {reason}")
     return name
@@ -119,15 +121,19 @@ def _known(op: str, argument: str, name: object) -> str:
     return str(name)
 
 
-def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     if _file(op) not in kernels.SUPPORTED:
         return f"this version has no Triton kernel for {op}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if dtype == torch.float64:
         return "the Triton kernels take fp16, bf16 and fp32, not fp64"
+    if width > kernels.SUPPORTED[_file(op)]:
+        return f"its kernels take widths of up to {kernels.SUPPORTED[_file(op)]}, not {width}"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the tensors are on the CPU, and TRITON_INTERPRET=1 was not set"
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return "Triton's interpreter, which runs kernels on a CPU, multiplies bf16 wrongly"
     if device.type not in ("cpu", "cuda", "xpu"):
         return f"Triton does not drive devices of type {device.type!r}"
     return None

@@ -1,0 +1,282 @@
+"""What the kernels share: views of strided tensors, sequences of a batch, intervals of visible keys, scores.
+
+Names in every kernel: `i_` which block or program, `o_` offsets within an axis, `m_` masks, `p_` pointers, `b_` blocks
+of values. Tensors come as `Heads`, a pointer with its strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, wraps
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+# Arguments that vary from call to call and must not cause a compilation. Triton heeds this for plain arguments only,
+# not within a tuple, so a kernel takes them one by one and makes its tuples itself.
+VARYING = ("n_sequences", "longest_m", "longest_n", "left", "right", "bias_batch", "bias_head", "reach", "threshold",
+           "n_blocks", "n_heads", "n_kv_heads", "n_parts", "n_rows")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one kernel is launched: block of queries by block of keys, warps per program, stages of its pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def launch(self) -> dict[str, int]:
+        """The keywords of a Triton launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# Asked by a launcher for the kernel it is about to start: (kernel, device, dtype, widths and other traits) -> Config.
+Choose = Callable[..., Config]
+
+
+class Heads(NamedTuple):
+    """A tensor (batch, head, token, column) as a kernel takes it; a stride may be anything, 0 included."""
+
+    pointer: Any
+    batch: int
+    head: int
+    token: int
+    column: int
+
+
+class Sequences(NamedTuple):
+    """How tokens are cut into sequences: padding (`lengths`), packing (`queries`, `keys`: cu_seqlens), or neither."""
+
+    lengths: Any
+    queries: Any
+    keys: Any
+    n_sequences: int
+    longest_m: int  # the axis of the queries, and of the keys
+    longest_n: int
+
+
+class Visible(NamedTuple):
+    """Which keys a query at position p sees: p - left .. p + right, where None is unbounded."""
+
+    left: Any
+    right: Any
+
+
+def heads(x: Tensor) -> Heads:
+    """A tensor (B, H, N, D) with its strides."""
+    return Heads(x, *x.stride())
+
+
+def sequences_of(
+    batch: int, m: int, n: int, lengths: Tensor | None, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None
+) -> Sequences:
+    """Describe padding or packing to a kernel, without reading a value on the host."""
+    if cu_seqlens is None:
+        return Sequences(None if lengths is None else lengths.contiguous(), None, None, batch, m, n)
+    cu_seqlens = cu_seqlens.contiguous()
+    keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k.contiguous()
+    return Sequences(None, cu_seqlens, keys, cu_seqlens.shape[0] - 1, m, n)
+
+
+def blocks_of(sequences: Sequences, axis: int, per_token: int, block: int) -> int:
+    """How many blocks of rows cover an axis of one sequence, or of all packed ones (a bound, from sizes alone)."""
+    if sequences.queries is None:
+        return triton.cdiv(axis * per_token, block)
+    return axis * per_token // block + sequences.n_sequences
+
+
+def on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a launcher with the GPU of its first tensor as the current one, where Triton launches."""
+
+    @wraps(launcher)
+    def launched(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return launcher(first, *args, **kwargs)
+
+    return launched
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """How many programs run at once, at least: streaming multiprocessors. (16 where there is no GPU.)"""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+
+
+def matmul_precision(dtype: torch.dtype) -> str:
+    """fp32 products are IEEE's unless the user turned tf32 on through PyTorch's own switch, old or new."""
+    if dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    matmul: Any = torch.backends.cuda.matmul
+    try:
+        tf32 = matmul.allow_tf32
+    except RuntimeError:  # set through the new switch, which the old one then refuses to read
+        tf32 = "tf32" in (matmul.fp32_precision, getattr(torch.backends, "fp32_precision", None))
+    return "tf32" if tf32 else "ieee"
+
+
+@triton.jit
+def bounds(sequences, i_seq):
+    """Row of memory, first query, queries, first key and keys of a sequence."""
+    row = i_seq
+    first_m = 0
+    first_n = 0
+    m = sequences.longest_m
+    n = sequences.longest_n
+    if sequences.queries is not None:
+        row = 0
+        first_m = tl.load(sequences.queries + i_seq).to(tl.int32)
+        m = tl.load(sequences.queries + i_seq + 1).to(tl.int32) - first_m
+        first_n = tl.load(sequences.keys + i_seq).to(tl.int32)
+        n = tl.load(sequences.keys + i_seq + 1).to(tl.int32) - first_n
+    elif sequences.lengths is not None:
+        # On a GPU nobody has looked at the values before.
+        n = tl.minimum(tl.maximum(tl.load(sequences.lengths + i_seq).to(tl.int32), 0), sequences.longest_n)
+        m = tl.where(sequences.longest_m == sequences.longest_n, n, sequences.longest_m)
+    return row, first_m, m, first_n, n
+
+
+@triton.jit
+def place(i_program, n_blocks, n_heads, sequences, ends, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
+    """(block within its sequence, head, sequence) of a program; programs of one head follow each other.
+
+    In a packed batch, sequence g owns the blocks from ends[g] * PER_TOKEN // BLOCK + g on: at least as many as it
+    needs, so the last of them may lie past its end and find nothing to do.
+    """
+    i_block = i_program % n_blocks
+    i_head = i_program // n_blocks % n_heads
+    i_seq = i_program // n_blocks // n_heads
+    if sequences.queries is not None:
+        low = i_seq
+        high = i_seq + sequences.n_sequences - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            first = tl.load(ends + middle).to(tl.int32) * PER_TOKEN // BLOCK + middle
+            low = tl.where(first <= i_block, middle, low)
+            high = tl.where(first <= i_block, high, middle - 1)
+        i_seq = low
+        i_block -= tl.load(ends + low).to(tl.int32) * PER_TOKEN // BLOCK + low
+    return i_block, i_head, i_seq
+
+
+@triton.jit
+def row_pointers(x, row, head, token):
+    """Pointers to the first column of rows; offsets are 64-bit, for tensors past 2^31 elements."""
+    return (
+        x.pointer
+        + tl.cast(row, tl.int64) * x.batch
+        + tl.cast(head, tl.int64) * x.head
+        + tl.cast(token, tl.int64) * x.token
+    )
+
+
+@triton.jit
+def load_rows(x, p_rows, m_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """Rows of x as a block [rows, BLOCK]; zeros where there is no row or no column. WHOLE: all rows are there."""
+    o_column = tl.arange(0, BLOCK)
+    p_x = p_rows[:, None] + tl.cast(o_column, tl.int64)[None, :] * x.column
+    if WHOLE and WIDTH == BLOCK:
+        block = tl.load(p_x)
+    elif WHOLE:
+        block = tl.load(p_x, mask=o_column[None, :] < WIDTH, other=0.0)
+    elif WIDTH == BLOCK:
+        block = tl.load(p_x, mask=m_rows[:, None], other=0.0)
+    else:
+        block = tl.load(p_x, mask=m_rows[:, None] & (o_column[None, :] < WIDTH), other=0.0)
+    return block
+
+
+@triton.jit
+def store_rows(x, p_rows, m_rows, block, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Write a block [rows, BLOCK] to rows of x."""
+    o_column = tl.arange(0, BLOCK)
+    p_x = p_rows[:, None] + tl.cast(o_column, tl.int64)[None, :] * x.column
+    mask = m_rows[:, None] if WIDTH == BLOCK else m_rows[:, None] & (o_column[None, :] < WIDTH)
+    tl.store(p_x, block.to(x.pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def keys_seen(visible, first, last, n, BLOCK: tl.constexpr):
+    """Keys of queries at positions first..last, if there are any, see `in_blocks`."""
+    start = 0
+    full_start = 0
+    full_stop = n
+    stop = n
+    if visible.left is not None:
+        start = first - visible.left
+        full_start = last - visible.left
+    if visible.right is not None:
+        full_stop = tl.minimum(first + visible.right + 1, n)
+        stop = tl.minimum(last + visible.right + 1, n)
+    stop = tl.where(last < first, 0, stop)
+    return in_blocks(start, full_start, full_stop, stop, BLOCK)
+
+
+@triton.jit
+def rows_seeing(visible, first, last, m, n, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
+    """The inverse: rows (PER_TOKEN of them per query) that see keys first..last, see `in_blocks`."""
+    start = 0
+    full_start = 0
+    full_stop = m
+    stop = m
+    if visible.right is not None:
+        start = first - visible.right - (n - m)
+        full_start = last - visible.right - (n - m)
+    if visible.left is not None:
+        full_stop = tl.minimum(first + visible.left - (n - m) + 1, m)
+        stop = tl.minimum(last + visible.left - (n - m) + 1, m)
+    stop = tl.where(last < first, 0, stop)
+    return in_blocks(start * PER_TOKEN, full_start * PER_TOKEN, full_stop * PER_TOKEN, stop * PER_TOKEN, BLOCK)
+
+
+@triton.jit
+def in_blocks(start, full_start, full_stop, stop, BLOCK: tl.constexpr):
+    """An interval that some see, with the one that all see inside it, as three runs of blocks.
+
+    Returns (a, b, c, d): masked blocks from a to b, blocks that need no mask from b to c, masked ones from c to d.
+    """
+    stop = tl.maximum(stop, 0)
+    start = tl.minimum(tl.maximum(start, 0), stop) // BLOCK * BLOCK
+    full_start = tl.maximum((full_start + BLOCK - 1) // BLOCK * BLOCK, start)
+    full_stop = tl.maximum(full_stop // BLOCK * BLOCK, full_start)
+    return start, tl.minimum(full_start, stop), tl.minimum(full_stop, stop), stop
+
+
+@triton.jit
+def is_visible(visible, o_position, o_key, n):
+    """Mask of the keys that a query at this position sees; both broadcast."""
+    m_seen = o_key < n
+    if visible.right is not None:
+        m_seen &= o_key <= o_position + visible.right
+    if visible.left is not None:
+        m_seen &= o_key >= o_position - visible.left
+    return m_seen
+
+
+@triton.jit
+def tanh(x):
+    """tanh to an ulp or two; the polynomial of Cephes (Moshier) near 0, where 1 - 2/(e^2x + 1) would cancel."""
+    size = tl.abs(x)
+    z = x * x
+    near = -5.70498872745e-3 * z + 2.06390887954e-2
+    near = near * z - 5.37397155531e-2
+    near = near * z + 1.33314422036e-1
+    near = near * z - 3.33332819422e-1
+    near = near * z * x + x
+    far = 1 - 2 / (tl.exp(2 * size) + 1)
+    return tl.where(size < 0.625, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def toeplitz(p_bias, o_distance, reach, m_wanted):
+    """bias[reach + distance], 0 where it is not wanted or out of the vector."""
+    m_there = m_wanted & (o_distance >= -reach) & (o_distance <= reach)
+    return tl.load(p_bias + o_distance, mask=m_there, other=0.0).to(tl.float32)
