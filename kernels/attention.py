@@ -492,8 +492,8 @@ def attention_forward(
     sequences = sequences_of(b, m, n, lengths, cu_seqlens, cu_seqlens_k)
     rule = _rule(q, n, scale, window, softcap, rel_bias, sinks, dropout_p, dropout_seed)
     widths = _widths(d, e)
-    width, extras = max(widths["BD"], widths["BE"]), _extras(rule)
-    config = choose("attention_forward", q, width, rows=m * groups, options=extras or rel_bias is not None)
+    width, extras, biased = max(widths["BD"], widths["BE"]), _extras(rule), rel_bias is not None
+    config = choose("attention_forward", q, width, rows=m * groups, options=extras or biased)
     n_blocks = blocks_of(sequences, m, groups, config.block_m)
     programs = n_blocks * n_kv_heads * (b if cu_seqlens is None else 1)
     n_parts = _parts(programs, processors(q.device), triton.cdiv(n, 2 * config.block_n))
@@ -552,7 +552,7 @@ def attention_backward(
     sequences = sequences_of(b, m, n, lengths, cu_seqlens, cu_seqlens_k)
     rule = _rule(q, n, scale, window, softcap, rel_bias, sinks, dropout_p, dropout_seed)
     widths, lse = _widths(d, e), lse.contiguous()
-    width, extras = max(widths["BD"], widths["BE"]), _extras(rule)
+    width, extras, biased = max(widths["BD"], widths["BE"]), _extras(rule), rel_bias is not None
     precision = matmul_precision(q.dtype)
 
     delta = torch.zeros_like(lse)
@@ -563,7 +563,7 @@ def attention_backward(
             n_blocks, n_heads,
             E=e, BE=widths["BE"], BM=64,
         )  # fmt: skip
-        config = choose("attention_dq", q, width, options=extras or rel_bias is not None)
+        config = choose("attention_dq", q, width, options=extras or biased)
         n_blocks = blocks_of(sequences, m, groups, config.block_m)
         dq_kernel[(n_blocks * n_kv_heads * rows,)](
             heads(q), heads(k), heads(v), heads(dout), lse, delta, heads(dq), *sequences, *rule, n_blocks, n_kv_heads,
@@ -571,7 +571,7 @@ def attention_backward(
             **config.launch(),
         )  # fmt: skip
     if dk.numel():
-        config = choose("attention_dkv", q, width, options=extras or rel_bias is not None)
+        config = choose("attention_dkv", q, width, options=extras or biased)
         n_blocks = blocks_of(sequences, n, 1, config.block_n)
         dkv_kernel[(n_blocks * n_kv_heads * rows,)](
             heads(q), heads(k), heads(v), heads(dout), lse, delta, heads(dk), heads(dv), *sequences, *rule, n_blocks,

@@ -38,7 +38,7 @@ class Config:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# Asked by a launcher for the kernel it is about to start: (kernel, device, dtype, widths and other traits) -> Config.
+# Asked by a launcher for the kernel it is about to start: (kernel, first tensor, widest head, traits) -> Config.
 Choose = Callable[..., Config]
 
 
@@ -61,13 +61,6 @@ class Sequences(NamedTuple):
     n_sequences: int
     longest_m: int  # the axis of the queries, and of the keys
     longest_n: int
-
-
-class Visible(NamedTuple):
-    """Which keys a query at position p sees: p - left .. p + right, where None is unbounded."""
-
-    left: Any
-    right: Any
 
 
 def heads(x: Tensor) -> Heads:
@@ -204,7 +197,10 @@ def store_rows(x, p_rows, m_rows, block, WIDTH: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def keys_seen(visible, first, last, n, BLOCK: tl.constexpr):
-    """Keys of queries at positions first..last, if there are any, see `in_blocks`."""
+    """Keys of queries at positions first..last, if there are any, see `in_blocks`.
+
+    `visible` has `left` and `right`: a query at position p sees the keys p - left .. p + right; None is unbounded.
+    """
     start = 0
     full_start = 0
     full_stop = n

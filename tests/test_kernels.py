@@ -248,7 +248,6 @@ def test_lengths_windows_and_batches_cause_no_compilation():
         PREPARE
         + """
 with compiling_for("sm_80") as found:
-    keys = set()
     for b, n, left in [(1, 2048, 100), (3, 4096, 256), (7, 2051, 1), (1, 2049, 0), (2, 16384, 16)]:
         call(b, 8, 2, 1, n, 64, (left, 0))
         call(b, 8, 2, n, n, 64, (left, 0), backward=True)
@@ -289,7 +288,7 @@ def test_a_target_that_is_none_is_refused():
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_a_kernel_compiles_for_every_target(target):
-    """One of each: `flashgau compile` does all of them, and continuous integration runs that."""
+    """One of each: `flashgau compile` does all of them."""
     work = [ahead.Job(target, "attention_forward", "bf16", 128, "causal")]
     (row,) = ahead.compile_all(work, processes=1)
     assert row.ok, row.reason
