@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from bench.cases import (
     Case,
     Goal,
     Operation,
+    Problem,
     Provider,
     on_tensors,
     ours,
@@ -98,6 +101,23 @@ def sdpa_with(name: str, backend: SDPBackend) -> Provider:
     return Provider(name, on_tensors(call), devices=("cuda",))
 
 
+def flex(case: Case, tensors: dict[str, Tensor]) -> Problem:
+    """Compiled FlexAttention; its block mask is made once, as its authors advise."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    n, mask = tensors["q"].shape[2], None
+    if case.options["causal"]:
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, n, n, device=tensors["q"].device)
+    return Problem(lambda: _compiled_flex()(*tensors.values(), block_mask=mask), tensors)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
 def oracle(case: Case, t: dict[str, Tensor]) -> Tensor:
     return reference.attention(t["q"], t["k"], t["v"], causal=case.options["causal"])
 
@@ -115,6 +135,7 @@ OPERATION = Operation(
         Provider("sdpa", on_tensors(sdpa), devices=("cpu",)),
         sdpa_with("sdpa-flash", SDPBackend.FLASH_ATTENTION),
         sdpa_with("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION),
+        Provider("flex", flex, devices=("cuda",)),
         Provider("plain", on_tensors(plain), plain_unavailable),
     ),
 )

@@ -106,7 +106,7 @@ class Operation:
     x_label: str = "length (tokens)"
 
 
-OPERATIONS = ("attention", "glu", "gau", "gau_layer", "mixed_chunk", "flash_layer")
+OPERATIONS = ("attention", "glu", "feed_forward", "gau", "gau_layer", "mixed_chunk", "flash_layer")
 
 
 def load(name: str) -> Operation:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flashgau
+from bench import peers
 from bench.cases import DTYPES, FORWARD, TRAINING, Case, Goal, Operation, Provider, on_tensors, ours
 from flashgau import reference
 
@@ -27,7 +28,8 @@ def cases(device: str, quick: bool) -> list[Case]:
     if quick:
         return [_case(series, n, "fp32", 64, 16) for series in SERIES for n in (64, 128)]
     mine = "flashgau-eager" if device == "cpu" else "flashgau-triton"
-    goals = tuple(Goal(mine, "plain", "speed", run, 1.0) for run in (FORWARD, TRAINING))
+    others = ("plain",) if device == "cpu" else ("plain", "torch.compile", "liger")
+    goals = tuple(Goal(mine, other, "speed", run, 1.0) for other in others for run in (FORWARD, TRAINING))
     width, dim = (2048, 768) if device == "cpu" else (8192, 4096)
     dtypes, lengths = ("fp32", "bf16") if device == "cpu" else ("bf16",), (2048, 4096, 8192, 16384)
     return [_case(s, n, dtype, width, dim, goals) for dtype in dtypes for s in SERIES for n in lengths]
@@ -77,6 +79,16 @@ def oracle(case: Case, t: dict[str, Tensor]) -> Tensor:
     return how(*t.values(), activation=case.options["activation"])
 
 
+def liger(case: Case, t: dict[str, Tensor]) -> Tensor:
+    return peers.liger("LigerSiLUMulFunction").apply(t["gate"], t["up"])
+
+
+def liger_unavailable(case: Case, device: str) -> str | None:
+    if case.options != SERIES["swiglu"]:
+        return "it has silu of two tensors, and gelu by tanh only"
+    return peers.without_liger(case, device)
+
+
 OPERATION = Operation(
     name="glu",
     title="Gated linear units",
@@ -84,5 +96,11 @@ OPERATION = Operation(
     inputs=inputs,
     oracle=on_tensors(oracle),
     plain=on_tensors(plain),
-    providers=(ours("eager", library), ours("triton", library), Provider("plain", on_tensors(plain))),
+    providers=(
+        ours("eager", library),
+        ours("triton", library),
+        Provider("liger", on_tensors(liger), liger_unavailable, devices=("cuda",)),
+        peers.compiled(plain),
+        Provider("plain", on_tensors(plain)),
+    ),
 )

@@ -74,7 +74,9 @@ def _mib(count: int | None) -> str:
 
 def _place(machine: dict[str, Any]) -> str:
     threads = machine["threads"]
-    return machine.get("gpu") or f"{machine['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
+    if "gpu" in machine:
+        return f"{machine['gpu']}, which copies {machine['copy_bytes_per_second'] / 1e12:.3g} TB/s (read + written)"
+    return f"{machine['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def results_table(record: dict[str, Any]) -> Table:

@@ -21,17 +21,19 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # of a difference of scores, never of
 # Arguments that vary from call to call and must not cause a compilation. Triton heeds this for plain arguments only,
 # not within a tuple, so a kernel takes them one by one and makes its tuples itself.
 VARYING = ("n_sequences", "longest_m", "longest_n", "left", "right", "bias_batch", "bias_head", "reach", "threshold",
-           "n_blocks", "n_heads", "n_kv_heads", "n_parts", "n_rows")  # fmt: skip
+           "n_blocks", "n_heads", "n_kv_heads", "n_parts", "n_rows", "first_block", "last_block", "n_key_blocks",
+           "n_across", "n_tokens", "angle_batch")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Config:
-    """How one kernel is launched: block of queries by block of keys, warps per program, stages of its pipeline."""
+    """How one kernel is launched: its block (of queries by keys, of rows by columns), warps, stages of its pipeline."""
 
     block_m: int
     block_n: int
     num_warps: int = 4
     num_stages: int = 2
+    block_k: int = 32  # of a product of matrices: how much of the inner axis at a time
 
     def launch(self) -> dict[str, int]:
         """The keywords of a Triton launch."""
@@ -87,11 +89,11 @@ def blocks_of(sequences: Sequences, axis: int, per_token: int, block: int) -> in
 
 
 def on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a launcher with the GPU of its first tensor as the current one, where Triton launches."""
+    """Run a launcher with the GPU of its first tensor (or list of them) as the current one, where Triton launches."""
 
     @wraps(launcher)
-    def launched(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.cuda.device_of(first):
+    def launched(first: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
             return launcher(first, *args, **kwargs)
 
     return launched

@@ -61,6 +61,7 @@ def glu_linear(
     *,
     activation: str = "silu",
     up_activation: str = "identity",
+    recompute: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Projection into a gated linear unit, the definition: act(x Wg^T + bg) * up_act(x Wu^T + bu).
@@ -73,6 +74,7 @@ def glu_linear(
         b_up: (F,) or None.
         activation: of the gate; see `glu`.
         up_activation: of the other side.
+        recompute: accepted for the common signature, and ignored: autograd keeps what it needs.
         backend: accepted for the common signature, and ignored.
 
     Returns:

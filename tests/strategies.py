@@ -54,10 +54,17 @@ _BLOCKS = {
     (eager_attention, "_BLOCK_ELEMENTS"): 1,
     (eager_gau, "_PANEL_ELEMENTS"): 1,
     (eager_glu, "_PIECE"): 64,
+    (eager_glu, "_WHOLE"): 4,
     (eager_common, "_PANEL"): 4,
     (eager_mixed_chunk, "_CHUNK_ELEMENTS"): 1,
     (importlib.import_module("flashgau.ops.glu"), "_KEPT_BYTES"): 0,  # its name is the function's, too
 }
+# Gated attention of any width by panels of one block, which Triton takes for wide values only.
+PANELS: dict[tuple[Any, str], int] = {}
+if "triton" in [name for name, reason in dispatch.explain("gau_attention", "cpu").items() if reason is None]:
+    _gau_kernels = importlib.import_module("flashgau.kernels.gau")
+    PANELS = {(_gau_kernels, "_FUSED_WIDTH"): 0, (_gau_kernels, "_PANEL_BYTES"): 1}
+_SMALL = {"eager": _BLOCKS, "triton": PANELS}
 _OWN_BLOCKS = {place: getattr(*place) for place in _BLOCKS}
 
 
@@ -78,10 +85,14 @@ def backends_of(op: str) -> list[str]:
 def backend_fixture(op: str) -> Any:
     """A fixture over the optimised backends of an operation; eager also with its smallest blocks."""
 
-    @pytest.fixture(scope="module", params=[*backends_of(op), "eager, small blocks"])
+    params = [*backends_of(op), "eager, small blocks"]
+    if "triton" in params and op == "gau_attention":
+        params.append("triton, panels")
+
+    @pytest.fixture(scope="module", params=params)
     def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         name, *small = request.param.split(", ")
-        with flashgau.use_backend(name), blocks(_BLOCKS if small else _OWN_BLOCKS):
+        with flashgau.use_backend(name), blocks(_SMALL[name] if small else _OWN_BLOCKS):
             yield name
 
     return backend
@@ -364,6 +375,7 @@ def glu_linear_calls(draw: Any, backend: str = "eager", dtype: torch.dtype | Non
     options = {
         "activation": draw(st.sampled_from(ACTIVATIONS)),
         "up_activation": draw(st.sampled_from(ACTIVATIONS)),
+        "recompute": draw(st.booleans()),
     }
     return Call("glu_linear", tuple(args), options)
 

@@ -152,7 +152,7 @@ def test_the_cases_cover_every_option():
     assert values["glu", "activation"] == values["glu", "up_activation"] == set(ACTIVATIONS)
     assert values["glu_linear", "activation"] | {"silu"} == set(ACTIVATIONS)
     assert values["glu_linear", "up_activation"] | {"identity"} == set(ACTIVATIONS)
-    assert {"b_gate", "b_up"} <= used["glu_linear"]
+    assert {"b_gate", "b_up", "recompute"} <= used["glu_linear"]
     assert values["gau_attention", "score"] == {"laplace", "softmax", "softmax_plus"}  # relu2 is the default
     assert values["gau_attention", "normalizer"] == {"row", 4.0}
     assert {"causal", "rel_bias", "lengths", "cu_seqlens"} <= used["gau_attention"]

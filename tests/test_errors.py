@@ -173,6 +173,7 @@ BAD = [
     bad("glu_linear", E, "w_up", r"torch.float32 as `x` has", w_up=randn(2, 6, 4).bfloat16()),
     bad("glu_linear", E, "b_up", r"a torch.Tensor", b_up=0.0),
     bad("glu_linear", V, "activation", r"one of", activation="tanh"),
+    bad("glu_linear", E, "recompute", r"True or False", recompute=1),
     # gau
     bad("gau_attention", V, "q", r"(B, M, S)", q=randn(0, 2, 1, 6, 8)),
     bad("gau_attention", V, "k", r"S = 8", k=randn(1, 2, 6, 7)),

@@ -1,6 +1,7 @@
 """`flashgau.glu` and `flashgau.glu_linear` on every optimised backend."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -127,9 +128,26 @@ def test_linear_is_glu_of_two_projections(backend, data):
     linear = torch.nn.functional.linear
     out = call(activation="identity")
     expected = flashgau.glu(
-        linear(x, w_gate, b_gate), linear(x, w_up, b_up), **call.kwargs | {"activation": "identity"}
-    )
+        linear(x, w_gate, b_gate), linear(x, w_up, b_up), activation="identity",
+        up_activation=call.kwargs["up_activation"],
+    )  # fmt: skip
     close(out, expected, ulps=64, scale=terms(call.with_options(activation="identity")))
+
+
+def test_recomputing_keeps_nothing_of_the_hidden_width(backend):
+    """Between forward and backward autograd holds the operands and, unless told to recompute, two pre-activations."""
+
+    def keep(storages, t):
+        return storages.setdefault(t.data_ptr(), t)
+
+    held = {}
+    for recompute in (False, True):
+        x, *weights = (randn(i, n, 6).requires_grad_() for i, n in enumerate((50, 30, 30)))
+        storages = {}
+        with torch.autograd.graph.saved_tensors_hooks(partial(keep, storages), lambda t: t):
+            flashgau.glu_linear(x, *weights, recompute=recompute, backend=backend)
+        held[recompute] = sum(t.numel() for t in storages.values())
+    assert held == {True: 50 * 6 + 2 * 30 * 6, False: 50 * 6 + 2 * 30 * 6 + 2 * 50 * 30}
 
 
 def terms(call):

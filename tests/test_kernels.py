@@ -15,7 +15,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Call, attention_calls, backends_of, check_agrees, gradients, outputs, randn
+from strategies import (
+    Call,
+    attention_calls,
+    backends_of,
+    check_agrees,
+    gau_calls,
+    glu_calls,
+    glu_linear_calls,
+    gradients,
+    outputs,
+    randn,
+)
 from torch import Tensor
 
 import flashgau
@@ -23,13 +34,22 @@ from flashgau import kernels
 
 pytest.importorskip("triton")
 from flashgau.kernels import attention as attention_kernels
+from flashgau.kernels import gau as gau_kernels
+from flashgau.kernels import glu as glu_kernels
+from flashgau.kernels import projection as projection_kernels
 from flashgau.kernels.common import Config
 
 from flashgau import tuning
-from flashgau.tuning import ahead
+from flashgau.eager import projection as eager_projection
+from flashgau.tuning import ahead, shipped
 from flashgau.tuning.tables import TABLES
 
-CALLS = {"attention": attention_calls}
+CALLS = {
+    "attention": attention_calls,
+    "glu": glu_calls,
+    "glu_linear": glu_linear_calls,
+    "gau_attention": gau_calls,
+}
 pytestmark = pytest.mark.skipif(
     any("triton" not in backends_of(op) for op in CALLS), reason="no GPU, and Triton was imported without interpreting"
 )
@@ -62,9 +82,10 @@ def guarded_results() -> Iterator[list[Tensor]]:
 @given(st.data())
 def test_everything_is_written_and_nothing_beside_it(op, data):
     call = data.draw(CALLS[op]("triton"))
-    plain = gradients(call, backend="triton")
-    with guarded_results() as guards:
-        guarded = gradients(call, backend="triton")
+    with mock.patch.object(tuning, "fuses_glu_linear", return_value=True):
+        plain = gradients(call, backend="triton")
+        with guarded_results() as guards:
+            guarded = gradients(call, backend="triton")
     assert guards
     assert all((g == 0.5).all() for g in guards)
     for a, b in zip([*plain[0], *plain[1]], [*guarded[0], *guarded[1]], strict=True):
@@ -82,18 +103,207 @@ def test_offsets_past_two_to_the_31():
         assert all(torch.equal(x, y) for x, y in zip([*a[0], *a[1]], [*b[0], *b[1]], strict=True))
 
 
+def test_gated_offsets_past_two_to_the_31():
+    """Rows 2^30 elements apart: a unit of the last ones, alone and behind a product."""
+    far = torch.empty(5 * 2**30, dtype=torch.float16).as_strided((5, 24), (2**30, 1))
+    near = randn(0, 5, 24).half()
+    far.copy_(near)
+    w = randn(1, 9, 24).half(), randn(2, 9, 24).half()
+    for calls in (
+        [Call("glu", (x,), {}) for x in (near, far)],
+        [Call("glu", (near, x), {}) for x in (near, far)],
+        [Call("glu_linear", (x, *w), {}) for x in (near, far)],
+        [Call("glu_linear", (w[0], x, w[1][:5]), {}) for x in (near, far)],
+    ):
+        a, b = (gradients(call, backend="triton") for call in calls)
+        assert all(torch.equal(x, y) for x, y in zip([*a[0], *a[1]], [*b[0], *b[1]], strict=True))
+
+
+def test_wide_offsets_past_two_to_the_31():
+    """Rows of the values, and of the gate, 2^28 elements apart; most of the memory between them is never touched."""
+    n = 17
+    far = torch.empty(n * 2**28, dtype=torch.float16).as_strided((1, n, 8), (0, 2**28, 1))
+    q, near = randn(0, 1, n, 8).half(), randn(1, 1, n, 8).half()
+    far.copy_(near)
+    for width in (0, 512):
+        with mock.patch.object(gau_kernels, "_FUSED_WIDTH", width):
+            a, b = (gradients(Call("gau_attention", (q, q, x, x), {}), backend="triton") for x in (near, far))
+        assert all(torch.equal(x, y) for x, y in zip([*a[0], *a[1]], [*b[0], *b[1]], strict=True))
+
+
+@given(st.data())
+def test_axes_that_lie_behind_each_other_become_one(data):
+    """Whatever the strides, the matrices hold the tensors' elements in one order, and dense tensors are not copied."""
+    shape = data.draw(st.lists(st.sampled_from([1, 2, 3, 5]), max_size=4))
+    order = data.draw(st.permutations(range(len(shape))))
+    whole = torch.arange(math.prod(shape) * 2).view(*[shape[i] for i in order], 2)
+    places = [order.index(i) for i in range(len(shape))]
+    tensors = [torch.arange(math.prod(shape)).view(shape), *(whole[..., i].permute(places) for i in (0, 1))]
+    matrices = glu_kernels.as_matrices(*tensors)
+    for t, m in zip(tensors, matrices, strict=True):
+        assert m.dim() == 2
+        assert torch.equal(m.flatten(), t.flatten())
+    dense = glu_kernels.as_matrices(tensors[0], tensors[0])
+    assert all(m.data_ptr() == tensors[0].data_ptr() for m in dense)
+    assert dense[0].shape[0] == 1  # all axes became one
+
+
+def test_packed_halves_are_read_in_place():
+    packed = randn(0, 2, 3, 14)
+    for half, m in zip(packed.chunk(2, -1), glu_kernels.as_matrices(*packed.chunk(2, -1)), strict=True):
+        assert m.data_ptr() == half.data_ptr()
+        assert m.shape == (6, 7)
+
+
 # ---------------------------------------------------------------- configurations
 
 
-def shipped() -> list[Config]:
+def blocks_of(op: str) -> list[Config]:
     """Every configuration of every table, without warps and stages, which change no result."""
     found = {
-        (c.block_m, c.block_n) for t in TABLES.values() for k in t.values() for d in k.values() for c in d.values()
+        (c.block_m, c.block_n, c.block_k)
+        for table in TABLES.values()
+        for kernel, dtypes in table.items()
+        if kernel.startswith(op)
+        for by_width in dtypes.values()
+        for c in by_width.values()
     }
-    return [Config(*blocks) for blocks in sorted(found)]
+    return [Config(m, n, block_k=k) for m, n, k in sorted(found)]
 
 
-@pytest.mark.parametrize("config", shipped(), ids=lambda c: f"{c.block_m}x{c.block_n}")
+def block_name(c: Config) -> str:
+    return f"{c.block_m}x{c.block_n}x{c.block_k}"
+
+
+@pytest.mark.parametrize("config", blocks_of("glu_linear"), ids=block_name)
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
+def test_every_shipped_product_agrees(config, recompute):
+    x, w, b = randn(0, 3, 47, 41), [randn(i, 137, 41) for i in (1, 2)], [randn(i, 137) for i in (3, 4)]
+    small = tuning.lookup("interpreter", "glu_backward", 4, 0)
+
+    def choose(kernel: str, *args: Any, **kwargs: Any) -> Config:
+        return config if kernel.startswith("glu_linear") else small
+
+    options = {"activation": "gelu", "up_activation": "silu", "recompute": recompute}
+    with (
+        mock.patch.object(tuning, "choose", choose),
+        mock.patch.object(tuning, "fuses_glu_linear", return_value=True),
+    ):
+        check_agrees(Call("glu_linear", (x, *w, *b), options), "triton")
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
+@pytest.mark.parametrize("fused", [False, True], ids=["library", "fused"])
+@given(st.data())
+def test_products_of_either_maker_agree(fused, recompute, data):
+    call = data.draw(glu_linear_calls("triton")).with_options(recompute=recompute)
+    with mock.patch.object(tuning, "fuses_glu_linear", return_value=fused):
+        check_agrees(call, "triton")
+
+
+@pytest.mark.parametrize("config", blocks_of("glu_"), ids=block_name)
+def test_every_shipped_elementwise_block_agrees(config):
+    with mock.patch.object(tuning, "choose", return_value=config):
+        for shape in ((3, 5, 7), (1, 4099), (4099, 3), (2, 2048)):
+            check_agrees(Call("glu", (randn(0, *shape), randn(1, *shape)), {"activation": "gelu"}), "triton")
+            check_agrees(Call("glu", (randn(2, *shape[:-1], 2 * shape[-1]),), {}), "triton")
+
+
+@pytest.mark.parametrize("arch", [arch for arch in TABLES if arch != "interpreter"])
+@pytest.mark.parametrize("regime", ["fused", "panels"])
+@pytest.mark.parametrize("head", [64, 128, 256])
+def test_every_shipped_gated_attention_agrees(arch, regime, head):
+    n = 150
+    q, k, v, gate = randn(0, 1, n, 20), randn(1, 1, n, 20), randn(2, 1, n, 70), randn(3, 1, n, 70)
+
+    def choose(kernel: str, x: Tensor, width: int, rows: int | None = None, options: bool = False) -> Config:
+        return tuning.lookup(arch, kernel, 2, head if width else 0, rows)
+
+    fused_width = 512 if regime == "fused" else 0
+    with mock.patch.object(tuning, "choose", choose), mock.patch.object(gau_kernels, "_FUSED_WIDTH", fused_width):
+        options = {"causal": True, "rel_bias": randn(4, 2 * n - 1), "normalizer": "row"}
+        check_agrees(Call("gau_attention", (q, k, v, gate), options), "triton")
+        check_agrees(Call("gau_attention", (q[:, -1:], k, v, gate[:, -1:]), {"score": "softmax"}), "triton")
+
+
+@pytest.mark.parametrize("arch", TABLES)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("head", [64, 128, 256])
+def test_kernels_of_a_panel_share_its_blocks(arch, itemsize, head):
+    for suffix in ("", "_few_rows"):
+        product, weights = (TABLES[arch][f"gau_{name}{suffix}"][itemsize][head] for name in ("product", "weights"))
+        assert (weights.block_m, weights.block_n) == (product.block_m, product.block_k)
+
+
+@pytest.mark.parametrize("panel_bytes", [1, 4000, 2**25])
+def test_the_size_of_a_panel_changes_rounding_only(panel_bytes):
+    q, k, v, gate = (randn(i, 3, 70, 24) for i in range(4))
+    options = {"rel_bias": randn(4, 3, 151), "lengths": torch.tensor([70, 3, 41]), "causal": True}
+    with (
+        mock.patch.object(gau_kernels, "_PANEL_BYTES", panel_bytes),
+        mock.patch.object(gau_kernels, "_FUSED_WIDTH", 0),
+    ):
+        found = gradients(Call("gau_attention", (q, k, v, gate), options), backend="triton")
+        with mock.patch.object(gau_kernels, "_PANEL_BYTES", 9000):
+            other = gradients(Call("gau_attention", (q, k, v, gate), options), backend="triton")
+    for a, b in zip([*found[0], *found[1]], [*other[0], *other[1]], strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@given(st.data())
+def test_heads_are_those_of_eager(interleaved, data):
+    """Every pair of a rotation, of all channels or the first of them, angles of the row or shared by the batch."""
+    b, n, s = (data.draw(st.sampled_from(sizes)) for sizes in ((1, 3), (1, 7, 20), (2, 5, 16, 20)))
+    count, pairs = data.draw(st.integers(1, 4)), data.draw(st.integers(0, s // 2))
+    z, gamma = randn(0, b, n, 2 * s)[..., ::2], randn(1, count, s)
+    beta = randn(2, count, s) if data.draw(st.booleans()) else None
+    cos, sin = None, None
+    if pairs:
+        angles = randn(3, b if data.draw(st.booleans()) else 1, n, pairs)
+        cos, sin = angles.cos(), angles.sin()
+    douts = [randn(4 + i, b, n, s) for i in range(count)]
+    found, expected = (
+        [
+            *module.heads_forward(z, gamma, beta, cos, sin, interleaved=interleaved, **choose),
+            *module.heads_backward(douts, z, gamma, cos, sin, interleaved=interleaved, **choose),
+        ]
+        for module, choose in ((projection_kernels, {"choose": tuning.choose}), (eager_projection, {}))
+    )
+    for a, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("widths", [[7], [33, 33, 5]], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 50])
+def test_projections_are_those_of_eager(silu, widths, rows):
+    x, weight, bias = randn(0, rows, 2, 6), randn(1, sum(widths), 6), randn(2, sum(widths))
+    residual = randn(3, rows, 2, 7) if not silu and len(widths) == 1 else None
+    dparts = [randn(4 + i, rows, 2, width) for i, width in enumerate(widths)]
+    results = []
+    for module, choose in ((projection_kernels, {"choose": tuning.choose}), (eager_projection, {})):
+        parts, saved = module.projection_forward(
+            x, weight, bias, residual, widths, silu=silu, save=silu, **choose
+        )  # fmt: skip
+        results.append([*parts, *module.projection_backward(dparts, x, weight, saved, silu=silu, **choose)])
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+def test_the_fused_product_is_chosen_where_it_can_win():
+    def chosen(rows: int, k: int, dtype: torch.dtype) -> bool:
+        x, w = (torch.empty(n, k, dtype=dtype, device="meta") for n in (rows, 64))
+        return tuning.fuses_glu_linear(x, w)
+
+    assert chosen(4096, 768, torch.bfloat16)
+    assert not chosen(4096, 4096, torch.bfloat16)  # the vendor's product is too good
+    assert not chosen(4096, 768, torch.float32)
+    assert chosen(1, 4096, torch.float32)  # a decoded token
+    assert not chosen(4096, 0, torch.float32)
+
+
+@pytest.mark.parametrize("config", blocks_of("attention"), ids=block_name)
 @pytest.mark.parametrize("options", [{"causal": True}, {"window": (40, 3), "softcap": 3.0}], ids=["causal", "window"])
 def test_every_shipped_configuration_agrees(config, options):
     n = 150
@@ -112,13 +322,16 @@ def test_every_shipped_configuration_agrees(config, options):
 @pytest.mark.parametrize("width", [16, 64, 128, 256])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_tables_are_complete(arch, width, itemsize):
-    for entry in ahead._CALLS:
-        for options in (False, True):
-            rows = 1 if "few" in entry else None
-            config = tuning.lookup(arch, entry.removesuffix("_few_rows"), itemsize, width, rows, options)
-            assert min(config.block_m, config.block_n) >= 16
-            assert config.block_m & (config.block_m - 1) == 0 == config.block_n & (config.block_n - 1)
-            if entry == "attention_dbias":
+    for name, entry in shipped.ENTRIES.items():
+        has_heads = entry.widths != (0,)
+        for options in (False, True) if has_heads else (False,):
+            rows = 1 if "few" in name else None
+            kernel = name.removesuffix("_few_rows")
+            config = tuning.lookup(arch, kernel, itemsize, width if has_heads else 0, rows, options)
+            sizes = config.block_m, config.block_n, config.block_k
+            assert all(n & (n - 1) == 0 for n in sizes)
+            assert entry.matrix is None or min(sizes) >= 16
+            if name == "attention_dbias":
                 assert config.block_m == config.block_n
 
 
@@ -230,6 +443,7 @@ def compiled(code: str) -> str:
 PREPARE = """
 import torch
 from flashgau.kernels.attention import attention_backward, attention_forward
+from flashgau.kernels import projection as projection_kernels
 from flashgau.kernels.common import Config
 from flashgau.tuning.ahead import compiling_for
 
@@ -289,17 +503,21 @@ def test_a_target_that_is_none_is_refused():
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_a_kernel_compiles_for_every_target(target):
     """One of each: `flashgau compile` does all of them."""
-    work = [ahead.Job(target, "attention_forward", "bf16", 128, "causal")]
-    (row,) = ahead.compile_all(work, processes=1)
-    assert row.ok, row.reason
-    assert row.tensor_core
-    assert row.registers > 0
-    assert row.spills == 0
+    work = [
+        ahead.Job(target, "attention_forward", "bf16", 128, "causal"),
+        ahead.Job(target, "glu_linear", "bf16", 0, "inference"),
+        ahead.Job(target, "glu_backward", "bf16", 0, "swiglu separate"),
+    ]
+    for row in ahead.compile_all(work, processes=1):
+        assert row.ok, row.reason
+        assert row.tensor_core == (row.kernel != "glu_backward_kernel")
+        assert row.registers > 0
+        assert row.spills == 0
 
 
 def needs(**changes: Any) -> ahead.Compiled:
     return ahead.Compiled(**{"kernel": "k", "target": "sm_80", "registers": 9, "spills": 0, "shared_bytes": 0,
-                             "matrix": frozenset({"HMMA"}), **changes})  # fmt: skip
+                             "matrix": frozenset({"HMMA"}), "vectors": True, **changes})  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -309,10 +527,11 @@ def needs(**changes: Any) -> ahead.Compiled:
         ({"spills": 3}, "3 spill instructions"),
         ({"shared_bytes": 166_913}, "166913 bytes of shared memory, the device has 166912"),
         ({"matrix": frozenset()}, "no matrix instruction HMMA"),
+        ({"vectors": False}, "no loads or stores of 16 bytes"),
     ],
 )
 def test_what_makes_a_row_bad(changes, problem):
-    assert needs(**changes).problem("HMMA") == problem
+    assert needs(**changes).problem("HMMA", vectors=True) == problem
 
 
 def test_the_interpreter_is_refused_what_it_computes_wrongly():

@@ -246,6 +246,7 @@ def _glu_linear_cases(thorough: bool) -> Iterator[Case]:
         yield _glu_linear("silu, both biases", dtype, 17, 16, 24, "gate up")
         yield _glu_linear("silu, gate bias", dtype, 17, 16, 24, "gate")
         yield _glu_linear("silu, up bias", dtype, 17, 16, 24, "up")
+        yield _glu_linear("silu, both biases, recomputed", dtype, 17, 16, 24, "gate up", recompute=True)
         yield _glu_linear("silu, d 1, F 1", dtype, 17, 1, 1)
         yield _glu_linear("silu, no tokens", dtype, 0, 16, 24)
     if thorough:

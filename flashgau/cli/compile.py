@@ -38,6 +38,7 @@ def compile(
         fail("compile", "Triton is not installed")
     from rich.progress import Progress
 
+    from flashgau.kernels.common import Config
     from flashgau.tuning import ahead
 
     names = [name.strip() for name in target.split(",") if name.strip()]
@@ -61,10 +62,11 @@ def compile(
         right=("registers", "spills", "shared"),
     )  # fmt: skip
     for row in rows:
-        c = row.configuration
+        c = row.configuration or asdict(Config(0, 0))  # of a call that failed before it chose
+        block = f"{c['block_m']}x{c['block_n']}" + ("" if row.op == "attention" else f"x{c['block_k']}")
         table.add_row(
             row.target, row.kernel, row.dtype, row.shape,
-            f"{c['block_m']}x{c['block_n']}, {c['num_warps']} warps, {c['num_stages']} stages",
+            f"{block}, {c['num_warps']} warps, {c['num_stages']} stages",
             str(row.registers), str(row.spills), str(row.shared_bytes), "yes" if row.tensor_core else "no",
             "ok" if row.ok else str(row.reason),
         )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Rooms, accumulator, factor_dtype
+from .common import Rooms, accumulator, add_product, factor_dtype
 from .mixed_chunk import Chunks, Heads, Rule, add_bias_gradient, blank, chunked
 from .projection import turn
 
@@ -286,7 +286,4 @@ def _state(part: Chunks, p: _Weights) -> Tensor:
 def _add_outer(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a^T b over the rows of (b, c, .) tensors."""
     a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
-    if total.dtype == a.dtype:
-        total.addmm_(a.T, b)
-    else:
-        total += a.T @ b
+    add_product(total, a.T, b)

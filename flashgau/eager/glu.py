@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .common import Rooms, accumulator, factor_dtype, panels
+from .common import Rooms, accumulator, add_product, factor_dtype, panels
 
 _PIECE = 2**22  # bytes of a tensor worked on at a time on a CPU: what is written is read again from the cache
+_WHOLE = 2**22  # elements of a tensor that is small enough not to be cut
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 Backward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -66,8 +67,9 @@ def glu_forward(
         activated = ACTIVATIONS[activation][0](gate, gate.new_empty(gate.shape))
         return torch.mul(activated, up, out=out), activated
     rooms = Rooms()
+    apart = out.numel() > _WHOLE  # of a piece act(g) stays in the cache: half the time of `out` as its room, in bf16
     for g, u, o in _pieces(gate, up, out):
-        _gated(g, u, activation, up_activation, o, rooms)
+        _gated(g, u, activation, up_activation, o, rooms, apart)
     return out, None
 
 
@@ -133,39 +135,48 @@ def glu_linear_backward(
     x: Tensor,
     w_gate: Tensor,
     w_up: Tensor,
-    g: Tensor,
-    u: Tensor,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    g: Tensor | None,
+    u: Tensor | None,
     *,
     activation: str,
     up_activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, w_gate, w_up, b_gate and b_up from the saved pre-activations g and u."""
+    """Gradients of x, w_gate, w_up, b_gate and b_up, from g and u or, with None, by making those again."""
     factor, acc = factor_dtype(x), accumulator(x.dtype)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dwg, dwu = (torch.zeros_like(w, dtype=acc, memory_format=torch.contiguous_format) for w in (w_gate, w_up))
     dbg, dbu = (x.new_zeros(w_gate.shape[0], dtype=acc) for _ in range(2))
     wg, wu = w_gate.to(factor), w_up.to(factor)
-    flat = [_rows(t) for t in (dout, x, g, u)]
-    dx_rows = _rows(dx)
+    d, rows, dx_rows = _rows(dout), _rows(x), _rows(dx)
+    saved = (_rows(g), _rows(u)) if g is not None and u is not None else None
     rooms = Rooms()
-    for r in panels(flat[0]):
-        d_r, x_r, g_r, u_r = (t[r] for t in flat)
-        d_r, g_r, u_r = (t.to(acc) for t in (d_r, g_r, u_r))
-        dg, du = torch.empty_like(g_r, dtype=acc), torch.empty_like(u_r, dtype=acc)
+    for r in panels(d):
+        x_r = rows[r].to(factor)
+        if saved is None:
+            g_r, u_r = _affine(x_r, wg.T, b_gate), _affine(x_r, wu.T, b_up)
+        else:
+            g_r, u_r = saved[0][r], saved[1][r]
+        d_r, g_r, u_r = (t.to(acc) for t in (d[r], g_r, u_r))
+        dg, du = torch.empty_like(g_r), torch.empty_like(u_r)
         _gated_backward(d_r, g_r, u_r, activation, up_activation, dg, du, rooms)
         dbg += dg.sum(0)
         dbu += du.sum(0)
-        dg, du, x_r = dg.to(factor), du.to(factor), x_r.to(factor)
-        dwg += dg.T @ x_r
-        dwu += du.T @ x_r
+        dg, du = dg.to(factor), du.to(factor)
+        add_product(dwg, dg.T, x_r)
+        add_product(dwu, du.T, x_r)
         dx_rows[r] = torch.addmm(dg @ wg, du, wu)
     dt = w_gate.dtype
     return dx, dwg.to(dt), dwu.to(dt), dbg.to(dt), dbu.to(dt)
 
 
-def _gated(g: Tensor, u: Tensor, activation: str, up_activation: str, out: Tensor, rooms: Rooms) -> None:
+def _gated(
+    g: Tensor, u: Tensor, activation: str, up_activation: str, out: Tensor, rooms: Rooms, apart: bool = False
+) -> None:
+    """The unit; `apart` computes act(g) elsewhere than in `out`."""
     g, u = _in_range(g, "g", rooms), _in_range(u, "u", rooms)
-    a = ACTIVATIONS[activation][0](g, out if out.dtype == g.dtype else rooms.like("act(g)", g))
+    a = ACTIVATIONS[activation][0](g, rooms.like("act(g)", g) if apart or out.dtype != g.dtype else out)
     torch.mul(a, ACTIVATIONS[up_activation][0](u, rooms.like("act(u)", u)), out=out)
 
 
@@ -209,7 +220,7 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     first = tensors[0]
     if first.numel() == 0:
         return
-    if first.device.type != "cpu" or first.nbytes <= 4 * _PIECE:
+    if first.device.type != "cpu" or first.numel() <= _WHOLE:
         yield tensors
         return
     step = _PIECE // first.itemsize

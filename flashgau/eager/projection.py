@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .common import accumulator, factor_dtype, panels
+from .common import accumulator, add_product, factor_dtype, panels
 
 
 def projection_forward(
@@ -77,10 +77,7 @@ def projection_backward(
                 torch.mm(d, w, out=dpanel)
             else:
                 dpanel.addmm_(d, w)
-            if dw.dtype == factor:
-                dw.addmm_(d.T, panel)
-            else:
-                dw += d.T @ panel
+            add_product(dw, d.T, panel)
         if dx.dtype != factor:
             dx[r] = dpanel
     return dx.view(x.shape), dweight.to(weight.dtype), dbias.to(weight.dtype)

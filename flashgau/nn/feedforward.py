@@ -80,6 +80,7 @@ class GatedFeedForward(nn.Module):
         hidden: F, width between; None for 8 d / 3, rounded up to a multiple of 8.
         variant: glu (sigmoid), bilinear (identity), reglu (relu), geglu (exact gelu) or swiglu (silu).
         bias: whether the three maps have biases.
+        recompute: keep no pre-activations for the backward, see `flashgau.glu_linear`.
         device: where the parameters live.
         dtype: their type.
 
@@ -97,6 +98,7 @@ class GatedFeedForward(nn.Module):
         variant: str = "swiglu",
         *,
         bias: bool = False,
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -104,7 +106,7 @@ class GatedFeedForward(nn.Module):
         if variant not in VARIANTS:
             raise ValueError(f"GatedFeedForward: `variant` is {variant!r}; expected one of {', '.join(VARIANTS)}")
         hidden = -(-8 * dim // 3 // 8) * 8 if hidden is None else hidden
-        self.variant = variant
+        self.variant, self.recompute = variant, recompute
         self.gate = linear(dim, hidden, bias, device=device, dtype=dtype)
         self.up = linear(dim, hidden, bias, device=device, dtype=dtype)
         self.to_out = linear(hidden, dim, bias, device=device, dtype=dtype)
@@ -112,7 +114,8 @@ class GatedFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d) -> (..., d)."""
         activation = VARIANTS[self.variant]
-        hidden = glu_linear(x, self.gate.weight, self.up.weight, self.gate.bias, self.up.bias, activation=activation)
+        weights = self.gate.weight, self.up.weight, self.gate.bias, self.up.bias
+        hidden = glu_linear(x, *weights, activation=activation, recompute=self.recompute)
         return self.to_out(hidden)
 
     def extra_repr(self) -> str:

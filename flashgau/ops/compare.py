@@ -120,7 +120,8 @@ def compare(op: Callable[..., Any], *args: Any, backend: str | None = None, grad
         raise ValueError("compare: no argument is a floating tensor; expected those of " + name)
     if kwargs.get("dropout_p") and kwargs.get("dropout_seed") is None:
         kwargs = {**kwargs, "dropout_seed": 0}
-    width = max(x.shape[-1] for x in floating[:3]) if name == "attention" and floating[0].dim() else 0
+    heads = floating[: {"attention": 3, "gau_attention": 2}.get(name, 0)]  # whose width decides who can run the call
+    width = max((x.shape[-1] for x in heads if x.dim()), default=0)
     chosen = dispatch.resolve(name, backend, floating[0].device, floating[0].dtype, width)
 
     seed = int(torch.randint(2**31, ()))

@@ -128,8 +128,9 @@ def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, width: in
         return "Triton is not installed"
     if dtype == torch.float64:
         return "the Triton kernels take fp16, bf16 and fp32, not fp64"
-    if width > kernels.SUPPORTED[_file(op)]:
-        return f"its kernels take widths of up to {kernels.SUPPORTED[_file(op)]}, not {width}"
+    widest = kernels.SUPPORTED[_file(op)]
+    if widest is not None and width > widest:
+        return f"its kernels take widths of up to {widest}, not {width}"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the tensors are on the CPU, and TRITON_INTERPRET=1 was not set"
     if device.type == "cpu" and dtype == torch.bfloat16:

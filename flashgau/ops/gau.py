@@ -83,7 +83,7 @@ def gau_attention(
     longest = args.sequences(lengths, cu_seqlens)
     args.relative_bias(rel_bias, "B", longest)
 
-    name = dispatch.resolve("gau_attention", backend, q.device, q.dtype)
+    name = dispatch.resolve("gau_attention", backend, q.device, q.dtype, q.shape[-1])
     if name == "reference":
         return autograd.run(
             "gau_attention", name, "gau_attention", q.device, q, k, v, gate, score=score, normalizer=normalizer,

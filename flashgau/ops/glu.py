@@ -80,11 +80,13 @@ def glu_linear(
     *,
     activation: str = "silu",
     up_activation: str = "identity",
+    recompute: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """A gated linear unit with its two projections: glu(x Wg^T + bg, x Wu^T + bu).
 
-    Training keeps both pre-activations for the backward; inference keeps nothing.
+    Training keeps both pre-activations for the backward, or with `recompute` computes them again there: two tensors
+    of the result's size less between forward and backward, for a third more arithmetic. Inference keeps nothing.
 
     Source: Shazeer 2020 (arXiv 2002.05202), equations 4 to 6.
 
@@ -96,6 +98,7 @@ def glu_linear(
         b_up: (F,) or None.
         activation: of the gate side; see `glu`.
         up_activation: of the up side.
+        recompute: keep no pre-activations for the backward.
         backend: "triton", "eager", "reference" or None for the best that can run.
 
     Returns:
@@ -121,13 +124,14 @@ def glu_linear(
     if b_up is not None:
         args.tensor("b_up", b_up, "F")
     _check_activations(args, activation, up_activation)
+    args.flag("recompute", recompute)
     name = dispatch.resolve("glu_linear", backend, x.device, x.dtype)
     if name == "reference":
         return autograd.run(
             "glu_linear", name, "glu_linear", x.device, x, w_gate, w_up, b_gate, b_up,
             activation=activation, up_activation=up_activation,
         )  # fmt: skip
-    save = autograd.needs_grad(x, w_gate, w_up, b_gate, b_up)
+    save = not recompute and autograd.needs_grad(x, w_gate, w_up, b_gate, b_up)
     return _glu_linear(x, w_gate, w_up, b_gate, b_up, activation, up_activation, save, name)[0]
 
 
@@ -156,7 +160,9 @@ def _keeps(gate: Tensor, up: Tensor | None, activation: str, up_activation: str,
 def _glu(
     gate: Tensor, up: Optional[Tensor], activation: str, up_activation: str, keep: bool, backend: str
 ) -> list[Tensor]:
-    options = {"activation": activation, "up_activation": up_activation, "keep": keep}
+    options: dict[str, Any] = {"activation": activation, "up_activation": up_activation}
+    if keep:  # which only eager is asked to
+        options["keep"] = True
     return autograd.present(gate, *autograd.run("glu", backend, "glu_forward", gate.device, gate, up, **options))
 
 
@@ -178,10 +184,10 @@ def _glu_backward(
     up_activation: str,
     backend: str,
 ) -> list[Tensor]:
-    grads = autograd.run(
-        "glu", backend, "glu_backward", gate.device, dout, gate, up,
-        activation=activation, up_activation=up_activation, activated=activated,
-    )  # fmt: skip
+    options: dict[str, Any] = {"activation": activation, "up_activation": up_activation}
+    if activated is not None:
+        options["activated"] = activated
+    grads = autograd.run("glu", backend, "glu_backward", gate.device, dout, gate, up, **options)
     return autograd.present(gate, *grads)
 
 
@@ -222,7 +228,7 @@ def _glu_linear(
 ) -> list[Tensor]:
     results = autograd.run(
         "glu_linear", backend, "glu_linear_forward", x.device, x, w_gate, w_up, b_gate, b_up,
-        activation=activation, up_activation=up_activation, save=save,
+        activation=activation, up_activation=up_activation, save=save, **_fusing(x, w_gate, backend),
     )  # fmt: skip
     return autograd.present(x, *results)
 
@@ -250,28 +256,20 @@ def _glu_linear_backward(
     x: Tensor,
     w_gate: Tensor,
     w_up: Tensor,
-    g: Tensor,
-    u: Tensor,
+    b_gate: Optional[Tensor],
+    b_up: Optional[Tensor],
+    g: Optional[Tensor],
+    u: Optional[Tensor],
     activation: str,
     up_activation: str,
     backend: str,
 ) -> list[Tensor]:
     return list(
         autograd.run(
-            "glu_linear",
-            backend,
-            "glu_linear_backward",
-            x.device,
-            dout,
-            x,
-            w_gate,
-            w_up,
-            g,
-            u,
-            activation=activation,
-            up_activation=up_activation,
+            "glu_linear", backend, "glu_linear_backward", x.device, dout, x, w_gate, w_up, b_gate, b_up, g, u,
+            activation=activation, up_activation=up_activation, **_fusing(x, w_gate, backend),
         )
-    )
+    )  # fmt: skip
 
 
 @_glu_linear_backward.register_fake
@@ -280,9 +278,19 @@ def _(dout: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor, *rest: Any) -> list
     return [x.new_empty(shape) for shape in (x.shape, w_gate.shape, w_up.shape, bias, bias)]
 
 
+def _fusing(x: Tensor, w_gate: Tensor, backend: str) -> dict[str, bool]:
+    """Whether the Triton kernel makes the products or the vendor's library. (Eager has only one way.)"""
+    if backend != "triton":
+        return {}
+    from flashgau import tuning  # which needs Triton
+
+    return {"fused": tuning.fuses_glu_linear(x, w_gate)}
+
+
 def _save_glu_linear(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    x, w_gate, w_up, _, _, activation, up_activation, _, backend = inputs
-    ctx.save_for_backward(x, w_gate, w_up, output[1], output[2])
+    x, w_gate, w_up, b_gate, b_up, activation, up_activation, save, backend = inputs
+    g, u = output[1:] if save else (None, None)
+    ctx.save_for_backward(x, w_gate, w_up, b_gate, b_up, g, u)
     ctx.options = activation, up_activation, backend
     ctx.set_materialize_grads(False)  # or zeros would be made for the pre-activations, which have no gradient
 

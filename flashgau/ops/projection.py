@@ -94,7 +94,8 @@ def _(
     save: bool,
     backend: str,
 ) -> list[Tensor]:
-    return [x.new_empty(*x.shape[:-1], width) for _ in range(2 if silu and save else 1) for width in widths]
+    kept = [] if not (silu and save) else [sum(widths)] if backend == "triton" else widths
+    return [x.new_empty(*x.shape[:-1], width) for width in [*widths, *kept]]
 
 
 @autograd.operator("projection_backward")

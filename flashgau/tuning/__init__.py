@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from flashgau.kernels.common import Config
 from .tables import TABLES
 
 _FEW_ROWS = 16  # that fit one matrix instruction: a decoded token of a few heads
+_PRODUCT_SPEED = 0.8  # of a Triton product, as a part of the vendor's library's: an assumption until it is measured
 
 
 def choose(kernel: str, x: Tensor, width: int, rows: int | None = None, options: bool = False) -> Config:
@@ -21,8 +23,8 @@ def choose(kernel: str, x: Tensor, width: int, rows: int | None = None, options:
     Args:
         kernel: the launcher's name for it, such as "attention_dq".
         x: the call's first tensor.
-        width: the widest head, a power of two.
-        rows: rows of queries per key head, where the kernel distinguishes few of them from many.
+        width: the widest head, a power of two; 0 for a kernel without heads.
+        rows: rows of queries per key head, or of a product, where the kernel distinguishes few of them from many.
         options: whether the scores go through more than a scale and a mask, which takes registers and shared memory.
 
     Returns:
@@ -46,6 +48,19 @@ def lookup(arch: str, kernel: str, itemsize: int, width: int, rows: int | None =
     if place == len(by_width) - 1:
         wider = replace(wider, block_m=min(wider.block_m, 32), block_n=min(wider.block_n, 32))
     return replace(wider, num_stages=1)
+
+
+def fuses_glu_linear(x: Tensor, w_gate: Tensor) -> bool:
+    """Whether one kernel that makes both sides of a gated linear unit beats the vendor's products and the unit after.
+
+    No GPU has been measured; so a rule decides. The fused form spares three tensors on their way to memory and back,
+    which is worth 1 + 276 / K to a product over K (on a GPU that does 184 FLOP while a byte travels); and a Triton
+    product is taken to run at 4/5 of the vendor's speed, in half precision. In IEEE fp32 arithmetic is so slow that
+    there is nothing to spare. Up to 16 rows reading the weights is all the work, and one kernel reads them both.
+    """
+    k = w_gate.shape[1]
+    rows = math.prod(x.shape[:-1])
+    return rows <= _FEW_ROWS or (x.element_size() == 2 and _PRODUCT_SPEED * (1 + 276 / max(1, k)) >= 1)
 
 
 def architecture(device: torch.device) -> str:

@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -21,17 +21,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from flashgau.kernels import attention
 from flashgau.kernels.common import Config
 
 from . import lookup, table_for
+from .shipped import DTYPES, ENTRIES
 
 # Shared memory that one program may take, in bytes, by compute capability (CUDA programming guide).
 SHARED_BYTES = {75: 65_536, 80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448,
@@ -41,13 +40,9 @@ _AMD_SHARED_BYTES = 65_536  # LDS
 # What the matrix units' instructions are called in assembly: Hopper's HGMMA, Blackwell's UTC*MMA, all NVIDIA's HMMA.
 MATRIX_INSTRUCTIONS = r"\b(?:UTC\w*MMA|HGMMA|HMMA|v_mfma)"
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-WIDTHS = (64, 128, 256)
-_MASKS = {  # what is compiled in each dtype; fp16 and bf16 differ in the names of instructions only
-    "fp16": ("full", "causal"),
-    "bf16": ("full", "causal", "all options"),
-    "fp32": ("causal", "all options"),
-}
+# Loads and stores of 16 bytes and more.
+VECTOR_LOADS = r"\b(?:LDG\.E\.(?:ENL2\.)?(?:128|256)|(?:global|buffer)_load_dwordx4)"
+VECTOR_STORES = r"\b(?:STG\.E\.(?:ENL2\.)?(?:128|256)|(?:global|buffer)_store_dwordx4)"
 
 
 def target_of(name: str) -> GPUTarget:
@@ -79,11 +74,13 @@ class Compiled:
     spills: int  # instructions that move registers to memory and back
     shared_bytes: int
     matrix: frozenset[str]  # its matrix instructions
+    vectors: bool  # whether it loads and stores 16 bytes at a time
 
-    def problem(self, wanted: str | None, *, spills: bool = True) -> str | None:
+    def problem(self, wanted: str | None, *, spills: bool = True, vectors: bool = False) -> str | None:
         """Why it should not be shipped, if it should not.
 
-        `wanted` is the start of a matrix instruction that it must have; `spills`, whether registers must suffice.
+        `wanted` is the start of a matrix instruction that it must have; `spills`, whether registers must suffice;
+        `vectors`, whether its loads and stores must be of 16 bytes.
         """
         limit = shared_bytes_of(self.target)
         if self.shared_bytes > limit:
@@ -92,6 +89,8 @@ class Compiled:
             return f"{self.spills} spill instructions"
         if wanted is not None and not any(name.startswith(wanted) for name in self.matrix):
             return f"no matrix instruction {wanted}"
+        if vectors and not self.vectors:
+            return "no loads or stores of 16 bytes"
         return None
 
 
@@ -149,7 +148,8 @@ def compiling_for(target: str, only: str | None = None) -> Iterator[list[Compile
 def _inspect(name: str, target: str, kernel: Any) -> Compiled:
     assembly, registers, spills = _nvidia(kernel) if "cubin" in kernel.asm else _amd(kernel)
     matrix = frozenset(re.findall(MATRIX_INSTRUCTIONS, assembly))
-    return Compiled(name, target, registers, spills, kernel.metadata.shared, matrix)
+    vectors = bool(re.search(VECTOR_LOADS, assembly) and re.search(VECTOR_STORES, assembly))
+    return Compiled(name, target, registers, spills, kernel.metadata.shared, matrix, vectors)
 
 
 def _nvidia(kernel: Any) -> tuple[str, int, int]:
@@ -204,7 +204,7 @@ class Job:
     entry: str  # of the tables
     dtype: str
     width: int
-    masks: str  # "full", "causal", or "all options"
+    kind: str  # of the entry's
 
 
 def jobs(targets: list[str]) -> list[Job]:
@@ -216,12 +216,12 @@ def jobs(targets: list[str]) -> list[Job]:
     for target in targets:
         target_of(target)
     return [
-        Job(target, entry, dtype, width, masks)
+        Job(target, name, dtype, width, kind)
         for target in targets
-        for entry in _CALLS
-        for width in WIDTHS
-        for dtype, kinds in _MASKS.items()
-        for masks in kinds
+        for name, entry in ENTRIES.items()
+        for width in entry.widths
+        for dtype, kinds in entry.kinds.items()
+        for kind in kinds
     ]
 
 
@@ -233,25 +233,36 @@ def table_of(target: str) -> str:
 
 def compile_one(job: Job) -> Row:
     """Compile one kernel; what goes wrong is the row's reason."""
-    call, kernel = _CALLS[job.entry]
-    row = _row(job)
+    entry, row, dtype = ENTRIES[job.entry], _row(job), DTYPES[job.dtype]
+
+    def choose(kernel: str, x: Tensor, width: int, rows: int | None = None, options: bool = False) -> Config:
+        config = lookup(table_of(job.target), kernel, x.element_size(), width, rows, options)
+        if job.entry.removesuffix("_few_rows") == kernel:
+            row.keywords["configuration"] = asdict(config)
+        return config
+
     try:
-        with compiling_for(job.target, only=kernel) as found:
-            call(job, DTYPES[job.dtype], partial(_chosen, table_of(job.target)))
+        with compiling_for(job.target, only=entry.kernel) as found:
+            entry.call(job.kind, job.width, dtype, choose)
     except Exception as error:  # a compiler fails in its own ways, each of which is a row that is not ok
         return row(reason=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-    (needs,) = found
-    reason = needs.problem(_wanted(job), spills=job.dtype != "fp32" and job.masks != "all options")
-    return row(needs.registers, needs.spills, needs.shared_bytes, bool(needs.matrix), reason is None, reason)
+    needs = max(found, key=lambda c: (c.spills, c.shared_bytes, c.registers))  # where a kernel serves two purposes
+    may_spill = job.dtype == "fp32" or job.kind == "all options"
+    reason = needs.problem(_wanted(job), spills=not may_spill, vectors=entry.vectors)
+    return row(
+        registers=needs.registers, spills=needs.spills, shared_bytes=needs.shared_bytes,
+        tensor_core=bool(needs.matrix), ok=reason is None, reason=reason,
+    )  # fmt: skip
 
 
 def _wanted(job: Job) -> str | None:
     """How a matrix instruction begins that a kernel must have; "" for any."""
-    if job.dtype == "fp32":
-        return None  # IEEE products
-    if job.entry in ("attention_forward", "attention_dq", "attention_dkv") and job.masks != "all options":
-        return {"sm_90": "HGMMA", "sm_100": "UTC"}.get(table_of(job.target), "")
-    return ""  # too few rows for the instructions of 64
+    matrix = ENTRIES[job.entry].matrix
+    if matrix is None or job.dtype == "fp32":  # IEEE products
+        return None
+    if job.kind == "all options" or job.dtype not in ENTRIES[job.entry].large:
+        return ""
+    return matrix.get(table_of(job.target), "")
 
 
 def compile_all(work: list[Job], processes: int | None = None) -> Iterator[Row]:
@@ -283,45 +294,13 @@ def _in_processes(work: list[Job], processes: int) -> Iterator[tuple[Row, Job]]:
             pool.shutdown(cancel_futures=True)
 
 
-def _row(job: Job) -> Callable[..., Row]:
+def _row(job: Job) -> partial[Row]:
     """The row of a job, without its results."""
-    kernel, options = _CALLS[job.entry][1], job.masks == "all options"
-    entry = job.entry.removesuffix("_few_rows")
-    few = entry != job.entry
-    config = lookup(table_of(job.target), entry, DTYPES[job.dtype].itemsize, job.width, 1 if few else None, options)
-    shape = ", ".join([f"D={job.width}", *(["few rows"] if few else []), job.masks])
-    return partial(Row, entry.split("_")[0], kernel, job.dtype, shape, asdict(config), job.target)
-
-
-def _chosen(arch: str, kernel: str, x: Tensor, width: int, rows: int | None = None, options: bool = False) -> Config:
-    return lookup(arch, kernel, x.element_size(), width, rows, options)
-
-
-def _attention(
-    backward: bool, queries: int, biased: bool, job: Job, dtype: torch.dtype, choose: Callable[..., Config]
-) -> None:
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    length, fp32 = 16384, torch.float32
-    options: dict[str, Any] = {"scale": 0.1, "window": (None, None if job.masks == "full" else 0), "choose": choose}
-    if job.masks == "all options":
-        options |= {"window": (64, 64), "softcap": 5.0, "dropout_p": 0.1, "sinks": empty(8, dtype=fp32)}
-        options |= {"dropout_seed": empty(1, dtype=torch.int64), "lengths": empty(1, dtype=torch.int32)}
-    if biased or job.masks == "all options":
-        options["rel_bias"] = empty(1, 8, 2 * length - 1, dtype=fp32)
-    q, k = empty(1, 8, queries, job.width), empty(1, 8, length, job.width)
-    if backward:
-        attention.attention_backward(q, None, q, k, k, q, empty(1, 8, queries, dtype=fp32), **options)
-    else:
-        attention.attention_forward(q, k, k, **options)
-
-
-# What to call, and the kernel that matters there.
-_CALLS: dict[str, tuple[Callable[..., None], str]] = {
-    "attention_forward": (partial(_attention, False, 16384, False), "forward_kernel"),
-    "attention_forward_few_rows": (partial(_attention, False, 1, False), "forward_kernel"),
-    "attention_dq": (partial(_attention, True, 16384, False), "dq_kernel"),
-    "attention_dkv": (partial(_attention, True, 16384, False), "dkv_kernel"),
-    "attention_dbias": (partial(_attention, True, 16384, True), "dbias_kernel"),
-}
+    name = job.entry.removesuffix("_few_rows")
+    few = name != job.entry
+    shape = ", ".join([*([f"D={job.width}"] if job.width else []), *(["few rows"] if few else []), job.kind])
+    ops = {"attention": "attention", "glu_linear": "glu_linear", "glu": "glu", "gau": "gau_attention",
+           "projection": "projection", "heads": "heads"}  # fmt: skip
+    op = next(op for prefix, op in ops.items() if name.startswith(prefix))
+    kernel = ENTRIES[job.entry].kernel
+    return partial(Row, op=op, kernel=kernel, dtype=job.dtype, shape=shape, configuration={}, target=job.target)

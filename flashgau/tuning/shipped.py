@@ -1,0 +1,168 @@
+"""What `flashgau compile` compiles: for each entry of the tables, calls that start the kernel it configures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashgau.kernels import attention, gau, glu, projection
+from flashgau.kernels.common import Config
+
+Choose = Callable[..., Config]
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_LENGTH = 16384
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A kernel, and the calls of its launcher that are compiled.
+
+    Attributes:
+        kernel: the jitted function's name.
+        call: of the launcher, on tensors without storage: (kind, width, dtype, choose).
+        kinds: what is compiled in each dtype. fp16 and bf16 differ in the names of instructions only.
+        widths: of the heads; 0 alone for a kernel without.
+        matrix: the start of the matrix instruction it must have in half precision, by table; None if it multiplies no
+            matrices, and "" for any. Kinds named "all options" may have any, and may spill.
+        vectors: whether its loads and stores must be of 16 bytes.
+        large: the dtypes in which it must have that very instruction; in the other, any.
+    """
+
+    kernel: str
+    call: Callable[[str, int, torch.dtype, Choose], None]
+    kinds: Mapping[str, tuple[str, ...]]
+    widths: tuple[int, ...] = (0,)
+    matrix: dict[str, str] | None = None
+    vectors: bool = False
+    large: tuple[str, ...] = ("fp16", "bf16")
+
+
+# Blocks of 64 rows and more are multiplied by whole groups of warps; where rows are few by any instruction there is.
+_LARGE = {"sm_90": "HGMMA", "sm_100": "UTC"}
+_ANY: dict[str, str] = {}
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _attention(
+    backward: bool, queries: int, biased: bool, kind: str, width: int, dtype: torch.dtype, choose: Choose
+) -> None:
+    fp32 = torch.float32
+    options: dict[str, Any] = {"scale": 0.1, "window": (None, None if kind == "full" else 0), "choose": choose}
+    if kind == "all options":
+        options |= {"window": (64, 64), "softcap": 5.0, "dropout_p": 0.1, "sinks": _empty(8, dtype=fp32)}
+        options |= {"dropout_seed": _empty(1, dtype=torch.int64), "lengths": _empty(1, dtype=torch.int32)}
+    if biased or kind == "all options":
+        options["rel_bias"] = _empty(1, 8, 2 * _LENGTH - 1, dtype=fp32)
+    q, k = _empty(1, 8, queries, width, dtype=dtype), _empty(1, 8, _LENGTH, width, dtype=dtype)
+    if backward:
+        attention.attention_backward(q, None, q, k, k, q, _empty(1, 8, queries, dtype=fp32), **options)
+    else:
+        attention.attention_forward(q, k, k, **options)
+
+
+def _glu(backward: bool, kind: str, width: int, dtype: torch.dtype, choose: Choose) -> None:
+    variant, layout = kind.split()
+    activation = {"swiglu": "silu", "geglu": "gelu"}[variant]
+    options: dict[str, Any] = {"activation": activation, "up_activation": "identity", "choose": choose}
+    gate = _empty(_LENGTH, 2 * 4096 if layout == "packed" else 4096, dtype=dtype)
+    up, dout = (None if layout == "packed" else gate), _empty(_LENGTH, 4096, dtype=dtype)
+    if backward:
+        glu.glu_backward(dout, gate, up, **options)
+    else:
+        glu.glu_forward(gate, up, **options)
+
+
+def _glu_linear(rows: int, kind: str, width: int, dtype: torch.dtype, choose: Choose) -> None:
+    x, w, out = (_empty(*shape, dtype=dtype) for shape in ((rows, 1024), (4096, 1024), (rows, 4096)))
+    bias = _empty(4096, dtype=dtype)
+    options: dict[str, Any] = {"activation": "gelu", "up_activation": "identity", "choose": choose}
+    if kind == "backward":
+        glu.glu_linear_backward(out, x, w, w, bias, bias, None, None, **options)
+    else:
+        glu.glu_linear_forward(x, w, w, bias, bias, save=kind == "training", **options)
+
+
+def _gau(backward: bool, rows: int, e: int, kind: str, width: int, dtype: torch.dtype, choose: Choose) -> None:
+    score, mask, *rest = kind.split()
+    q, k, v, out = (_empty(1, *shape, dtype=dtype) for shape in ((rows, width), (2048, width), (2048, e), (rows, e)))
+    bias = _empty(1, 4095, dtype=torch.float32) if rest else None
+    options: dict[str, Any] = {"score": score, "normalizer": "keys", "causal": mask == "causal", "rel_bias": bias}
+    if backward:
+        gau.gau_attention_backward(out, q, k, v, out, out, **options, choose=choose)
+    else:
+        gau.gau_attention_forward(q, k, v, out, **options, save=True, choose=choose)
+
+
+def _projection(kind: str, width: int, dtype: torch.dtype, choose: Choose) -> None:
+    parts = [_empty(_LENGTH, n, dtype=dtype) for n in (2048, 2048, 128)]
+    x, weight, saved = (_empty(*shape, dtype=dtype) for shape in ((_LENGTH, 1024), (4224, 1024), (_LENGTH, 4224)))
+    projection.projection_backward(parts, x, weight, [saved], silu=True, choose=choose)
+
+
+def _heads(kind: str, width: int, dtype: torch.dtype, choose: Choose) -> None:
+    z, gamma = _empty(8, 2048, 128, dtype=dtype), _empty(4, 128, dtype=torch.float32)
+    cos = _empty(1, 2048, 64, dtype=torch.float32)
+    projection.heads_backward([z] * 4, z, gamma, cos, cos, interleaved=False, choose=choose)
+
+
+_ATTENTION: dict[str, Any] = {
+    "kinds": {"fp16": ("full", "causal"), "bf16": ("full", "causal", "all options"), "fp32": ("causal", "all options")},
+    "widths": (64, 128, 256),
+}
+_GLU: dict[str, Any] = {
+    "kinds": {"fp16": ("geglu packed",), "bf16": ("swiglu separate", "geglu packed"), "fp32": ("geglu packed",)},
+    "vectors": True,
+}
+_PRODUCT: dict[str, Any] = {
+    "kinds": {"fp16": ("training",), "bf16": ("inference", "training"), "fp32": ("training",)},
+}
+_LAYER: dict[str, tuple[str, ...]] = {dtype: ("backward",) for dtype in DTYPES}
+_GAU: dict[str, Any] = {
+    "kinds": {"fp16": ("relu2 causal",), "bf16": ("relu2 causal", "laplace full bias"), "fp32": ("relu2 causal",)},
+    "widths": (64, 128, 256),
+    "large": ("bf16",),  # weights beside fp16 are fp32
+}
+_SOFTMAX = {"fp16": ("softmax causal",), "bf16": ("softmax causal",), "fp32": ("softmax causal",)}
+_RECOMPUTING = {"fp16": ("backward",), "bf16": ("backward",), "fp32": ("backward",)}
+
+ENTRIES: dict[str, Entry] = {
+    "attention_forward": Entry(
+        "forward_kernel", partial(_attention, False, _LENGTH, False), matrix=_LARGE, **_ATTENTION
+    ),
+    "attention_forward_few_rows": Entry(
+        "forward_kernel", partial(_attention, False, 1, False), matrix=_ANY, **_ATTENTION
+    ),
+    "attention_dq": Entry("dq_kernel", partial(_attention, True, _LENGTH, False), matrix=_LARGE, **_ATTENTION),
+    "attention_dkv": Entry("dkv_kernel", partial(_attention, True, _LENGTH, False), matrix=_LARGE, **_ATTENTION),
+    "attention_dbias": Entry("dbias_kernel", partial(_attention, True, _LENGTH, True), matrix=_ANY, **_ATTENTION),
+    "glu_forward": Entry("glu_kernel", partial(_glu, False), **_GLU),
+    "glu_backward": Entry("glu_backward_kernel", partial(_glu, True), **_GLU),
+    "glu_linear": Entry("linear_kernel", partial(_glu_linear, _LENGTH), matrix=_LARGE, **_PRODUCT),
+    "glu_linear_few_rows": Entry("linear_kernel", partial(_glu_linear, 1), matrix=_ANY, **_PRODUCT),
+    "glu_linear_backward": Entry(
+        "linear_backward_kernel", partial(_glu_linear, _LENGTH), _RECOMPUTING, matrix=_LARGE
+    ),
+    "glu_linear_backward_few_rows": Entry(
+        "linear_backward_kernel", partial(_glu_linear, 1), _RECOMPUTING, matrix=_ANY
+    ),
+    "projection": Entry("silu_backward_kernel", _projection, _LAYER, vectors=True),
+    "heads": Entry("heads_backward_kernel", _heads, _LAYER),
+    "gau_lse": Entry("lse_kernel", partial(_gau, False, 2048, 1024), _SOFTMAX, (64, 128, 256), matrix=_LARGE),
+    "gau_weights": Entry("weights_kernel", partial(_gau, False, 2048, 1024), matrix=_LARGE, **_GAU),
+    "gau_weights_few_rows": Entry("weights_kernel", partial(_gau, False, 1, 1024), matrix=_ANY, **_GAU),
+    "gau_product": Entry("product_kernel", partial(_gau, False, 2048, 1024), matrix=_LARGE, **_GAU),
+    "gau_product_few_rows": Entry("product_kernel", partial(_gau, False, 1, 1024), matrix=_ANY, **_GAU),
+    "gau_fused": Entry("product_kernel", partial(_gau, False, 2048, 512), matrix=_LARGE, **_GAU),
+    "gau_prologue": Entry("prologue_kernel", lambda kind, _, *rest: _gau(True, 2048, 1024, kind, 64, *rest), _SOFTMAX),
+    "gau_gradient": Entry("gradient_kernel", partial(_gau, True, 2048, 1024), matrix=_LARGE, **_GAU),
+    "gau_dv": Entry("columns_kernel", partial(_gau, True, 2048, 1024), matrix=_ANY, **_GAU),
+    "gau_dq": Entry("dq_kernel", partial(_gau, True, 2048, 1024), matrix=_ANY, **_GAU),
+}  # fmt: skip

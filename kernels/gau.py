@@ -1,0 +1,732 @@
+"""Quadratic gated attention (Hua et al. 2022): O = gate * (A V), A an elementwise score or a softmax of q k^T.
+
+One head, and values thousands of columns wide. So no program can hold a row of the result, and what a program does for
+a block of scores must serve many columns. Two regimes:
+
+    fused      (narrow values) a program makes A for its rows and multiplies a tile of columns of V with it
+    panels     (wide values) A of some rows against all keys goes to a panel that stays in the cache; then the same
+               product, with the gate as its epilogue, reads A from there
+
+The backward has panels only, of keys. A score's slope is a function of the score, so no statistics of the forward are
+needed but the LSE of a softmax, which is computed again:
+
+    prologue   dX = gate * dO, dGate = X * dO, for a softmax delta = rowsum(dX * X)
+    gradient   for a panel of keys A^T and dS^T: dA = dX V^T, dS = dA * score'(S), or A (dA - delta)
+    columns    dV = A^T dX and dK = dS^T (scale Q), which are complete with the panel
+    dq, dbias  scale dS K and the diagonal sums of dS, added to what the panels before made of them
+
+Panels follow each other on one stream and each sum has one writer, so that results are bitwise repeatable.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    LOG2_E,
+    VARYING,
+    Choose,
+    Config,
+    Heads,
+    Sequences,
+    blocks_of,
+    bounds,
+    heads,
+    is_visible,
+    keys_seen,
+    load_rows,
+    matmul_precision,
+    on_its_device,
+    place,
+    row_pointers,
+    rows_seeing,
+    sequences_of,
+    toeplitz,
+)
+
+_PANEL_BYTES = 2**25  # of a panel: an H200's cache holds 50 MiB
+_FUSED_WIDTH = 512  # of the values, up to which scores are cheaper made again for each tile than written and read
+
+
+class Rule(NamedTuple):
+    """How a product q k becomes a score. What is None is compiled away."""
+
+    left: Any  # None: every key before
+    right: Any  # 0 for a causal mask, else None
+    number: float  # 1 / n of a given normaliser, or 1 / sqrt(S) of a softmax
+    bias: Any  # pointer to (B, 2 reach + 1)
+    bias_batch: int
+    reach: int
+
+
+# ---------------------------------------------------------------- scores
+
+
+@triton.jit
+def scales(rule, o_position, n, SCALING: tl.constexpr):
+    """What a row's q k^T is multiplied with: 1 / n by the rule of the normaliser, or a softmax's factor."""
+    b_scale = tl.zeros(o_position.shape, tl.float32) + rule.number
+    visible = n + 0 * o_position
+    if rule.right is not None:
+        visible = tl.maximum(o_position + 1, 0)
+    if SCALING == "keys":
+        b_scale = 1.0 / tl.maximum(n + 0 * o_position, 1).to(tl.float32)
+    elif SCALING == "row":
+        b_scale = 1.0 / tl.maximum(visible, 1).to(tl.float32)
+    elif SCALING == "log":  # to the base 512
+        b_scale *= tl.log(tl.maximum(visible, 16).to(tl.float32)) * 0.16029944898766260
+    else:
+        tl.static_assert(SCALING == "number")
+    return b_scale
+
+
+@triton.jit
+def scores(b_qk, b_scale, rule, p_bias, o_position, o_key, n, MASKED: tl.constexpr):
+    """S of a block; -inf where the key is hidden. Scale, positions and keys broadcast against the block."""
+    b_s = b_qk * b_scale
+    if rule.bias is not None:
+        # Rows past the end stand at positions from n on; the bias there may be anything.
+        b_s += toeplitz(p_bias, o_key - o_position, rule.reach, (o_key < n) & (o_position < n))
+    if MASKED:
+        b_s = tl.where(is_visible(rule, o_position, o_key, n), b_s, -float("inf"))
+    return b_s
+
+
+@triton.jit
+def bias_pointer(rule, row):
+    """Where the bias of a key at the query's own position stands."""
+    p_bias = 0
+    if rule.bias is not None:
+        p_bias = rule.bias + tl.cast(row, tl.int64) * rule.bias_batch + rule.reach
+    return p_bias
+
+
+@triton.jit
+def weights(b_s, b_lse, SCORE: tl.constexpr):
+    """A of a block of scores: relu(S)^2, the Laplace function of [MEGA] section 3.5, or exp(S - LSE)."""
+    if SCORE == "relu2":
+        b_r = tl.maximum(b_s, 0.0)
+        b_a = b_r * b_r
+    elif SCORE == "laplace":
+        # mu = sqrt(1 / 2), sigma = sqrt(1 / (4 pi)): (S - mu) / (sigma sqrt 2)
+        b_a = 0.5 + 0.5 * tl.erf((b_s - 0.7071067811865476) * 2.5066282746310002)
+    else:
+        tl.static_assert(SCORE == "softmax")
+        b_a = tl.exp2((b_s - tl.where(b_lse == -float("inf"), float("inf"), b_lse)) * LOG2_E)
+    return b_a
+
+
+@triton.jit
+def score_gradient(b_da, b_s, b_a, b_delta, SCORE: tl.constexpr):
+    """dS from dA: times the slope of the score, or A (dA - delta)."""
+    if SCORE == "relu2":
+        b_ds = b_da * 2 * tl.maximum(b_s, 0.0)
+    elif SCORE == "laplace":  # its slope is the normal density of mean mu and deviation sigma
+        b_z = b_s - 0.7071067811865476
+        b_ds = b_da * 1.4142135623730951 * tl.exp(-6.283185307179586 * b_z * b_z)
+    else:
+        tl.static_assert(SCORE == "softmax")
+        b_ds = b_a * (b_da - b_delta)
+    return b_ds
+
+
+@triton.jit
+def factors(b_a, b_x):
+    """Weights, or their gradients, and what they multiply, in one type.
+
+    Beside fp16 they stay fp32, and are multiplied as tf32: (q k / n)^2 leaves fp16's range, above and mostly below.
+    """
+    if b_x.dtype == tl.float16:
+        b_a, b_x = b_a.to(tl.float32), b_x.to(tl.float32)
+    else:
+        b_a = b_a.to(b_x.dtype)
+    return b_a, b_x
+
+
+# ---------------------------------------------------------------- blocks
+
+
+@triton.jit
+def load_tile(x, p_rows, m_rows, o_column, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Some columns of rows of x; zeros where there is no row or no column."""
+    p_x = p_rows[:, None] + tl.cast(o_column, tl.int64)[None, :] * x.column
+    mask = m_rows[:, None]
+    if WIDTH % BLOCK != 0:
+        mask = mask & (o_column < WIDTH)[None, :]
+    return tl.load(p_x, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(x, p_rows, m_rows, o_column, block, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Write some columns of rows of x."""
+    p_x = p_rows[:, None] + tl.cast(o_column, tl.int64)[None, :] * x.column
+    mask = m_rows[:, None]
+    if WIDTH % BLOCK != 0:
+        mask = mask & (o_column < WIDTH)[None, :]
+    tl.store(p_x, block.to(x.pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def panel_pointers(panel, i_slot, width, o_column, BLOCK: tl.constexpr):
+    """A block of rows of a panel (slots, BLOCK, width), and some of its columns."""
+    o_row = tl.cast(i_slot, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return panel + o_row[:, None] * width + o_column[None, :]
+
+
+@triton.jit
+def weights_block(
+    b_q, b_scale, b_lse, k, p_k, rule, p_bias, o_position, o_key, n,
+    SCORE: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """A of a block of rows against a block of keys."""
+    b_k = load_rows(k, p_k + tl.cast(o_key, tl.int64) * k.token, o_key < n, S, BS, not MASKED)
+    b_qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
+    b_s = scores(b_qk, b_scale[:, None], rule, p_bias, o_position[:, None], o_key[None, :], n, MASKED)
+    return weights(b_s, b_lse[:, None], SCORE)
+
+
+@triton.jit
+def load_lse(lse, row, longest_m, o_token, m_row, SCORE: tl.constexpr):
+    """The LSE of rows, which only a softmax has. A row that is not there has -inf, and then weights of 0."""
+    b_lse = tl.zeros(o_token.shape, tl.float32)
+    if SCORE == "softmax":
+        b_lse = tl.load(lse + tl.cast(row, tl.int64) * longest_m + o_token, mask=m_row, other=-float("inf"))
+    return b_lse
+
+
+# ---------------------------------------------------------------- forward
+
+
+@triton.jit(do_not_specialize=VARYING)
+def lse_kernel(
+    q, k, lse, lengths, queries, keys, n_sequences, longest_m, longest_n,
+    number, right, bias, bias_batch, reach, n_blocks,
+    SCALING: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """LSE of a block of rows; -inf for a row that sees nothing."""
+    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
+    rule = Rule(None, right, number, bias, bias_batch, reach)
+    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.queries, 1, BM)
+    row, first_m, m, first_n, n = bounds(sequences, i_seq)
+    o_query = i_block * BM + tl.arange(0, BM)
+    o_position, m_row = o_query + n - m, o_query < m
+    b_q = load_rows(q, row_pointers(q, row, 0, first_m + o_query), m_row, S, BS, False)
+    b_scale, p_bias = scales(rule, o_position, n, SCALING), bias_pointer(rule, row)
+    p_k = row_pointers(k, row, 0, first_n)
+    last = tl.minimum(i_block * BM + BM, m) - 1
+    _, _, full_stop, stop = keys_seen(rule, i_block * BM + n - m, last + n - m, n, BN)
+    b_highest = tl.full([BM], -float("inf"), tl.float32)
+    b_total = tl.zeros([BM], tl.float32)
+    for phase in tl.static_range(2):  # whole blocks, the border
+        for j in range(0 if phase == 0 else full_stop, full_stop if phase == 0 else stop, BN):
+            o_key = j + tl.arange(0, BN)
+            b_k = load_rows(k, p_k + tl.cast(o_key, tl.int64) * k.token, o_key < n, S, BS, phase == 0)
+            b_qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
+            b_s = scores(b_qk, b_scale[:, None], rule, p_bias, o_position[:, None], o_key[None, :], n, phase != 0)
+            b_new = tl.maximum(b_highest, tl.max(b_s, 1))
+            b_pivot = tl.where(b_new == -float("inf"), 0.0, b_new)
+            b_p = tl.exp2((b_s - b_pivot[:, None]) * LOG2_E)
+            b_total = b_total * tl.exp2((b_highest - b_pivot) * LOG2_E) + tl.sum(b_p, 1)
+            b_highest = b_new
+    b_lse = tl.where(b_total == 0, -float("inf"), b_highest + tl.log(b_total))
+    tl.store(lse + tl.cast(row, tl.int64) * longest_m + first_m + o_query, b_lse, mask=m_row)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def weights_kernel(
+    q, k, lse, panel, lengths, queries, keys, n_sequences, longest_m, longest_n,
+    number, right, bias, bias_batch, reach, n_blocks, first_block, n_across, panel_width,
+    SCORE: tl.constexpr, SCALING: tl.constexpr, S: tl.constexpr, BS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of a panel (blocks of rows, BM, keys): A, as far as any row of the block sees a key."""
+    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
+    rule = Rule(None, right, number, bias, bias_batch, reach)
+    i_slot = tl.program_id(0) // n_across
+    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.queries, 1, BM)
+    row, first_m, m, first_n, n = bounds(sequences, i_seq)
+    last = tl.minimum(i_block * BM + BM, m) - 1
+    _, _, _, stop = keys_seen(rule, i_block * BM + n - m, last + n - m, n, BN)
+    o_key = tl.program_id(0) % n_across * BN + tl.arange(0, BN)
+    if tl.program_id(0) % n_across * BN >= stop:
+        return
+    o_query = i_block * BM + tl.arange(0, BM)
+    o_position, m_row = o_query + n - m, o_query < m
+    b_q = load_rows(q, row_pointers(q, row, 0, first_m + o_query), m_row, S, BS, False)
+    b_lse = load_lse(lse, row, longest_m, first_m + o_query, m_row, SCORE)
+    b_scale, p_bias = scales(rule, o_position, n, SCALING), bias_pointer(rule, row)
+    b_a = weights_block(
+        b_q, b_scale, b_lse, k, row_pointers(k, row, 0, first_n), rule, p_bias, o_position, o_key, n,
+        SCORE, S, BS, PRECISION, True,
+    )  # fmt: skip
+    tl.store(panel_pointers(panel, i_slot, panel_width, o_key, BM), b_a.to(panel.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=VARYING)
+def product_kernel(
+    q, k, v, gate, lse, panel, product, out, lengths, queries, keys, n_sequences, longest_m, longest_n,
+    number, right, bias, bias_batch, reach, n_blocks, first_block, panel_width,
+    SCORE: tl.constexpr, SCALING: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, FACTORS: tl.constexpr,
+):  # fmt: skip
+    """X = A V and gate * X of a block of rows and a tile of columns; without a panel to read A from it is made here."""
+    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
+    rule = Rule(None, right, number, bias, bias_batch, reach)
+    n_tiles = tl.cdiv(E, BE)
+    i_slot = tl.program_id(0) // n_tiles
+    o_column = tl.program_id(0) % n_tiles * BE + tl.arange(0, BE)
+    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.queries, 1, BM)
+    row, first_m, m, first_n, n = bounds(sequences, i_seq)
+    stored = m if sequences.queries is not None else sequences.longest_m  # padding is written too, with zeros
+    if i_block * BM >= stored:
+        return
+    o_query = i_block * BM + tl.arange(0, BM)
+    o_position, m_row = o_query + n - m, o_query < m
+    last = tl.minimum(i_block * BM + BM, m) - 1
+    _, _, full_stop, stop = keys_seen(rule, i_block * BM + n - m, last + n - m, n, BN)
+    p_v = row_pointers(v, row, 0, first_n)
+    b_acc = tl.zeros([BM, BE], tl.float32)
+    if panel is not None:
+        for j in range(0, stop, BN):
+            o_key = j + tl.arange(0, BN)
+            b_a = tl.load(panel_pointers(panel, i_slot, panel_width, o_key, BM))
+            b_v = load_tile(v, p_v + tl.cast(o_key, tl.int64) * v.token, o_key < n, o_column, E, BE)
+            b_a, b_v = factors(b_a, b_v)
+            b_acc = tl.dot(b_a, b_v, b_acc, input_precision=FACTORS)
+    else:
+        b_q = load_rows(q, row_pointers(q, row, 0, first_m + o_query), m_row, S, BS, False)
+        b_lse = load_lse(lse, row, longest_m, first_m + o_query, m_row, SCORE)
+        b_scale, p_bias = scales(rule, o_position, n, SCALING), bias_pointer(rule, row)
+        p_k = row_pointers(k, row, 0, first_n)
+        for phase in tl.static_range(2):  # whole blocks, the border
+            for j in range(0 if phase == 0 else full_stop, full_stop if phase == 0 else stop, BN):
+                o_key = j + tl.arange(0, BN)
+                b_a = weights_block(
+                    b_q, b_scale, b_lse, k, p_k, rule, p_bias, o_position, o_key, n,
+                    SCORE, S, BS, PRECISION, phase != 0,
+                )  # fmt: skip
+                b_v = load_tile(v, p_v + tl.cast(o_key, tl.int64) * v.token, o_key < n, o_column, E, BE)
+                b_a, b_v = factors(b_a, b_v)
+                b_acc = tl.dot(b_a, b_v, b_acc, input_precision=FACTORS)
+    b_acc = tl.where(m_row[:, None], b_acc, 0.0)
+    m_stored = o_query < stored
+    if product is not None:
+        p_product = row_pointers(product, row, 0, first_m + o_query)
+        store_tile(product, p_product, m_stored, o_column, b_acc, E, BE)
+    if gate is not None:
+        b_acc *= load_tile(gate, row_pointers(gate, row, 0, first_m + o_query), m_row, o_column, E, BE).to(tl.float32)
+    store_tile(out, row_pointers(out, row, 0, first_m + o_query), m_stored, o_column, b_acc, E, BE)
+
+
+# ---------------------------------------------------------------- backward
+
+
+@triton.jit(do_not_specialize=VARYING)
+def prologue_kernel(
+    dout, gate, product, dx, dgate, delta, lengths, queries, keys, n_sequences, longest_m, longest_n, n_blocks,
+    E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """dX = gate * dO, dGate = X * dO and delta = rowsum(dX * X) of a block of rows, as far as they are wanted."""
+    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
+    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.queries, 1, BM)
+    row, first_m, m, _, _ = bounds(sequences, i_seq)
+    stored = m if sequences.queries is not None else sequences.longest_m
+    o_query = i_block * BM + tl.arange(0, BM)
+    m_row, m_stored = o_query < m, o_query < stored
+    b_delta = tl.zeros([BM], tl.float32)
+    for start in range(0, E, BE):
+        o_column = start + tl.arange(0, BE)
+        b_do = load_tile(dout, row_pointers(dout, row, 0, first_m + o_query), m_row, o_column, E, BE).to(tl.float32)
+        p_product = row_pointers(product, row, 0, first_m + o_query)
+        b_x = load_tile(product, p_product, m_row, o_column, E, BE).to(tl.float32)
+        b_dx = b_do
+        if gate is not None:
+            p_gate = row_pointers(gate, row, 0, first_m + o_query)
+            b_dx *= load_tile(gate, p_gate, m_row, o_column, E, BE).to(tl.float32)
+            store_tile(dx, row_pointers(dx, row, 0, first_m + o_query), m_stored, o_column, b_dx, E, BE)
+            p_dgate = row_pointers(dgate, row, 0, first_m + o_query)
+            store_tile(dgate, p_dgate, m_stored, o_column, b_do * b_x, E, BE)
+        b_delta += tl.sum(b_dx * b_x, 1)
+    if delta is not None:
+        tl.store(delta + tl.cast(row, tl.int64) * longest_m + first_m + o_query, b_delta, mask=m_row)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def gradient_kernel(
+    q, k, v, dx, lse, delta, panel, dpanel, lengths, queries, keys, n_sequences, longest_m, longest_n,
+    number, right, bias, bias_batch, reach, n_blocks, first_block, n_across, panel_width,
+    SCORE: tl.constexpr, SCALING: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of both panels (blocks of keys, BN, queries): A^T, and dS^T from dA = dX V^T."""
+    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
+    rule = Rule(None, right, number, bias, bias_batch, reach)
+    i_slot = tl.program_id(0) // n_across
+    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.keys, 1, BN)
+    row, first_m, m, first_n, n = bounds(sequences, i_seq)
+    first_row = tl.program_id(0) % n_across * BM
+    start, _, _, stop = rows_seeing(rule, i_block * BN, tl.minimum(i_block * BN + BN, n) - 1, m, n, 1, BM)
+    if (first_row < start) | (first_row >= stop):
+        return
+    o_key, o_query = i_block * BN + tl.arange(0, BN), first_row + tl.arange(0, BM)
+    o_position, m_row, m_key = o_query + n - m, o_query < m, o_key < n
+    p_v, p_dx = row_pointers(v, row, 0, first_n + o_key), row_pointers(dx, row, 0, first_m + o_query)
+    b_da = tl.zeros([BN, BM], tl.float32)
+    for column in range(0, E, BE):
+        o_column = column + tl.arange(0, BE)
+        b_v = load_tile(v, p_v, m_key, o_column, E, BE)
+        b_dx = load_tile(dx, p_dx, m_row, o_column, E, BE)
+        b_da = tl.dot(b_v, b_dx.T, b_da, input_precision=PRECISION)
+    b_q = load_rows(q, row_pointers(q, row, 0, first_m + o_query), m_row, S, BS, False)
+    b_k = load_rows(k, row_pointers(k, row, 0, first_n + o_key), m_key, S, BS, False)
+    b_kq = tl.dot(b_k, b_q.T, input_precision=PRECISION)
+    b_scale, p_bias = scales(rule, o_position, n, SCALING), bias_pointer(rule, row)
+    b_s = scores(b_kq, b_scale[None, :], rule, p_bias, o_position[None, :], o_key[:, None], n, True)
+    b_lse = load_lse(lse, row, longest_m, first_m + o_query, m_row, SCORE)
+    b_delta = load_lse(delta, row, longest_m, first_m + o_query, m_row, SCORE)
+    b_a = weights(b_s, b_lse[None, :], SCORE)
+    b_ds = score_gradient(b_da, b_s, b_a, tl.where(m_row, b_delta, 0.0)[None, :], SCORE)
+    tl.store(panel_pointers(panel, i_slot, panel_width, o_query, BN), b_a.to(panel.dtype.element_ty))
+    tl.store(panel_pointers(dpanel, i_slot, panel_width, o_query, BN), b_ds.to(dpanel.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=VARYING)
+def columns_kernel(
+    panel, x, out, lengths, queries, keys, n_sequences, longest_m, longest_n,
+    number, right, n_blocks, first_block, panel_width,
+    SCALING: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    FACTORS: tl.constexpr,
+):  # fmt: skip
+    """dV = A^T dX, or with SCALING dK = dS^T (scale Q), of a block of keys of a panel and a tile of columns."""
+    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
+    rule = Rule(None, right, number, None, 0, 0)
+    n_tiles = tl.cdiv(E, BE)
+    i_slot = tl.program_id(0) // n_tiles
+    o_column = tl.program_id(0) % n_tiles * BE + tl.arange(0, BE)
+    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.keys, 1, BN)
+    row, first_m, m, first_n, n = bounds(sequences, i_seq)
+    stored = n if sequences.queries is not None else sequences.longest_n
+    if i_block * BN >= stored:
+        return
+    o_key = i_block * BN + tl.arange(0, BN)
+    start, _, _, stop = rows_seeing(rule, i_block * BN, tl.minimum(i_block * BN + BN, n) - 1, m, n, 1, BM)
+    p_x = row_pointers(x, row, 0, first_m)
+    b_acc = tl.zeros([BN, BE], tl.float32)
+    for r in range(start, stop, BM):
+        o_query = r + tl.arange(0, BM)
+        b_p = tl.load(panel_pointers(panel, i_slot, panel_width, o_query, BN))
+        b_x = load_tile(x, p_x + tl.cast(o_query, tl.int64) * x.token, o_query < m, o_column, E, BE)
+        if SCALING is not None:
+            b_p = b_p * scales(rule, o_query + n - m, n, SCALING)[None, :]
+        b_p, b_x = factors(b_p, b_x)
+        b_acc = tl.dot(b_p, b_x, b_acc, input_precision=FACTORS)
+    b_acc = tl.where((o_key < n)[:, None], b_acc, 0.0)
+    store_tile(out, row_pointers(out, row, 0, first_n + o_key), o_key < stored, o_column, b_acc, E, BE)
+
+
+@triton.jit
+def first_slot(sequences, i_seq, n_blocks, BLOCK: tl.constexpr):
+    """The number, among all blocks of keys, of a sequence's first one: the inverse of `place`."""
+    first = i_seq * n_blocks
+    if sequences.queries is not None:
+        first = tl.load(sequences.keys + i_seq).to(tl.int32) // BLOCK + i_seq
+    return first
+
+
+@triton.jit(do_not_specialize=VARYING)
+def dq_kernel(
+    dpanel, k, dq, lengths, queries, keys, n_sequences, longest_m, longest_n,
+    number, right, n_blocks, n_key_blocks, first_block, last_block, panel_width,
+    SCALING: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    FACTORS: tl.constexpr,
+):  # fmt: skip
+    """dQ += scale dS K of a block of rows, over the keys of a panel: its blocks first_block..last_block."""
+    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
+    rule = Rule(None, right, number, None, 0, 0)
+    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.queries, 1, BM)
+    row, first_m, m, first_n, n = bounds(sequences, i_seq)
+    last = tl.minimum(i_block * BM + BM, m) - 1
+    _, _, _, stop = keys_seen(rule, i_block * BM + n - m, last + n - m, n, BN)
+    first = first_slot(sequences, i_seq, n_key_blocks, BN)
+    low = tl.maximum(first_block - first, 0)
+    high = tl.minimum(last_block - first, tl.cdiv(stop, BN))
+    if low >= high:
+        return
+    o_query = i_block * BM + tl.arange(0, BM)
+    b_acc = tl.zeros([BM, BS], tl.float32)
+    for i in range(low, high):
+        o_key = i * BN + tl.arange(0, BN)
+        b_ds = tl.load(panel_pointers(dpanel, first + i - first_block, panel_width, o_query, BN))
+        b_k = load_rows(k, row_pointers(k, row, 0, first_n + o_key), o_key < n, S, BS, False)
+        b_ds, b_k = factors(b_ds, b_k)
+        b_acc = tl.dot(b_ds.T, b_k, b_acc, input_precision=FACTORS)
+    b_acc *= scales(rule, o_query + n - m, n, SCALING)[:, None]
+    o_column = tl.arange(0, BS)
+    p_dq = row_pointers(dq, row, 0, first_m + o_query)
+    b_acc += load_tile(dq, p_dq, o_query < m, o_column, S, BS)
+    store_tile(dq, p_dq, o_query < m, o_column, b_acc, S, BS)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def dbias_kernel(
+    dpanel, dbias, lengths, queries, keys, n_sequences, longest_m, longest_n,
+    right, reach, n_blocks, n_across, first_block, last_block, panel_width, BD: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """dBias += dS of a panel's keys, summed along a block of BD diagonals j - p."""
+    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
+    rule = Rule(None, right, 0.0, None, 0, 0)
+    i_batch = tl.program_id(0) // n_across
+    o_bias = tl.program_id(0) % n_across * BD + tl.arange(0, BD)
+    low = first_block
+    high = last_block
+    if sequences.queries is None:  # the blocks of this row of the batch
+        low = tl.maximum(first_block, i_batch * n_blocks)
+        high = tl.minimum(last_block, i_batch * n_blocks + n_blocks)
+    b_dbias = tl.zeros([BD], tl.float32)
+    for i in range(low, high):
+        i_block, _, i_seq = place(i, n_blocks, 1, sequences, sequences.keys, 1, BN)
+        _, _, m, _, n = bounds(sequences, i_seq)
+        o_key = (i_block * BN + tl.arange(0, BN))[:, None]
+        o_position = o_key - (o_bias - reach)[None, :]
+        o_query = o_position - (n - m)
+        mask = is_visible(rule, o_position, o_key, n) & (o_query >= 0) & (o_query < m)
+        o_row = tl.cast(i - first_block, tl.int64) * BN + tl.arange(0, BN)
+        b_ds = tl.load(dpanel + o_row[:, None] * panel_width + o_query, mask=mask, other=0.0)
+        b_dbias += tl.sum(b_ds.to(tl.float32), 0)
+    width = 2 * reach + 1
+    p_dbias = dbias + tl.cast(i_batch, tl.int64) * width + o_bias
+    tl.store(p_dbias, b_dbias + tl.load(p_dbias, mask=o_bias < width, other=0.0), mask=o_bias < width)
+
+
+# ---------------------------------------------------------------- launchers
+
+
+class _Call(NamedTuple):
+    """What all kernels of one call share."""
+
+    sequences: Sequences
+    rule: tuple[Any, ...]  # number, right, bias, bias_batch, reach
+    score: str  # of `weights`
+    scaling: str  # of `scales`
+    rows: int  # of the batch that have blocks of their own: 1 when packed
+    width: int  # S as a block
+    precision: str  # of products of inputs
+    factors: str  # of products of weights, see `factors`
+    weights: Tensor  # an empty tensor of their type
+
+
+@on_its_device
+def gau_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    *,
+    score: str,
+    normalizer: str | float,
+    causal: bool,
+    rel_bias: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    save: bool = False,
+    choose: Choose,
+) -> tuple[Tensor, Tensor | None]:
+    """The output (B, M, E) and, when the backward will want it (`save` and a gate), the ungated product A v."""
+    b, m, s = q.shape
+    n, e = k.shape[1], v.shape[2]
+    out = q.new_empty(b, m, e)
+    product = q.new_empty(b, m, e) if save and gate is not None else None
+    if out.numel() == 0 or n == 0:
+        return out.zero_(), product if product is None else product.zero_()
+    call = _call(q, k, score, normalizer, causal, rel_bias, lengths, cu_seqlens)
+    lse = _lse(call, q, k, choose)
+    panels = e > _FUSED_WIDTH or m <= 16
+    config = choose("gau_product" if panels else "gau_fused", call.weights, call.width, rows=m)
+    n_blocks = blocks_of(call.sequences, m, 1, config.block_m)
+    total = n_blocks * call.rows
+    n_tiles = triton.cdiv(e, config.block_n)
+    shared = {"SCORE": call.score, "SCALING": call.scaling, "S": s, "BS": call.width, "PRECISION": call.precision}
+    blocks = {"BM": config.block_m, "BN": config.block_k}
+
+    def multiply(first: int, count: int, panel: Tensor | None, panel_width: int) -> None:
+        product_kernel[(count * n_tiles,)](
+            _rows(q), _rows(k), _rows(v), _rows(gate), lse, panel, _rows(product), _rows(out), *call.sequences,
+            *call.rule, n_blocks, first, panel_width, E=e, BE=config.block_n, FACTORS=call.factors, **shared, **blocks,
+            **config.launch(),
+        )  # fmt: skip
+
+    if not panels:
+        multiply(0, total, None, 0)
+        return out, product
+    n_across = triton.cdiv(n, config.block_k)
+    panel_width = n_across * config.block_k
+    making = choose("gau_weights", call.weights, call.width, rows=m)
+    panel, step = _panel(call.weights, config.block_m * panel_width, total)
+    for first in range(0, total, step):
+        count = min(step, total - first)
+        weights_kernel[(count * n_across,)](
+            _rows(q), _rows(k), lse, panel, *call.sequences, *call.rule, n_blocks, first, n_across, panel_width,
+            **shared, **blocks, **making.launch(),
+        )  # fmt: skip
+        multiply(first, count, panel, panel_width)
+    return out, product
+
+
+@on_its_device
+def gau_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    product: Tensor | None,
+    *,
+    score: str,
+    normalizer: str | float,
+    causal: bool,
+    rel_bias: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    choose: Choose,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of q, k, v, gate and rel_bias (B, 2P-1); None where there is no such input."""
+    b, m, s = q.shape
+    n, e = k.shape[1], v.shape[2]
+    product = None if gate is None else product  # which is empty then
+    dq = q.new_zeros(b, m, s, dtype=torch.float32)
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    dgate = gate.new_empty(gate.shape) if gate is not None else None
+    dbias = q.new_zeros(rel_bias.shape, dtype=torch.float32) if rel_bias is not None else None
+    if m * e == 0 or n == 0 or b == 0:
+        dgate = dgate if dgate is None else dgate.zero_()
+        return dq.to(q.dtype), dk.zero_(), dv.zero_(), dgate, _like(dbias, rel_bias)
+    call = _call(q, k, score, normalizer, causal, rel_bias, lengths, cu_seqlens)
+    lse = _lse(call, q, k, choose)
+    if call.score == "softmax" and product is None:
+        options: dict[str, Any] = {"normalizer": normalizer, "causal": causal, "rel_bias": rel_bias}
+        product, _ = gau_attention_forward(
+            q, k, v, None, score=score, **options, lengths=lengths, cu_seqlens=cu_seqlens, choose=choose
+        )
+    dx, delta = _prologue(call, dout, gate, product, dgate, choose)
+
+    config, values, queries = (choose(name, call.weights, call.width) for name in ("gau_gradient", "gau_dv", "gau_dq"))
+    bm, bn = config.block_m, config.block_n
+    n_blocks, n_row_blocks = blocks_of(call.sequences, n, 1, bn), blocks_of(call.sequences, m, 1, bm)
+    total, n_across = n_blocks * call.rows, triton.cdiv(m, bm)
+    panel_width = n_across * bm
+    panel, step = _panel(call.weights, 2 * bn * panel_width, total)
+    panel, dpanel = panel.view(2, -1)
+    scaling, rule = {"SCALING": call.scaling}, call.rule
+    blocks = {"BM": bm, "BN": bn}
+    for first in range(0, total, step):
+        count = min(step, total - first)
+        gradient_kernel[(count * n_across,)](
+            _rows(q), _rows(k), _rows(v), _rows(dx), lse, delta, panel, dpanel, *call.sequences, *rule, n_blocks, first,
+            n_across, panel_width, SCORE=call.score, S=s, E=e, BS=call.width, BE=config.block_k, **blocks, **scaling,
+            PRECISION=call.precision, **config.launch(),
+        )  # fmt: skip
+        columns_kernel[(count * triton.cdiv(e, values.block_n),)](
+            panel, _rows(dx), _rows(dv), *call.sequences, *rule[:2], n_blocks, first, panel_width,
+            SCALING=None, E=e, BE=values.block_n, **blocks, FACTORS=call.factors, **values.launch(),
+        )  # fmt: skip
+        columns_kernel[(count * triton.cdiv(s, min(call.width, 64)),)](
+            dpanel, _rows(q), _rows(dk), *call.sequences, *rule[:2], n_blocks, first, panel_width,
+            E=s, BE=min(call.width, 64), **blocks, **scaling, FACTORS=call.factors, **queries.launch(),
+        )  # fmt: skip
+        dq_kernel[(n_row_blocks * call.rows,)](
+            dpanel, _rows(k), _rows(dq), *call.sequences, *rule[:2], n_row_blocks, n_blocks, first, first + count,
+            panel_width, S=s, BS=call.width, **blocks, **scaling, FACTORS=call.factors, **queries.launch(),
+        )  # fmt: skip
+        if dbias is not None:
+            across = triton.cdiv(dbias.shape[-1], 64)
+            dbias_kernel[(b * across,)](
+                dpanel, dbias, *call.sequences, rule[1], rule[4], n_blocks, across, first, first + count, panel_width,
+                BD=64, BN=bn,
+            )  # fmt: skip
+    return dq.to(q.dtype), dk, dv, dgate, _like(dbias, rel_bias)
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    score: str,
+    normalizer: str | float,
+    causal: bool,
+    rel_bias: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> _Call:
+    """The options as the kernels take them."""
+    softmax = score.startswith("softmax")
+    if softmax:
+        scaling, number = "log" if score == "softmax_plus" else "number", q.shape[-1] ** -0.5
+    else:
+        scaling, number = ("number", 1 / float(normalizer)) if not isinstance(normalizer, str) else (normalizer, 1.0)
+    if rel_bias is not None and rel_bias.stride(-1) != 1:
+        rel_bias = rel_bias.contiguous()
+    bias_batch, reach = (0, 0) if rel_bias is None else (rel_bias.stride(0), rel_bias.shape[-1] // 2)
+    return _Call(
+        sequences_of(q.shape[0], q.shape[1], k.shape[1], lengths, cu_seqlens, None),
+        (number, 0 if causal else None, rel_bias, bias_batch, reach),
+        "softmax" if softmax else score,
+        scaling,
+        q.shape[0] if cu_seqlens is None else 1,
+        max(16, triton.next_power_of_2(q.shape[-1])),
+        matmul_precision(q.dtype),
+        *(("ieee" if torch.version.hip else "tf32", q.new_empty(0, dtype=torch.float32)) if q.dtype == torch.float16
+          else (matmul_precision(q.dtype), q)),
+    )  # fmt: skip
+
+
+def _lse(call: _Call, q: Tensor, k: Tensor, choose: Choose) -> Tensor | None:
+    """The LSE (B, M) of a softmax's rows; None for another score."""
+    if call.score != "softmax":
+        return None
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    config: Config = choose("gau_lse", q, call.width)
+    n_blocks = blocks_of(call.sequences, q.shape[1], 1, config.block_m)
+    lse_kernel[(n_blocks * call.rows,)](
+        _rows(q), _rows(k), lse, *call.sequences, *call.rule, n_blocks, SCALING=call.scaling, S=q.shape[-1],
+        BS=call.width, BM=config.block_m, BN=config.block_n, PRECISION=call.precision, **config.launch(),
+    )  # fmt: skip
+    return lse
+
+
+def _prologue(
+    call: _Call, dout: Tensor, gate: Tensor | None, product: Tensor | None, dgate: Tensor | None, choose: Choose
+) -> tuple[Tensor, Tensor | None]:
+    """dX, with dGate written where there is a gate, and a softmax's delta."""
+    if product is None:
+        return dout, None
+    b, m, e = dout.shape
+    dx = dout if gate is None else dout.new_empty(dout.shape)
+    delta = dout.new_empty(b, m, dtype=torch.float32) if call.score == "softmax" else None
+    config = choose("gau_prologue", dout, 0)
+    n_blocks = blocks_of(call.sequences, m, 1, config.block_m)
+    prologue_kernel[(n_blocks * call.rows,)](
+        _rows(dout), _rows(gate), _rows(product), _rows(dx), _rows(dgate), delta, *call.sequences, n_blocks,
+        E=e, BE=config.block_n, BM=config.block_m, **config.launch(),
+    )  # fmt: skip
+    return dx, delta
+
+
+def _panel(like: Tensor, per_block: int, blocks: int) -> tuple[Tensor, int]:
+    """Room for the scores of some blocks at a time, at least one, and how many."""
+    step = max(1, min(blocks, _PANEL_BYTES // (per_block * like.element_size())))
+    return like.new_empty(step * per_block), step
+
+
+def _like(sums: Tensor | None, x: Tensor | None) -> Tensor | None:
+    """Sums in the type of what they are the gradient of."""
+    return None if sums is None or x is None else sums.to(x.dtype)
+
+
+def _rows(x: Tensor | None) -> Heads | None:
+    """A tensor (B, N, columns) as one of a single head."""
+    return None if x is None else heads(x.unsqueeze(1))

@@ -1,0 +1,443 @@
+"""Gated linear units (Shazeer 2020): elementwise, and inside the product that makes both of their sides.
+
+    glu             act(g) * up_act(u): three tensors travel
+    glu_backward    dG and dU from dO, g and u, whose activations it computes again: five tensors travel
+    linear          g = x Wg^T + bg and u = x Wu^T + bu in two accumulators, with the unit as the product's epilogue
+    linear_backward the same product, with the unit's backward as its epilogue: for a training step that kept no g and u
+
+Arithmetic is fp32 inside, and a result is rounded once. Tensors of any shape and stride come as matrices: the axes
+that lie behind each other in memory become one (`as_matrices`).
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import VARYING, Choose, matmul_precision, on_its_device, tanh
+
+
+class Matrix(NamedTuple):
+    """A tensor (row, column) as a kernel takes it."""
+
+    pointer: Any
+    row: int
+    column: int
+
+
+# ---------------------------------------------------------------- activations
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """act(x), see `flashgau.glu` for the names. A NaN stays one."""
+    if ACTIVATION == "identity":
+        y = x
+    elif ACTIVATION == "sigmoid":
+        y = tl.sigmoid(x)
+    elif ACTIVATION == "relu":
+        y = tl.where(x < 0, 0.0, x)
+    elif ACTIVATION == "relu2":
+        y = tl.where(x < 0, 0.0, x * x)
+    elif ACTIVATION == "gelu":
+        y = x * normal_cdf(x)
+    elif ACTIVATION == "gelu_tanh":
+        y = 0.5 * x * (1 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    else:
+        tl.static_assert(ACTIVATION == "silu")
+        y = x * tl.sigmoid(x)
+    return y
+
+
+@triton.jit
+def slope(x, ACTIVATION: tl.constexpr):
+    """The derivative of `activate` at x; 0 where relu turns."""
+    if ACTIVATION == "identity":
+        d = tl.full(x.shape, 1.0, tl.float32)
+    elif ACTIVATION == "sigmoid":
+        d = tl.sigmoid(x) * tl.sigmoid(-x)  # 1 - sigmoid(x) would cancel
+    elif ACTIVATION == "relu":
+        d = tl.where(x <= 0, 0.0, 1.0)
+    elif ACTIVATION == "relu2":
+        d = tl.where(x <= 0, 0.0, 2 * x)
+    elif ACTIVATION == "gelu":
+        d = normal_cdf(x) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)  # 1 / sqrt(2 pi)
+    elif ACTIVATION == "gelu_tanh":
+        t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))  # sqrt(2 / pi)
+        d = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * 0.7978845608028654 * (1 + 0.134145 * x * x)
+    else:
+        tl.static_assert(ACTIVATION == "silu")
+        d = tl.sigmoid(x) * (1 + x * tl.sigmoid(-x))
+    return d
+
+
+@triton.jit
+def normal_cdf(x):
+    """The standard normal distribution function, (1 + erf(x / sqrt 2)) / 2."""
+    return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+
+
+@triton.jit
+def gated(b_g, b_u, ACTIVATION: tl.constexpr, UP_ACTIVATION: tl.constexpr):
+    """The unit itself: act(g) * up_act(u)."""
+    return activate(b_g, ACTIVATION) * activate(b_u, UP_ACTIVATION)
+
+
+@triton.jit
+def gated_backward(b_do, b_g, b_u, ACTIVATION: tl.constexpr, UP_ACTIVATION: tl.constexpr):
+    """dG = dO * up_act(u) * act'(g) and dU = dO * act(g) * up_act'(u)."""
+    b_dg = b_do * activate(b_u, UP_ACTIVATION) * slope(b_g, ACTIVATION)
+    b_du = b_do * activate(b_g, ACTIVATION) * slope(b_u, UP_ACTIVATION)
+    return b_dg, b_du
+
+
+# ---------------------------------------------------------------- elementwise
+
+
+@triton.jit
+def places(x, o_row, o_column):
+    """Pointers to a block of a matrix; offsets are 64-bit, for tensors past 2^31 elements."""
+    return x.pointer + o_row[:, None] * x.row + o_column[None, :] * x.column
+
+
+@triton.jit
+def load(x, o_row, o_column, mask):
+    """A block of a matrix, as fp32."""
+    return tl.load(places(x, o_row, o_column), mask=mask).to(tl.float32)
+
+
+@triton.jit
+def store(x, o_row, o_column, block, mask):
+    """Write a block of a matrix, rounded to its type."""
+    tl.store(places(x, o_row, o_column), block.to(x.pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def block_of(n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows and columns of this program's block, and whether the matrix holds all of it."""
+    i_block = tl.program_id(0).to(tl.int64)
+    n_blocks = tl.cdiv(n_columns, COLUMNS)
+    row = i_block // n_blocks * ROWS
+    column = i_block % n_blocks * COLUMNS
+    whole = (row + ROWS <= n_rows) & (column + COLUMNS <= n_columns)
+    return row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS), whole
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def glu_kernel(
+    gate, up, out, n_rows, n_columns,
+    ACTIVATION: tl.constexpr, UP_ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out = act(gate) * up_act(up), a block of ROWS x COLUMNS per program."""
+    o_row, o_column, whole = block_of(n_rows, n_columns, ROWS, COLUMNS)
+    if whole:  # without a mask, whatever the width: whole vectors travel
+        b_g, b_u = load(gate, o_row, o_column, None), load(up, o_row, o_column, None)
+        store(out, o_row, o_column, gated(b_g, b_u, ACTIVATION, UP_ACTIVATION), None)
+    else:
+        mask = (o_row < n_rows)[:, None] & (o_column < n_columns)[None, :]
+        b_g, b_u = load(gate, o_row, o_column, mask), load(up, o_row, o_column, mask)
+        store(out, o_row, o_column, gated(b_g, b_u, ACTIVATION, UP_ACTIVATION), mask)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def glu_backward_kernel(
+    dout, gate, up, dgate, dup, n_rows, n_columns,
+    ACTIVATION: tl.constexpr, UP_ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Both gradients of a block of ROWS x COLUMNS per program."""
+    o_row, o_column, whole = block_of(n_rows, n_columns, ROWS, COLUMNS)
+    if whole:
+        b_do = load(dout, o_row, o_column, None)
+        b_g, b_u = load(gate, o_row, o_column, None), load(up, o_row, o_column, None)
+        b_dg, b_du = gated_backward(b_do, b_g, b_u, ACTIVATION, UP_ACTIVATION)
+        store(dgate, o_row, o_column, b_dg, None)
+        store(dup, o_row, o_column, b_du, None)
+    else:
+        mask = (o_row < n_rows)[:, None] & (o_column < n_columns)[None, :]
+        b_do = load(dout, o_row, o_column, mask)
+        b_g, b_u = load(gate, o_row, o_column, mask), load(up, o_row, o_column, mask)
+        b_dg, b_du = gated_backward(b_do, b_g, b_u, ACTIVATION, UP_ACTIVATION)
+        store(dgate, o_row, o_column, b_dg, mask)
+        store(dup, o_row, o_column, b_du, mask)
+
+
+# ---------------------------------------------------------------- inside the product
+
+
+@triton.jit
+def tile_of(n_rows, n_columns, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """Rows and columns of this program's tile. Tiles run down GROUP blocks of rows: neighbours share weights."""
+    i_tile = tl.program_id(0)
+    n_across = tl.cdiv(n_columns, BN)
+    first = i_tile // (GROUP * n_across) * GROUP
+    height = tl.minimum(tl.cdiv(n_rows, BM) - first, GROUP)
+    i_in_group = i_tile % (GROUP * n_across)
+    o_row = (first + i_in_group % height).to(tl.int64) * BM + tl.arange(0, BM)
+    o_column = (i_in_group // height).to(tl.int64) * BN + tl.arange(0, BN)
+    return o_row, o_column
+
+
+@triton.jit
+def both_sides(
+    x, w_gate, w_up, b_gate, b_up, o_row, o_column, n_rows, n_columns,
+    K: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """g = x Wg^T + bg and u = x Wu^T + bu of one tile, in fp32; past the matrix it repeats the last row and column."""
+    p_x = x.pointer + tl.minimum(o_row, n_rows - 1) * x.row
+    o_column = tl.minimum(o_column, n_columns - 1)
+    p_wg, p_wu = w_gate.pointer + o_column * w_gate.row, w_up.pointer + o_column * w_up.row
+    b_g = tl.zeros([BM, BN], tl.float32)
+    b_u = tl.zeros([BM, BN], tl.float32)
+    for start in range(0, K, BK):
+        o_k = start + tl.arange(0, BK).to(tl.int64)
+        m_k = (o_k < K) | (K % BK == 0)
+        b_x = tl.load(p_x[:, None] + (o_k * x.column)[None, :], mask=m_k[None, :], other=0.0)
+        b_wg = tl.load(p_wg[:, None] + (o_k * w_gate.column)[None, :], mask=m_k[None, :], other=0.0)
+        b_wu = tl.load(p_wu[:, None] + (o_k * w_up.column)[None, :], mask=m_k[None, :], other=0.0)
+        b_g = tl.dot(b_x, b_wg.T, b_g, input_precision=PRECISION)
+        b_u = tl.dot(b_x, b_wu.T, b_u, input_precision=PRECISION)
+    if b_gate is not None:
+        b_g += tl.load(b_gate + o_column).to(tl.float32)[None, :]
+    if b_up is not None:
+        b_u += tl.load(b_up + o_column).to(tl.float32)[None, :]
+    return b_g, b_u
+
+
+@triton.jit(do_not_specialize=VARYING)
+def linear_kernel(
+    x, w_gate, w_up, b_gate, b_up, out, g, u, n_rows, n_columns,
+    ACTIVATION: tl.constexpr, UP_ACTIVATION: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of out, and of g and u where they are wanted for a backward."""
+    o_row, o_column = tile_of(n_rows, n_columns, BM, BN, GROUP)
+    b_g, b_u = both_sides(
+        x, w_gate, w_up, b_gate, b_up, o_row, o_column, n_rows, n_columns, K, PRECISION, BM, BN, BK
+    )  # fmt: skip
+    mask = (o_row < n_rows)[:, None] & (o_column < n_columns)[None, :]
+    if g is not None:
+        store(g, o_row, o_column, b_g, mask)
+        store(u, o_row, o_column, b_u, mask)
+    store(out, o_row, o_column, gated(b_g, b_u, ACTIVATION, UP_ACTIVATION), mask)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def linear_backward_kernel(
+    dout, x, w_gate, w_up, b_gate, b_up, dg, du, n_rows, n_columns,
+    ACTIVATION: tl.constexpr, UP_ACTIVATION: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of dG and dU, from g and u computed again."""
+    o_row, o_column = tile_of(n_rows, n_columns, BM, BN, GROUP)
+    b_g, b_u = both_sides(
+        x, w_gate, w_up, b_gate, b_up, o_row, o_column, n_rows, n_columns, K, PRECISION, BM, BN, BK
+    )  # fmt: skip
+    mask = (o_row < n_rows)[:, None] & (o_column < n_columns)[None, :]
+    b_do = load(dout, o_row, o_column, mask)
+    b_dg, b_du = gated_backward(b_do, b_g, b_u, ACTIVATION, UP_ACTIVATION)
+    store(dg, o_row, o_column, b_dg, mask)
+    store(du, o_row, o_column, b_du, mask)
+
+
+# ---------------------------------------------------------------- launchers
+
+
+@on_its_device
+def glu_forward(
+    gate: Tensor, up: Tensor | None, *, activation: str, up_activation: str, choose: Choose
+) -> tuple[Tensor, None]:
+    """act(gate) * up_act(up); without `up` the last axis of `gate` holds [gate | up], which is read in place.
+
+    The second result, what to keep for the backward, is None: the backward computes it again.
+    """
+    gate, up = _halves(gate, up)
+    out = gate.new_empty(gate.shape)
+    _elementwise(glu_kernel, "glu_forward", (gate, up, out), activation, up_activation, choose)
+    return out, None
+
+
+@on_its_device
+def glu_backward(
+    dout: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    *,
+    activation: str,
+    up_activation: str,
+    choose: Choose,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `gate` and `up`; of the packed tensor and None when they came packed."""
+    dgate = gate.new_empty(gate.shape)
+    dup = up.new_empty(up.shape) if up is not None else None
+    tensors = dout, *_halves(gate, up), *_halves(dgate, dup)
+    _elementwise(glu_backward_kernel, "glu_backward", tensors, activation, up_activation, choose)
+    return dgate, dup
+
+
+@on_its_device
+def glu_linear_forward(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    *,
+    activation: str,
+    up_activation: str,
+    save: bool,
+    fused: bool = True,
+    choose: Choose,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """glu(x Wg^T + bg, x Wu^T + bu), and both pre-activations if the backward will want them (`save`).
+
+    Not `fused`: two products of the vendor's library, then the elementwise kernel.
+    """
+    rows, n, shape = _rows(x), w_gate.shape[0], (*x.shape[:-1], w_gate.shape[0])
+    if fused:
+        out = x.new_empty(rows.shape[0], n)
+        g, u = (x.new_empty(rows.shape[0], n) if save else None for _ in range(2))
+        operands = rows, w_gate, w_up, b_gate, b_up, out, g, u
+        _product(linear_kernel, "glu_linear", operands, rows, w_gate, activation, up_activation, choose)
+    else:
+        g, u = _affine(rows, w_gate, b_gate), _affine(rows, w_up, b_up)
+        out, _ = glu_forward(g, u, activation=activation, up_activation=up_activation, choose=choose)
+    saved = (g.view(shape), u.view(shape)) if save and g is not None and u is not None else (None, None)
+    return out.view(shape), *saved
+
+
+@on_its_device
+def glu_linear_backward(
+    dout: Tensor,
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    g: Tensor | None,
+    u: Tensor | None,
+    *,
+    activation: str,
+    up_activation: str,
+    fused: bool = True,
+    choose: Choose,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, w_gate, w_up, b_gate and b_up, from g and u or, with None, by making those again.
+
+    dG and dU lie side by side in one matrix, so that dx and both weights' gradients are one product each.
+    """
+    rows, d, n = _rows(x), _rows(dout), w_gate.shape[0]
+    both = x.new_empty(rows.shape[0], 2 * n)
+    if g is None or u is None:
+        if fused:
+            operands = d, rows, w_gate, w_up, b_gate, b_up, *_halves(both, None)
+            _product(
+                linear_backward_kernel, "glu_linear_backward", operands, rows, w_gate, activation, up_activation, choose
+            )
+        else:
+            g, u = _affine(rows, w_gate, b_gate), _affine(rows, w_up, b_up)
+    if g is not None and u is not None:
+        tensors = d, _rows(g), _rows(u), *_halves(both, None)
+        _elementwise(glu_backward_kernel, "glu_backward", tensors, activation, up_activation, choose)
+    dx = both @ torch.cat([w_gate, w_up])  # one sum over both, rounded once
+    dw = both.T @ rows
+    db = both.sum(0)
+    return dx.view(x.shape), dw[:n], dw[n:], db[:n], db[n:]
+
+
+def _elementwise(
+    kernel: Any, name: str, tensors: tuple[Tensor, ...], activation: str, up_activation: str, choose: Choose
+) -> None:
+    """Launch an elementwise kernel over tensors of one shape."""
+    if tensors[-1].numel() == 0:
+        return
+    matrices = as_matrices(*tensors)
+    n_rows, n_columns = matrices[0].shape
+    config = choose(name, tensors[0], 0)
+    size = config.block_m * config.block_n
+    columns = min(size, triton.next_power_of_2(n_columns))
+    block_rows = min(size // columns, triton.next_power_of_2(n_rows))
+    grid = (triton.cdiv(n_rows, block_rows) * triton.cdiv(n_columns, columns),)
+    kernel[grid](
+        *(Matrix(m, *m.stride()) for m in matrices), n_rows, n_columns, activation, up_activation, block_rows, columns,
+        **config.launch(),
+    )  # fmt: skip
+
+
+def _product(
+    kernel: Any,
+    name: str,
+    operands: tuple[Tensor | None, ...],
+    rows: Tensor,
+    w: Tensor,
+    activation: str,
+    up_activation: str,
+    choose: Choose,
+) -> None:
+    """Launch a kernel that multiplies `rows` by two matrices of weights."""
+    (n_rows, k), n_columns = rows.shape, w.shape[0]
+    if n_rows * n_columns == 0:
+        return
+    config = choose(name, rows, 0, rows=n_rows)
+    grid = (triton.cdiv(n_rows, config.block_m) * triton.cdiv(n_columns, config.block_n),)
+    taken = (_taken(t) for t in operands)
+    kernel[grid](
+        *taken, n_rows, n_columns, activation, up_activation, k, matmul_precision(rows.dtype),
+        config.block_m, config.block_n, config.block_k, 8, **config.launch(),
+    )  # fmt: skip
+
+
+def _taken(x: Tensor | None) -> Any:
+    """A matrix with its strides, a bias with steps of one."""
+    return x if x is None else x.contiguous() if x.dim() == 1 else Matrix(x, *x.stride())
+
+
+def as_matrices(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of one shape as matrices of one shape, read in place where two axes can describe each of them.
+
+    Axes that lie behind each other in every tensor become one. If more than two remain, each tensor that is not
+    contiguous is copied; the results of a kernel always are, or are halves of such, and two axes describe them.
+    """
+    sizes, strides = [1], [[0] for _ in tensors]
+    for axis, size in enumerate(tensors[0].shape):
+        if size == 1:
+            continue
+        steps = [t.stride(axis) for t in tensors]
+        if sizes[-1] == 1:
+            sizes[-1], strides = size, [[*s[:-1], step] for s, step in zip(strides, steps, strict=True)]
+        elif all(s[-1] == step * size for s, step in zip(strides, steps, strict=True)):
+            sizes[-1], strides = sizes[-1] * size, [[*s[:-1], step] for s, step in zip(strides, steps, strict=True)]
+        else:
+            sizes, strides = [*sizes, size], [[*s, step] for s, step in zip(strides, steps, strict=True)]
+    if len(sizes) > 2:
+        width = tensors[0].shape[-1]
+        return [(t if _is_rows(t) else t.contiguous()).view(-1, width) for t in tensors]
+    if len(sizes) == 1:
+        sizes, strides = [1, *sizes], [[0, *s] for s in strides]
+    return [t.as_strided(sizes, s) for t, s in zip(tensors, strides, strict=True)]
+
+
+def _is_rows(t: Tensor) -> bool:
+    """Whether all axes but the last lie behind each other."""
+    ahead = [(s, n) for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n > 1]
+    return all(a == b * n for (a, _), (b, n) in pairwise(ahead))
+
+
+def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    if up is not None:
+        return gate, up
+    half = gate.shape[-1] // 2
+    return gate[..., :half], gate[..., half:]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _affine(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(x, w, bias)

@@ -1,0 +1,238 @@
+"""What surrounds gated attention in its layer (Hua et al. 2022, code 1 and equation 4).
+
+projection  [u | v | z] = silu(x W^T + b): one product of the vendor's library, then silu writes each part to a
+            tensor of its own; the backward writes all parts' gradients side by side, for one product each
+heads       z to each q, k: gamma_h z + beta_h and the rotation of RoPE, all heads while z is in registers
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import VARYING, Choose, on_its_device
+from .glu import Matrix, activate, block_of, load, places, slope, store
+
+
+@triton.jit(do_not_specialize=VARYING)
+def silu_kernel(x, out, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out = silu(x), a block of ROWS x COLUMNS per program."""
+    o_row, o_column, _ = block_of(n_rows, n_columns, ROWS, COLUMNS)
+    mask = (o_row < n_rows)[:, None] & (o_column < n_columns)[None, :]
+    store(out, o_row, o_column, activate(load(x, o_row, o_column, mask), "silu"), mask)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def silu_backward_kernel(dout, x, dx, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """dx = dout silu'(x)."""
+    o_row, o_column, _ = block_of(n_rows, n_columns, ROWS, COLUMNS)
+    mask = (o_row < n_rows)[:, None] & (o_column < n_columns)[None, :]
+    b_dx = load(dout, o_row, o_column, mask) * slope(load(x, o_row, o_column, mask), "silu")
+    store(dx, o_row, o_column, b_dx, mask)
+
+
+@triton.jit
+def rotation(cos, sin, o_token, m_token, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
+    """cos, and sin with the sign of the partner's share, of each channel; and which channel is its partner."""
+    o_channel = tl.arange(0, BLOCK)
+    if INTERLEAVED:
+        second = o_channel % 2 == 1
+        o_pair = o_channel // 2
+        o_partner = tl.where(second, o_channel - 1, o_channel + 1)
+    else:
+        second = o_channel >= PAIRS
+        o_pair = o_channel % PAIRS
+        o_partner = tl.where(second, o_channel - PAIRS, o_channel + PAIRS)
+    turns = o_channel < 2 * PAIRS
+    mask = m_token[:, None] & turns[None, :]
+    o_angle = o_token.to(tl.int64)[:, None] * PAIRS + o_pair[None, :]
+    b_cos = tl.load(cos + o_angle, mask=mask, other=1.0).to(tl.float32)
+    b_sin = tl.load(sin + o_angle, mask=mask, other=0.0).to(tl.float32)
+    return b_cos, tl.where(second[None, :], b_sin, -b_sin), tl.where(turns, o_partner, o_channel)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def heads_kernel(
+    z, gamma, beta, cos, sin, outs, n_rows, n_tokens, angle_batch,
+    H: tl.constexpr, S: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BM: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """Each head's gamma z + beta, turned, of a block of rows. `outs` is one pointer per head."""
+    o_row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    m_row, o_channel = o_row < n_rows, tl.arange(0, BS)
+    mask = m_row[:, None] & (o_channel < S)[None, :]
+    b_z = tl.load(places(z, o_row, o_channel), mask=mask, other=0.0).to(tl.float32)
+    if cos is not None:
+        o_token = o_row % n_tokens + o_row // n_tokens * angle_batch
+        b_cos, b_sin, o_partner = rotation(cos, sin, o_token, m_row, PAIRS, INTERLEAVED, BS)
+        b_other = tl.load(places(z, o_row, o_partner), mask=mask, other=0.0).to(tl.float32)
+    for h in tl.static_range(H):
+        b_head = b_z * tl.load(gamma + h * S + o_channel, mask=o_channel < S, other=0.0).to(tl.float32)[None, :]
+        if beta is not None:
+            b_head += tl.load(beta + h * S + o_channel, mask=o_channel < S, other=0.0).to(tl.float32)[None, :]
+        if cos is not None:
+            b_turned = (
+                b_other * tl.load(gamma + h * S + o_partner, mask=o_channel < S, other=0.0).to(tl.float32)[None, :]
+            )
+            if beta is not None:
+                b_turned += tl.load(beta + h * S + o_partner, mask=o_channel < S, other=0.0).to(tl.float32)[None, :]
+            b_head = b_head * b_cos + b_turned * b_sin
+        p_out = outs[h] + o_row[:, None] * S + o_channel[None, :]
+        tl.store(p_out, b_head.to(outs[h].dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def heads_backward_kernel(
+    douts, z, gamma, cos, sin, dz, dgamma, dbeta, n_rows, n_tokens, angle_batch,
+    H: tl.constexpr, S: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BM: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """dZ of a block of rows, and its share of dGamma and dBeta (programs, H, S). A rotation's gradient turns back."""
+    o_row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    m_row, o_channel = o_row < n_rows, tl.arange(0, BS)
+    m_channel = o_channel < S
+    mask = m_row[:, None] & m_channel[None, :]
+    b_z = tl.load(places(z, o_row, o_channel), mask=mask, other=0.0).to(tl.float32)
+    if cos is not None:
+        o_token = o_row % n_tokens + o_row // n_tokens * angle_batch
+        b_cos, b_sin, o_partner = rotation(cos, sin, o_token, m_row, PAIRS, INTERLEAVED, BS)
+    b_dz = tl.zeros([BM, BS], tl.float32)
+    for h in tl.static_range(H):
+        b_d = tl.load(places(douts[h], o_row, o_channel), mask=mask, other=0.0).to(tl.float32)
+        if cos is not None:
+            b_other = tl.load(places(douts[h], o_row, o_partner), mask=mask, other=0.0).to(tl.float32)
+            b_d = b_d * b_cos - b_other * b_sin
+        b_dz += b_d * tl.load(gamma + h * S + o_channel, mask=m_channel, other=0.0).to(tl.float32)[None, :]
+        o_sum = (tl.program_id(0) * H + h) * S + o_channel
+        tl.store(dgamma + o_sum, tl.sum(b_d * b_z, 0), mask=m_channel)
+        tl.store(dbeta + o_sum, tl.sum(b_d, 0), mask=m_channel)
+    tl.store(places(dz, o_row, o_channel), b_dz.to(dz.pointer.dtype.element_ty), mask=mask)
+
+
+# ---------------------------------------------------------------- launchers
+
+
+@on_its_device
+def projection_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    widths: list[int],
+    *,
+    silu: bool,
+    save: bool,
+    choose: Choose,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Parts (..., width) of x W^T + b, under silu or not; and x W^T + b itself if `save` (and `silu`)."""
+    lead = x.shape[:-1]
+    rows = x.reshape(math.prod(lead), x.shape[-1])
+    wide = torch.nn.functional.linear(rows, weight, bias)
+    if residual is not None:  # of the one part
+        wide = wide + residual.reshape(wide.shape)
+    if not silu:
+        return [part.contiguous().view(*lead, part.shape[-1]) for part in wide.split(widths, -1)], []
+    outs = [rows.new_empty(rows.shape[0], width) for width in widths]
+    for part, out in zip(wide.split(widths, -1), outs, strict=True):
+        _elementwise(silu_kernel, (part, out), choose)
+    return [out.view(*lead, out.shape[-1]) for out in outs], [wide.view(*lead, wide.shape[-1])] if save else []
+
+
+@on_its_device
+def projection_backward(
+    dparts: list[Tensor], x: Tensor, weight: Tensor, saved: list[Tensor], *, silu: bool, choose: Choose
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias from those of the parts."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    widths = [d.shape[-1] for d in dparts]
+    wide = x.new_empty(rows.shape[0], sum(widths))
+    before = saved[0].reshape(wide.shape).split(widths, -1) if silu else [None] * len(widths)
+    for d, b, dwide in zip(dparts, before, wide.split(widths, -1), strict=True):
+        d = d.reshape(dwide.shape)
+        if b is None:
+            dwide.copy_(d)
+        else:
+            _elementwise(silu_backward_kernel, (d, b, dwide), choose)
+    return (wide @ weight).view(x.shape), wide.T @ rows, wide.sum(0)
+
+
+def _elementwise(kernel: Any, tensors: tuple[Tensor, ...], choose: Choose) -> None:
+    """Launch an elementwise kernel over matrices of one shape."""
+    n_rows, n_columns = tensors[0].shape
+    if n_rows * n_columns == 0:
+        return
+    config = choose("projection", tensors[0], 0)
+    size = config.block_m * config.block_n
+    columns = min(size, triton.next_power_of_2(n_columns))
+    rows = min(size // columns, triton.next_power_of_2(n_rows))
+    grid = (triton.cdiv(n_rows, rows) * triton.cdiv(n_columns, columns),)
+    kernel[grid](*(Matrix(t, *t.stride()) for t in tensors), n_rows, n_columns, rows, columns, **config.launch())
+
+
+@on_its_device
+def heads_forward(
+    z: Tensor,
+    gamma: Tensor,
+    beta: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    interleaved: bool,
+    choose: Choose,
+) -> list[Tensor]:
+    """z (B, N, S) -> each gamma_h z + beta_h (B, N, S), the first channels turned by angles (1 or B, N, pairs)."""
+    outs = [z.new_empty(z.shape) for _ in range(gamma.shape[0])]
+    if z.numel():
+        beta = beta if beta is None else beta.contiguous()
+        config = choose("heads", z, 0)
+        heads_kernel[(triton.cdiv(z.shape[0] * z.shape[1], config.block_m),)](
+            _matrix(z), gamma.contiguous(), beta, *_angles(cos, sin), tuple(outs),
+            *_sizes(z, gamma, cos, interleaved, config.block_m), **config.launch(),
+        )  # fmt: skip
+    return outs
+
+
+@on_its_device
+def heads_backward(
+    douts: list[Tensor],
+    z: Tensor,
+    gamma: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    interleaved: bool,
+    choose: Choose,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of z, gamma and beta."""
+    dz = z.new_empty(z.shape)
+    config = choose("heads", z, 0)
+    programs = triton.cdiv(z.shape[0] * z.shape[1], config.block_m)
+    if z.numel() == 0:
+        return dz, torch.zeros_like(gamma), torch.zeros_like(gamma)
+    dgamma, dbeta = (z.new_empty(programs, *gamma.shape, dtype=torch.float32) for _ in range(2))
+    heads_backward_kernel[(programs,)](
+        tuple(_matrix(d) for d in douts), _matrix(z), gamma.contiguous(), *_angles(cos, sin), _matrix(dz), dgamma,
+        dbeta, *_sizes(z, gamma, cos, interleaved, config.block_m), **config.launch(),
+    )  # fmt: skip
+    return dz, dgamma.sum(0).to(gamma.dtype), dbeta.sum(0).to(gamma.dtype)
+
+
+def _matrix(x: Tensor) -> Matrix:
+    rows = x.reshape(-1, x.shape[-1])
+    return Matrix(rows, *rows.stride())
+
+
+def _angles(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if cos is None or sin is None else (cos.contiguous(), sin.contiguous())
+
+
+def _sizes(z: Tensor, gamma: Tensor, cos: Tensor | None, interleaved: bool, rows: int) -> tuple[Any, ...]:
+    """Rows, tokens, how far the angles of the next row of the batch are, and what is compiled in."""
+    b, n, s = z.shape
+    angle_batch, pairs = (0, 0) if cos is None else (n if cos.shape[0] > 1 else 0, cos.shape[-1])
+    return b * n, n, angle_batch, gamma.shape[0], s, pairs, interleaved, rows, max(16, triton.next_power_of_2(s))
