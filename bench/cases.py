@@ -78,12 +78,16 @@ def anywhere(case: Case, device: str) -> str | None:
 
 @dataclass(frozen=True)
 class Provider:
-    """A named implementation. `unavailable` gives the reason it cannot run a case, or None."""
+    """A named implementation. `unavailable` gives the reason it cannot run a case, or None.
+
+    `other` says what it computes if that is not the operation: then it is timed for scale, and not checked.
+    """
 
     name: str
     build: Build
     unavailable: Callable[[Case, str], str | None] = anywhere
     devices: tuple[str, ...] = ("cpu", "cuda")
+    other: str | None = None
 
 
 def ours(backend: str, function: Callable[[Case, dict[str, Tensor], str], Tensor]) -> Provider:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 import flashgau
+from bench import peers
 from bench.cases import DTYPES, FORWARD, TRAINING, Case, Operation, Provider, on_tensors, ours, too_large
 from flashgau import reference
 
@@ -14,7 +17,9 @@ def cases(device: str, quick: bool) -> list[Case]:
     if quick:
         return [_case({"B": 1, "S": 16, "E": 32}, n, "fp32") for n in (64, 128)]
     if device == "cuda":
-        return [_case({"B": 4, "S": 128, "E": 2048}, n, "bf16") for n in (1024, 2048, 4096, 8192, 16384)]
+        lengths = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+        shapes = [{"B": 1, "S": 128, "E": e} for e in (1024, 2048)]
+        return [_case(shape | {"B": max(1, 8192 // n)}, n, "bf16") for shape in shapes for n in lengths]
     shape = {"B": 1, "S": 128, "E": 1024}
     return [_case(shape, n, dtype) for dtype in ("fp32", "bf16") for n in (512, 1024, 2048, 4096, 8192)]
 
@@ -22,7 +27,9 @@ def cases(device: str, quick: bool) -> list[Case]:
 def _case(shape: dict[str, int], n: int, dtype: str) -> Case:
     # 2 N (S + E) per token, halved by the causal mask; the backward is twice that.
     forward = float(shape["B"] * n * n * (shape["S"] + shape["E"]))
-    return Case("causal", n, dtype, shape, 1024, {"causal": True}, (), {FORWARD: forward, TRAINING: 3 * forward})
+    return Case(
+        f"causal E={shape['E']}", n, dtype, shape, 1024, {"causal": True}, (), {FORWARD: forward, TRAINING: 3 * forward}
+    )
 
 
 def inputs(case: Case, length: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -59,6 +66,7 @@ OPERATION = Operation(
     providers=(
         ours("eager", library),
         ours("triton", library),
+        replace(peers.compiled(plain), unavailable=plain_unavailable),
         Provider("plain", on_tensors(plain), plain_unavailable),
     ),
 )

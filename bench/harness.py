@@ -174,6 +174,10 @@ def _measure(
         if reason is not None:
             result |= {"status": "skipped", "reason": reason}
             continue
+        if provider.other is not None:
+            result["reason"] = provider.other
+            right.append(provider)
+            continue
         try:
             check = judge.check(case, provider.name, provider.build)
         except Exception as error:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flashgau
@@ -131,7 +132,22 @@ def providers(too_large: Callable[[Case, str], str | None]) -> tuple[Provider, .
         Provider("flashgau-eager", ours("eager")),
         Provider("flashgau-triton", ours("triton"), devices=("cuda",)),
         Provider("flash-pytorch", peer, unavailable),
+        Provider("mha-sdpa", attention, devices=("cuda",), other="multi-head attention of this d over SDPA"),
     )
+
+
+def attention(case: Case, tensors: dict[str, Tensor]) -> Problem:
+    """What the layer replaces, for scale: causal attention in heads of 128, its projections without biases."""
+    x = tensors["x"]
+    dim, heads = x.shape[-1], max(1, x.shape[-1] // 128)
+    to_qkv, to_out = (torch.randn(n, dim).div_(dim**0.5).to(x).requires_grad_() for n in (3 * dim, dim))
+
+    def call() -> Tensor:
+        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in F.linear(x, to_qkv).chunk(3, -1))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.linear(out.transpose(1, 2).flatten(2), to_out)
+
+    return Problem(call, {"x": x, "to_qkv": to_qkv, "to_out": to_out})
 
 
 def projection_flops(shape: Mapping[str, int]) -> float:

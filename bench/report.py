@@ -95,9 +95,12 @@ def results_table(record: dict[str, Any]) -> Table:
         name = entry["name"]
         for who, result in entry["providers"].items():
             if result["status"] == "ok":
-                rows = result["check"]["rows"]
-                used = max((r["error"] / r["allowed"] for r in rows if r["allowed"]), default=0.0)
-                note = f"[green]{used:.0%}[/green] at N={result['check']['length']}"
+                if result["check"] is None:
+                    note = f"not checked: {escape(result['reason'])}"
+                else:
+                    rows = result["check"]["rows"]
+                    used = max((r["error"] / r["allowed"] for r in rows if r["allowed"]), default=0.0)
+                    note = f"[green]{used:.0%}[/green] at N={result['check']['length']}"
                 if "memory_failed" in result:
                     note += f"; memory: {escape(result['memory_failed'])}"
             else:

@@ -110,8 +110,7 @@ def bias_pointer(rule, row):
 def weights(b_s, b_lse, SCORE: tl.constexpr):
     """A of a block of scores: relu(S)^2, the Laplace function of [MEGA] section 3.5, or exp(S - LSE)."""
     if SCORE == "relu2":
-        b_r = tl.maximum(b_s, 0.0)
-        b_a = b_r * b_r
+        b_a = tl.where(b_s < 0, 0.0, b_s * b_s)  # a maximum with 0 would hide a NaN on a GPU
     elif SCORE == "laplace":
         # mu = sqrt(1 / 2), sigma = sqrt(1 / (4 pi)): (S - mu) / (sigma sqrt 2)
         b_a = 0.5 + 0.5 * tl.erf((b_s - 0.7071067811865476) * 2.5066282746310002)
@@ -125,7 +124,7 @@ def weights(b_s, b_lse, SCORE: tl.constexpr):
 def score_gradient(b_da, b_s, b_a, b_delta, SCORE: tl.constexpr):
     """dS from dA: times the slope of the score, or A (dA - delta)."""
     if SCORE == "relu2":
-        b_ds = b_da * 2 * tl.maximum(b_s, 0.0)
+        b_ds = b_da * tl.where(b_s < 0, 0.0, 2 * b_s)
     elif SCORE == "laplace":  # its slope is the normal density of mean mu and deviation sigma
         b_z = b_s - 0.7071067811865476
         b_ds = b_da * 1.4142135623730951 * tl.exp(-6.283185307179586 * b_z * b_z)
@@ -516,9 +515,10 @@ class _Call(NamedTuple):
     scaling: str  # of `scales`
     rows: int  # of the batch that have blocks of their own: 1 when packed
     width: int  # S as a block
+    longest: tuple[int, int]  # queries and keys of the longest sequence
     precision: str  # of products of inputs
     factors: str  # of products of weights, see `factors`
-    weights: Tensor  # an empty tensor of their type
+    weights_like: Tensor  # a tensor of their type
 
 
 @on_its_device
@@ -547,7 +547,7 @@ def gau_attention_forward(
     call = _call(q, k, score, normalizer, causal, rel_bias, lengths, cu_seqlens)
     lse = _lse(call, q, k, choose)
     panels = e > _FUSED_WIDTH or m <= 16
-    config = choose("gau_product" if panels else "gau_fused", call.weights, call.width, rows=m)
+    config = choose("gau_product" if panels else "gau_fused", call.weights_like, call.width, rows=m)
     n_blocks = blocks_of(call.sequences, m, 1, config.block_m)
     total = n_blocks * call.rows
     n_tiles = triton.cdiv(e, config.block_n)
@@ -564,10 +564,10 @@ def gau_attention_forward(
     if not panels:
         multiply(0, total, None, 0)
         return out, product
-    n_across = triton.cdiv(n, config.block_k)
+    n_across = triton.cdiv(call.longest[1], config.block_k)
     panel_width = n_across * config.block_k
-    making = choose("gau_weights", call.weights, call.width, rows=m)
-    panel, step = _panel(call.weights, config.block_m * panel_width, total)
+    making = choose("gau_weights", call.weights_like, call.width, rows=m)
+    panel, step = _panel(call.weights_like, config.block_m * panel_width, total)
     for first in range(0, total, step):
         count = min(step, total - first)
         weights_kernel[(count * n_across,)](
@@ -615,12 +615,14 @@ def gau_attention_backward(
         )
     dx, delta = _prologue(call, dout, gate, product, dgate, choose)
 
-    config, values, queries = (choose(name, call.weights, call.width) for name in ("gau_gradient", "gau_dv", "gau_dq"))
+    config, values, queries = (
+        choose(name, call.weights_like, call.width) for name in ("gau_gradient", "gau_dv", "gau_dq")
+    )
     bm, bn = config.block_m, config.block_n
     n_blocks, n_row_blocks = blocks_of(call.sequences, n, 1, bn), blocks_of(call.sequences, m, 1, bm)
-    total, n_across = n_blocks * call.rows, triton.cdiv(m, bm)
+    total, n_across = n_blocks * call.rows, triton.cdiv(call.longest[0], bm)
     panel_width = n_across * bm
-    panel, step = _panel(call.weights, 2 * bn * panel_width, total)
+    panel, step = _panel(call.weights_like, 2 * bn * panel_width, total)
     panel, dpanel = panel.view(2, -1)
     scaling, rule = {"SCALING": call.scaling}, call.rule
     blocks = {"BM": bm, "BN": bn}
@@ -670,18 +672,26 @@ def _call(
         scaling, number = ("number", 1 / float(normalizer)) if not isinstance(normalizer, str) else (normalizer, 1.0)
     if rel_bias is not None and rel_bias.stride(-1) != 1:
         rel_bias = rel_bias.contiguous()
+    longest = q.shape[1], k.shape[1]
+    if cu_seqlens is not None:  # the one value that is read on the host: panels as wide as the batch would be many
+        longest = (int(cu_seqlens.diff().max()),) * 2
     bias_batch, reach = (0, 0) if rel_bias is None else (rel_bias.stride(0), rel_bias.shape[-1] // 2)
+    precision = factors = matmul_precision(q.dtype)
+    weights_like = q
+    if q.dtype == torch.float16:  # see `factors`
+        factors, weights_like = "ieee" if torch.version.hip else "tf32", q.new_empty(0, dtype=torch.float32)
     return _Call(
-        sequences_of(q.shape[0], q.shape[1], k.shape[1], lengths, cu_seqlens, None),
-        (number, 0 if causal else None, rel_bias, bias_batch, reach),
-        "softmax" if softmax else score,
-        scaling,
-        q.shape[0] if cu_seqlens is None else 1,
-        max(16, triton.next_power_of_2(q.shape[-1])),
-        matmul_precision(q.dtype),
-        *(("ieee" if torch.version.hip else "tf32", q.new_empty(0, dtype=torch.float32)) if q.dtype == torch.float16
-          else (matmul_precision(q.dtype), q)),
-    )  # fmt: skip
+        sequences=sequences_of(q.shape[0], q.shape[1], k.shape[1], lengths, cu_seqlens, None),
+        rule=(number, 0 if causal else None, rel_bias, bias_batch, reach),
+        score="softmax" if softmax else score,
+        scaling=scaling,
+        rows=q.shape[0] if cu_seqlens is None else 1,
+        width=max(16, triton.next_power_of_2(q.shape[-1])),
+        longest=longest,
+        precision=precision,
+        factors=factors,
+        weights_like=weights_like,
+    )
 
 
 def _lse(call: _Call, q: Tensor, k: Tensor, choose: Choose) -> Tensor | None:

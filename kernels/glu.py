@@ -103,7 +103,7 @@ def gated_backward(b_do, b_g, b_u, ACTIVATION: tl.constexpr, UP_ACTIVATION: tl.c
 @triton.jit
 def places(x, o_row, o_column):
     """Pointers to a block of a matrix; offsets are 64-bit, for tensors past 2^31 elements."""
-    return x.pointer + o_row[:, None] * x.row + o_column[None, :] * x.column
+    return x.pointer + tl.cast(o_row, tl.int64)[:, None] * x.row + tl.cast(o_column, tl.int64)[None, :] * x.column
 
 
 @triton.jit
@@ -184,6 +184,17 @@ def tile_of(n_rows, n_columns, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.con
 
 
 @triton.jit
+def inner(x, p_rows, o_k, K: tl.constexpr, BK: tl.constexpr):
+    """Some of a product's inner axis, of rows that are there."""
+    p_x = p_rows[:, None] + (o_k * x.column)[None, :]
+    if K % BK == 0:
+        block = tl.load(p_x)
+    else:
+        block = tl.load(p_x, mask=(o_k < K)[None, :], other=0.0)
+    return block
+
+
+@triton.jit
 def both_sides(
     x, w_gate, w_up, b_gate, b_up, o_row, o_column, n_rows, n_columns,
     K: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -196,10 +207,9 @@ def both_sides(
     b_u = tl.zeros([BM, BN], tl.float32)
     for start in range(0, K, BK):
         o_k = start + tl.arange(0, BK).to(tl.int64)
-        m_k = (o_k < K) | (K % BK == 0)
-        b_x = tl.load(p_x[:, None] + (o_k * x.column)[None, :], mask=m_k[None, :], other=0.0)
-        b_wg = tl.load(p_wg[:, None] + (o_k * w_gate.column)[None, :], mask=m_k[None, :], other=0.0)
-        b_wu = tl.load(p_wu[:, None] + (o_k * w_up.column)[None, :], mask=m_k[None, :], other=0.0)
+        b_x = inner(x, p_x, o_k, K, BK)
+        b_wg = inner(w_gate, p_wg, o_k, K, BK)
+        b_wu = inner(w_up, p_wu, o_k, K, BK)
         b_g = tl.dot(b_x, b_wg.T, b_g, input_precision=PRECISION)
         b_u = tl.dot(b_x, b_wu.T, b_u, input_precision=PRECISION)
     if b_gate is not None:

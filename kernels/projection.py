@@ -1,8 +1,8 @@
 """What surrounds gated attention in its layer (Hua et al. 2022, code 1 and equation 4).
 
-projection  [u | v | z] = silu(x W^T + b): one product of the vendor's library, then silu writes each part to a
-            tensor of its own; the backward writes all parts' gradients side by side, for one product each
-heads       z to each q, k: gamma_h z + beta_h and the rotation of RoPE, all heads while z is in registers
+projection  [u | v | z] = x W^T + b: one product of the vendor's library, then silu writes u and v to tensors of
+            their own; the backward writes all parts' gradients side by side, for one product each
+heads       z to each q, k: gamma_h silu(z) + beta_h and the rotation of RoPE, all heads while z is in registers
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def silu_backward_kernel(dout, x, dx, n_rows, n_columns, ROWS: tl.constexpr, COL
 
 @triton.jit
 def rotation(cos, sin, o_token, m_token, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
-    """cos, and sin with the sign of the partner's share, of each channel; and which channel is its partner."""
+    """cos, and sin with the sign of the partner's share, of each channel; its partner, and whether it turns."""
     o_channel = tl.arange(0, BLOCK)
     if INTERLEAVED:
         second = o_channel % 2 == 1
@@ -53,7 +53,7 @@ def rotation(cos, sin, o_token, m_token, PAIRS: tl.constexpr, INTERLEAVED: tl.co
     o_angle = o_token.to(tl.int64)[:, None] * PAIRS + o_pair[None, :]
     b_cos = tl.load(cos + o_angle, mask=mask, other=1.0).to(tl.float32)
     b_sin = tl.load(sin + o_angle, mask=mask, other=0.0).to(tl.float32)
-    return b_cos, tl.where(second[None, :], b_sin, -b_sin), tl.where(turns, o_partner, o_channel)
+    return b_cos, tl.where(second[None, :], b_sin, -b_sin), tl.where(turns, o_partner, o_channel), turns[None, :]
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -62,15 +62,15 @@ def heads_kernel(
     H: tl.constexpr, S: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Each head's gamma z + beta, turned, of a block of rows. `outs` is one pointer per head."""
+    """Each head's gamma silu(z) + beta, turned, of a block of rows. `outs` is one pointer per head."""
     o_row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     m_row, o_channel = o_row < n_rows, tl.arange(0, BS)
     mask = m_row[:, None] & (o_channel < S)[None, :]
-    b_z = tl.load(places(z, o_row, o_channel), mask=mask, other=0.0).to(tl.float32)
+    b_z = activate(tl.load(places(z, o_row, o_channel), mask=mask, other=0.0).to(tl.float32), "silu")
     if cos is not None:
         o_token = o_row % n_tokens + o_row // n_tokens * angle_batch
-        b_cos, b_sin, o_partner = rotation(cos, sin, o_token, m_row, PAIRS, INTERLEAVED, BS)
-        b_other = tl.load(places(z, o_row, o_partner), mask=mask, other=0.0).to(tl.float32)
+        b_cos, b_sin, o_partner, turns = rotation(cos, sin, o_token, m_row, PAIRS, INTERLEAVED, BS)
+        b_other = activate(tl.load(places(z, o_row, o_partner), mask=mask, other=0.0).to(tl.float32), "silu")
     for h in tl.static_range(H):
         b_head = b_z * tl.load(gamma + h * S + o_channel, mask=o_channel < S, other=0.0).to(tl.float32)[None, :]
         if beta is not None:
@@ -81,7 +81,7 @@ def heads_kernel(
             )
             if beta is not None:
                 b_turned += tl.load(beta + h * S + o_partner, mask=o_channel < S, other=0.0).to(tl.float32)[None, :]
-            b_head = b_head * b_cos + b_turned * b_sin
+            b_head = tl.where(turns, b_head * b_cos + b_turned * b_sin, b_head)
         p_out = outs[h] + o_row[:, None] * S + o_channel[None, :]
         tl.store(p_out, b_head.to(outs[h].dtype.element_ty), mask=mask)
 
@@ -100,17 +100,18 @@ def heads_backward_kernel(
     b_z = tl.load(places(z, o_row, o_channel), mask=mask, other=0.0).to(tl.float32)
     if cos is not None:
         o_token = o_row % n_tokens + o_row // n_tokens * angle_batch
-        b_cos, b_sin, o_partner = rotation(cos, sin, o_token, m_row, PAIRS, INTERLEAVED, BS)
+        b_cos, b_sin, o_partner, turns = rotation(cos, sin, o_token, m_row, PAIRS, INTERLEAVED, BS)
     b_dz = tl.zeros([BM, BS], tl.float32)
     for h in tl.static_range(H):
         b_d = tl.load(places(douts[h], o_row, o_channel), mask=mask, other=0.0).to(tl.float32)
         if cos is not None:
             b_other = tl.load(places(douts[h], o_row, o_partner), mask=mask, other=0.0).to(tl.float32)
-            b_d = b_d * b_cos - b_other * b_sin
+            b_d = tl.where(turns, b_d * b_cos - b_other * b_sin, b_d)
         b_dz += b_d * tl.load(gamma + h * S + o_channel, mask=m_channel, other=0.0).to(tl.float32)[None, :]
-        o_sum = (tl.program_id(0) * H + h) * S + o_channel
-        tl.store(dgamma + o_sum, tl.sum(b_d * b_z, 0), mask=m_channel)
+        o_sum = (tl.program_id(0).to(tl.int64) * H + h) * S + o_channel
+        tl.store(dgamma + o_sum, tl.sum(b_d * activate(b_z, "silu"), 0), mask=m_channel)
         tl.store(dbeta + o_sum, tl.sum(b_d, 0), mask=m_channel)
+    b_dz *= slope(b_z, "silu")
     tl.store(places(dz, o_row, o_channel), b_dz.to(dz.pointer.dtype.element_ty), mask=mask)
 
 
@@ -125,39 +126,40 @@ def projection_forward(
     residual: Tensor | None,
     widths: list[int],
     *,
-    silu: bool,
+    silu: int,
     save: bool,
     choose: Choose,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Parts (..., width) of x W^T + b, under silu or not; and x W^T + b itself if `save` (and `silu`)."""
+    """Parts (..., width) of x W^T + b, the first `silu` of them under silu; and x W^T + b if `save` and any are."""
     lead = x.shape[:-1]
     rows = x.reshape(math.prod(lead), x.shape[-1])
     wide = torch.nn.functional.linear(rows, weight, bias)
     if residual is not None:  # of the one part
         wide = wide + residual.reshape(wide.shape)
-    if not silu:
-        return [part.contiguous().view(*lead, part.shape[-1]) for part in wide.split(widths, -1)], []
-    outs = [rows.new_empty(rows.shape[0], width) for width in widths]
-    for part, out in zip(wide.split(widths, -1), outs, strict=True):
-        _elementwise(silu_kernel, (part, out), choose)
-    return [out.view(*lead, out.shape[-1]) for out in outs], [wide.view(*lead, wide.shape[-1])] if save else []
+    outs = []
+    for i, part in enumerate(wide.split(widths, -1)):
+        out = part.contiguous() if i >= silu else part.new_empty(part.shape)
+        if i < silu:
+            _elementwise(silu_kernel, (part, out), choose)
+        outs.append(out.view(*lead, out.shape[-1]))
+    return outs, [wide.view(*lead, wide.shape[-1])] if save and silu else []
 
 
 @on_its_device
 def projection_backward(
-    dparts: list[Tensor], x: Tensor, weight: Tensor, saved: list[Tensor], *, silu: bool, choose: Choose
+    dparts: list[Tensor], x: Tensor, weight: Tensor, saved: list[Tensor], *, silu: int, choose: Choose
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias from those of the parts."""
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     widths = [d.shape[-1] for d in dparts]
     wide = x.new_empty(rows.shape[0], sum(widths))
-    before = saved[0].reshape(wide.shape).split(widths, -1) if silu else [None] * len(widths)
-    for d, b, dwide in zip(dparts, before, wide.split(widths, -1), strict=True):
+    before = saved[0].reshape(wide.shape).split(widths, -1) if silu else ()
+    for i, (d, dwide) in enumerate(zip(dparts, wide.split(widths, -1), strict=True)):
         d = d.reshape(dwide.shape)
-        if b is None:
-            dwide.copy_(d)
+        if i < silu:
+            _elementwise(silu_backward_kernel, (d, before[i], dwide), choose)
         else:
-            _elementwise(silu_backward_kernel, (d, b, dwide), choose)
+            dwide.copy_(d)
     return (wide @ weight).view(x.shape), wide.T @ rows, wide.sum(0)
 
 
@@ -185,7 +187,7 @@ def heads_forward(
     interleaved: bool,
     choose: Choose,
 ) -> list[Tensor]:
-    """z (B, N, S) -> each gamma_h z + beta_h (B, N, S), the first channels turned by angles (1 or B, N, pairs)."""
+    """z (B, N, S) -> each gamma_h silu(z) + beta_h, the first channels turned by angles (1 or B, N, pairs)."""
     outs = [z.new_empty(z.shape) for _ in range(gamma.shape[0])]
     if z.numel():
         beta = beta if beta is None else beta.contiguous()
@@ -228,7 +230,7 @@ def _matrix(x: Tensor) -> Matrix:
 
 
 def _angles(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if cos is None or sin is None else (cos.contiguous(), sin.contiguous())
+    return (None, None) if cos is None or sin is None or not cos.shape[-1] else (cos.contiguous(), sin.contiguous())
 
 
 def _sizes(z: Tensor, gamma: Tensor, cos: Tensor | None, interleaved: bool, rows: int) -> tuple[Any, ...]:

@@ -325,3 +325,10 @@ def test_large_fp16_scores_stay_finite_until_they_are_squared(backend):
 def test_outputs_are_contiguous(backend):
     q, v = randn(0, 2, 9, 4), randn(1, 2, 9, 3)
     assert outputs(flashgau.gau_attention(q, q, v.mT.contiguous().mT))[0].is_contiguous()
+
+
+def test_gradients_are_contiguous_whatever_the_operands(backend):
+    """As the operator's shape function tells torch.compile."""
+    operands = [randn(i, 2, width, 9).mT.requires_grad_() for i, width in enumerate((4, 4, 3, 3))]
+    grads = torch.autograd.grad(flashgau.gau_attention(*operands, causal=True).sum(), operands)
+    assert all(g.is_contiguous() for g in grads)

@@ -73,8 +73,8 @@ def gau_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, gate and rel_bias (B, 2P-1); None where there is no such input."""
     acc = accumulator(q.dtype)
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    dgate = torch.zeros_like(gate) if gate is not None else None
+    dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
+    dgate = gate.new_zeros(gate.shape) if gate is not None else None
     dbias = torch.zeros(rel_bias.shape, dtype=acc, device=q.device) if rel_bias is not None else None
     for seq in sequences(q.shape[0], q.shape[1], k.shape[1], lengths, cu_seqlens):
         part = _Part(seq, q, k, v, rel_bias, score, normalizer, causal)

@@ -21,38 +21,38 @@ def projection_forward(
     residual: Tensor | None,
     widths: list[int],
     *,
-    silu: bool,
+    silu: int,
     save: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Parts (..., width) of x W^T + b, under silu or not, and the parts before it if `save` (and `silu`).
+    """Parts (..., width) of x W^T + b, the first `silu` of them under silu, and these before it if `save`.
 
-    Without silu a residual is added to the first part.
+    A residual is added to the only part.
     """
     rows = x.reshape(-1, x.shape[-1])
     factor = factor_dtype(x)
     weights = weight.to(factor).split(widths)
     biases = bias.to(factor).split(widths) if bias is not None else [None] * len(widths)
     parts = [rows.new_empty(rows.shape[0], width) for width in widths]
-    saved = [torch.empty_like(part) for part in parts] if save and silu else []
+    saved = [torch.empty_like(part) for part in parts[:silu]] if save else []
     for r in panels(rows):
         panel = rows[r].to(factor)
         for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
             out = parts[i][r]
-            before = saved[i][r] if saved else (torch.empty_like(out) if silu else out)
+            before = out if i >= silu else saved[i][r] if saved else torch.empty_like(out)
             h = before if before.dtype == factor else None
             h = torch.mm(panel, w.T, out=h) if b is None else torch.addmm(b, panel, w.T, out=h)
             if residual is not None:
                 h += residual.reshape(rows.shape[0], -1)[r]
             if h is not before:
                 before.copy_(h)
-            if silu:
+            if i < silu:
                 _silu_into(h, out)
     shape = x.shape[:-1]
     return [p.view(*shape, p.shape[-1]) for p in parts], [p.view(*shape, p.shape[-1]) for p in saved]
 
 
 def projection_backward(
-    dparts: list[Tensor], x: Tensor, weight: Tensor, saved: list[Tensor], *, silu: bool
+    dparts: list[Tensor], x: Tensor, weight: Tensor, saved: list[Tensor], *, silu: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
     rows = x.reshape(-1, x.shape[-1])
@@ -63,13 +63,13 @@ def projection_backward(
     dbias = dweight.new_zeros(weight.shape[0])
     dx = torch.empty_like(rows, memory_format=torch.contiguous_format)
     flat = [d.reshape(-1, width) for d, width in zip(dparts, widths, strict=True)]
-    before = [h.reshape(-1, width) for h, width in zip(saved, widths, strict=True)] if silu else None
+    before = [h.reshape(-1, h.shape[-1]) for h in saved]
     for r in panels(rows):
         panel = rows[r].to(factor)
         dpanel = dx[r] if dx.dtype == factor else torch.empty_like(panel)
         for i, (w, dw, db) in enumerate(zip(weights, dweight.split(widths), dbias.split(widths), strict=True)):
             d = flat[i][r].to(acc)
-            if before is not None:
+            if i < silu:
                 d = torch.ops.aten.silu_backward(d, before[i][r].to(acc))
             db += d.sum(0)
             d = d.to(factor)
@@ -86,12 +86,12 @@ def projection_backward(
 def heads_forward(
     z: Tensor, gamma: Tensor, beta: Tensor | None, cos: Tensor | None, sin: Tensor | None, *, interleaved: bool
 ) -> list[Tensor]:
-    """z (B, N, S) -> each gamma_h z + beta_h (B, N, S), the first channels turned by angles (1 or B, N, pairs)."""
+    """z (B, N, S) -> each gamma_h silu(z) + beta_h, the first channels turned by angles (1 or B, N, pairs)."""
     acc = accumulator(z.dtype)
     outs = [z.new_empty(z.shape) for _ in range(gamma.shape[0])]
     gamma, beta = gamma.to(acc)[:, None], beta.to(acc)[:, None] if beta is not None else None
     for b, r in _rows(z):
-        panel = z[b, r].to(acc)
+        panel = torch.nn.functional.silu(z[b, r].to(acc))
         turned = panel * gamma if beta is None else torch.addcmul(beta, panel, gamma)
         if cos is not None and sin is not None:
             turn(turned, *_angles(cos, sin, b, r), interleaved)
@@ -114,8 +114,9 @@ def heads_backward(
             c, s = _angles(cos, sin, b, r)
             turn(d, c, -s, interleaved)  # a rotation's gradient turns back
         dbeta += d.sum(1)
-        dz[b, r] = (d * wide).sum(0)
-        dgamma += d.mul_(z[b, r].to(acc)).sum(1)
+        before = z[b, r].to(acc)
+        dz[b, r] = torch.ops.aten.silu_backward((d * wide).sum(0), before).to(dz.dtype)
+        dgamma += d.mul_(torch.nn.functional.silu(before)).sum(1)
     return dz, dgamma.to(gamma.dtype), dbeta.to(gamma.dtype)
 
 

@@ -105,7 +105,7 @@ class GatedUnit(nn.Module):
         """Gate and value (B, N, e), every head (B, N, S), and the second result of `shift_tokens`."""
         normed, moving = self._normed(x, cu_seqlens, previous)
         widths = (self.hidden, self.hidden, self.key_dim)
-        gate, value, z = projection(normed, self.to_hidden.weight, self.to_hidden.bias, widths, silu=True)
+        gate, value, z = projection(normed, self.to_hidden.weight, self.to_hidden.bias, widths, silu=2)
         angles = self._angles(x, start, cu_seqlens)
         interleaved = self.rotary is not None and self.rotary.interleaved
         heads = make_heads(z, self.offset_scale.gamma, self.offset_scale.beta, angles, interleaved=interleaved)
@@ -128,7 +128,7 @@ class GatedUnit(nn.Module):
 
     def _finish(self, x: Tensor, out: Tensor) -> Tensor:
         residual = x if self.residual else None
-        (y,) = projection(out, self.to_out.weight, self.to_out.bias, (self.dim,), silu=False, residual=residual)
+        (y,) = projection(out, self.to_out.weight, self.to_out.bias, (self.dim,), residual=residual)
         return self.post_norm(y)
 
     def _check(self, x: Tensor, cu_seqlens: Tensor | None, recurrent: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-import torch
 from torch import Tensor
 
 from . import autograd, dispatch
@@ -188,7 +187,7 @@ def _(
     rel_bias: Optional[Tensor],
     *rest: Any,
 ) -> list[Tensor]:
-    like = [None if t is None else torch.empty_like(t) for t in (q, k, v, gate)]
+    like = [None if t is None else t.new_empty(t.shape) for t in (q, k, v, gate)]
     return autograd.present(q, *like, None if rel_bias is None else rel_bias.new_empty(rel_bias.shape))
 
 

@@ -19,21 +19,20 @@ def projection(
     bias: Tensor | None,
     widths: Sequence[int],
     *,
-    silu: bool,
+    silu: int = 0,
     residual: Tensor | None = None,
 ) -> list[Tensor]:
-    """x W^T + b cut into parts of these widths, each a tensor of its own, under silu or not.
+    """x W^T + b cut into parts of these widths, each a tensor of its own, the first `silu` of them under silu.
 
     x (..., d), weight (sum of widths, d) and bias as in torch.nn.Linear; a `residual` (..., width) is added to the
-    one part of a projection without silu. Source: [u, v, z] of Hua et al. 2022 (arXiv 2202.10447), code 1.
+    one part of a projection. Source: [u, v, z] of Hua et al. 2022 (arXiv 2202.10447), code 1.
     """
     x, weight, bias = autocast(x, weight, bias)
     name = dispatch.resolve_inner("projection", x.device, x.dtype)
     inside = residual if residual is not None and residual.dtype == x.dtype else None
     if name == "reference":
         y = F.linear(x, weight, bias)
-        y = F.silu(y) if silu else y
-        parts = list(y.split(list(widths), -1))
+        parts = [F.silu(part) if i < silu else part for i, part in enumerate(y.split(list(widths), -1))]
         inside = None
     else:
         save = autograd.needs_grad(x, weight, bias)
@@ -44,7 +43,7 @@ def projection(
 def heads(
     z: Tensor, gamma: Tensor, beta: Tensor | None, angles: Tensor | None = None, *, interleaved: bool = False
 ) -> list[Tensor]:
-    """gamma_h z + beta_h, turned by rotary angles: z (B, N, S) -> H tensors (B, N, S).
+    """gamma_h silu(z) + beta_h, turned by rotary angles: z (B, N, S) -> H tensors (B, N, S).
 
     gamma, beta (H, S); angles (1 or B, N, pairs) in fp32 turn the first 2 * pairs channels, paired by halves or,
     if `interleaved`, with their neighbours.
@@ -53,7 +52,7 @@ def heads(
     name = dispatch.resolve_inner("heads", z.device, z.dtype)
     if name != "reference":
         return _heads(z, gamma, beta, cos, sin, interleaved, name)
-    made = z[:, None] * gamma[:, None].to(z.dtype)
+    made = F.silu(z)[:, None] * gamma[:, None].to(z.dtype)
     made = made if beta is None else made + beta[:, None].to(z.dtype)
     if cos is not None and sin is not None:
         pairs = cos.shape[-1]
@@ -73,7 +72,7 @@ def _projection(
     bias: Optional[Tensor],
     residual: Optional[Tensor],
     widths: list[int],
-    silu: bool,
+    silu: int,
     save: bool,
     backend: str,
 ) -> list[Tensor]:
@@ -90,11 +89,11 @@ def _(
     bias: Optional[Tensor],
     residual: Optional[Tensor],
     widths: list[int],
-    silu: bool,
+    silu: int,
     save: bool,
     backend: str,
 ) -> list[Tensor]:
-    kept = [] if not (silu and save) else [sum(widths)] if backend == "triton" else widths
+    kept = [] if not (silu and save) else [sum(widths)] if backend == "triton" else widths[:silu]
     return [x.new_empty(*x.shape[:-1], width) for width in [*widths, *kept]]
 
 
@@ -104,7 +103,7 @@ def _projection_backward(
     x: Tensor,
     weight: Tensor,
     saved: list[Tensor],
-    silu: bool,
+    silu: int,
     backend: str,
 ) -> list[Tensor]:
     return list(

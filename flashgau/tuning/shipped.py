@@ -104,7 +104,7 @@ def _gau(backward: bool, rows: int, e: int, kind: str, width: int, dtype: torch.
 def _projection(kind: str, width: int, dtype: torch.dtype, choose: Choose) -> None:
     parts = [_empty(_LENGTH, n, dtype=dtype) for n in (2048, 2048, 128)]
     x, weight, saved = (_empty(*shape, dtype=dtype) for shape in ((_LENGTH, 1024), (4224, 1024), (_LENGTH, 4224)))
-    projection.projection_backward(parts, x, weight, [saved], silu=True, choose=choose)
+    projection.projection_backward(parts, x, weight, [saved], silu=2, choose=choose)
 
 
 def _heads(kind: str, width: int, dtype: torch.dtype, choose: Choose) -> None:
