@@ -54,7 +54,6 @@ _BLOCKS = {
     (eager_attention, "_BLOCK_ELEMENTS"): 1,
     (eager_gau, "_PANEL_ELEMENTS"): 1,
     (eager_glu, "_PIECE"): 64,
-    (eager_glu, "_WHOLE"): 4,
     (eager_common, "_PANEL"): 4,
     (eager_mixed_chunk, "_CHUNK_ELEMENTS"): 1,
     (importlib.import_module("flashgau.ops.glu"), "_KEPT_BYTES"): 0,  # its name is the function's, too

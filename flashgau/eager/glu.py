@@ -14,7 +14,6 @@ from torch import Tensor
 from .common import Rooms, accumulator, add_product, factor_dtype, panels
 
 _PIECE = 2**22  # bytes of a tensor worked on at a time on a CPU: what is written is read again from the cache
-_WHOLE = 2**22  # elements of a tensor that is small enough not to be cut
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 Backward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -67,9 +66,8 @@ def glu_forward(
         activated = ACTIVATIONS[activation][0](gate, gate.new_empty(gate.shape))
         return torch.mul(activated, up, out=out), activated
     rooms = Rooms()
-    apart = out.numel() > _WHOLE  # of a piece act(g) stays in the cache: half the time of `out` as its room, in bf16
     for g, u, o in _pieces(gate, up, out):
-        _gated(g, u, activation, up_activation, o, rooms, apart)
+        _gated(g, u, activation, up_activation, o, rooms)
     return out, None
 
 
@@ -171,12 +169,9 @@ def glu_linear_backward(
     return dx, dwg.to(dt), dwu.to(dt), dbg.to(dt), dbu.to(dt)
 
 
-def _gated(
-    g: Tensor, u: Tensor, activation: str, up_activation: str, out: Tensor, rooms: Rooms, apart: bool = False
-) -> None:
-    """The unit; `apart` computes act(g) elsewhere than in `out`."""
+def _gated(g: Tensor, u: Tensor, activation: str, up_activation: str, out: Tensor, rooms: Rooms) -> None:
     g, u = _in_range(g, "g", rooms), _in_range(u, "u", rooms)
-    a = ACTIVATIONS[activation][0](g, rooms.like("act(g)", g) if apart or out.dtype != g.dtype else out)
+    a = ACTIVATIONS[activation][0](g, out if out.dtype == g.dtype else rooms.like("act(g)", g))
     torch.mul(a, ACTIVATIONS[up_activation][0](u, rooms.like("act(u)", u)), out=out)
 
 
@@ -220,7 +215,7 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     first = tensors[0]
     if first.numel() == 0:
         return
-    if first.device.type != "cpu" or first.numel() <= _WHOLE:
+    if first.device.type != "cpu" or first.nbytes <= 4 * _PIECE:
         yield tensors
         return
     step = _PIECE // first.itemsize

@@ -110,7 +110,7 @@ def _glu(product: Config, few_rows: Config, single: Config) -> Table:
         "glu_forward": {2: {0: Config(1, 2048, 4, 1)}, 4: {0: Config(1, 1024, 4, 1)}},
         "glu_backward": {2: {0: Config(1, 2048, 4, 1)}, 4: {0: Config(1, 1024, 4, 1)}},
         "projection": {2: {0: Config(1, 2048, 4, 1)}, 4: {0: Config(1, 1024, 4, 1)}},
-        "heads": {2: {0: Config(16, 128, 4, 1)}, 4: {0: Config(16, 128, 4, 1)}},
+        "heads": {2: {0: Config(16, 128, 8, 1)}, 4: {0: Config(16, 128, 8, 1)}},
         "glu_linear": {2: {0: product}, 4: {0: single}},
         "glu_linear_few_rows": {2: {0: few_rows}, 4: {0: few_single}},
         "glu_linear_backward": {2: {0: product}, 4: {0: single}},
