@@ -268,7 +268,7 @@ def glu_forward(
     """
     gate, up = _halves(gate, up)
     out = gate.new_empty(gate.shape)
-    _elementwise(glu_kernel, "glu_forward", (gate, up, out), activation, up_activation, choose)
+    elementwise(glu_kernel, "glu_forward", (gate, up, out), choose, activation, up_activation)
     return out, None
 
 
@@ -286,7 +286,7 @@ def glu_backward(
     dgate = gate.new_empty(gate.shape)
     dup = up.new_empty(up.shape) if up is not None else None
     tensors = dout, *_halves(gate, up), *_halves(dgate, dup)
-    _elementwise(glu_backward_kernel, "glu_backward", tensors, activation, up_activation, choose)
+    elementwise(glu_backward_kernel, "glu_backward", tensors, choose, activation, up_activation)
     return dgate, dup
 
 
@@ -353,17 +353,15 @@ def glu_linear_backward(
             g, u = _affine(rows, w_gate, b_gate), _affine(rows, w_up, b_up)
     if g is not None and u is not None:
         tensors = d, _rows(g), _rows(u), *_halves(both, None)
-        _elementwise(glu_backward_kernel, "glu_backward", tensors, activation, up_activation, choose)
+        elementwise(glu_backward_kernel, "glu_backward", tensors, choose, activation, up_activation)
     dx = both @ torch.cat([w_gate, w_up])  # one sum over both, rounded once
     dw = both.T @ rows
     db = both.sum(0)
     return dx.view(x.shape), dw[:n], dw[n:], db[:n], db[n:]
 
 
-def _elementwise(
-    kernel: Any, name: str, tensors: tuple[Tensor, ...], activation: str, up_activation: str, choose: Choose
-) -> None:
-    """Launch an elementwise kernel over tensors of one shape."""
+def elementwise(kernel: Any, name: str, tensors: tuple[Tensor, ...], choose: Choose, *traits: str) -> None:
+    """Launch an elementwise kernel over tensors of one shape; `traits` are what else it is compiled for."""
     if tensors[-1].numel() == 0:
         return
     matrices = as_matrices(*tensors)
@@ -371,12 +369,11 @@ def _elementwise(
     config = choose(name, tensors[0], 0)
     size = config.block_m * config.block_n
     columns = min(size, triton.next_power_of_2(n_columns))
-    block_rows = min(size // columns, triton.next_power_of_2(n_rows))
-    grid = (triton.cdiv(n_rows, block_rows) * triton.cdiv(n_columns, columns),)
+    rows = min(size // columns, triton.next_power_of_2(n_rows))
+    grid = (triton.cdiv(n_rows, rows) * triton.cdiv(n_columns, columns),)
     kernel[grid](
-        *(Matrix(m, *m.stride()) for m in matrices), n_rows, n_columns, activation, up_activation, block_rows, columns,
-        **config.launch(),
-    )  # fmt: skip
+        *(Matrix(m, *m.stride()) for m in matrices), n_rows, n_columns, *traits, rows, columns, **config.launch()
+    )
 
 
 def _product(

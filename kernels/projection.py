@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import VARYING, Choose, on_its_device
-from .glu import Matrix, activate, block_of, load, places, slope, store
+from .glu import Matrix, activate, block_of, elementwise, load, places, slope, store
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -140,7 +140,7 @@ def projection_forward(
     for i, part in enumerate(wide.split(widths, -1)):
         out = part.contiguous() if i >= silu else part.new_empty(part.shape)
         if i < silu:
-            _elementwise(silu_kernel, (part, out), choose)
+            elementwise(silu_kernel, "projection", (part, out), choose)
         outs.append(out.view(*lead, out.shape[-1]))
     return outs, [wide.view(*lead, wide.shape[-1])] if save and silu else []
 
@@ -157,23 +157,10 @@ def projection_backward(
     for i, (d, dwide) in enumerate(zip(dparts, wide.split(widths, -1), strict=True)):
         d = d.reshape(dwide.shape)
         if i < silu:
-            _elementwise(silu_backward_kernel, (d, before[i], dwide), choose)
+            elementwise(silu_backward_kernel, "projection", (d, before[i], dwide), choose)
         else:
             dwide.copy_(d)
     return (wide @ weight).view(x.shape), wide.T @ rows, wide.sum(0)
-
-
-def _elementwise(kernel: Any, tensors: tuple[Tensor, ...], choose: Choose) -> None:
-    """Launch an elementwise kernel over matrices of one shape."""
-    n_rows, n_columns = tensors[0].shape
-    if n_rows * n_columns == 0:
-        return
-    config = choose("projection", tensors[0], 0)
-    size = config.block_m * config.block_n
-    columns = min(size, triton.next_power_of_2(n_columns))
-    rows = min(size // columns, triton.next_power_of_2(n_rows))
-    grid = (triton.cdiv(n_rows, rows) * triton.cdiv(n_columns, columns),)
-    kernel[grid](*(Matrix(t, *t.stride()) for t in tensors), n_rows, n_columns, rows, columns, **config.launch())
 
 
 @on_its_device

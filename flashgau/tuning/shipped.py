@@ -124,14 +124,13 @@ _GLU: dict[str, Any] = {
 _PRODUCT: dict[str, Any] = {
     "kinds": {"fp16": ("training",), "bf16": ("inference", "training"), "fp32": ("training",)},
 }
-_LAYER: dict[str, tuple[str, ...]] = {dtype: ("backward",) for dtype in DTYPES}
+_BACKWARD: dict[str, tuple[str, ...]] = {dtype: ("backward",) for dtype in DTYPES}
 _GAU: dict[str, Any] = {
     "kinds": {"fp16": ("relu2 causal",), "bf16": ("relu2 causal", "laplace full bias"), "fp32": ("relu2 causal",)},
     "widths": (64, 128, 256),
     "large": ("bf16",),  # weights beside fp16 are fp32
 }
 _SOFTMAX = {"fp16": ("softmax causal",), "bf16": ("softmax causal",), "fp32": ("softmax causal",)}
-_RECOMPUTING = {"fp16": ("backward",), "bf16": ("backward",), "fp32": ("backward",)}
 
 ENTRIES: dict[str, Entry] = {
     "attention_forward": Entry(
@@ -148,13 +147,13 @@ ENTRIES: dict[str, Entry] = {
     "glu_linear": Entry("linear_kernel", partial(_glu_linear, _LENGTH), matrix=_LARGE, **_PRODUCT),
     "glu_linear_few_rows": Entry("linear_kernel", partial(_glu_linear, 1), matrix=_ANY, **_PRODUCT),
     "glu_linear_backward": Entry(
-        "linear_backward_kernel", partial(_glu_linear, _LENGTH), _RECOMPUTING, matrix=_LARGE
+        "linear_backward_kernel", partial(_glu_linear, _LENGTH), _BACKWARD, matrix=_LARGE
     ),
     "glu_linear_backward_few_rows": Entry(
-        "linear_backward_kernel", partial(_glu_linear, 1), _RECOMPUTING, matrix=_ANY
+        "linear_backward_kernel", partial(_glu_linear, 1), _BACKWARD, matrix=_ANY
     ),
-    "projection": Entry("silu_backward_kernel", _projection, _LAYER, vectors=True),
-    "heads": Entry("heads_backward_kernel", _heads, _LAYER),
+    "projection": Entry("silu_backward_kernel", _projection, _BACKWARD, vectors=True),
+    "heads": Entry("heads_backward_kernel", _heads, _BACKWARD),
     "gau_lse": Entry("lse_kernel", partial(_gau, False, 2048, 1024), _SOFTMAX, (64, 128, 256), matrix=_LARGE),
     "gau_weights": Entry("weights_kernel", partial(_gau, False, 2048, 1024), matrix=_LARGE, **_GAU),
     "gau_weights_few_rows": Entry("weights_kernel", partial(_gau, False, 1, 1024), matrix=_ANY, **_GAU),
