@@ -4,4 +4,4 @@
 is not there runs on the `eager` backend, and an explicit `backend="triton"` is refused with that reason.
 """
 
-SUPPORTED: dict[str, int | None] = {"attention": 256, "glu": None, "gau": 256, "projection": None}
+SUPPORTED: dict[str, int | None] = {"attention": 256, "glu": None, "gau": 256, "mixed_chunk": 256, "projection": None}

@@ -22,7 +22,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # of a difference of scores, never of
 # not within a tuple, so a kernel takes them one by one and makes its tuples itself.
 VARYING = ("n_sequences", "longest_m", "longest_n", "left", "right", "bias_batch", "bias_head", "reach", "threshold",
            "n_blocks", "n_heads", "n_kv_heads", "n_parts", "n_rows", "first_block", "last_block", "n_key_blocks",
-           "n_across", "n_tokens", "angle_batch")  # fmt: skip
+           "n_across", "n_tokens", "angle_batch",
+           "n_chunks", "n_segments", "long", "span")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -139,10 +140,10 @@ def bounds(sequences, i_seq):
 
 
 @triton.jit
-def place(i_program, n_blocks, n_heads, sequences, ends, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
+def place(i_program, n_blocks, n_heads, sequences, ends, PER_TOKEN: tl.constexpr, block):
     """(block within its sequence, head, sequence) of a program; programs of one head follow each other.
 
-    In a packed batch, sequence g owns the blocks from ends[g] * PER_TOKEN // BLOCK + g on: at least as many as it
+    In a packed batch, sequence g owns the blocks from ends[g] * PER_TOKEN // block + g on: at least as many as it
     needs, so the last of them may lie past its end and find nothing to do.
     """
     i_block = i_program % n_blocks
@@ -153,12 +154,21 @@ def place(i_program, n_blocks, n_heads, sequences, ends, PER_TOKEN: tl.constexpr
         high = i_seq + sequences.n_sequences - 1
         while low < high:
             middle = (low + high + 1) // 2
-            first = tl.load(ends + middle).to(tl.int32) * PER_TOKEN // BLOCK + middle
+            first = tl.load(ends + middle).to(tl.int32) * PER_TOKEN // block + middle
             low = tl.where(first <= i_block, middle, low)
             high = tl.where(first <= i_block, high, middle - 1)
         i_seq = low
-        i_block -= tl.load(ends + low).to(tl.int32) * PER_TOKEN // BLOCK + low
+        i_block -= tl.load(ends + low).to(tl.int32) * PER_TOKEN // block + low
     return i_block, i_head, i_seq
+
+
+@triton.jit
+def first_slot(sequences, i_seq, n_blocks, block):
+    """The number, among all blocks of keys, of a sequence's first one: the inverse of `place`."""
+    first = i_seq * n_blocks
+    if sequences.queries is not None:
+        first = tl.load(sequences.keys + i_seq).to(tl.int32) // block + i_seq
+    return first
 
 
 @triton.jit

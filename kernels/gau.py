@@ -32,11 +32,10 @@ from .common import (
     VARYING,
     Choose,
     Config,
-    Heads,
     Sequences,
     blocks_of,
     bounds,
-    heads,
+    first_slot,
     is_visible,
     keys_seen,
     load_rows,
@@ -46,22 +45,23 @@ from .common import (
     row_pointers,
     rows_seeing,
     sequences_of,
-    toeplitz,
+)
+from .gated import (
+    Rule,
+    bias_pointer,
+    factors,
+    load_tile,
+    prologue,
+    room_for_panel,
+    rows,
+    score_gradient,
+    scores,
+    store_tile,
+    sums_like,
+    weights,
 )
 
-_PANEL_BYTES = 2**25  # of a panel: an H200's cache holds 50 MiB
 _FUSED_WIDTH = 512  # of the values, up to which scores are cheaper made again for each tile than written and read
-
-
-class Rule(NamedTuple):
-    """How a product q k becomes a score. What is None is compiled away."""
-
-    left: Any  # None: every key before
-    right: Any  # 0 for a causal mask, else None
-    number: float  # 1 / n of a given normaliser, or 1 / sqrt(S) of a softmax
-    bias: Any  # pointer to (B, 2 reach + 1)
-    bias_batch: int
-    reach: int
 
 
 # ---------------------------------------------------------------- scores
@@ -85,89 +85,7 @@ def scales(rule, o_position, n, SCALING: tl.constexpr):
     return b_scale
 
 
-@triton.jit
-def scores(b_qk, b_scale, rule, p_bias, o_position, o_key, n, MASKED: tl.constexpr):
-    """S of a block; -inf where the key is hidden. Scale, positions and keys broadcast against the block."""
-    b_s = b_qk * b_scale
-    if rule.bias is not None:
-        # Rows past the end stand at positions from n on; the bias there may be anything.
-        b_s += toeplitz(p_bias, o_key - o_position, rule.reach, (o_key < n) & (o_position < n))
-    if MASKED:
-        b_s = tl.where(is_visible(rule, o_position, o_key, n), b_s, -float("inf"))
-    return b_s
-
-
-@triton.jit
-def bias_pointer(rule, row):
-    """Where the bias of a key at the query's own position stands."""
-    p_bias = 0
-    if rule.bias is not None:
-        p_bias = rule.bias + tl.cast(row, tl.int64) * rule.bias_batch + rule.reach
-    return p_bias
-
-
-@triton.jit
-def weights(b_s, b_lse, SCORE: tl.constexpr):
-    """A of a block of scores: relu(S)^2, the Laplace function of [MEGA] section 3.5, or exp(S - LSE)."""
-    if SCORE == "relu2":
-        b_a = tl.where(b_s < 0, 0.0, b_s * b_s)  # a maximum with 0 would hide a NaN on a GPU
-    elif SCORE == "laplace":
-        # mu = sqrt(1 / 2), sigma = sqrt(1 / (4 pi)): (S - mu) / (sigma sqrt 2)
-        b_a = 0.5 + 0.5 * tl.erf((b_s - 0.7071067811865476) * 2.5066282746310002)
-    else:
-        tl.static_assert(SCORE == "softmax")
-        b_a = tl.exp2((b_s - tl.where(b_lse == -float("inf"), float("inf"), b_lse)) * LOG2_E)
-    return b_a
-
-
-@triton.jit
-def score_gradient(b_da, b_s, b_a, b_delta, SCORE: tl.constexpr):
-    """dS from dA: times the slope of the score, or A (dA - delta)."""
-    if SCORE == "relu2":
-        b_ds = b_da * tl.where(b_s < 0, 0.0, 2 * b_s)
-    elif SCORE == "laplace":  # its slope is the normal density of mean mu and deviation sigma
-        b_z = b_s - 0.7071067811865476
-        b_ds = b_da * 1.4142135623730951 * tl.exp(-6.283185307179586 * b_z * b_z)
-    else:
-        tl.static_assert(SCORE == "softmax")
-        b_ds = b_a * (b_da - b_delta)
-    return b_ds
-
-
-@triton.jit
-def factors(b_a, b_x):
-    """Weights, or their gradients, and what they multiply, in one type.
-
-    Beside fp16 they stay fp32, and are multiplied as tf32: (q k / n)^2 leaves fp16's range, above and mostly below.
-    """
-    if b_x.dtype == tl.float16:
-        b_a, b_x = b_a.to(tl.float32), b_x.to(tl.float32)
-    else:
-        b_a = b_a.to(b_x.dtype)
-    return b_a, b_x
-
-
 # ---------------------------------------------------------------- blocks
-
-
-@triton.jit
-def load_tile(x, p_rows, m_rows, o_column, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Some columns of rows of x; zeros where there is no row or no column."""
-    p_x = p_rows[:, None] + tl.cast(o_column, tl.int64)[None, :] * x.column
-    mask = m_rows[:, None]
-    if WIDTH % BLOCK != 0:
-        mask = mask & (o_column < WIDTH)[None, :]
-    return tl.load(p_x, mask=mask, other=0.0)
-
-
-@triton.jit
-def store_tile(x, p_rows, m_rows, o_column, block, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Write some columns of rows of x."""
-    p_x = p_rows[:, None] + tl.cast(o_column, tl.int64)[None, :] * x.column
-    mask = m_rows[:, None]
-    if WIDTH % BLOCK != 0:
-        mask = mask & (o_column < WIDTH)[None, :]
-    tl.store(p_x, block.to(x.pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -327,36 +245,6 @@ def product_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def prologue_kernel(
-    dout, gate, product, dx, dgate, delta, lengths, queries, keys, n_sequences, longest_m, longest_n, n_blocks,
-    E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """dX = gate * dO, dGate = X * dO and delta = rowsum(dX * X) of a block of rows, as far as they are wanted."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
-    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.queries, 1, BM)
-    row, first_m, m, _, _ = bounds(sequences, i_seq)
-    stored = m if sequences.queries is not None else sequences.longest_m
-    o_query = i_block * BM + tl.arange(0, BM)
-    m_row, m_stored = o_query < m, o_query < stored
-    b_delta = tl.zeros([BM], tl.float32)
-    for start in range(0, E, BE):
-        o_column = start + tl.arange(0, BE)
-        b_do = load_tile(dout, row_pointers(dout, row, 0, first_m + o_query), m_row, o_column, E, BE).to(tl.float32)
-        p_product = row_pointers(product, row, 0, first_m + o_query)
-        b_x = load_tile(product, p_product, m_row, o_column, E, BE).to(tl.float32)
-        b_dx = b_do
-        if gate is not None:
-            p_gate = row_pointers(gate, row, 0, first_m + o_query)
-            b_dx *= load_tile(gate, p_gate, m_row, o_column, E, BE).to(tl.float32)
-            store_tile(dx, row_pointers(dx, row, 0, first_m + o_query), m_stored, o_column, b_dx, E, BE)
-            p_dgate = row_pointers(dgate, row, 0, first_m + o_query)
-            store_tile(dgate, p_dgate, m_stored, o_column, b_do * b_x, E, BE)
-        b_delta += tl.sum(b_dx * b_x, 1)
-    if delta is not None:
-        tl.store(delta + tl.cast(row, tl.int64) * longest_m + first_m + o_query, b_delta, mask=m_row)
-
-
-@triton.jit(do_not_specialize=VARYING)
 def gradient_kernel(
     q, k, v, dx, lse, delta, panel, dpanel, lengths, queries, keys, n_sequences, longest_m, longest_n,
     number, right, bias, bias_batch, reach, n_blocks, first_block, n_across, panel_width,
@@ -427,15 +315,6 @@ def columns_kernel(
         b_acc = tl.dot(b_p, b_x, b_acc, input_precision=FACTORS)
     b_acc = tl.where((o_key < n)[:, None], b_acc, 0.0)
     store_tile(out, row_pointers(out, row, 0, first_n + o_key), o_key < stored, o_column, b_acc, E, BE)
-
-
-@triton.jit
-def first_slot(sequences, i_seq, n_blocks, BLOCK: tl.constexpr):
-    """The number, among all blocks of keys, of a sequence's first one: the inverse of `place`."""
-    first = i_seq * n_blocks
-    if sequences.queries is not None:
-        first = tl.load(sequences.keys + i_seq).to(tl.int32) // BLOCK + i_seq
-    return first
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -556,7 +435,7 @@ def gau_attention_forward(
 
     def multiply(first: int, count: int, panel: Tensor | None, panel_width: int) -> None:
         product_kernel[(count * n_tiles,)](
-            _rows(q), _rows(k), _rows(v), _rows(gate), lse, panel, _rows(product), _rows(out), *call.sequences,
+            rows(q), rows(k), rows(v), rows(gate), lse, panel, rows(product), rows(out), *call.sequences,
             *call.rule, n_blocks, first, panel_width, E=e, BE=config.block_n, FACTORS=call.factors, **shared, **blocks,
             **config.launch(),
         )  # fmt: skip
@@ -567,11 +446,11 @@ def gau_attention_forward(
     n_across = triton.cdiv(call.longest[1], config.block_k)
     panel_width = n_across * config.block_k
     making = choose("gau_weights", call.weights_like, call.width, rows=m)
-    panel, step = _panel(call.weights_like, config.block_m * panel_width, total)
+    panel, step = room_for_panel(call.weights_like, config.block_m * panel_width, total)
     for first in range(0, total, step):
         count = min(step, total - first)
         weights_kernel[(count * n_across,)](
-            _rows(q), _rows(k), lse, panel, *call.sequences, *call.rule, n_blocks, first, n_across, panel_width,
+            rows(q), rows(k), lse, panel, *call.sequences, *call.rule, n_blocks, first, n_across, panel_width,
             **shared, **blocks, **making.launch(),
         )  # fmt: skip
         multiply(first, count, panel, panel_width)
@@ -605,7 +484,7 @@ def gau_attention_backward(
     dbias = q.new_zeros(rel_bias.shape, dtype=torch.float32) if rel_bias is not None else None
     if m * e == 0 or n == 0 or b == 0:
         dgate = dgate if dgate is None else dgate.zero_()
-        return dq.to(q.dtype), dk.zero_(), dv.zero_(), dgate, _like(dbias, rel_bias)
+        return dq.to(q.dtype), dk.zero_(), dv.zero_(), dgate, sums_like(dbias, rel_bias)
     call = _call(q, k, score, normalizer, causal, rel_bias, lengths, cu_seqlens)
     lse = _lse(call, q, k, choose)
     if call.score == "softmax" and product is None:
@@ -613,7 +492,7 @@ def gau_attention_backward(
         product, _ = gau_attention_forward(
             q, k, v, None, score=score, **options, lengths=lengths, cu_seqlens=cu_seqlens, choose=choose
         )
-    dx, delta = _prologue(call, dout, gate, product, dgate, choose)
+    dx, delta = prologue(call.sequences, dout, gate, product, dgate, choose, softmax=call.score == "softmax")
 
     config, values, queries = (
         choose(name, call.weights_like, call.width) for name in ("gau_gradient", "gau_dv", "gau_dq")
@@ -622,27 +501,27 @@ def gau_attention_backward(
     n_blocks, n_row_blocks = blocks_of(call.sequences, n, 1, bn), blocks_of(call.sequences, m, 1, bm)
     total, n_across = n_blocks * call.rows, triton.cdiv(call.longest[0], bm)
     panel_width = n_across * bm
-    panel, step = _panel(call.weights_like, 2 * bn * panel_width, total)
+    panel, step = room_for_panel(call.weights_like, 2 * bn * panel_width, total)
     panel, dpanel = panel.view(2, -1)
     scaling, rule = {"SCALING": call.scaling}, call.rule
     blocks = {"BM": bm, "BN": bn}
     for first in range(0, total, step):
         count = min(step, total - first)
         gradient_kernel[(count * n_across,)](
-            _rows(q), _rows(k), _rows(v), _rows(dx), lse, delta, panel, dpanel, *call.sequences, *rule, n_blocks, first,
+            rows(q), rows(k), rows(v), rows(dx), lse, delta, panel, dpanel, *call.sequences, *rule, n_blocks, first,
             n_across, panel_width, SCORE=call.score, S=s, E=e, BS=call.width, BE=config.block_k, **blocks, **scaling,
             PRECISION=call.precision, **config.launch(),
         )  # fmt: skip
         columns_kernel[(count * triton.cdiv(e, values.block_n),)](
-            panel, _rows(dx), _rows(dv), *call.sequences, *rule[:2], n_blocks, first, panel_width,
+            panel, rows(dx), rows(dv), *call.sequences, *rule[:2], n_blocks, first, panel_width,
             SCALING=None, E=e, BE=values.block_n, **blocks, FACTORS=call.factors, **values.launch(),
         )  # fmt: skip
         columns_kernel[(count * triton.cdiv(s, min(call.width, 64)),)](
-            dpanel, _rows(q), _rows(dk), *call.sequences, *rule[:2], n_blocks, first, panel_width,
+            dpanel, rows(q), rows(dk), *call.sequences, *rule[:2], n_blocks, first, panel_width,
             E=s, BE=min(call.width, 64), **blocks, **scaling, FACTORS=call.factors, **queries.launch(),
         )  # fmt: skip
         dq_kernel[(n_row_blocks * call.rows,)](
-            dpanel, _rows(k), _rows(dq), *call.sequences, *rule[:2], n_row_blocks, n_blocks, first, first + count,
+            dpanel, rows(k), rows(dq), *call.sequences, *rule[:2], n_row_blocks, n_blocks, first, first + count,
             panel_width, S=s, BS=call.width, **blocks, **scaling, FACTORS=call.factors, **queries.launch(),
         )  # fmt: skip
         if dbias is not None:
@@ -651,7 +530,7 @@ def gau_attention_backward(
                 dpanel, dbias, *call.sequences, rule[1], rule[4], n_blocks, across, first, first + count, panel_width,
                 BD=64, BN=bn,
             )  # fmt: skip
-    return dq.to(q.dtype), dk, dv, dgate, _like(dbias, rel_bias)
+    return dq.to(q.dtype), dk, dv, dgate, sums_like(dbias, rel_bias)
 
 
 def _call(
@@ -702,41 +581,7 @@ def _lse(call: _Call, q: Tensor, k: Tensor, choose: Choose) -> Tensor | None:
     config: Config = choose("gau_lse", q, call.width)
     n_blocks = blocks_of(call.sequences, q.shape[1], 1, config.block_m)
     lse_kernel[(n_blocks * call.rows,)](
-        _rows(q), _rows(k), lse, *call.sequences, *call.rule, n_blocks, SCALING=call.scaling, S=q.shape[-1],
+        rows(q), rows(k), lse, *call.sequences, *call.rule, n_blocks, SCALING=call.scaling, S=q.shape[-1],
         BS=call.width, BM=config.block_m, BN=config.block_n, PRECISION=call.precision, **config.launch(),
     )  # fmt: skip
     return lse
-
-
-def _prologue(
-    call: _Call, dout: Tensor, gate: Tensor | None, product: Tensor | None, dgate: Tensor | None, choose: Choose
-) -> tuple[Tensor, Tensor | None]:
-    """dX, with dGate written where there is a gate, and a softmax's delta."""
-    if product is None:
-        return dout, None
-    b, m, e = dout.shape
-    dx = dout if gate is None else dout.new_empty(dout.shape)
-    delta = dout.new_empty(b, m, dtype=torch.float32) if call.score == "softmax" else None
-    config = choose("gau_prologue", dout, 0)
-    n_blocks = blocks_of(call.sequences, m, 1, config.block_m)
-    prologue_kernel[(n_blocks * call.rows,)](
-        _rows(dout), _rows(gate), _rows(product), _rows(dx), _rows(dgate), delta, *call.sequences, n_blocks,
-        E=e, BE=config.block_n, BM=config.block_m, **config.launch(),
-    )  # fmt: skip
-    return dx, delta
-
-
-def _panel(like: Tensor, per_block: int, blocks: int) -> tuple[Tensor, int]:
-    """Room for the scores of some blocks at a time, at least one, and how many."""
-    step = max(1, min(blocks, _PANEL_BYTES // (per_block * like.element_size())))
-    return like.new_empty(step * per_block), step
-
-
-def _like(sums: Tensor | None, x: Tensor | None) -> Tensor | None:
-    """Sums in the type of what they are the gradient of."""
-    return None if sums is None or x is None else sums.to(x.dtype)
-
-
-def _rows(x: Tensor | None) -> Heads | None:
-    """A tensor (B, N, columns) as one of a single head."""
-    return None if x is None else heads(x.unsqueeze(1))

@@ -40,12 +40,20 @@ _usual: dict[Any, settings] = {}
 
 def _patch_the_language_once() -> None:
     """Spare Triton's interpreter a third of its time: at every call of a device function it searches all of
-    `triton.language` for what to patch, although the kernel's start has patched it."""
+    `triton.language` for what to patch, although the kernel's start has patched it; and for every type that it looks
+    up it makes the table anew."""
     try:
         from triton.runtime import interpreter
     except ImportError:
         return
     patch, first = interpreter._patch_builtin, {}
+    find, found = interpreter._get_np_dtype, {}
+
+    def as_numpy(dtype):
+        name = dtype.scalar.name
+        if name not in found:
+            found[name] = find(dtype)
+        return found[name]
 
     def once(package, builder, scope):
         name = first.get(id(package))
@@ -56,6 +64,7 @@ def _patch_the_language_once() -> None:
             patch(package, builder, scope)
 
     interpreter._patch_builtin = once
+    interpreter._get_np_dtype = as_numpy
 
 
 _patch_the_language_once()

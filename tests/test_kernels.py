@@ -24,8 +24,10 @@ from strategies import (
     glu_calls,
     glu_linear_calls,
     gradients,
+    mixed_chunk_calls,
     outputs,
     randn,
+    step_calls,
 )
 from torch import Tensor
 
@@ -34,6 +36,7 @@ from flashgau import kernels
 
 pytest.importorskip("triton")
 from flashgau.kernels import attention as attention_kernels
+from flashgau.kernels import gated as gated_kernels
 from flashgau.kernels import gau as gau_kernels
 from flashgau.kernels import glu as glu_kernels
 from flashgau.kernels import projection as projection_kernels
@@ -49,6 +52,8 @@ CALLS = {
     "glu": glu_calls,
     "glu_linear": glu_linear_calls,
     "gau_attention": gau_calls,
+    "mixed_chunk_attention": mixed_chunk_calls,
+    "mixed_chunk_step": step_calls,
 }
 pytestmark = pytest.mark.skipif(
     any("triton" not in backends_of(op) for op in CALLS), reason="no GPU, and Triton was imported without interpreting"
@@ -240,11 +245,11 @@ def test_the_size_of_a_panel_changes_rounding_only(panel_bytes):
     q, k, v, gate = (randn(i, 3, 70, 24) for i in range(4))
     options = {"rel_bias": randn(4, 3, 151), "lengths": torch.tensor([70, 3, 41]), "causal": True}
     with (
-        mock.patch.object(gau_kernels, "_PANEL_BYTES", panel_bytes),
+        mock.patch.object(gated_kernels, "_PANEL_BYTES", panel_bytes),
         mock.patch.object(gau_kernels, "_FUSED_WIDTH", 0),
     ):
         found = gradients(Call("gau_attention", (q, k, v, gate), options), backend="triton")
-        with mock.patch.object(gau_kernels, "_PANEL_BYTES", 9000):
+        with mock.patch.object(gated_kernels, "_PANEL_BYTES", 9000):
             other = gradients(Call("gau_attention", (q, k, v, gate), options), backend="triton")
     for a, b in zip([*found[0], *found[1]], [*other[0], *other[1]], strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)

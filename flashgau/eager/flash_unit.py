@@ -97,7 +97,7 @@ def flash_unit_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """x (B, N, d) -> y (B, N, d), with the residual if there is one; and x W + b (B, N, 2e + S) if `save`."""
     p = _weights(x, w, b, gamma, beta, w_out, b_out, cos, sin, order, interleaved)
-    y = blank(lengths, cu_seqlens)(x, memory_format=torch.contiguous_format)
+    y = blank(lengths, cu_seqlens)(x)
     if lengths is not None or cu_seqlens is not None:  # rows of padding have no attention
         y = y if residual is None else y.add_(residual)
         y = y if b_out is None else y.add_(b_out)
@@ -158,7 +158,7 @@ def flash_unit_backward(
     """Gradients of x, w, b, gamma, beta, w_out, b_out and rel_bias (an empty one where there is none)."""
     acc = accumulator(x.dtype)
     p = _weights(x, w, b, gamma, beta, w_out, b_out, cos, sin, order, interleaved)
-    dx = blank(lengths, cu_seqlens)(x, memory_format=torch.contiguous_format)
+    dx = blank(lengths, cu_seqlens)(x)
     dw, dw_out = (torch.zeros(t.shape, dtype=acc, device=x.device) for t in (w, w_out))
     dgamma, dbeta = (torch.zeros(gamma.shape, dtype=acc, device=x.device) for _ in range(2))
     db = dw.new_zeros(w.shape[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -199,9 +200,10 @@ def chunked(
     return parts
 
 
-def blank(lengths: Tensor | None, cu_seqlens: Tensor | None) -> Callable[..., Tensor]:
+def blank(lengths: Tensor | None, cu_seqlens: Tensor | None) -> Callable[[Tensor], Tensor]:
     """How results begin: as zeros where there is padding, unwritten where every row will be written."""
-    return torch.empty_like if lengths is None and cu_seqlens is None else torch.zeros_like
+    begin = torch.empty_like if lengths is None and cu_seqlens is None else torch.zeros_like
+    return partial(begin, memory_format=torch.contiguous_format)
 
 
 def add_bias_gradient(dbias: Tensor, part: Chunks, ds_sum: Tensor) -> None:
@@ -237,7 +239,7 @@ def mixed_chunk_attention_forward(
     """
     rule = Rule(chunk_size, score, causal, quad_normalizer, lin_normalizer)
     begin = blank(lengths, cu_seqlens)
-    out = begin(v, memory_format=torch.contiguous_format)
+    out = begin(v)
     product = begin(out) if save and gate is not None else None
     states = _states(v, lin_k.shape[-1], cu_seqlens, initial_kv)
     for part in chunked(rule, v, v.shape[-1], rel_bias, lengths, cu_seqlens, closed_tokens):

@@ -95,7 +95,7 @@ def mixed_chunk_attention(
     if initial_state is not None:
         _check_state(args, "initial_state", initial_state, count, chunk_size)
 
-    name = dispatch.resolve(op, backend, quad_q.device, quad_q.dtype)
+    name = dispatch.resolve(op, backend, quad_q.device, quad_q.dtype, width=args.sizes["S"])
     if name == "reference":
         result = autograd.run(
             op, name, op, quad_q.device, quad_q, quad_k, lin_q, lin_k, v, gate, chunk_size=chunk_size, score=score,
@@ -196,18 +196,26 @@ def mixed_chunk_step(
     quad, lin = _options(args, score, size, quad_normalizer, lin_normalizer)
     args.relative_bias(rel_bias, "B", size, "the chunk size")
 
-    name = dispatch.resolve(op, backend, quad_q.device, quad_q.dtype)
+    name = dispatch.resolve(op, backend, quad_q.device, quad_q.dtype, width=args.sizes["S"])
     if name == "reference":
         out, after = autograd.run(
             op, name, op, quad_q.device, quad_q, quad_k, lin_q, lin_k, v, gate, state=state, score=score,
             quad_normalizer=quad, lin_normalizer=lin_normalizer, rel_bias=rel_bias,
         )  # fmt: skip
         return out, _own_state(after)
+    tensors = quad_q, quad_k, lin_q, lin_k, v, gate, *state.tensors()
+    if name == "triton" and autograd.needs_grad(*tensors, rel_bias):  # its kernel for one token has no derivative
+        return mixed_chunk_attention(
+            *tensors[:6], chunk_size=size, score=score, causal=True, quad_normalizer=quad,
+            lin_normalizer=lin_normalizer, rel_bias=rel_bias, initial_state=state, return_state=True, backend=name,
+        )  # type: ignore[return-value] # fmt: skip
     bias = rel_bias.expand(quad_q.shape[0], -1) if rel_bias is not None else None
-    out, *after = autograd.run(
-        op, name, op, quad_q.device, quad_q, quad_k, lin_q, lin_k, v, gate, *state.tensors(), score=score,
-        quad_normalizer=quad, lin_normalizer=lin, rel_bias=bias,
-    )  # fmt: skip
+    if name == "triton":
+        out, *after = _step(*tensors, bias, score, quad, lin, name)
+    else:  # PyTorch differentiates it
+        out, *after = autograd.run(
+            op, name, op, quad_q.device, *tensors, score=score, quad_normalizer=quad, lin_normalizer=lin, rel_bias=bias
+        )
     return out, MixedChunkState(*after)
 
 
@@ -376,9 +384,8 @@ def _(
     initial_kv: Optional[Tensor],
     *rest: Any,
 ) -> list[Tensor]:
-    inputs = (quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias)
-    like = [None if t is None else torch.empty_like(t) for t in inputs]
-    return autograd.present(v, *like, None if initial_kv is None else initial_kv.new_empty(initial_kv.shape))
+    inputs = (quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias, initial_kv)
+    return autograd.present(v, *(None if t is None else t.new_empty(t.shape) for t in inputs))
 
 
 def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
@@ -397,4 +404,53 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None,
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@autograd.operator("mixed_chunk_step")
+def _step(
+    quad_q: Tensor,
+    quad_k: Tensor,
+    lin_q: Tensor,
+    lin_k: Tensor,
+    v: Tensor,
+    gate: Optional[Tensor],
+    kv: Tensor,
+    open_quad_k: Tensor,
+    open_lin_k: Tensor,
+    open_v: Tensor,
+    position: Tensor,
+    rel_bias: Optional[Tensor],
+    score: str,
+    quad_normalizer: float,
+    lin_normalizer: Optional[float],
+    backend: str,
+) -> list[Tensor]:
+    results = autograd.run(
+        "mixed_chunk_step", backend, "mixed_chunk_step", v.device, quad_q, quad_k, lin_q, lin_k, v, gate, kv,
+        open_quad_k, open_lin_k, open_v, position, score=score, quad_normalizer=quad_normalizer,
+        lin_normalizer=lin_normalizer, rel_bias=rel_bias,
+    )  # fmt: skip
+    return list(results)
+
+
+@_step.register_fake
+def _(
+    quad_q: Tensor,
+    quad_k: Tensor,
+    lin_q: Tensor,
+    lin_k: Tensor,
+    v: Tensor,
+    gate: Optional[Tensor],
+    kv: Tensor,
+    open_quad_k: Tensor,
+    open_lin_k: Tensor,
+    open_v: Tensor,
+    position: Tensor,
+    *rest: Any,
+) -> list[Tensor]:
+    held = [x.new_empty(t.shape) for x, t in ((quad_k, open_quad_k), (lin_k, open_lin_k), (v, open_v))]
+    kv = kv.new_empty(kv.shape, dtype=torch.float32)
+    return [v.new_empty(v.shape), kv, *held, position.new_empty(position.shape)]
+
+
 autograd.refuse_second_derivative("mixed_chunk_attention", _backward)

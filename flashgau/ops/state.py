@@ -70,6 +70,39 @@ class MixedChunkState:
         """The rows `index` (a 1-D integer or boolean tensor) in that order, repeats allowed: for beam search."""
         return MixedChunkState(*(t[index] for t in self.tensors()))
 
+    def truncate(self, tokens: Tensor | int) -> MixedChunkState:
+        """The state before the last `tokens` (B,) tokens, or as many for every row: to take guesses back.
+
+        Only tokens of the open chunk can be taken back: a closed one is in `kv` as a sum. (A state is never changed,
+        so whoever must go further back keeps the earlier one.)
+
+        Raises:
+            TypeError, ValueError: for counts that are no integers, negative or more than `open_tokens`. Values on a
+                GPU are read for this.
+
+        Example:
+            >>> import torch, flashgau
+            >>> x, v = torch.randn(1, 7, 8), torch.randn(1, 7, 16)
+            >>> options = {"chunk_size": 4, "causal": True, "return_state": True}
+            >>> _, state = flashgau.mixed_chunk_attention(x, x, x, x, v, **options)
+            >>> state.truncate(2).position, state.truncate(2).open_tokens
+            (tensor([5]), tensor([1]))
+        """
+        if isinstance(tokens, int) and not isinstance(tokens, bool):
+            tokens = torch.full_like(self.position, tokens)
+        if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.shape != self.position.shape:
+            got = f"shape {tuple(tokens.shape)}, {tokens.dtype}" if isinstance(tokens, Tensor) else repr(tokens)
+            raise TypeError(f"truncate: `tokens` is {got}; expected an int or {tuple(self.position.shape)} integers")
+        if bool(((tokens < 0) | (tokens > self.open_tokens)).any()):
+            raise ValueError(
+                f"truncate: `tokens` is {tokens.tolist()}; "
+                f"expected at most what the open chunks hold, {self.open_tokens.tolist()}"
+            )
+        left = (self.open_tokens - tokens)[:, None, None]
+        kept = torch.arange(self.chunk_size, device=self.position.device)[:, None] < left
+        held = (torch.where(kept, t, 0) for t in (self.quad_k, self.lin_k, self.v))
+        return MixedChunkState(self.kv, *held, self.position - tokens)
+
     def detach(self) -> MixedChunkState:
         """The same values, cut off from the graph: for truncated backpropagation through time."""
         return MixedChunkState(*(t.detach() for t in self.tensors()))
@@ -146,9 +179,11 @@ def open_chunk(x: Tensor, closed: Tensor, total: Tensor, size: int, cu_seqlens: 
     """
     offset = torch.arange(size, device=x.device)
     inside = offset < (total - closed)[:, None]
-    start = torch.arange(len(total), device=x.device) * x.shape[1] if cu_seqlens is None else cu_seqlens[:-1]
-    flat = x.reshape(-1, x.shape[-1])
-    if flat.shape[0] == 0:
+    if x.shape[0] * x.shape[1] == 0:
         return x.new_zeros(len(total), size, x.shape[-1])
-    rows = torch.where(inside, (start + closed)[:, None] + offset, 0)
-    return torch.where(inside[..., None], flat[rows], 0)
+    if cu_seqlens is None:
+        batch, start = torch.arange(len(total), device=x.device)[:, None], closed
+    else:
+        batch, start = torch.zeros_like(closed)[:, None], closed + cu_seqlens[:-1]
+    tokens = torch.where(inside, start[:, None] + offset, 0)
+    return torch.where(inside[..., None], x[batch, tokens], 0)

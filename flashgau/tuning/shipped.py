@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgau.kernels import attention, gau, glu, projection
+from flashgau.kernels import attention, gau, glu, mixed_chunk, projection
 from flashgau.kernels.common import Config
 
 Choose = Callable[..., Config]
@@ -101,6 +101,37 @@ def _gau(backward: bool, rows: int, e: int, kind: str, width: int, dtype: torch.
         gau.gau_attention_forward(q, k, v, out, **options, save=True, choose=choose)
 
 
+def _mixed_chunk(backward: bool, e: int, kind: str, width: int, dtype: torch.dtype, choose: Choose) -> None:
+    score, mask, *rest = kind.split()
+    heads, v = _empty(4, 1, _LENGTH, width, dtype=dtype), _empty(1, _LENGTH, e, dtype=dtype)
+    causal, fp32 = mask != "full", torch.float32
+    options: dict[str, Any] = {"chunk_size": 256, "score": score, "causal": causal, "quad_normalizer": 256.0}
+    options |= {"lin_normalizer": None, "choose": choose}
+    if rest:
+        options["rel_bias"] = _empty(1, 511, dtype=fp32)
+    if mask == "continued":
+        options |= {"initial_kv": _empty(1, width, e, dtype=fp32), "closed_tokens": _empty(1, dtype=torch.int64)}
+    if backward:
+        mixed_chunk.mixed_chunk_attention_backward(v, None, *heads, v, v, v, **options)
+    else:
+        mixed_chunk.mixed_chunk_attention_forward(*heads, v, v, **options, save=True)
+
+
+def _mixed_chunk_both(kind: str, width: int, dtype: torch.dtype, choose: Choose) -> None:
+    for backward in (False, True):
+        _mixed_chunk(backward, 2048, kind, width, dtype, choose)
+
+
+def _mixed_chunk_step(kind: str, width: int, dtype: torch.dtype, choose: Choose) -> None:
+    heads, v = _empty(4, 8, 1, width, dtype=dtype), _empty(8, 1, 2048, dtype=dtype)
+    held, kv = _empty(8, 256, width, dtype=dtype), _empty(8, width, 2048, dtype=torch.float32)
+    mixed_chunk.mixed_chunk_step(
+        *heads, v, v, kv, held, held, _empty(8, 256, 2048, dtype=dtype), _empty(8, dtype=torch.int64),
+        score="relu2", quad_normalizer=256.0, lin_normalizer=None, rel_bias=_empty(8, 511, dtype=torch.float32),
+        choose=choose,
+    )  # fmt: skip
+
+
 def _projection(kind: str, width: int, dtype: torch.dtype, choose: Choose) -> None:
     parts = [_empty(_LENGTH, n, dtype=dtype) for n in (2048, 2048, 128)]
     x, weight, saved = (_empty(*shape, dtype=dtype) for shape in ((_LENGTH, 1024), (4224, 1024), (_LENGTH, 4224)))
@@ -130,6 +161,15 @@ _GAU: dict[str, Any] = {
     "widths": (64, 128, 256),
     "large": ("bf16",),  # weights beside fp16 are fp32
 }
+_MIXED: dict[str, Any] = {
+    "kinds": {
+        "fp16": ("relu2 causal",),
+        "bf16": ("relu2 causal", "relu2 continued", "laplace full bias"),
+        "fp32": ("relu2 causal",),
+    },
+    "large": ("bf16",),  # weights and states beside fp16 are fp32
+}
+_STEP: dict[str, tuple[str, ...]] = {dtype: ("step",) for dtype in DTYPES}
 _SOFTMAX = {"fp16": ("softmax causal",), "bf16": ("softmax causal",), "fp32": ("softmax causal",)}
 
 ENTRIES: dict[str, Entry] = {
@@ -164,4 +204,16 @@ ENTRIES: dict[str, Entry] = {
     "gau_gradient": Entry("gradient_kernel", partial(_gau, True, 2048, 1024), matrix=_LARGE, **_GAU),
     "gau_dv": Entry("columns_kernel", partial(_gau, True, 2048, 1024), matrix=_ANY, **_GAU),
     "gau_dq": Entry("dq_kernel", partial(_gau, True, 2048, 1024), matrix=_ANY, **_GAU),
+    "mixed_chunk_states": Entry("states_kernel", _mixed_chunk_both, widths=(128,), matrix=_LARGE, **_MIXED),
+    "mixed_chunk_weights": Entry("weights_kernel", _mixed_chunk_both, widths=(64, 256), matrix=_LARGE, **_MIXED),
+    "mixed_chunk_fused": Entry(
+        "product_kernel", partial(_mixed_chunk, False, 64), widths=(64, 128, 256), matrix=_LARGE, **_MIXED
+    ),
+    "mixed_chunk_product": Entry("product_kernel", _mixed_chunk_both, widths=(128,), matrix=_LARGE, **_MIXED),
+    "mixed_chunk_gradient": Entry(
+        "gradient_kernel", _mixed_chunk_both, widths=(64, 128, 256), matrix=_LARGE, **_MIXED
+    ),
+    "mixed_chunk_linear": Entry("linear_kernel", _mixed_chunk_both, widths=(64, 128), matrix=_LARGE, **_MIXED),
+    "mixed_chunk_heads": Entry("heads_kernel", _mixed_chunk_both, widths=(64, 128, 256), matrix=_ANY, **_MIXED),
+    "mixed_chunk_step": Entry("step_kernel", _mixed_chunk_step, _STEP, (64, 128, 256), matrix=_ANY),
 }  # fmt: skip

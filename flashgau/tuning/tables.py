@@ -210,23 +210,111 @@ _GAU_INTERPRETED = _gau(
     few_rows=Config(16, 32, 4, 1, 32),
 )
 
+
+def _mixed_chunk(
+    states: Config, weights: Config, fused: Config, product: Config, gradient: Config, linear: Config, heads: Config,
+    step: Config,
+) -> dict[str, dict[int, Config]]:  # fmt: skip
+    """Entries for mixed chunk attention in one type of element, the same for S up to 64, 128 and 256.
+
+    What a block's m, n and k are of, each kernel's launcher says: tokens, columns of the values (E), or S.
+    """
+    entries = {
+        "states": states, "weights": weights, "fused": fused, "product": product, "gradient": gradient,
+        "linear": linear, "heads": heads, "step": step,
+    }  # fmt: skip
+    return {f"mixed_chunk_{name}": dict.fromkeys((64, 128, 256), config) for name, config in entries.items()}
+
+
+_MIXED_SINGLE = _mixed_chunk(
+    states=Config(32, 64, 8, 2, 16),
+    weights=Config(32, 32, 8, 1),
+    fused=Config(32, 64, 8, 1, 32),
+    product=Config(32, 64, 8, 2, 32),
+    gradient=Config(32, 32, 8, 2, 32),
+    linear=Config(32, 64, 8, 2, 32),
+    heads=Config(32, 32, 8, 1),
+    step=Config(1, 32, 8, 1, 16),
+)
+
+_MIXED_SM_90 = _mixed_chunk(
+    states=Config(128, 128, 8, 3, 64),
+    weights=Config(128, 128, 8, 1),
+    fused=Config(128, 128, 8, 2, 64),
+    product=Config(256, 128, 8, 3, 64),
+    gradient=Config(128, 128, 8, 3, 64),
+    linear=Config(128, 128, 8, 3, 64),
+    heads=Config(128, 64, 8, 2),
+    step=Config(1, 64, 8, 1, 32),
+)
+
+_MIXED_SM_80 = _mixed_chunk(
+    states=Config(128, 128, 8, 3, 32),
+    weights=Config(64, 128, 8, 1),
+    fused=Config(128, 128, 8, 2, 32),
+    product=Config(128, 128, 8, 3, 64),
+    gradient=Config(128, 128, 8, 3, 32),
+    linear=Config(128, 128, 8, 3, 32),
+    heads=Config(64, 64, 8, 2),
+    step=Config(1, 64, 8, 1, 32),
+)
+
+_MIXED_SM_86 = _mixed_chunk(
+    states=Config(64, 128, 8, 2, 32),
+    weights=Config(64, 64, 8, 1),
+    fused=Config(64, 128, 8, 1, 32),
+    product=Config(128, 128, 8, 3, 32),
+    gradient=Config(64, 64, 8, 2, 32),
+    linear=Config(64, 64, 8, 2, 32),
+    heads=Config(64, 64, 8, 1),
+    step=Config(1, 64, 8, 1, 32),
+)
+
+_MIXED_GFX942 = _mixed_chunk(
+    states=Config(64, 128, 8, 2, 32),
+    weights=Config(64, 64, 8, 1),
+    fused=Config(64, 128, 8, 1, 32),
+    product=Config(128, 128, 8, 2, 32),
+    gradient=Config(64, 64, 8, 2, 32),
+    linear=Config(64, 64, 8, 2, 32),
+    heads=Config(64, 64, 8, 1),
+    step=Config(1, 64, 8, 1, 32),
+)
+
+_MIXED_INTERPRETED = _mixed_chunk(
+    states=Config(16, 32, 4, 1, 16),
+    weights=Config(32, 16, 4, 1),
+    fused=Config(16, 32, 4, 1, 32),
+    product=Config(32, 32, 4, 1, 16),
+    gradient=Config(16, 32, 4, 1, 32),
+    linear=Config(32, 16, 4, 1, 32),
+    heads=Config(32, 16, 4, 1),
+    step=Config(1, 32, 4, 1, 16),
+)
+
 TABLES: dict[str, Table] = {
     "sm_80": _SM_80
     | _glu(Config(128, 64, 8, 3, 64), Config(16, 64, 4, 3, 128), _GLU_SINGLE)
-    | _two_types(_GAU_SM_80, _GAU_SINGLE),
+    | _two_types(_GAU_SM_80, _GAU_SINGLE)
+    | _two_types(_MIXED_SM_80, _MIXED_SINGLE),
     "sm_86": _SM_86
     | _glu(Config(128, 64, 8, 3, 32), Config(16, 32, 4, 3, 128), _GLU_SINGLE)
-    | _two_types(_GAU_SM_86, _GAU_SINGLE),
+    | _two_types(_GAU_SM_86, _GAU_SINGLE)
+    | _two_types(_MIXED_SM_86, _MIXED_SINGLE),
     "sm_90": _SM_90
     | _glu(Config(128, 64, 8, 3, 64), Config(16, 64, 4, 3, 128), _GLU_SINGLE)
-    | _two_types(_GAU_SM_90, _GAU_SINGLE),
+    | _two_types(_GAU_SM_90, _GAU_SINGLE)
+    | _two_types(_MIXED_SM_90, _MIXED_SINGLE),
     "sm_100": _SM_100
     | _glu(Config(128, 64, 8, 3, 64), Config(16, 64, 4, 3, 128), _GLU_SINGLE)
-    | _two_types(_GAU_SM_90, _GAU_SINGLE),
+    | _two_types(_GAU_SM_90, _GAU_SINGLE)
+    | _two_types(_MIXED_SM_90, _MIXED_SINGLE),
     "gfx942": _GFX942
     | _glu(Config(128, 64, 8, 2, 32), Config(16, 64, 4, 2, 128), _GLU_SINGLE)
-    | _two_types(_GAU_GFX942, _GAU_SINGLE),
+    | _two_types(_GAU_GFX942, _GAU_SINGLE)
+    | _two_types(_MIXED_GFX942, _MIXED_SINGLE),
     "interpreter": _table(_INTERPRETED, _INTERPRETED)
     | _glu(Config(32, 16, 4, 1, 32), Config(16, 32, 4, 1, 16), Config(32, 16, 4, 1, 32))
-    | _two_types(_GAU_INTERPRETED, _GAU_INTERPRETED),
+    | _two_types(_GAU_INTERPRETED, _GAU_INTERPRETED)
+    | _two_types(_MIXED_INTERPRETED, _MIXED_INTERPRETED),
 }

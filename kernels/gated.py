@@ -1,0 +1,200 @@
+"""What the gated attentions share: scores and their slopes, blocks of wide tensors, and the gate's derivative."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    LOG2_E,
+    VARYING,
+    Choose,
+    Config,
+    Heads,
+    Sequences,
+    blocks_of,
+    bounds,
+    heads,
+    is_visible,
+    place,
+    row_pointers,
+    toeplitz,
+)
+
+_PANEL_BYTES = 2**25  # of scores that are kept at a time: an H200's cache holds 50 MiB
+
+
+class Rule(NamedTuple):
+    """How a product q k becomes a score. What is None is compiled away."""
+
+    left: Any  # None: every key before
+    right: Any  # 0 for a causal mask, else None
+    number: float  # 1 / n of a given normaliser, or 1 / sqrt(S) of a softmax
+    bias: Any  # pointer to (B, 2 reach + 1)
+    bias_batch: int
+    reach: int
+
+
+# ---------------------------------------------------------------- scores
+
+
+@triton.jit
+def scores(b_qk, b_scale, rule, p_bias, o_position, o_key, n, MASKED: tl.constexpr):
+    """S of a block; -inf where the key is hidden. Scale, positions and keys broadcast against the block."""
+    b_s = b_qk * b_scale
+    if rule.bias is not None:
+        # Rows past the end stand at positions from n on; the bias there may be anything.
+        b_s += toeplitz(p_bias, o_key - o_position, rule.reach, (o_key < n) & (o_position < n))
+    if MASKED:
+        b_s = tl.where(is_visible(rule, o_position, o_key, n), b_s, -float("inf"))
+    return b_s
+
+
+@triton.jit
+def bias_pointer(rule, row):
+    """Where the bias of a key at the query's own position stands."""
+    p_bias = 0
+    if rule.bias is not None:
+        p_bias = rule.bias + tl.cast(row, tl.int64) * rule.bias_batch + rule.reach
+    return p_bias
+
+
+@triton.jit
+def weights(b_s, b_lse, SCORE: tl.constexpr):
+    """A of a block of scores: relu(S)^2, the Laplace function of [MEGA] section 3.5, or exp(S - LSE)."""
+    if SCORE == "relu2":
+        b_a = tl.where(b_s < 0, 0.0, b_s * b_s)  # a maximum with 0 would hide a NaN on a GPU
+    elif SCORE == "laplace":
+        # mu = sqrt(1 / 2), sigma = sqrt(1 / (4 pi)): (S - mu) / (sigma sqrt 2)
+        b_a = 0.5 + 0.5 * tl.erf((b_s - 0.7071067811865476) * 2.5066282746310002)
+    else:
+        tl.static_assert(SCORE == "softmax")
+        b_a = tl.exp2((b_s - tl.where(b_lse == -float("inf"), float("inf"), b_lse)) * LOG2_E)
+    return b_a
+
+
+@triton.jit
+def score_gradient(b_da, b_s, b_a, b_delta, SCORE: tl.constexpr):
+    """dS from dA: times the slope of the score, or A (dA - delta)."""
+    if SCORE == "relu2":
+        b_ds = b_da * tl.where(b_s < 0, 0.0, 2 * b_s)
+    elif SCORE == "laplace":  # its slope is the normal density of mean mu and deviation sigma
+        b_z = b_s - 0.7071067811865476
+        b_ds = b_da * 1.4142135623730951 * tl.exp(-6.283185307179586 * b_z * b_z)
+    else:
+        tl.static_assert(SCORE == "softmax")
+        b_ds = b_a * (b_da - b_delta)
+    return b_ds
+
+
+@triton.jit
+def factors(b_a, b_x):
+    """Weights, or their gradients, and what they multiply, in one type.
+
+    Beside fp16 they stay fp32, and are multiplied as tf32: (q k / n)^2 leaves fp16's range, above and mostly below.
+    """
+    if b_x.dtype == tl.float16:
+        b_a, b_x = b_a.to(tl.float32), b_x.to(tl.float32)
+    else:
+        b_a = b_a.to(b_x.dtype)
+    return b_a, b_x
+
+
+# ---------------------------------------------------------------- blocks of wide tensors
+
+
+@triton.jit
+def load_tile(x, p_rows, m_rows, o_column, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Some columns of rows of x; zeros where there is no row or no column."""
+    p_x = p_rows[:, None] + tl.cast(o_column, tl.int64)[None, :] * x.column
+    mask = m_rows[:, None]
+    if WIDTH % BLOCK != 0:
+        mask = mask & (o_column < WIDTH)[None, :]
+    return tl.load(p_x, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(x, p_rows, m_rows, o_column, block, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Write some columns of rows of x."""
+    p_x = p_rows[:, None] + tl.cast(o_column, tl.int64)[None, :] * x.column
+    mask = m_rows[:, None]
+    if WIDTH % BLOCK != 0:
+        mask = mask & (o_column < WIDTH)[None, :]
+    tl.store(p_x, block.to(x.pointer.dtype.element_ty), mask=mask)
+
+
+def rows(x: Tensor | None) -> Heads | None:
+    """A tensor (B, N, columns) as one of a single head."""
+    return None if x is None else heads(x.unsqueeze(1))
+
+
+def room_for_panel(like: Tensor, per_block: int, blocks: int) -> tuple[Tensor, int]:
+    """Room for the scores of some blocks at a time, at least one, and how many."""
+    step = max(1, min(blocks, _PANEL_BYTES // (per_block * like.element_size())))
+    return like.new_empty(step * per_block), step
+
+
+# ---------------------------------------------------------------- the gate
+
+
+@triton.jit(do_not_specialize=VARYING)
+def prologue_kernel(
+    dout, gate, product, dx, dgate, delta, lengths, queries, keys, n_sequences, longest_m, longest_n, n_blocks,
+    E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """dX = gate * dO, dGate = X * dO and delta = rowsum(dX * X) of a block of rows, as far as they are wanted."""
+    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
+    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.queries, 1, BM)
+    row, first_m, m, _, _ = bounds(sequences, i_seq)
+    stored = m if sequences.queries is not None else sequences.longest_m
+    o_query = i_block * BM + tl.arange(0, BM)
+    m_row, m_stored = o_query < m, o_query < stored
+    b_delta = tl.zeros([BM], tl.float32)
+    for start in range(0, E, BE):
+        o_column = start + tl.arange(0, BE)
+        b_do = load_tile(dout, row_pointers(dout, row, 0, first_m + o_query), m_row, o_column, E, BE).to(tl.float32)
+        p_product = row_pointers(product, row, 0, first_m + o_query)
+        b_x = load_tile(product, p_product, m_row, o_column, E, BE).to(tl.float32)
+        b_dx = b_do
+        if gate is not None:
+            p_gate = row_pointers(gate, row, 0, first_m + o_query)
+            b_dx *= load_tile(gate, p_gate, m_row, o_column, E, BE).to(tl.float32)
+            store_tile(dx, row_pointers(dx, row, 0, first_m + o_query), m_stored, o_column, b_dx, E, BE)
+            p_dgate = row_pointers(dgate, row, 0, first_m + o_query)
+            store_tile(dgate, p_dgate, m_stored, o_column, b_do * b_x, E, BE)
+        b_delta += tl.sum(b_dx * b_x, 1)
+    if delta is not None:
+        tl.store(delta + tl.cast(row, tl.int64) * longest_m + first_m + o_query, b_delta, mask=m_row)
+
+
+def prologue(
+    sequences: Sequences,
+    dout: Tensor,
+    gate: Tensor | None,
+    product: Tensor | None,
+    dgate: Tensor | None,
+    choose: Choose,
+    softmax: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """dX of X = `product` in O = gate * X, with dGate written where there is a gate; and a softmax's delta."""
+    if product is None:
+        return dout, None
+    b, m, e = dout.shape
+    dx = dout if gate is None else dout.new_empty(dout.shape)
+    delta = dout.new_empty(b, m, dtype=torch.float32) if softmax else None
+    config: Config = choose("gau_prologue", dout, 0)
+    n_blocks = blocks_of(sequences, m, 1, config.block_m)
+    prologue_kernel[(n_blocks * (b if sequences.queries is None else 1),)](
+        rows(dout), rows(gate), rows(product), rows(dx), rows(dgate), delta, *sequences, n_blocks,
+        E=e, BE=config.block_n, BM=config.block_m, **config.launch(),
+    )  # fmt: skip
+    return dx, delta
+
+
+def sums_like(sums: Tensor | None, x: Tensor | None) -> Tensor | None:
+    """Sums in the type of what they are the gradient of."""
+    return None if sums is None or x is None else sums.to(x.dtype)
