@@ -300,7 +300,8 @@ def _row(job: Job) -> partial[Row]:
     few = name != job.entry
     shape = ", ".join([*([f"D={job.width}"] if job.width else []), *(["few rows"] if few else []), job.kind])
     ops = {"attention": "attention", "glu_linear": "glu_linear", "glu": "glu", "gau": "gau_attention",
-           "mixed_chunk_step": "mixed_chunk_step", "mixed_chunk": "mixed_chunk_attention", "projection": "projection", "heads": "heads"}  # fmt: skip
+           "mixed_chunk_step": "mixed_chunk_step", "mixed_chunk": "mixed_chunk_attention",
+           "projection": "projection", "heads": "heads"}  # fmt: skip
     op = next(op for prefix, op in ops.items() if name.startswith(prefix))
     kernel = ENTRIES[job.entry].kernel
     return partial(Row, op=op, kernel=kernel, dtype=job.dtype, shape=shape, configuration={}, target=job.target)

@@ -211,19 +211,15 @@ _GAU_INTERPRETED = _gau(
 )
 
 
-def _mixed_chunk(
-    states: Config, weights: Config, fused: Config, product: Config, gradient: Config, linear: Config, heads: Config,
-    step: Config,
-) -> dict[str, dict[int, Config]]:  # fmt: skip
-    """Entries for mixed chunk attention in one type of element, the same for S up to 64, 128 and 256.
+def _mixed_chunk(**kernels: Config | tuple[Config, Config, Config]) -> dict[str, dict[int, Config]]:
+    """Entries for mixed chunk attention in one type of element: one configuration, or three, for S up to 64, 128, 256.
 
     What a block's m, n and k are of, each kernel's launcher says: tokens, columns of the values (E), or S.
     """
-    entries = {
-        "states": states, "weights": weights, "fused": fused, "product": product, "gradient": gradient,
-        "linear": linear, "heads": heads, "step": step,
-    }  # fmt: skip
-    return {f"mixed_chunk_{name}": dict.fromkeys((64, 128, 256), config) for name, config in entries.items()}
+    return {
+        f"mixed_chunk_{name}": dict(zip((64, 128, 256), [c] * 3 if isinstance(c, Config) else c, strict=True))
+        for name, c in kernels.items()
+    }
 
 
 _MIXED_SINGLE = _mixed_chunk(
@@ -241,19 +237,19 @@ _MIXED_SM_90 = _mixed_chunk(
     states=Config(128, 128, 8, 3, 64),
     weights=Config(128, 128, 8, 1),
     fused=Config(128, 128, 8, 2, 64),
-    product=Config(256, 128, 8, 3, 64),
-    gradient=Config(128, 128, 8, 3, 64),
+    product=Config(128, 128, 8, 3, 64),
+    gradient=Config(64, 128, 8, 3, 64),
     linear=Config(128, 128, 8, 3, 64),
-    heads=Config(128, 64, 8, 2),
+    heads=(Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
     step=Config(1, 64, 8, 1, 32),
 )
 
 _MIXED_SM_80 = _mixed_chunk(
-    states=Config(128, 128, 8, 3, 32),
+    states=Config(128, 64, 8, 3, 64),
     weights=Config(64, 128, 8, 1),
     fused=Config(128, 128, 8, 2, 32),
     product=Config(128, 128, 8, 3, 64),
-    gradient=Config(128, 128, 8, 3, 32),
+    gradient=Config(64, 128, 8, 3, 64),
     linear=Config(128, 128, 8, 3, 32),
     heads=Config(64, 64, 8, 2),
     step=Config(1, 64, 8, 1, 32),
