@@ -161,26 +161,29 @@ def states_kernel(
     slot = first_slot(sequences, i_seq, n_chunks, C)
     p_x, p_y = row_pointers(x, row, 0, first), row_pointers(y, row, 0, first)
     b_sum = tl.zeros([BS, BE], tl.float32)
-    PER_CHUNK: tl.constexpr = (C + BK - 1) // BK
-    for i in range(0, count * PER_CHUNK):
-        i_chunk = first_chunk + i // PER_CHUNK
+    for i in range(0, count):
+        i_chunk = first_chunk + i
         if BACKWARD:
-            i_chunk = first_chunk + count - 1 - i // PER_CHUNK
-        if states is not None and i % PER_CHUNK == 0:
+            i_chunk = first_chunk + count - 1 - i
+        if states is not None:
             p_state = state_pointers(states, slot + i_chunk, o_row, o_column, S, E)
             tl.store(p_state, b_sum.to(states.dtype.element_ty), mask=m_tile)
         tokens = tl.minimum(n - i_chunk * C, C)
         if CAUSAL and not BACKWARD:  # a chunk that is still open is not summed yet
             tokens = tl.where(tokens == C, C, 0)
-        o_token = i % PER_CHUNK * BK + tl.arange(0, BK)
-        o_there = tl.cast(i_chunk * C + o_token, tl.int64)
-        b_x = load_tile(x, p_x + o_there * x.token, o_token < tokens, o_row, S, BS)
-        b_y = load_tile(y, p_y + o_there * y.token, o_token < tokens, o_column, E, BE)
+        b_own = b_sum
+        if BACKWARD:  # it is divided by its own n
+            b_own = tl.zeros([BS, BE], tl.float32)
+        for j in range(0, tokens, BK):
+            o_token = j + tl.arange(0, BK)
+            o_there = tl.cast(i_chunk * C + o_token, tl.int64)
+            b_x = load_tile(x, p_x + o_there * x.token, o_token < tokens, o_row, S, BS)
+            b_y = load_tile(y, p_y + o_there * y.token, o_token < tokens, o_column, E, BE)
+            b_own = tl.dot(b_x.T, b_y, b_own, input_precision=PRECISION)
         if BACKWARD:
-            b_xy = tl.dot(b_x.T, b_y, input_precision=PRECISION)
-            b_sum += b_xy * inverse_divisor(lin_number, closed_tokens, i_seq, i_chunk, n, C, CAUSAL)
+            b_sum += b_own * inverse_divisor(lin_number, closed_tokens, i_seq, i_chunk, n, C, CAUSAL)
         else:
-            b_sum = tl.dot(b_x.T, b_y, b_sum, input_precision=PRECISION)
+            b_sum = b_own
     tl.store(state_pointers(totals, i_slot, o_row, o_column, S, E), b_sum, mask=m_tile)
 
 

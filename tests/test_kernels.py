@@ -39,6 +39,7 @@ from flashgau.kernels import attention as attention_kernels
 from flashgau.kernels import gated as gated_kernels
 from flashgau.kernels import gau as gau_kernels
 from flashgau.kernels import glu as glu_kernels
+from flashgau.kernels import mixed_chunk as mixed_chunk_kernels
 from flashgau.kernels import projection as projection_kernels
 from flashgau.kernels.common import Config
 
@@ -134,6 +135,20 @@ def test_wide_offsets_past_two_to_the_31():
         with mock.patch.object(gau_kernels, "_FUSED_WIDTH", width):
             a, b = (gradients(Call("gau_attention", (q, q, x, x), {}), backend="triton") for x in (near, far))
         assert all(torch.equal(x, y) for x, y in zip([*a[0], *a[1]], [*b[0], *b[1]], strict=True))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_chunks_past_two_to_the_31(causal):
+    """Tokens 2^28 elements apart; most of the memory between them is never touched."""
+    n = 17
+    far = torch.empty(n * 2**28, dtype=torch.float16).as_strided((1, n, 8), (0, 2**28, 1))
+    heads, near = [randn(i, 1, n, 8).half() for i in range(4)], randn(4, 1, n, 8).half()
+    far.copy_(near)
+    options = {"chunk_size": 6, "causal": causal}
+    a, b = (
+        gradients(Call("mixed_chunk_attention", (*heads[:3], x, x, x), options), backend="triton") for x in (near, far)
+    )
+    assert all(torch.equal(x, y) for x, y in zip([*a[0], *a[1]], [*b[0], *b[1]], strict=True))
 
 
 @given(st.data())
@@ -253,6 +268,42 @@ def test_the_size_of_a_panel_changes_rounding_only(panel_bytes):
             other = gradients(Call("gau_attention", (q, k, v, gate), options), backend="triton")
     for a, b in zip([*found[0], *found[1]], [*other[0], *other[1]], strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("arch", [arch for arch in TABLES if arch != "interpreter"])
+@pytest.mark.parametrize("head", [64, 256])
+def test_every_shipped_mixed_chunk_agrees(arch, head):
+    heads, (v, gate) = [randn(i, 1, 190, 20) for i in range(4)], [randn(i, 1, 190, 140) for i in (4, 5)]
+
+    def choose(kernel: str, x: Tensor, width: int, **traits: Any) -> Config:
+        return tuning.lookup(arch, kernel, 2, head if width else 0)
+
+    options = {"causal": True, "chunk_size": 150, "rel_bias": randn(6, 299)}
+    with mock.patch.object(tuning, "choose", choose):
+        check_agrees(Call("mixed_chunk_attention", (*heads, v, gate), options), "triton")
+        check_agrees(Call("mixed_chunk_attention", (*heads, v[..., :30]), {"chunk_size": 70}), "triton")
+        token = Call("mixed_chunk_step", tuple(x[:, :1] for x in (*heads, v, gate)), {})
+        _, state = flashgau.mixed_chunk_attention(*(x[:, :40] for x in (*heads, v)), causal=True, return_state=True)
+        found, expected = (outputs(token(state=state, backend=name)) for name in ("triton", "reference"))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_segments_of_a_sequence_change_rounding_only(causal, packed):
+    """However many programs share the chunks of a sequence, results, gradients and states are those of one."""
+    operands = [randn(i, 1 if packed else 2, 42, 6) for i in range(6)]
+    options: dict[str, Any] = {"chunk_size": 4, "causal": causal, "return_state": causal}
+    options |= {"cu_seqlens": torch.tensor([0, 3, 3, 30, 42])} if packed else {"lengths": torch.tensor([42, 9])}
+    results = []
+    for count in (1, 2, 3, 100):
+        with mock.patch.object(mixed_chunk_kernels, "processors", return_value=count):
+            found = gradients(Call("mixed_chunk_attention", tuple(operands), options), backend="triton")
+            results.append([*found[0], *found[1]])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -478,6 +529,37 @@ for name in ("forward_kernel", "merge_kernel", "dq_kernel", "dkv_kernel"):
     counts = dict(line.split() for line in printed.splitlines())
     assert int(counts["forward_kernel"]) <= 3
     assert counts["merge_kernel"] == counts["dq_kernel"] == counts["dkv_kernel"] == "1"
+
+
+def test_chunks_lengths_and_batches_cause_no_compilation():
+    printed = compiled(
+        """
+import torch
+from flashgau.kernels import mixed_chunk
+from flashgau.kernels.common import Config
+from flashgau.tuning.ahead import compiling_for
+
+choose = lambda *args, **traits: Config(16, 16, 4, 1, 16)
+options = {"chunk_size": 32, "score": "relu2", "causal": True, "quad_normalizer": 32.0, "lin_normalizer": None}
+with compiling_for("sm_80"):
+    for b, n in [(1, 2048), (3, 4096), (7, 2051), (1, 20), (2, 65536), (64, 128)]:
+        heads = torch.empty(4, b, n, 16, dtype=torch.bfloat16, device="meta")
+        v = torch.empty(b, n, 64, dtype=torch.bfloat16, device="meta")
+        mixed_chunk.mixed_chunk_attention_forward(*heads, v, v, **options, choose=choose)
+        mixed_chunk.mixed_chunk_attention_backward(v, None, *heads, v, v, v, **options, choose=choose)
+for name in dir(mixed_chunk):
+    caches = getattr(getattr(mixed_chunk, name), "device_caches", {})
+    if caches:
+        print(name, sum(len(cache[0]) for cache in caches.values()))
+"""
+    )
+    # Sequences of one segment or of several, forward and backward in one kernel, strides that 16 divides or not.
+    counts = {name: int(count) for name, count in (line.split() for line in printed.splitlines())}
+    assert counts.keys() == {f"{name}_kernel" for name in ("states", "carry", "weights", "product", "linear",
+                                                           "gradient", "heads")}  # fmt: skip
+    assert all(count <= (4 if name in ("product_kernel", "linear_kernel") else 2) for name, count in counts.items()), (
+        counts
+    )
 
 
 def test_all_options_compile_together():
