@@ -1,6 +1,7 @@
 """`flashgau.mixed_chunk_attention` and its step on every optimised backend: the reference, its laws, its states."""
 
 import math
+import re
 from dataclasses import fields
 
 import pytest
@@ -34,6 +35,7 @@ from strategies import (
 from torch import Tensor
 
 import flashgau
+import flashgau.models
 
 backend = backend_fixture("mixed_chunk_attention")
 data = st.data()
@@ -481,3 +483,58 @@ def test_packing_without_tokens_keeps_the_states(backend):
     assert out.shape == (1, 0, 3)
     for a, x in zip(concatenated_state(after), concatenated_state(state), strict=True):
         assert torch.equal(a, x)
+
+
+# ---------------------------------------------------------------- taking tokens back, and layers
+
+
+@given(data)
+def test_a_truncated_state_is_that_of_fewer_tokens(data):
+    call = draw_dense(data, "eager", causal=True)
+    b, n, _ = call.args[0].shape
+    lengths = torch.tensor([data.draw(st.integers(0, n)) for _ in range(b)])
+    taken = torch.stack(
+        [data.draw(st.integers(0, int(x % call.kwargs["chunk_size"]))) * x.new_ones(()) for x in lengths]
+    )
+    _, state = call(lengths=lengths, return_state=True)
+    _, expected = call(lengths=lengths - taken, return_state=True)
+    for a, x in zip(concatenated_state(state.truncate(taken)), concatenated_state(expected), strict=True):
+        assert torch.equal(a, x)
+    assert torch.equal(state.truncate(0).v, state.v)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        (3, ValueError, "truncate: `tokens` is [3, 3]; expected at most what the open chunks hold, [2, 2]"),
+        (-1, ValueError, "expected at most what the open chunks hold"),
+        (0.5, TypeError, "truncate: `tokens` is 0.5; expected an int or (2,) integers"),
+        (
+            torch.tensor([1]),
+            TypeError,
+            "truncate: `tokens` is shape (1,), torch.int64; expected an int or (2,) integers",
+        ),
+    ],
+)
+def test_a_state_is_not_truncated_past_its_open_chunk(tokens, error, message):
+    _, state = flashgau.mixed_chunk_attention(
+        *(randn(i, 2, 6, 3) for i in range(5)), chunk_size=4, causal=True, return_state=True
+    )
+    with pytest.raises(error, match=re.escape(message)):
+        state.truncate(tokens)
+
+
+@pytest.mark.skipif("triton" not in backends_of("mixed_chunk_attention"), reason="no GPU, and not interpreting")
+def test_a_flash_model_runs_and_decodes_on_triton():
+    """Loss, gradients and the continuation of a prompt are those of the reference."""
+    config = flashgau.models.ModelConfig.named("flash-tiny", dim=16, depth=2, key_dim=8, chunk_size=4, vocab_size=11)
+    torch.manual_seed(5)
+    model = flashgau.models.CausalLM(config)
+    tokens = torch.randint(11, (2, 11))
+    found = []
+    for name in ("triton", "reference"):
+        with flashgau.use_backend(name):
+            grads = torch.autograd.grad(model.loss(tokens), list(model.parameters()))
+            found.append([*grads, model.generate(tokens, 6, temperature=0, lengths=torch.tensor([11, 6]))])
+    close_gradients(found[0][:-1], found[1][:-1], ulps=256)
+    assert torch.equal(found[0][-1], found[1][-1])
