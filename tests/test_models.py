@@ -1,16 +1,19 @@
 """Language models: loss, decoding, configurations."""
 
+import errno
 import io
 import json
 import math
+import os
 
 import pytest
+import safetensors.torch as safetensors
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashgau.models import KINDS, SIZES, CausalLM, MaskedLM, ModelConfig, mask_tokens, sample
+from flashgau.models import KINDS, SIZES, CausalLM, Encoder, MaskedLM, ModelConfig, load, mask_tokens, sample
 
 VOCAB = 23
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}
@@ -39,7 +42,7 @@ def tokens(*shape, seed=0):
 
 VARIANTS = [(kind, {}) for kind in KINDS] + [
     ("flash", {"spec": "lucidrains", "layer": {"token_shift": True}, "positions": "scaled_sin", "tied": False}),
-    ("flash-quad", {"spec": "gau-alpha", "norm": "none", "head_bias": True}),
+    ("flash-quad", {"spec": "gau-alpha", "norm": "none", "embedding_norm": "rms", "head_bias": True}),
     ("transformer++", {"layer": {"bias": "alibi", "rotary_dim": 0}, "norm": "rmsnorm", "feedforward": "geglu"}),
 ]
 
@@ -288,6 +291,106 @@ def test_state_dict_round_trip(kind):
     other = CausalLM(config(kind), dtype=torch.float64).eval()
     other.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(other(text), model(text))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("model_class", [CausalLM, MaskedLM, Encoder])
+@pytest.mark.parametrize(("kind", "changes"), VARIANTS)
+def test_a_saved_model_is_the_model(kind, changes, model_class, dtype, tmp_path):
+    model, text = stirred(model_class(config(kind, **changes)).to(dtype)), tokens(2, 9)
+    path = tmp_path / "model.safetensors"
+    model.save(path)
+    again = load(str(path))
+    assert type(again) is model_class
+    assert again.config == model.config
+    assert not again.training
+    assert torch.equal(again(text), model(text))
+    assert all(p.requires_grad for p in again.parameters())
+    # Any reader of safetensors sees the weights under their names.
+    weights = safetensors.load_file(path)
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    assert {value.dtype for value in again.state_dict().values()} == {dtype}
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_model_keeps_a_dtype_per_tensor(tmp_path):
+    model = causal("flash").to(torch.bfloat16)
+    model.stack.layers[1].float()
+    model.save(tmp_path / "x")
+    for name, value in load(tmp_path / "x").state_dict().items():
+        assert value.dtype == (torch.float32 if "layers.1." in name else torch.bfloat16)
+
+
+def test_saving_leaves_existing_files_alone(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"mine")
+    model = causal("flash")
+    with pytest.raises(FileExistsError, match=r"model\.safetensors, which exists; expected a new name, or `overwrite"):
+        model.save(path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for call in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, full)
+            with pytest.raises(OSError, match="No space left on device; the previous one"):
+                model.save(path, overwrite=True)
+        assert path.read_bytes() == b"mine"
+    with pytest.raises(OSError, match=r"cannot write .*none"):
+        model.save(tmp_path / "none" / "model.safetensors")
+    assert os.listdir(tmp_path) == [path.name]
+    model.save(path, overwrite=True)
+    assert torch.equal(load(path)(tokens(1, 5)), model(tokens(1, 5)))
+
+
+def test_files_that_hold_no_model(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(FileNotFoundError, match="where no file is; expected one that a model's `save` wrote"):
+        load(path)
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="damaged or not a safetensors file"):
+        load(path)
+    safetensors.save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="holds no model's configuration"):
+        load(path)
+
+    model = causal("flash")
+    model.save(path, overwrite=True)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="damaged or not a safetensors file"):
+        load(path)
+    described = {"class": "CausalLM", "config": model.config.to_dict()}
+    weights = model.state_dict()
+    del weights["stack.norm.weight"]
+    for description, message in (
+        (described, r"does not fit its own configuration: (?s:.*)stack\.norm\.weight"),
+        (described | {"class": "Lion"}, "holds a Lion; expected one of CausalLM, MaskedLM, Encoder"),
+        (described | {"config": {"colour": 1}}, "no field is called colour"),
+    ):
+        safetensors.save_file(weights, path, {"flashgau_model": json.dumps(description)})
+        with pytest.raises(ValueError, match=message):
+            load(path)
+
+
+@pytest.mark.parametrize(("kind", "changes"), VARIANTS)
+def test_an_encoder_is_the_masked_model_without_its_head(kind, changes):
+    masked = stirred(MaskedLM(config(kind, **changes), dtype=torch.float64))
+    encoder = Encoder(masked.config, dtype=torch.float64)
+    encoder.stack.load_state_dict(masked.stack.state_dict())
+    text, lengths = tokens(2, 9), torch.tensor([9, 4])
+    torch.testing.assert_close(masked.head(encoder(text, lengths)), masked(text, lengths), **TIGHT)
+    assert encoder.num_parameters() <= masked.num_parameters()
+
+
+def test_embedding_norm_is_before_the_first_layer():
+    model = causal("flash", embedding_norm="rms", positions="scaled_sin", depth=1)
+    embedded = model.stack.embedding.weight + model.stack.positions(torch.zeros(VOCAB, dtype=torch.int64))
+    rms = embedded / (embedded.square().mean(-1, keepdim=True) + 1e-12).sqrt()
+    text = torch.arange(VOCAB)[:, None]
+    expected = model.head(model.stack.norm(model.stack.layers[0](rms[:, None])))
+    torch.testing.assert_close(model(text), expected, **TIGHT)
 
 
 @pytest.mark.parametrize("kind", KINDS)

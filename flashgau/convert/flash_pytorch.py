@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ..models import CausalLM, MaskedLM, ModelConfig
 from ..nn import FLASH, GAU, RotaryEmbedding, ScaleNorm, T5Bias
-
-State = Mapping[str, Tensor]
+from .state import Source, State, differences, layer_count, read_state, size_of
 
 BUCKETS, MAX_DISTANCE = 32, 128  # of its T5 bias; no option of its layers changes them
 HEAD_ORDER = ("quad_q", "lin_q", "quad_k", "lin_k")  # rows of its OffsetScale
 BIAS_KEY = "rel_pos_bias.relative_attention_bias.weight"
 FREQUENCY_KEY = "rotary_pos_emb.freqs"
+NORM_EPS = 1e-5  # of both its norms
 
 # What a state dict cannot tell, by the names of the constructors, with their defaults. None: must be given.
 HINTS: dict[str, dict[str, Any]] = {
@@ -34,15 +34,21 @@ HINTS: dict[str, dict[str, Any]] = {
 HINTS["FLASHTransformer"] = HINTS["FLASH"] | {"shift_tokens": True}
 
 
-def from_flash_pytorch(source: nn.Module | State, **hints: Any) -> GAU | FLASH | CausalLM | MaskedLM:
+def from_flash_pytorch(
+    source: Source, *, padded_length: int | None = None, **hints: Any
+) -> GAU | FLASH | CausalLM | MaskedLM:
     """Make the flashgau layer or model that computes what FLASH-pytorch's computes.
 
-    Outputs and gradients are equal up to rounding for unpadded input of any length. FLASH-pytorch divides by the
-    length of the padded tensor where flashgau divides by a row's valid tokens, so padded input agrees in causal
-    FLASH only. Its dropout is not carried over (a warning says so): compare in `eval()`.
+    Outputs and gradients are equal up to rounding for unpadded input of any length, and for right-padded input of
+    causal FLASH. All else in FLASH-pytorch divides by the length of the padded tensor, where flashgau divides by a
+    row's valid tokens: `padded_length` makes the two agree for one padded length. Dropout is not carried over (a
+    warning says so): compare in `eval()`.
 
     Args:
-        source: a GAU, FLASH or FLASHTransformer of FLASH-pytorch 0.1.9, or its state dict.
+        source: a GAU, FLASH or FLASHTransformer of FLASH-pytorch 0.1.9, its state dict, or the path of one
+            (.safetensors, or a file of `torch.save`).
+        padded_length: divide by this number, whatever the input's length: the result given `lengths` then equals
+            FLASH-pytorch given its `mask` for rows padded to this length.
         **hints: for a state dict, the constructor's arguments that it does not show: `causal` (always needed),
             `laplace_attn_fn`, `add_residual` (GAU), `group_size`, `shift_tokens`, `reduce_group_non_causal_attn`
             (the others); unless given they have FLASH-pytorch's defaults.
@@ -51,9 +57,10 @@ def from_flash_pytorch(source: nn.Module | State, **hints: Any) -> GAU | FLASH |
         `nn.GAU`, `nn.FLASH`, or for a FLASHTransformer `CausalLM` or `MaskedLM`; device and dtype are source's.
 
     Raises:
-        ValueError: keys or shapes are not those of such a module (all of them are listed), or an option has no
-            counterpart here.
+        ValueError: keys or shapes are not those of such a module, or options have no counterpart here; all of them
+            are listed.
         TypeError: source or a hint is of no known kind.
+        FileNotFoundError: there is no such file.
 
     Example:
         >>> import torch
@@ -71,21 +78,19 @@ def from_flash_pytorch(source: nn.Module | State, **hints: Any) -> GAU | FLASH |
     if isinstance(source, nn.Module):
         if hints:
             raise TypeError(f"from_flash_pytorch: a module needs no hints, but got {', '.join(hints)}")
-        kind, state, options = _read_module(source)
-    elif isinstance(source, Mapping):
-        kind, state = _kind_of(source), source
-        unknown = sorted(set(hints) - set(HINTS[kind]))
-        if unknown:
-            raise TypeError(
-                f"from_flash_pytorch: {kind} has no hint {', '.join(unknown)}; expected {', '.join(HINTS[kind])}"
-            )
-        options = HINTS[kind] | hints
-        if options["causal"] is None:
-            raise ValueError("from_flash_pytorch: a state dict does not tell whether it is causal; give `causal=`")
+        kind, options, problems = _read_module(source)
+        state = read_state("from_flash_pytorch", source)
     else:
-        raise TypeError(f"from_flash_pytorch: `source` is a {type(source).__name__}; expected a module or a state dict")
+        state = read_state("from_flash_pytorch", source)
+        kind = _kind_of(state)
+        options, problems = _read_hints(kind, hints), []
     if not options["causal"] and not options.get("reduce_group_non_causal_attn", True):
-        raise ValueError("from_flash_pytorch: `reduce_group_non_causal_attn=False` has no counterpart in flashgau")
+        problems.append("`reduce_group_non_causal_attn=False`")
+    if problems:
+        raise ValueError(f"from_flash_pytorch: flashgau has no counterpart for {'; '.join(problems)}")
+    if padded_length is not None:
+        _check_positive("padded_length", padded_length)
+    options["padded_length"] = padded_length
 
     ours: Any = {"GAU": _new_gau, "FLASH": _new_flash, "FLASHTransformer": _new_model}[kind](state, options)
     _check_keys(kind, state, _their_state(ours, rotary_like=state))
@@ -144,58 +149,112 @@ def _kind_of(state: State) -> str:
     )
 
 
-def _read_module(module: Any) -> tuple[str, State, dict[str, Any]]:
+def _read_hints(kind: str, hints: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(hints) - set(HINTS[kind]))
+    if unknown:
+        raise TypeError(
+            f"from_flash_pytorch: {kind} has no hint {', '.join(unknown)}; expected {', '.join(HINTS[kind])}"
+        )
+    options = {**HINTS[kind], **hints}
+    if options["causal"] is None:
+        raise ValueError("from_flash_pytorch: a state dict does not tell whether it is causal; give `causal=`")
+    for name, value in options.items():
+        if name == "group_size":
+            _check_positive(name, value)
+        elif not isinstance(value, bool):
+            raise TypeError(f"from_flash_pytorch: `{name}` is {value!r}; expected True or False")
+    return options
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"from_flash_pytorch: `{name}` is {value!r}; expected an int, at least 1")
+
+
+def _read_module(module: Any) -> tuple[str, dict[str, Any], list[str]]:
+    """Kind and options of a module, and what in it has no counterpart here."""
     kind = type(module).__name__
     if kind not in HINTS:
         raise TypeError(f"from_flash_pytorch: `source` is a {kind}; expected GAU, FLASH or FLASHTransformer")
-    if kind == "FLASHTransformer":
-        layer = module.layers[0]
-    else:
-        layer = module
-    options = {"causal": layer.causal, "laplace_attn_fn": type(layer.attn_fn).__name__ == "LaplacianAttnFn"}
-    if kind == "GAU":
-        options["add_residual"] = module.add_residual
-    else:
-        options |= {name: getattr(layer, name) for name in ("group_size", "shift_tokens")}
-        options["reduce_group_non_causal_attn"] = layer.reduce_group_non_causal_attn
-        rotary = layer.rotary_pos_emb
-        if rotary is not None and (rotary.use_xpos or rotary.interpolate_factor != 1):
-            raise ValueError("from_flash_pytorch: xpos and interpolated rotary embeddings have no counterpart here")
-    if layer.dropout.p:
+    layers = list(module.layers) if kind == "FLASHTransformer" else [module]
+    if not layers:
+        raise ValueError("from_flash_pytorch: `source` is a FLASHTransformer with `depth` 0; expected at least 1 layer")
+    options, problems = _read_layer(layers[0])
+    for layer in layers[1:]:
+        others, more = _read_layer(layer)
+        problems += [f"layers that differ in `{name}`" for name in options if others[name] != options[name]] + more
+    dropout = max(layer.dropout.p for layer in layers)
+    if dropout:
         warnings.warn(
-            f"from_flash_pytorch: dropout {layer.dropout.p} is not carried over; outputs agree in eval()",
+            f"from_flash_pytorch: dropout {dropout} is not carried over; outputs agree in eval()",
             stacklevel=3,
         )
-    return kind, module.state_dict(), options
+    return kind, options, list(dict.fromkeys(problems))
 
 
-def _sizes(state: State, prefix: str = "") -> dict[str, Any]:
-    """Dim, hidden and key_dim of a layer, from its two projections."""
-    try:
-        (rows, dim), (key_dim, _) = (state[f"{prefix}{name}.0.weight"].shape for name in ("to_hidden", "to_qk"))
-    except (KeyError, ValueError) as error:
+def _read_layer(layer: Any) -> tuple[dict[str, Any], list[str]]:
+    """Options of a GAU or FLASH of theirs, and what in it has no counterpart here."""
+    options = {"causal": layer.causal, "laplace_attn_fn": type(layer.attn_fn).__name__ == "LaplacianAttnFn"}
+    names = HINTS["GAU" if hasattr(layer, "add_residual") else "FLASH"]
+    options |= {name: getattr(layer, name) for name in names if name not in options}
+    problems = []
+    norm = layer.norm
+    known = type(norm) is nn.LayerNorm or type(norm).__name__ == "ScaleNorm"
+    if not known or norm.eps != NORM_EPS:
+        problems.append(f"`norm_klass` {norm!r} (LayerNorm and ScaleNorm with eps {NORM_EPS:g} have one)")
+    rotary = getattr(layer, "rotary_pos_emb", None)
+    if rotary is not None and type(rotary).__name__ != "RotaryEmbedding":
+        problems.append(f"`rotary_pos_emb` of type {type(rotary).__name__} (RotaryEmbedding has one)")
+    elif rotary is not None:
+        flags = ("use_xpos", "learned_freq", "seq_before_head_dim")
+        unusual = [name for name in flags if getattr(rotary, name, False)]
+        unusual += ["interpolate_factor"] if getattr(rotary, "interpolate_factor", 1) != 1 else []
+        problems += [f"`rotary_pos_emb` with `{name}`" for name in unusual]
+    return options, problems
+
+
+def _sizes(state: State, kind: str, depth: int | None = None) -> dict[str, Any]:
+    """Dim, hidden and key_dim of a layer, or of `depth` layers of a model."""
+    prefixes = [""] if depth is None else [f"layers.{i}." for i in range(depth)]
+    out, offsets = ("to_out.0", "offsetscale") if kind == "GAU" else ("to_out", "qk_offset_scale")
+
+    def axis(name: str, place: int) -> list[tuple[str, int, int]]:
+        return [(prefix + name, 2, place) for prefix in prefixes]
+
+    rows = size_of(state, axis("to_hidden.0.weight", 0))
+    width = size_of(state, axis(f"{out}.weight", 1))
+    sizes = {
+        "dim": size_of(state, axis("to_hidden.0.weight", 1) + axis("to_qk.0.weight", 1) + axis(f"{out}.weight", 0)),
+        "hidden": width if rows is None else rows // 2,
+        "key_dim": size_of(state, axis("to_qk.0.weight", 0) + axis(f"{offsets}.gamma", 1)),
+    }
+    if not all(sizes.values()):
         raise ValueError(
-            f"from_flash_pytorch: {prefix}to_hidden.0.weight (2e, d) or {prefix}to_qk.0.weight (S, d) is missing or "
-            f"not a matrix; keys: {', '.join(sorted(state))}"
-        ) from error
-    return {"dim": dim, "hidden": rows // 2, "key_dim": key_dim}
+            f"from_flash_pytorch: not the state dict of a {kind}: neither to_hidden.0.weight (2e, d) and "
+            f"to_qk.0.weight (S, d) nor {out}.weight (d, e) and {offsets}.gamma tell its sizes; "
+            f"keys: {', '.join(sorted(state))}"
+        )
+    return sizes
 
 
-def _layer_options(state: State, options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _layer_options(state: State, options: Mapping[str, Any]) -> dict[str, Any]:
     """What GAU and FLASH have in common, as arguments of ours."""
-    scale_norm = f"{prefix}norm.g" in state
     return {
-        "norm": "scalenorm_clamped" if scale_norm else "layernorm",
+        "norm": "scalenorm_clamped" if any(key.endswith("norm.g") for key in state) else "layernorm",
         "score": "laplace" if options["laplace_attn_fn"] else "relu2",
     }
 
 
-def _flash_options(state: State, options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    frequencies = state.get(prefix + FREQUENCY_KEY)
-    return _layer_options(state, options, prefix) | {
-        "token_shift": options["shift_tokens"],
-        "rotary_dim": 0 if frequencies is None else 2 * frequencies.shape[0],
-    }
+def _flash_options(state: State, options: Mapping[str, Any]) -> dict[str, Any]:
+    pairs = next((value.numel() for key, value in state.items() if key.endswith(FREQUENCY_KEY)), 0)
+    found = _layer_options(state, options) | {"token_shift": options["shift_tokens"], "rotary_dim": 2 * pairs}
+    divisor = None if options["causal"] else _divisor(options)
+    return found if divisor is None else found | {"lin_normalizer": divisor}
+
+
+def _divisor(options: Mapping[str, Any]) -> float | None:
+    length = options["padded_length"]
+    return None if length is None else float(length)
 
 
 def _factory(state: State) -> dict[str, Any]:
@@ -205,9 +264,10 @@ def _factory(state: State) -> dict[str, Any]:
 
 def _new_gau(state: State, options: Mapping[str, Any]) -> GAU:
     return GAU(
-        **_sizes(state),
+        **_sizes(state, "GAU"),
         spec="lucidrains",
         causal=options["causal"],
+        normalizer=_divisor(options),
         residual=options["add_residual"],
         **_layer_options(state, options),
         **_factory(state),
@@ -216,7 +276,7 @@ def _new_gau(state: State, options: Mapping[str, Any]) -> GAU:
 
 def _new_flash(state: State, options: Mapping[str, Any]) -> FLASH:
     return FLASH(
-        **_sizes(state),
+        **_sizes(state, "FLASH"),
         spec="lucidrains",
         causal=options["causal"],
         chunk_size=options["group_size"],
@@ -226,7 +286,7 @@ def _new_flash(state: State, options: Mapping[str, Any]) -> FLASH:
 
 
 def _new_model(state: State, options: Mapping[str, Any]) -> CausalLM | MaskedLM:
-    depth = len({key.split(".")[1] for key in state if key.startswith("layers.")})
+    depth = layer_count(state, "layers") or 1
     config = ModelConfig(
         kind="flash",
         vocab_size=state["token_emb.weight"].shape[0],
@@ -235,10 +295,10 @@ def _new_model(state: State, options: Mapping[str, Any]) -> CausalLM | MaskedLM:
         positions="scaled_sin",
         norm="layernorm",
         spec="lucidrains",
-        layer=_flash_options(state, options, "layers.0."),
+        layer=_flash_options(state, options),
         tied=False,
         head_bias=True,
-        **_sizes(state, "layers.0."),
+        **_sizes(state, "FLASHTransformer", depth),
     )
     return (CausalLM if options["causal"] else MaskedLM)(config, **_factory(state))
 
@@ -326,18 +386,12 @@ def _our_state(ours: Any, state: State) -> dict[str, Tensor]:
 
 
 def _check_keys(kind: str, given: State, expected: State) -> None:
-    problems = [f"missing {key} {tuple(expected[key].shape)}" for key in expected if key not in given]
-    problems += [f"unexpected {key}" for key in given if key not in expected]
+    problems = differences(given, {key: tuple(value.shape) for key, value in expected.items()})
     for key in expected:
-        if key not in given:
-            continue
-        if given[key].shape != expected[key].shape:
-            shapes = tuple(given[key].shape), tuple(expected[key].shape)
-            problems.append(f"{key} has shape {shapes[0]}, expected {shapes[1]}")
-        elif key.endswith(("rotary_pos_emb.freqs", "abs_pos_emb.inv_freq")) and not torch.equal(
-            given[key].float(), expected[key].float()
-        ):
-            problems.append(f"{key} has other frequencies than 10000^(-2i/dim)")
+        if key.endswith((FREQUENCY_KEY, "abs_pos_emb.inv_freq")) and key in given:
+            theirs, ours = given[key].float(), expected[key].float()
+            if theirs.shape == ours.shape and not torch.equal(theirs, ours):
+                problems.append(f"{key} has other frequencies than 10000^(-2i/dim)")
     if problems:
         raise ValueError(f"from_flash_pytorch: not the state dict of a {kind}: {'; '.join(problems)}")
 
@@ -402,6 +456,8 @@ def _model_problems(model: Any) -> list[str]:
         problems.append(f"`rotary_dim` other than {min(32, layers[0].key_dim)}")
     if model.stack.positions is None:
         problems.append('positions "none"')
+    if model.config.embedding_norm != "none":
+        problems.append(f"`embedding_norm` {model.config.embedding_norm!r}")
     if not isinstance(model.stack.norm, nn.LayerNorm):
         problems.append(f"final norm {model.config.norm!r}")
     return problems

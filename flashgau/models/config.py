@@ -38,6 +38,7 @@ class ModelConfig:
         chunk_size: C of "flash" and "mc-tfm++".
         feedforward: activation of "transformer", GLU variant of the "++" kinds; None for gelu and swiglu.
         norm: final norm, and the norms in transformer blocks.
+        embedding_norm: norm of the embeddings and their positions, before the first layer.
         positions: what is added to the embeddings, "none" or "scaled_sin"; None for scaled_sin in "transformer" only.
         spec: preset of the gated units.
         layer: further keyword arguments of the gated unit or attention layer, such as {"score": "laplace"}.
@@ -62,6 +63,7 @@ class ModelConfig:
     chunk_size: int = 128
     feedforward: str | None = None
     norm: str = "layernorm"
+    embedding_norm: str = "none"
     positions: str | None = None
     spec: str = "paper"
     layer: dict[str, Any] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,14 +12,15 @@ from torch import Tensor, nn
 
 from ..nn.initialise import STD
 from .config import ModelConfig
+from .files import read_model, write_model
 from .sampling import sample
 from .stack import ModelState, Stack
 
 IGNORE = -100  # a target that does not count
 
 
-class LanguageModel(nn.Module):
-    """Base of `CausalLM` and `MaskedLM`: a stack and an output matrix.
+class Model(nn.Module):
+    """Base of all models: a configuration and its stack.
 
     Args:
         config: a `ModelConfig`, or its name ("flash-small").
@@ -35,9 +37,83 @@ class LanguageModel(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        config = ModelConfig.named(config) if isinstance(config, str) else config
-        self.config = config
-        self.stack = Stack(config, causal, device=device, dtype=dtype)
+        self.config = ModelConfig.named(config) if isinstance(config, str) else config
+        self.stack = Stack(self.config, causal, device=device, dtype=dtype)
+
+    def num_parameters(self) -> int:
+        """How many numbers are learned; a tied matrix counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write weights and configuration to one safetensors file, which `flashgau.models.load` reads.
+
+        The file appears under its name when it is complete, and any reader of safetensors can open it.
+
+        Args:
+            path: the file.
+            overwrite: replace an existing file; otherwise it is left alone.
+
+        Raises:
+            FileExistsError: there is a file, and `overwrite` is False.
+            OSError: it cannot be written, for example on a full disk; an existing file is then intact.
+        """
+        write_model(path, type(self).__name__, self.config, self.state_dict(), overwrite)
+
+
+class Encoder(Model):
+    """A stack that sees the whole text, without a head: what a classifier or an embedding model builds on.
+
+    Args:
+        config: a `ModelConfig`, or its name.
+        device: where the parameters live.
+        dtype: their type.
+
+    Example:
+        >>> import torch
+        >>> encoder = Encoder(ModelConfig.named("flash-tiny", depth=1))
+        >>> tuple(encoder(torch.randint(256, (2, 100))).shape)
+        (2, 100, 128)
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig | str,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(config, False, device, dtype)
+
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Hidden vectors (B, N, d) after the final norm.
+
+        Args:
+            tokens: (B, N) integers below vocab_size; padding may be any of them.
+            lengths: (B,) valid tokens of each right-padded row.
+            cu_seqlens: (G+1,) bounds of G sequences packed in one row (B = 1).
+        """
+        return self.stack(tokens, lengths=lengths, cu_seqlens=cu_seqlens)[0]
+
+
+class LanguageModel(Model):
+    """Base of `CausalLM` and `MaskedLM`: a stack and an output matrix.
+
+    Args:
+        config: a `ModelConfig`, or its name ("flash-small").
+        causal: each token sees only itself and what came before.
+        device: where the parameters live.
+        dtype: their type.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig | str,
+        causal: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(config, causal, device, dtype)
+        config = self.config
         # A tied matrix is registered once, under its embedding, so that a state dict has no tensor twice.
         shape = (config.vocab_size, config.dim)
         self.head_weight = (
@@ -49,10 +125,6 @@ class LanguageModel(nn.Module):
         """Hidden (..., d) -> logits (..., vocab_size)."""
         weight = self.stack.embedding.weight if self.head_weight is None else self.head_weight
         return F.linear(hidden, weight, self.head_bias)
-
-    def num_parameters(self) -> int:
-        """How many numbers are learned; a tied matrix counts once."""
-        return sum(p.numel() for p in self.parameters())
 
 
 class CausalLM(LanguageModel):
@@ -270,6 +342,39 @@ class MaskedLM(LanguageModel):
                 "as `tokens` has"
             )
         return cross_entropy(self.forward(tokens, lengths, cu_seqlens=cu_seqlens), targets.long())
+
+
+def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> CausalLM | MaskedLM | Encoder:
+    """The model that its `save` wrote to `path`, in evaluation mode, every tensor in the dtype it was saved in.
+
+    Args:
+        path: the file.
+        device: where the parameters go.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or holds no model of flashgau, or one of another version's options.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> model = CausalLM(ModelConfig.named("flash-tiny", depth=1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "model.safetensors")
+        ...     model.save(path)
+        ...     again = load(path)
+        >>> type(again).__name__, again.config == model.config
+        ('CausalLM', True)
+    """
+    name, config, tensors = read_model(path, device)
+    classes: dict[str, Any] = {c.__name__: c for c in (CausalLM, MaskedLM, Encoder)}
+    if name not in classes:
+        raise ValueError(f"load: {path} holds a {name}; expected one of {', '.join(classes)}")
+    model = classes[name](config, device=device)
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"load: {path} does not fit its own configuration: {error}") from error
+    return model.eval()
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def make_layer(config: ModelConfig, causal: bool, **factory: Any) -> nn.Module:
 
 
 class Stack(nn.Module):
-    """Embedding (+ absolute positions), layers, final norm: tokens (B, N) -> (B, N, d).
+    """Embedding (+ absolute positions, norm), layers, final norm: tokens (B, N) -> (B, N, d).
 
     Args:
         config: the model.
@@ -126,6 +126,7 @@ class Stack(nn.Module):
         default = "scaled_sin" if config.kind == "transformer" else "none"
         absolute = (config.positions or default) == "scaled_sin"
         self.positions: nn.Module | None = ScaledSinusoidal(config.dim, **factory) if absolute else None
+        self.embedding_norm = make_norm(config.embedding_norm, config.dim, **factory)
         self.layers = nn.ModuleList(make_layer(config, causal, **factory) for _ in range(config.depth))
         self.norm = make_norm(config.norm, config.dim, **factory)
 
@@ -143,6 +144,7 @@ class Stack(nn.Module):
         x = self.embedding(tokens)
         if self.positions is not None:
             x = x + self.positions(self._positions(tokens, cu_seqlens, state))
+        x = self.embedding_norm(x)
         states: list[Any] = []
         recompute = self.config.checkpointing and self.training and torch.is_grad_enabled()
         layers: list[Any] = list(self.layers)
