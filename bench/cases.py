@@ -6,6 +6,7 @@ import importlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,18 +15,25 @@ from torch import Tensor
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 FORWARD, TRAINING = "forward", "forward+backward"
 PASSES = (FORWARD, TRAINING)
+BACKWARD = "backward"  # in goals: what a training step takes beyond the forward
 GROWTH_BOUND = 2.3  # allowed factor in peak memory when the length doubles
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What `ours` should reach beside `theirs`: at least `bound` times its speed, or at most its memory."""
+    """What `ours` should reach, beside `theirs` or by itself.
+
+    `metric` says what `bound` is: "speed", at least so many times theirs; "memory", at most so many times theirs;
+    "floor", at most so many times the case's own floor of time; "flat", at most so many times between the fastest and
+    the slowest rate of work among the group's lengths from `since` to the case's.
+    """
 
     ours: str
-    theirs: str
-    metric: str  # "speed" or "memory"
-    run: str  # one of PASSES
+    theirs: str | None  # None for "floor" and "flat"
+    metric: str
+    run: str  # one of PASSES; of "floor" also BACKWARD
     bound: float
+    since: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,8 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     goals: tuple[Goal, ...] = ()
     work: Mapping[str, float] = field(default_factory=dict)  # useful work of each pass, in `work_unit`
-    work_unit: str = "FLOP"  # or "B", bytes that must move
+    work_unit: str = "FLOP"  # or "B", bytes that must move, or "token"
+    floors: Mapping[str, float] = field(default_factory=dict)  # seconds below which a pass, or BACKWARD, cannot be
 
     @property
     def group(self) -> str:
@@ -55,7 +64,8 @@ class Case:
 class Problem:
     """A provider ready to run: `call()` gives the output; gradients are taken with respect to `leaves`.
 
-    `shared` puts the gradients under the names that all providers of the operation share, for comparison.
+    Without leaves it runs forward only. `shared` puts the gradients under the names that all providers of the
+    operation share, for comparison.
     """
 
     call: Callable[[], Tensor]
@@ -80,7 +90,9 @@ def anywhere(case: Case, device: str) -> str | None:
 class Provider:
     """A named implementation. `unavailable` gives the reason it cannot run a case, or None.
 
-    `other` says what it computes if that is not the operation: then it is timed for scale, and not checked.
+    `other` says what it computes if that is not the operation: then it is timed for scale, and not checked. If it
+    takes the place of several of the operation, `stands_for` of them, the report says from which length they are
+    faster. One that `overwrites` its inputs gets a copy of its own.
     """
 
     name: str
@@ -88,6 +100,8 @@ class Provider:
     unavailable: Callable[[Case, str], str | None] = anywhere
     devices: tuple[str, ...] = ("cpu", "cuda")
     other: str | None = None
+    stands_for: int = 0
+    overwrites: bool = False
 
 
 def ours(backend: str, function: Callable[[Case, dict[str, Tensor], str], Tensor]) -> Provider:
@@ -103,14 +117,14 @@ class Operation:
     name: str
     title: str
     cases: Callable[[str, bool], list[Case]]  # (device, quick)
-    inputs: Callable[[Case, int, torch.Generator], dict[str, Tensor]]  # fp32 on the CPU, at a given length
+    inputs: Callable[[Case, int, torch.Generator], dict[str, Tensor]]  # fp32 or integers, at a given length
     oracle: Build
     plain: Build
     providers: tuple[Provider, ...]
     x_label: str = "length (tokens)"
 
 
-OPERATIONS = ("attention", "glu", "feed_forward", "gau", "gau_layer", "mixed_chunk", "flash_layer")
+OPERATIONS = ("attention", "glu", "feed_forward", "gau", "gau_layer", "mixed_chunk", "flash_layer", "decode")
 
 
 def load(name: str) -> Operation:
@@ -120,33 +134,43 @@ def load(name: str) -> Operation:
     return operation
 
 
-def leaves(tensors: Mapping[str, Tensor], case: Case, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Fresh leaf copies of the values as rounded to the case's dtype, so that fp64 sees what bf16 sees."""
-    rounded = {name: t.to(DTYPES[case.dtype]) for name, t in tensors.items()}
-    return {name: t.to(device=device, dtype=dtype, copy=True).requires_grad_() for name, t in rounded.items()}
+def draw(operation: Operation, case: Case, length: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The inputs of `case` at `length`, the same at every call, drawn on `device`.
+
+    The values are as rounded to the case's dtype, whatever `dtype`, so that fp64 sees what bf16 sees.
+    """
+    with torch.device(device):
+        drawn = operation.inputs(case, length, torch.Generator(device).manual_seed(length))
+    return {name: t.to(DTYPES[case.dtype]).to(dtype) if t.is_floating_point() else t for name, t in drawn.items()}
 
 
-def prepare(operation: Operation, case: Case, build: Build, length: int, device: str, dtype: torch.dtype) -> Problem:
-    """Draw the inputs of `case` at `length` (the same for every provider) and build a provider on them."""
-    generator = torch.Generator().manual_seed(length)
-    return build(case, leaves(operation.inputs(case, length, generator), case, device, dtype))
+def prepare(case: Case, build: Build, inputs: Mapping[str, Tensor]) -> Problem:
+    """Build a provider on leaves of its own, which share the memory of `inputs`."""
+    return build(case, {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in inputs.items()})
 
 
 def output_gradient(case: Case, out: Tensor) -> Tensor:
     """The gradient fed into every backward: the same numbers for all, rounded to the case's dtype."""
-    drawn = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    return drawn.to(DTYPES[case.dtype]).to(out)
+    return _drawn_gradient(out.shape, DTYPES[case.dtype], out.dtype, out.device)
+
+
+@lru_cache(maxsize=1)  # of a million tokens it is gigabytes: all providers of a case share one
+def _drawn_gradient(shape: torch.Size, rounded: torch.dtype, dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator(device).manual_seed(1)
+    return torch.randn(shape, generator=generator, device=device).to(rounded).to(dtype)
 
 
 def runs(case: Case, problem: Problem) -> dict[str, Callable[[], object]]:
-    """The timed calls: inference without autograd, and one training step's forward and backward."""
-    with torch.no_grad():
-        grad_out = output_gradient(case, problem.call())
-    wanted = list(problem.leaves.values())
+    """The timed calls: inference without autograd and, if there are leaves, one step's forward and backward."""
 
-    def forward() -> object:
+    def forward() -> Tensor:
         with torch.no_grad():
             return problem.call()
+
+    if not problem.leaves:
+        return {FORWARD: forward}
+    grad_out = output_gradient(case, forward())
+    wanted = list(problem.leaves.values())
 
     def training() -> object:
         return torch.autograd.grad(problem.call(), wanted, grad_out)
@@ -156,8 +180,8 @@ def runs(case: Case, problem: Problem) -> dict[str, Callable[[], object]]:
 
 def too_large(needed: float, device: str) -> str | None:
     """Why not to start a run that needs about `needed` bytes: more than 80% of what is free. Or None."""
-    if device == "cuda":
-        free = float(torch.cuda.mem_get_info()[0])
+    if device == "cuda":  # what the allocator keeps for reuse is free too
+        free = float(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
     else:
         free = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     if needed <= 0.8 * free:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from bench.cases import DTYPES, Build, Case, Operation, Problem, output_gradient, prepare
+from bench.cases import DTYPES, Build, Case, Operation, Problem, draw, output_gradient, prepare
 
 OUTPUT_FACTOR, GRADIENT_FACTOR, FLOOR_ULPS = 2.0, 3.0, 4.0
 SAME_FORMULA = 1e-6  # largest relative difference of two fp64 evaluations of one formula (peers keep fp32 constants)
@@ -65,9 +65,11 @@ class Check:
 
 def _results(case: Case, problem: Problem) -> dict[str, Tensor]:
     out = problem.call()
-    grads = torch.autograd.grad(out, list(problem.leaves.values()), output_gradient(case, out))
-    shared = problem.shared(dict(zip(problem.leaves, grads, strict=True)))
-    named = {"output": out.detach()} | {f"d {name}": g for name, g in shared.items()}
+    named = {"output": out.detach()}
+    if problem.leaves:
+        grads = torch.autograd.grad(out, list(problem.leaves.values()), output_gradient(case, out))
+        shared = problem.shared(dict(zip(problem.leaves, grads, strict=True)))
+        named |= {f"d {name}": g for name, g in shared.items()}
     return {name: t.double() for name, t in named.items()}
 
 
@@ -81,7 +83,7 @@ class Judge:
         self._checks: dict[tuple[str, int, str], Check] = {}
 
     def _run(self, case: Case, build: Build, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        return _results(case, prepare(self.operation, case, build, length, self.device, dtype))
+        return _results(case, prepare(case, build, draw(self.operation, case, length, self.device, dtype)))
 
     def _yardstick(self, case: Case, length: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The oracle, and plain PyTorch in the case's dtype, once seen in fp64 to be the same formula."""

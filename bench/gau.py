@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -66,7 +64,7 @@ OPERATION = Operation(
     providers=(
         ours("eager", library),
         ours("triton", library),
-        replace(peers.compiled(plain), unavailable=plain_unavailable),
+        peers.compiled(plain, plain_unavailable),
         Provider("plain", on_tensors(plain), plain_unavailable),
     ),
 )

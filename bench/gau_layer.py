@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench import layers
-from bench.cases import FORWARD, TRAINING, Case, Operation, too_large
+from bench.cases import FORWARD, TRAINING, Case, Operation, Provider, too_large
 
 
 def cases(device: str, quick: bool) -> list[Case]:
@@ -34,5 +34,8 @@ OPERATION = Operation(
     inputs=layers.inputs,
     oracle=layers.ours("reference"),
     plain=layers.plain,
-    providers=layers.providers(peer_too_large),
+    providers=(
+        *layers.providers(peer_too_large),
+        Provider("mha-sdpa", layers.attention, devices=("cuda",), other="multi-head attention of this d over SDPA"),
+    ),
 )

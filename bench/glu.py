@@ -99,7 +99,7 @@ OPERATION = Operation(
     providers=(
         ours("eager", library),
         ours("triton", library),
-        Provider("liger", on_tensors(liger), liger_unavailable, devices=("cuda",)),
+        Provider("liger", on_tensors(liger), liger_unavailable, devices=("cuda",), overwrites=True),
         peers.compiled(plain),
         Provider("plain", on_tensors(plain)),
     ),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,17 @@ import torch
 
 from bench import machine, memory, report
 from bench.cases import (
+    BACKWARD,
     DTYPES,
+    FORWARD,
     GROWTH_BOUND,
     PASSES,
+    TRAINING,
     Case,
     Goal,
     Operation,
     Provider,
+    draw,
     prepare,
     runs,
 )
@@ -90,6 +97,7 @@ def run(
         "machine": machine.describe(settings.device),
         "cases": [],
         "memory_growth": [],
+        "crossings": [],
     }
     judge = Judge(operation, settings.device)
     timer = timer or timer_for(settings.device)
@@ -108,6 +116,8 @@ def run(
                 progress,
                 lambda: _save(record, out),
             )
+            if settings.device == "cuda":
+                torch.cuda.empty_cache()  # the next case's blocks have other sizes
         record["complete"] = True
     except KeyboardInterrupt:
         pass
@@ -118,8 +128,9 @@ def run(
 
 def _save(record: dict[str, Any], out: Path) -> None:
     for entry in record["cases"]:
-        entry["goals"] = [_judge_goal(entry, Goal(**goal)) for goal in entry["goals_set"]]
+        entry["goals"] = [judge_goal(entry, Goal(**goal), record["cases"]) for goal in entry["goals_set"]]
     record["memory_growth"] = growth_rows(record["cases"])
+    record["crossings"] = crossing_rows(record["cases"])
     report.write_json(record, out / "results.json")
 
 
@@ -134,6 +145,7 @@ def _case_entry(case: Case) -> dict[str, Any]:
         "options": dict(case.options),
         "work": dict(case.work),
         "work_unit": case.work_unit,
+        "floors": dict(case.floors),
         "goals_set": [asdict(goal) for goal in case.goals],
         "goals": [],
         "load_average": machine.load_average(),
@@ -166,6 +178,7 @@ def _measure(
             "status": "ok",
             "reason": None,
             "check": None,
+            "stands_for": provider.stands_for,
             "times": {},
             "peak_bytes": {},
         }
@@ -178,35 +191,34 @@ def _measure(
             result["reason"] = provider.other
             right.append(provider)
             continue
-        try:
+        with _failure_noted(entry, provider.name):
             check = judge.check(case, provider.name, provider.build)
-        except Exception as error:
-            result |= {"status": "failed", "reason": _reason(error)}
-            continue
-        result["check"] = check.as_json()
-        if check.ok:
-            right.append(provider)
-        else:
-            row = check.worst
-            why = f"{row.tensor} off by {row.error:.2g} at N={check.length}, allowed {row.allowed:.2g}"
-            result |= {"status": "wrong", "reason": why}
+            result["check"] = check.as_json()
+            if check.ok:
+                right.append(provider)
+            else:
+                row = check.worst
+                why = f"{row.tensor} off by {row.error:.2g} at N={check.length}, allowed {row.allowed:.2g}"
+                result |= {"status": "wrong", "reason": why}
     save()
 
     progress(f"{case.name}: time {', '.join(p.name for p in right) or 'nothing'}")
-    calls: dict[str, dict[str, Callable[[], object]]] = {name: {} for name in PASSES}
+    calls: dict[str, dict[str, Callable[[], object]]] = {}
+    inputs = draw(operation, case, case.length, settings.device, dtype) if right else {}
     for provider in right:
-        try:
-            problem = prepare(operation, case, provider.build, case.length, settings.device, dtype)
-            for name, call in runs(case, problem).items():
+        own = {name: t.clone() for name, t in inputs.items()} if provider.overwrites else inputs
+        with _failure_noted(entry, provider.name):
+            calls[provider.name] = runs(case, prepare(case, provider.build, own))
+    # First calls only now, when all that stays in memory is there: what fits in them fits in the rounds.
+    for who in list(calls):
+        with _failure_noted(entry, who):
+            for call in calls[who].values():
                 call()
-                calls[name][provider.name] = call
-        except Exception as error:
-            for name in PASSES:
-                calls[name].pop(provider.name, None)
-            entry["providers"][provider.name] |= {"status": "failed", "reason": _reason(error)}
+        if entry["providers"][who]["status"] != "ok":
+            del calls[who]
     for name in PASSES:
         measured = alternate(
-            calls[name],
+            {who: of[name] for who, of in calls.items() if name in of},
             timer,
             warmup=settings.warmup,
             min_rounds=settings.min_rounds,
@@ -232,7 +244,7 @@ def _measure(
             continue
         try:
             if settings.device == "cuda":
-                result["peak_bytes"] = {n: memory.cuda_peak_growth(calls[n][provider.name]) for n in PASSES}
+                result["peak_bytes"] = {n: memory.cuda_peak_growth(c) for n, c in calls[provider.name].items()}
             else:
                 result["peak_bytes"] = memory.in_fresh_process(
                     operation.name, case.name, provider.name, settings.quick, torch.get_num_threads()
@@ -242,26 +254,104 @@ def _measure(
         save()
 
 
-def _judge_goal(entry: dict[str, Any], goal: Goal) -> dict[str, Any]:
+@contextlib.contextmanager
+def _failure_noted(entry: dict[str, Any], provider: str) -> Iterator[None]:
+    """An error inside becomes the provider's result."""
+    try:
+        yield
+    except Exception as error:
+        entry["providers"][provider] |= {"status": "failed", "reason": _reason(error)}
+
+
+def judge_goal(entry: dict[str, Any], goal: Goal, entries: list[dict[str, Any]]) -> dict[str, Any]:
     """A goal with what was measured: `verdict` is "met", "missed" or "not measured"."""
-    outcome: dict[str, Any] = asdict(goal) | {
-        "measured": None,
-        "low": None,
-        "high": None,
-        "verdict": "not measured",
-    }
-    ours, theirs = entry["providers"].get(goal.ours), entry["providers"].get(goal.theirs)
-    if not ours or not theirs:
-        return outcome
-    if goal.metric == "speed":
-        if goal.run in ours["times"] and goal.run in theirs["times"]:
-            low, ratio, high = speed_ratio(theirs["times"][goal.run]["raw_s"], ours["times"][goal.run]["raw_s"])
-            outcome |= {"measured": ratio, "low": low, "high": high}
-            outcome["verdict"] = "met" if ratio >= goal.bound else "missed"
-    elif goal.run in ours["peak_bytes"] and theirs["peak_bytes"].get(goal.run):
-        ratio = ours["peak_bytes"][goal.run] / theirs["peak_bytes"][goal.run]
-        outcome |= {"measured": ratio, "verdict": "met" if ratio <= goal.bound else "missed"}
-    return outcome
+    low, measured, high = _measured(entry, goal, entries)
+    outcome: dict[str, Any] = asdict(goal) | {"measured": measured, "low": low, "high": high}
+    if measured is None:
+        return outcome | {"verdict": "not measured"}
+    met = measured >= goal.bound if goal.metric == "speed" else measured <= goal.bound
+    return outcome | {"verdict": "met" if met else "missed"}
+
+
+Estimate = tuple[float | None, float | None, float | None]  # low, measured, high
+
+
+def _measured(entry: dict[str, Any], goal: Goal, entries: list[dict[str, Any]]) -> Estimate:
+    """What the goal is about, between its quartiles where they are known; None for what was not measured."""
+    ours, theirs = (entry["providers"].get(who, {"times": {}, "peak_bytes": {}}) for who in (goal.ours, goal.theirs))
+    if goal.metric == "speed" and goal.run in ours["times"] and goal.run in theirs["times"]:
+        return speed_ratio(theirs["times"][goal.run]["raw_s"], ours["times"][goal.run]["raw_s"])
+    if goal.metric == "memory" and goal.run in ours["peak_bytes"] and theirs["peak_bytes"].get(goal.run):
+        return None, ours["peak_bytes"][goal.run] / theirs["peak_bytes"][goal.run], None
+    if goal.metric == "floor" and (seconds := _seconds(ours["times"], goal.run)):
+        low, middle, high = quartiles([t / entry["floors"][goal.run] for t in seconds])
+        return low, middle, high
+    if goal.metric == "flat":
+        return None, _unevenness(entry, goal, entries), None
+    return None, None, None
+
+
+def _seconds(times: dict[str, Any], run: str) -> list[float]:
+    """Every time of a pass; of BACKWARD, those of training less the median of the forward."""
+    if run != BACKWARD:
+        return times[run]["raw_s"] if run in times else []
+    if not {FORWARD, TRAINING} <= set(times):
+        return []
+    return [t - times[FORWARD]["median_s"] for t in times[TRAINING]["raw_s"]]
+
+
+def _unevenness(entry: dict[str, Any], goal: Goal, entries: list[dict[str, Any]]) -> float | None:
+    """The fastest over the slowest rate of work from length `since` to the entry's; None if an end is missing."""
+    rates = {}
+    for other in entries:
+        times = other["providers"].get(goal.ours, {"times": {}})["times"]
+        if other["group"] == entry["group"] and goal.since <= other["length"] <= entry["length"] and goal.run in times:
+            rates[other["length"]] = other["work"][goal.run] / times[goal.run]["median_s"]
+    return max(rates.values()) / min(rates.values()) if {goal.since, entry["length"]} <= set(rates) else None
+
+
+def crossing_rows(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """From which length on flashgau's providers are faster than what stands for several of them.
+
+    For every group and pass: `shortest` and `longest` length compared, and `since`, interpolated between the last
+    length where ours is slower and the next; `shortest` if it never is, and None if it is at the longest.
+    """
+    rows = []
+    for group in dict.fromkeys(entry["group"] for entry in entries):
+        here = sorted((entry for entry in entries if entry["group"] == group), key=lambda entry: entry["length"])
+        results = {who: result for entry in here for who, result in entry["providers"].items()}
+        for ours in (who for who in results if who.startswith("flashgau")):
+            for theirs, count in ((who, result.get("stands_for", 0)) for who, result in results.items()):
+                for run in PASSES if count else ():
+                    points = _ratios(here, ours, theirs, count, run)
+                    if points:
+                        row = {"group": group, "provider": ours, "than": theirs, "stands_for": count, "run": run}
+                        rows.append(row | {"shortest": points[0][0], "longest": points[-1][0], "since": _since(points)})
+    return rows
+
+
+def _ratios(entries: list[dict[str, Any]], ours: str, theirs: str, count: int, run: str) -> list[tuple[int, float]]:
+    """By length, how many times faster `count` of ours are than one of theirs."""
+    points = []
+    for entry in entries:
+        times = [entry["providers"].get(who, {}).get("times", {}).get(run) for who in (ours, theirs)]
+        if all(times):
+            points.append((entry["length"], times[1]["median_s"] / (count * times[0]["median_s"])))
+    return points
+
+
+def _since(points: list[tuple[int, float]]) -> float | None:
+    """The length at which the ratio last rises through 1, linear between points on logarithmic axes.
+
+    >>> _since([(1000, 0.25), (4000, 4.0)]), _since([(1000, 1.5), (2000, 2.0)]), _since([(1000, 0.5)])
+    (2000.0, 1000, None)
+    """
+    if points[-1][1] < 1:
+        return None
+    for (short, slower), (long, faster) in reversed(list(pairwise(points))):
+        if slower < 1:
+            return round(short * (long / short) ** (math.log(slower) / math.log(slower / faster)), 1)
+    return points[0][0]
 
 
 def growth_rows(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:

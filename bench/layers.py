@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flashgau
+from bench import peers
 from bench.cases import Build, Case, Problem, Provider
 from flashgau.convert import from_flash_pytorch
 
@@ -51,8 +52,8 @@ def inputs(case: Case, length: int, generator: torch.Generator) -> dict[str, Ten
     }
 
 
-def installed() -> bool:
-    return importlib.util.find_spec("flash_pytorch") is not None
+def without_peer() -> str | None:
+    return None if importlib.util.find_spec("flash_pytorch") else "FLASH-pytorch is not installed"
 
 
 def _peer_module(case: Case, length: int) -> nn.Module:
@@ -77,10 +78,22 @@ def _peer_module(case: Case, length: int) -> nn.Module:
 
 def peer(case: Case, tensors: dict[str, Tensor]) -> Problem:
     """FLASH-pytorch's layer on these very tensors."""
-    x = tensors["x"]
-    module = _peer_module(case, x.shape[1]).to(x.device)
+    module, leaves = _loaded_peer(case, tensors)
+    return Problem(lambda: module(tensors["x"]), leaves)
+
+
+def compiled_peer(case: Case, tensors: dict[str, Tensor]) -> Problem:
+    """FLASH-pytorch's layer under `torch.compile`."""
+    module, leaves = _loaded_peer(case, tensors)
+    compiled = peers.compile_for(case.name, module)
+    return Problem(lambda: compiled(tensors["x"]), leaves)
+
+
+def _loaded_peer(case: Case, tensors: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
+    module = _peer_module(case, tensors["x"].shape[1]).to(tensors["x"].device)
     weights = {name: t for name, t in tensors.items() if name != "x"}
-    return Problem(lambda: torch.func.functional_call(module, weights, (x,)), tensors)
+    module.load_state_dict(weights, strict=False, assign=True)  # it has the fixed angles' frequencies besides
+    return module, {"x": tensors["x"]} | {name: module.get_parameter(name) for name in weights}
 
 
 def ours(backend: str) -> Build:
@@ -121,18 +134,15 @@ def ours(backend: str) -> Build:
 
 def plain(case: Case, tensors: dict[str, Tensor]) -> Problem:
     """The peer is plain PyTorch; without it, our layer over the naive reference."""
-    return peer(case, tensors) if installed() else ours("reference")(case, tensors)
+    return ours("reference")(case, tensors) if without_peer() else peer(case, tensors)
 
 
-def providers(too_large: Callable[[Case, str], str | None]) -> tuple[Provider, ...]:
-    def unavailable(case: Case, device: str) -> str | None:
-        return too_large(case, device) if installed() else "FLASH-pytorch is not installed"
-
+def providers(peer_too_large: Callable[[Case, str], str | None]) -> tuple[Provider, ...]:
+    """Ours and the peer."""
     return (
         Provider("flashgau-eager", ours("eager")),
         Provider("flashgau-triton", ours("triton"), devices=("cuda",)),
-        Provider("flash-pytorch", peer, unavailable),
-        Provider("mha-sdpa", attention, devices=("cuda",), other="multi-head attention of this d over SDPA"),
+        Provider("flash-pytorch", peer, lambda case, device: without_peer() or peer_too_large(case, device)),
     )
 
 

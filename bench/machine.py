@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-PEERS = ("FLASH-pytorch", "rotary-embedding-torch", "flash-attn", "flash-linear-attention", "liger-kernel")
+PEERS = ("FLASH-pytorch", "rotary-embedding-torch", "flash-attn", "fla-core", "liger-kernel")
 
 
 def cpu_model() -> str:

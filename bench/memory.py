@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from bench.cases import DTYPES, PASSES, load, prepare, runs
+from bench.cases import DTYPES, draw, load, prepare, runs
 
 # Left alone, glibc raises this threshold to 32 MiB as blocks are freed, and keeps smaller ones in its heap.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -105,15 +105,15 @@ def _probe(operation_name: str, case_name: str, provider_name: str, quick: bool,
     operation = load(operation_name)
     case = next(c for c in operation.cases("cpu", quick) if c.name == case_name)
     provider = next(p for p in operation.providers if p.name == provider_name)
-    peaks = {}
+
+    def calls(length: int) -> dict[str, Callable[[], object]]:
+        inputs = draw(operation, case, length, "cpu", DTYPES[case.dtype])
+        return runs(case, prepare(case, provider.build, inputs))
+
     # A small run first, so that loading libraries and starting threads is not counted.
-    small = min(case.check_length, case.length) // 4
-    for call in runs(case, prepare(operation, case, provider.build, small, "cpu", DTYPES[case.dtype])).values():
+    for call in calls(min(case.check_length, case.length) // 4).values():
         call()
-    calls = runs(case, prepare(operation, case, provider.build, case.length, "cpu", DTYPES[case.dtype]))
-    for name in PASSES:
-        peaks[name] = cpu_peak_growth(calls[name])
-    return peaks
+    return {name: cpu_peak_growth(call) for name, call in calls(case.length).items()}
 
 
 if __name__ == "__main__":

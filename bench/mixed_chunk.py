@@ -1,4 +1,4 @@
-"""FLASH's mixed chunk attention, the core operation, against the plain formula."""
+"""FLASH's mixed chunk attention, the core operation, against the plain formula and its own floor of time."""
 
 from __future__ import annotations
 
@@ -8,18 +8,36 @@ from einops import rearrange
 from torch import Tensor
 
 import flashgau
-from bench.cases import FORWARD, TRAINING, Case, Operation, Provider, on_tensors, ours
+from bench import peers
+from bench.cases import (
+    BACKWARD,
+    DTYPES,
+    FORWARD,
+    TRAINING,
+    Case,
+    Goal,
+    Operation,
+    Provider,
+    on_tensors,
+    ours,
+    too_large,
+)
 from flashgau import reference
 
 NARROW = ("quad_q", "quad_k", "lin_q", "lin_k")
+
+# Seconds per token of E = 2048, S = 128, C = 256 in bf16: the bytes that must move, at the 4.3 TB/s an H200 copies.
+FLOORS = {FORWARD: 3.1e-9, BACKWARD: 8.2e-9}
+LONG = 2**14  # from here on a GPU is full
+LENGTHS = (2**10, 2**12, LONG, 2**16, 2**18, 2**19, 2**20)
 
 
 def cases(device: str, quick: bool) -> list[Case]:
     if quick:
         return [_case({"B": 1, "S": 16, "E": 32, "C": 16}, n, "fp32", 64) for n in (64, 128)]
     if device == "cuda":
-        shape = {"B": 4, "S": 128, "E": 2048, "C": 256}
-        return [_case(shape, n, "bf16", 2048) for n in (2048, 4096, 8192, 16384, 32768)]
+        shapes = [{"S": 128, "E": e, "C": 256} for e in (2048, 1024)]
+        return [_case(shape | {"B": max(1, 8192 // n)}, n, "bf16", 2048) for shape in shapes for n in LENGTHS]
     shape = {"B": 1, "S": 128, "E": 1024, "C": 256}
     return [_case(shape, n, dtype, 2048) for dtype in ("fp32", "bf16") for n in (2048, 4096, 8192, 16384)]
 
@@ -28,16 +46,26 @@ def _case(shape: dict[str, int], n: int, dtype: str, check_length: int) -> Case:
     batch, narrow, wide, chunk = (shape[name] for name in "BSEC")
     # Per token 2 C (S + E) within the chunk, 4 S E for the sum over chunks and its use; backward: twice that.
     forward = float(batch * n * (2 * chunk * (narrow + wide) + 4 * narrow * wide))
+    at_goal = wide == 2048 and n >= LONG
     return Case(
-        "causal",
+        f"causal E={wide}",
         n,
         dtype,
         shape,
         check_length,
         {"causal": True},
-        (),
+        _goals(n) if at_goal else (),
         {FORWARD: forward, TRAINING: 3 * forward},
+        floors={run: seconds * batch * n for run, seconds in FLOORS.items()} if at_goal else {},
     )
+
+
+def _goals(n: int) -> tuple[Goal, ...]:
+    mine = "flashgau-triton"
+    goals = (Goal(mine, None, "floor", FORWARD, 1.8), Goal(mine, None, "floor", BACKWARD, 2.0))
+    if n < LENGTHS[-1]:
+        return goals
+    return (*goals, *(Goal(mine, None, "flat", run, 1.1, since=LONG) for run in (FORWARD, TRAINING)))
 
 
 def inputs(case: Case, length: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -55,6 +83,13 @@ def plain(case: Case, t: dict[str, Tensor]) -> Tensor:
     closed = size * torch.arange(v.shape[1], device=v.device, dtype=v.dtype).clamp(min=1)
     total = lin_q @ state / closed[:, None, None]
     return t["gate"] * rearrange(local + total, "b g c e -> b (g c) e")
+
+
+def plain_unavailable(case: Case, device: str) -> str | None:
+    """A training step keeps about a dozen tensors as wide as v, three of states and eight of scores."""
+    narrow, wide, chunk = (case.shape[name] for name in "SEC")
+    per_token = 15 * wide + 3 * narrow * wide / chunk + 8 * (chunk + narrow)
+    return too_large(case.shape["B"] * case.length * per_token * DTYPES[case.dtype].itemsize, device)
 
 
 def library(case: Case, t: dict[str, Tensor], backend: str) -> Tensor:
@@ -78,5 +113,17 @@ OPERATION = Operation(
     inputs=inputs,
     oracle=on_tensors(oracle),
     plain=on_tensors(plain),
-    providers=(ours("eager", library), ours("triton", library), Provider("plain", on_tensors(plain))),
+    providers=(
+        ours("eager", library),
+        ours("triton", library),
+        Provider(
+            "fla",
+            peers.linear_attention,
+            peers.without_fla,
+            devices=("cuda",),
+            other="linear attention alone, without chunk-local scores and gate",
+        ),
+        peers.compiled(plain, plain_unavailable),
+        Provider("plain", on_tensors(plain), plain_unavailable),
+    ),
 )

@@ -60,16 +60,32 @@ def _timing(times: dict[str, Any] | None) -> str:
     return f"{duration(times['median_s'])} [dim]±{100 * half / times['median_s']:.0f}%[/dim]"
 
 
-def _rate(entry: dict[str, Any], run: str, times: dict[str, Any] | None) -> str:
-    if not times or run not in entry["work"]:
-        return ""
-    rate, unit = entry["work"][run] / times["median_s"], entry["work_unit"]
-    unit = {"FLOP": "FLOP/s", "B": "B/s"}[unit]
-    return f"{rate / 1e12:.3g} T{unit}" if rate >= 1e12 else f"{rate / 1e9:.3g} G{unit}"
+def _rate(entry: dict[str, Any], times: dict[str, Any]) -> str:
+    """Work per second of the longest pass that was timed."""
+    for run in reversed(PASSES):
+        if run in times and run in entry["work"]:
+            rate, unit = entry["work"][run] / times[run]["median_s"], entry["work_unit"]
+            for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+                if rate >= scale:
+                    return f"{rate / scale:.3g} {prefix}{unit}/s"
+            return f"{rate:.0f} {unit}/s"
+    return ""
 
 
-def _mib(count: int | None) -> str:
-    return "" if count is None else f"{count / 2**20:.3g}" if count < 100 * 2**20 else f"{count / 2**20:.0f}"
+def count(tokens: int) -> str:
+    """A length in units of 1024 where it has them.
+
+    >>> count(512), count(16384), count(2**20), count(1000)
+    ('512', '16k', '1M', '1000')
+    """
+    for unit, size in (("M", 2**20), ("k", 2**10)):
+        if tokens >= size and tokens % size == 0:
+            return f"{tokens // size}{unit}"
+    return str(tokens)
+
+
+def _mib(peak: int | None) -> str:
+    return "" if peak is None else f"{peak / 2**20:.3g}" if peak < 100 * 2**20 else f"{peak / 2**20:.0f}"
 
 
 def _place(machine: dict[str, Any]) -> str:
@@ -87,7 +103,7 @@ def results_table(record: dict[str, Any]) -> Table:
     table.add_column("provider")
     for run in PASSES:
         table.add_column(f"{run}\nmedian ±half IQR", justify="right")
-    table.add_column(f"rate\n({TRAINING})", justify="right")
+    table.add_column("rate\n(longest pass)", justify="right")
     table.add_column("peak MiB\nforward", justify="right")
     table.add_column("peak MiB\nfwd+bwd", justify="right")
     table.add_column("error of allowed,\nor why not measured")
@@ -111,7 +127,7 @@ def results_table(record: dict[str, Any]) -> Table:
                 name,
                 who,
                 *(_timing(times.get(run)) for run in PASSES),
-                _rate(entry, TRAINING, times.get(TRAINING)),
+                _rate(entry, times),
                 *(_mib(peak.get(run)) for run in PASSES),
                 note,
             )
@@ -127,14 +143,39 @@ def goals_table(record: dict[str, Any]) -> Table:
     for entry in record["cases"]:
         name = entry["name"]
         for goal in entry["goals"]:
-            sign = ">=" if goal["metric"] == "speed" else "<="
-            text = f"{goal['run']} {goal['metric']} of {goal['ours']} {sign} {goal['bound']:g}x {goal['theirs']}"
             measured = "" if goal["measured"] is None else f"{goal['measured']:.2f}x"
             if goal["low"] is not None:
                 measured += f" [dim][{goal['low']:.2f}, {goal['high']:.2f}][/dim]"
             style = VERDICT_STYLE[goal["verdict"]]
-            table.add_row(name, text, measured, f"[{style}]{goal['verdict']}[/{style}]")
+            table.add_row(name, goal_text(entry, goal), measured, f"[{style}]{goal['verdict']}[/{style}]")
             name = ""
+    return table
+
+
+def goal_text(entry: dict[str, Any], goal: dict[str, Any]) -> str:
+    """What a goal asks, in a line."""
+    run, ours, bound = goal["run"], goal["ours"], f"{goal['bound']:g}x"
+    if goal["metric"] == "flat":
+        return f"{run} rate of {ours} within {bound} from N={goal['since']} to N={entry['length']}"
+    if goal["metric"] == "floor":
+        return f"{run} time of {ours} <= {bound} the floor, {duration(entry['floors'][run])}"
+    sign = ">=" if goal["metric"] == "speed" else "<="
+    return f"{run} {goal['metric']} of {ours} {sign} {bound} {goal['theirs']}"
+
+
+def crossings_table(record: dict[str, Any]) -> Table:
+    table = Table(title="From which length flashgau is faster (interpolated)", title_justify="left")
+    for heading in ("series", "provider", "than", "run", "from"):
+        table.add_column(heading)
+    for row in record["crossings"]:
+        than = f"one {row['than']} in place of {row['stands_for']}"
+        if row["since"] is None:
+            since = f"not up to N={row['longest']}"
+        elif row["since"] == row["shortest"]:
+            since = f"at N={row['shortest']} already"
+        else:
+            since = f"N={row['since']:.0f}"
+        table.add_row(row["group"], row["provider"], than, row["run"], since)
     return table
 
 
@@ -163,6 +204,8 @@ def show(record: dict[str, Any], console: Console) -> None:
     console.print(results_table(record))
     if any(entry["goals"] for entry in record["cases"]):
         console.print(goals_table(record))
+    if record["crossings"]:
+        console.print(crossings_table(record))
     if record["memory_growth"]:
         console.print(growth_table(record))
     if not record["complete"]:
@@ -197,7 +240,7 @@ def _panel(axis: Axes, entries: list[dict[str, Any]], key: str, scale: float, na
     axis.set_yscale("log")
     axis.set_xticks(sorted({entry["length"] for entry in entries}))
     plain_number = FuncFormatter(lambda value, _: f"{value:g}")
-    axis.xaxis.set_major_formatter(plain_number)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(round(value))))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if largest < 1e3 * smallest else (1.0,)))
     axis.yaxis.set_major_formatter(plain_number)
@@ -207,7 +250,11 @@ def _panel(axis: Axes, entries: list[dict[str, Any]], key: str, scale: float, na
 
 
 def _figure(record: dict[str, Any], rows: list[tuple[str, str, float]], path: Path) -> bool:
-    """A column of panels per group of cases, wrapped; a row per (key, label, factor to the label's unit)."""
+    """A column of panels per group of cases, wrapped; a row per (key, label, factor to the label's unit) measured."""
+    results = [result for entry in record["cases"] for result in entry["providers"].values()]
+    rows = [row for row in rows if any(_value(result, row[0]) for result in results)]
+    if not rows:
+        return False
     groups = list(dict.fromkeys(entry["group"] for entry in record["cases"]))
     names = list(dict.fromkeys(who for entry in record["cases"] for who in entry["providers"]))
     columns = min(len(groups), PLOT_COLUMNS)
@@ -228,8 +275,6 @@ def _figure(record: dict[str, Any], rows: list[tuple[str, str, float]], path: Pa
             axis.set_xlabel(record["x_label"] if row == len(rows) - 1 else "")
             axis.set_ylabel(label if column == 0 else "")
             axis.set_title(group if row == 0 else "", fontsize=10)
-    if not drawn:
-        return False
     machine = record["machine"]
     origin = f"{_place(machine)}, torch {machine['torch']}, {machine['date'][:10]}"
     figure.suptitle(f"{record['title']}\n{origin}", fontsize=10)

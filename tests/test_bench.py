@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,15 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
+import flashgau
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import __main__ as command_line  # noqa: E402
-from bench import harness, memory, report, timing  # noqa: E402
+from bench import decode, flash_layer, harness, memory, mixed_chunk, report, timing, transformer  # noqa: E402
 from bench.cases import (  # noqa: E402
+    BACKWARD,
     FORWARD,
     PASSES,
     TRAINING,
@@ -32,8 +36,11 @@ from bench.cases import (  # noqa: E402
     Goal,
     Operation,
     Provider,
+    draw,
     load,
     on_tensors,
+    prepare,
+    runs,
 )
 
 
@@ -203,6 +210,81 @@ def test_goals_and_rates_come_from_the_medians(tmp_path: Path) -> None:
     assert "2.00x" in screen(record)
 
 
+def measured(group: str, length: int, **seconds: tuple[float, float]) -> dict[str, Any]:
+    """A case's entry: forward and training seconds of each provider, at 1 unit of work a token."""
+
+    def result(times: tuple[float, float]) -> dict[str, Any]:
+        both = {run: {"median_s": s, "raw_s": [s]} for run, s in zip(PASSES, times, strict=True)}
+        return {"times": both, "peak_bytes": {}, "stands_for": 0}
+
+    return {
+        "group": group,
+        "length": length,
+        "work": dict.fromkeys(PASSES, float(length)),
+        "floors": {FORWARD: 1.0, BACKWARD: 2.0},
+        "providers": {name: result(times) for name, times in seconds.items()},
+    }
+
+
+def test_a_floor_bounds_the_forward_and_what_training_adds_to_it() -> None:
+    entry = measured("g", 64, flashgau=(1.5, 6.0))
+    outcomes = [
+        harness.judge_goal(entry, Goal("flashgau", None, "floor", run, bound), [entry])
+        for run, bound in ((FORWARD, 1.6), (FORWARD, 1.4), (BACKWARD, 2.3), (BACKWARD, 2.2))
+    ]
+    assert [goal["measured"] for goal in outcomes] == [1.5, 1.5, 2.25, 2.25]
+    assert [goal["verdict"] for goal in outcomes] == ["met", "missed", "met", "missed"]
+    assert report.goal_text(entry, outcomes[2]) == "backward time of flashgau <= 2.3x the floor, 2 s"
+    absent = harness.judge_goal(entry, Goal("other", None, "floor", BACKWARD, 2.0), [entry])
+    assert absent["verdict"] == "not measured"
+
+
+def test_a_flat_rate_is_that_of_every_length_in_range() -> None:
+    seconds = {16: 9.0, 64: 64.0, 128: 134.4, 256: 256.0, 512: 999.0}  # 128 is 5 percent slower than 64 and 256
+    entries = [measured("g", n, flashgau=(s, s)) for n, s in seconds.items()]
+    entries.append(measured("other group", 128, flashgau=(1e9, 1e9)))
+    goal = Goal("flashgau", None, "flat", FORWARD, 1.1, since=64)
+    outcome = harness.judge_goal(entries[3], goal, entries)
+    assert outcome["measured"] == pytest.approx(1.05)
+    assert outcome["verdict"] == "met"
+    assert report.goal_text(entries[3], outcome) == "forward rate of flashgau within 1.1x from N=64 to N=256"
+    assert harness.judge_goal(entries[3], goal, [e for e in entries if e["length"] != 64])["measured"] is None
+
+
+def test_crossings_count_what_a_peer_stands_for() -> None:
+    entries = [measured("g", n, flashgau=(1.0, 1.0), rival=(n / 1000, 1.0)) for n in (500, 1000, 4000)]
+    entries[0]["providers"]["rival"]["times"].pop(TRAINING)
+    for entry in entries:
+        entry["providers"]["rival"]["stands_for"] = 2
+    forward, training = harness.crossing_rows(entries)
+    assert (forward["run"], forward["since"]) == (FORWARD, 2000.0)  # where two of ours take one rival's time
+    assert (training["run"], training["since"], training["shortest"]) == (TRAINING, None, 1000)
+    table = report.crossings_table({"crossings": [forward, training]})
+    assert list(table.columns[-1].cells) == ["N=2000", "not up to N=4000"]
+
+
+def test_who_overwrites_its_inputs_spoils_nobody_elses(tmp_path: Path) -> None:
+    seen: set[float] = set()
+
+    def overwrite(case: Case, t: dict[str, Tensor]) -> Tensor:
+        result = square(case, t)
+        t["x"].detach().zero_()
+        return result
+
+    def watch(case: Case, t: dict[str, Tensor]) -> Tensor:
+        if len(t["x"]) == 16:
+            seen.add(t["x"].sum().item())
+        return square(case, t)
+
+    providers = (
+        Provider("first", on_tensors(overwrite), other="spoils", overwrites=True),
+        Provider("second", on_tensors(watch)),
+    )
+    run(toy(*providers), tmp_path)
+    assert len(seen) == 1
+    assert seen != {0.0}
+
+
 def test_json_is_strict_versioned_and_complete(tmp_path: Path) -> None:
     nan = Provider("nan", on_tensors(lambda case, t: square(case, t) * float("nan")))
     run(toy(Provider("good", on_tensors(square)), nan), tmp_path)
@@ -297,9 +379,9 @@ def test_exit_status_is_1_if_ours_is_wrong(
     assert command_line.main(arguments) == status
 
 
-def test_durations_have_a_fitting_unit() -> None:
-    assert doctest.testmod(report).attempted == 1
-    assert doctest.testmod(report).failed == 0
+@pytest.mark.parametrize(("module", "examples"), [(report, 2), (harness, 1)])
+def test_examples_in_the_harness(module: Any, examples: int) -> None:
+    assert doctest.testmod(module) == (0, examples)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +406,7 @@ def test_bad_requests_are_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["attention", "glu", "gau", "gau_layer", "mixed_chunk", "flash_layer"])
+@pytest.mark.parametrize("name", ["attention", "glu", "gau", "gau_layer", "mixed_chunk", "flash_layer", "decode"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("quick", [True, False])
 def test_cases_are_well_formed(name: str, device: str, quick: bool) -> None:
@@ -335,13 +417,16 @@ def test_cases_are_well_formed(name: str, device: str, quick: bool) -> None:
     for case in cases:
         assert set(case.work) <= set(PASSES)
         for goal in case.goals:
-            assert {goal.ours, goal.theirs} <= here
+            assert {goal.ours, goal.theirs} <= here | {None}
+            assert (goal.theirs is None) == (goal.metric in ("floor", "flat"))
+            assert goal.metric != "floor" or goal.run in case.floors
+            assert goal.metric != "flat" or goal.since in {c.length for c in cases if c.group == case.group}
     lengths = {case.length for case in cases}
     assert any(2 * n in lengths for n in lengths)  # else memory growth cannot be judged
     json.dumps([dict(case.options) for case in cases])
 
 
-@pytest.mark.parametrize("name", ["attention", "glu", "gau", "gau_layer", "mixed_chunk", "flash_layer"])
+@pytest.mark.parametrize("name", ["attention", "glu", "gau", "gau_layer", "mixed_chunk", "flash_layer", "decode"])
 def test_every_operation_runs_quickly_from_end_to_end(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -355,6 +440,70 @@ def test_every_operation_runs_quickly_from_end_to_end(
         for provider, result in entry["providers"].items():
             expected = "skipped" if provider == "flash-pytorch" and not have_peer else "ok"
             assert result["status"] == expected, (provider, result["reason"])
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, normalize: bool, **options: bool) -> Any:
+    """fla's function of that name, as far as it is used: (B, N, H, .)."""
+    assert options in ({}, {"head_first": False})
+    assert not normalize
+    scores = torch.einsum("bihd,bjhd->bhij", q, k).tril() * scale
+    return torch.einsum("bhij,bjhe->bihe", scores, v), None
+
+
+def with_heads_first(q: Tensor, k: Tensor, v: Tensor, scale: float, normalize: bool, head_first: bool) -> Any:
+    return linear_attention(q, k, v, scale, normalize, head_first=head_first)
+
+
+@pytest.mark.parametrize("fla", [linear_attention, with_heads_first])
+@pytest.mark.parametrize("operation", [mixed_chunk.OPERATION, flash_layer.OPERATION])
+def test_providers_for_a_gpu_run_here_too(operation: Operation, fla: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setitem(sys.modules, "fla.ops.linear_attn", types.SimpleNamespace(chunk_linear_attn=fla))
+    case = operation.cases("cpu", True)[0]
+    inputs = draw(operation, case, case.length, "cpu", torch.float32)
+    expected = prepare(case, operation.oracle, inputs).call()
+    for provider in operation.providers:
+        if provider.devices == ("cuda",) and not provider.name.startswith("flashgau"):
+            if provider.name.startswith("flash-pytorch"):
+                pytest.importorskip("flash_pytorch")
+            problem = prepare(case, provider.build, inputs)
+            out = problem.call()
+            assert out.shape == expected.shape
+            assert provider.other is not None or torch.allclose(out, expected, atol=1e-4)
+            assert set(runs(case, problem)) == set(PASSES)
+            runs(case, problem)[TRAINING]()
+
+
+@pytest.mark.parametrize(("dim", "wide", "narrow"), [(512, 1024, 128), (1024, 2048, 128), (256, 512, 64)])
+def test_a_transformer_layer_has_the_parameters_of_two_gated_units(dim: int, wide: int, narrow: int) -> None:
+    layer = transformer.Layer(dim, wide, narrow, 64, device="meta")
+    units = [flashgau.nn.FLASH(dim, hidden=wide, key_dim=narrow, device="meta") for _ in range(2)]
+    mine, theirs = (sum(p.numel() for m in modules for p in m.parameters()) for modules in ([layer], units))
+    assert abs(mine / theirs - 1) < 0.03
+
+
+def test_a_transformer_layer_steps_as_it_computes() -> None:
+    torch.manual_seed(0)
+    layer, x = transformer.Layer(64, 128, 32, 16), torch.randn(2, 9, 64)
+    cache = torch.full((2, 2, 4, 9, 16), float("nan"))
+    with torch.no_grad():
+        for i in range(9):
+            at = transformer.angles(torch.tensor([i]), 16)
+            out = layer.step(x[:, i : i + 1], cache, i, at)
+        torch.testing.assert_close(out, layer(x)[:, 8:], atol=1e-5, rtol=1e-5)
+
+
+def test_decoding_has_no_backward_and_its_context_ends_a_chunk() -> None:
+    case = decode.OPERATION.cases("cpu", True)[0]
+    inputs = draw(decode.OPERATION, case, case.length, "cpu", torch.float32)
+    context = inputs["tokens"].shape[1] - case.shape["steps"]
+    assert context < case.length < inputs["tokens"].shape[1]
+    for provider in decode.OPERATION.providers[::2]:
+        problem = prepare(case, provider.build, inputs)
+        assert list(runs(case, problem)) == [FORWARD]
+        first = problem.call()
+        assert first.shape == (1, case.shape["steps"], 256)
+        torch.testing.assert_close(first, problem.call())  # from the same state again
 
 
 def test_module_command_measures_time_and_memory(tmp_path: Path) -> None:
