@@ -1,13 +1,13 @@
 """What surrounds gated attention in its layer (Hua et al. 2022, code 1 and equation 4).
 
-projection  [u | v | z] = x W^T + b: one product of the vendor's library, then silu writes u and v to tensors of
-            their own; the backward writes all parts' gradients side by side, for one product each
-heads       z to each q, k: gamma_h silu(z) + beta_h and the rotation of RoPE, all heads while z is in registers
+gated projection  [u | v | z] = x W^T + b: one product of the vendor's library, then silu writes u and v to tensors of
+                  their own and the heads are made from z where it lies; the backward writes the gradients of all
+                  three side by side, for one product each
+heads             gamma_h silu(z) + beta_h and the rotation of RoPE, all heads while z is in registers
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -119,48 +119,69 @@ def heads_backward_kernel(
 
 
 @on_its_device
-def projection_forward(
+def gated_projection_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    residual: Tensor | None,
-    widths: list[int],
+    gamma: Tensor,
+    beta: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     *,
-    silu: int,
+    interleaved: bool,
     save: bool,
     choose: Choose,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Parts (..., width) of x W^T + b, the first `silu` of them under silu; and x W^T + b if `save` and any are."""
-    lead = x.shape[:-1]
-    rows = x.reshape(math.prod(lead), x.shape[-1])
-    wide = torch.nn.functional.linear(rows, weight, bias)
-    if residual is not None:  # of the one part
-        wide = wide + residual.reshape(wide.shape)
+) -> list[Tensor]:
+    """u, v, the heads of z and, if `save`, x W^T + b as a whole."""
+    wide = torch.nn.functional.linear(x, weight, bias)
+    *halves, z = _parts(wide, gamma)
     outs = []
-    for i, part in enumerate(wide.split(widths, -1)):
-        out = part.contiguous() if i >= silu else part.new_empty(part.shape)
-        if i < silu:
-            elementwise(silu_kernel, "projection", (part, out), choose)
-        outs.append(out.view(*lead, out.shape[-1]))
-    return outs, [wide.view(*lead, wide.shape[-1])] if save and silu else []
+    for half in halves:
+        outs.append(half.new_empty(half.shape))
+        elementwise(silu_kernel, "projection", (half, outs[-1]), choose)
+    outs += heads_forward(z, gamma, beta, cos, sin, interleaved=interleaved, choose=choose)
+    return [*outs, wide] if save else outs
 
 
 @on_its_device
-def projection_backward(
-    dparts: list[Tensor], x: Tensor, weight: Tensor, saved: list[Tensor], *, silu: int, choose: Choose
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias from those of the parts."""
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    widths = [d.shape[-1] for d in dparts]
-    wide = x.new_empty(rows.shape[0], sum(widths))
-    before = saved[0].reshape(wide.shape).split(widths, -1) if silu else ()
-    for i, (d, dwide) in enumerate(zip(dparts, wide.split(widths, -1), strict=True)):
-        d = d.reshape(dwide.shape)
-        if i < silu:
-            elementwise(silu_backward_kernel, "projection", (d, before[i], dwide), choose)
-        else:
-            dwide.copy_(d)
-    return (wide @ weight).view(x.shape), wide.T @ rows, wide.sum(0)
+def gated_projection_backward(
+    du: Tensor,
+    dv: Tensor,
+    dheads: list[Tensor],
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    saved: list[Tensor],
+    *,
+    interleaved: bool,
+    choose: Choose,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, gamma and beta; those of u, v and z lie side by side, for one product each."""
+    (wide,) = saved
+    dwide = wide.new_empty(wide.shape)
+    *halves, z = _parts(wide, gamma)
+    *dhalves, dz = _parts(dwide, gamma)
+    for d, half, dhalf in zip((du, dv), halves, dhalves, strict=True):
+        flat = [t.reshape(-1, t.shape[-1]) for t in (d, half, dhalf)]  # views of the last two, which are written to
+        elementwise(silu_backward_kernel, "projection", flat, choose)
+    dgamma, dbeta = heads_backward(dheads, z, gamma, cos, sin, dz, interleaved=interleaved, choose=choose)
+    return *projection_backward(dwide, x, weight, choose=choose), dgamma, dbeta
+
+
+def projection_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *, choose: Choose
+) -> Tensor:
+    """x W^T + b, and the residual if there is one."""
+    y = torch.nn.functional.linear(x, weight, bias)
+    return y if residual is None else y.add_(residual)
+
+
+def projection_backward(dy: Tensor, x: Tensor, weight: Tensor, *, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
+    flat = dy.reshape(-1, dy.shape[-1])
+    return (dy @ weight).view(x.shape), flat.T @ x.reshape(-1, x.shape[-1]), flat.sum(0)
 
 
 @on_its_device
@@ -193,22 +214,29 @@ def heads_backward(
     gamma: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
+    dz: Tensor,
     *,
     interleaved: bool,
     choose: Choose,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of z, gamma and beta."""
-    dz = z.new_empty(z.shape)
+) -> tuple[Tensor, Tensor]:
+    """Gradients of gamma and beta; that of z is written to `dz`, whose strides are its own."""
     config = choose("heads", z, 0)
     programs = triton.cdiv(z.shape[0] * z.shape[1], config.block_m)
     if z.numel() == 0:
-        return dz, torch.zeros_like(gamma), torch.zeros_like(gamma)
+        return torch.zeros_like(gamma), torch.zeros_like(gamma)
     dgamma, dbeta = (z.new_empty(programs, *gamma.shape, dtype=torch.float32) for _ in range(2))
     heads_backward_kernel[(programs,)](
         tuple(_matrix(d) for d in douts), _matrix(z), gamma.contiguous(), *_angles(cos, sin), _matrix(dz), dgamma,
         dbeta, *_sizes(z, gamma, cos, interleaved, config.block_m), **config.launch(),
     )  # fmt: skip
-    return dz, dgamma.sum(0).to(gamma.dtype), dbeta.sum(0).to(gamma.dtype)
+    return dgamma.sum(0).to(gamma.dtype), dbeta.sum(0).to(gamma.dtype)
+
+
+def _parts(wide: Tensor, gamma: Tensor) -> list[Tensor]:
+    """u, v and z within [u | v | z] (..., 2e + S)."""
+    narrow = gamma.shape[1]
+    half = (wide.shape[-1] - narrow) // 2
+    return list(wide.split((half, half, narrow), -1))
 
 
 def _matrix(x: Tensor) -> Matrix:

@@ -118,11 +118,12 @@ def test_fused_pieces_refuse_a_second_derivative():
 
 def test_operators_are_what_their_shape_functions_say():
     x, w, b = torch.randn(2, 5, 6), torch.randn(10, 6), torch.randn(10)
-    args = (x, w, b, None, [4, 4, 2], 2, True, "eager")
-    torch.library.opcheck(projection._projection.overload, tuple(map(_trainable, args)))
-    z, gamma, beta, angles = torch.randn(2, 5, 4), torch.randn(3, 4), torch.randn(3, 4), torch.randn(1, 5, 2)
-    args = (z, gamma, beta, angles.cos(), angles.sin(), False, "eager")
-    torch.library.opcheck(projection._heads.overload, tuple(map(_trainable, args)))
+    torch.library.opcheck(projection._projection.overload, tuple(map(_trainable, (x, w, b, None, "eager"))))
+    gamma, beta, angles = torch.randn(3, 2), torch.randn(3, 2), torch.randn(1, 5, 1)
+    for save in (True, False):
+        args = (x, w, b, gamma, beta, angles.cos(), angles.sin(), False, save, "eager")
+        trainable = tuple(_trainable(t) if save or not isinstance(t, torch.Tensor) else t for t in args)
+        torch.library.opcheck(projection._gated_projection.overload, trainable)
 
 
 def _trainable(x):

@@ -1,6 +1,6 @@
 """The projections of a gated attention unit, panel by panel of tokens, so that intermediates stay in cache.
 
-`projection` is a linear layer whose output is cut into parts and activated; `heads` makes queries and keys from the
+`parts` is a linear layer whose output is cut into parts and activated; `heads` makes queries and keys from the
 shared vector z by OffsetScale and rotary embedding.
 """
 
@@ -14,7 +14,57 @@ from torch import Tensor
 from .common import accumulator, add_product, factor_dtype, panels
 
 
-def projection_forward(
+def gated_projection_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    interleaved: bool,
+    save: bool,
+) -> list[Tensor]:
+    """u, v, the heads and, if `save`, the parts of x W^T + b: u, v and z before silu."""
+    narrow = gamma.shape[1]
+    wide = (weight.shape[0] - narrow) // 2
+    (u, v, z), saved = parts_forward(x, weight, bias, None, [wide, wide, narrow], silu=2, save=save)
+    heads = heads_forward(z, gamma, beta, cos, sin, interleaved=interleaved)
+    return [u, v, *heads, *([*saved, z] if save else [])]
+
+
+def gated_projection_backward(
+    du: Tensor,
+    dv: Tensor,
+    dheads: list[Tensor],
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    saved: list[Tensor],
+    *,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, gamma and beta."""
+    *before, z = saved
+    dz, dgamma, dbeta = heads_backward(dheads, z, gamma, cos, sin, interleaved=interleaved)
+    return *parts_backward([du, dv, dz], x, weight, before, silu=2), dgamma, dbeta
+
+
+def projection_forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """x W^T + b, and the residual if there is one."""
+    (y,), _ = parts_forward(x, weight, bias, residual, [weight.shape[0]], silu=0, save=False)
+    return y
+
+
+def projection_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
+    return parts_backward([dy], x, weight, [], silu=0)
+
+
+def parts_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -51,7 +101,7 @@ def projection_forward(
     return [p.view(*shape, p.shape[-1]) for p in parts], [p.view(*shape, p.shape[-1]) for p in saved]
 
 
-def projection_backward(
+def parts_backward(
     dparts: list[Tensor], x: Tensor, weight: Tensor, saved: list[Tensor], *, silu: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.projection import heads as make_heads
-from ..ops.projection import projection
+from ..ops.projection import gated_projection, projection
 from .initialise import linear
 from .norms import make_norm
 from .offset_scale import OffsetScale
@@ -104,11 +103,15 @@ class GatedUnit(nn.Module):
     ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
         """Gate and value (B, N, e), every head (B, N, S), and the second result of `shift_tokens`."""
         normed, moving = self._normed(x, cu_seqlens, previous)
-        widths = (self.hidden, self.hidden, self.key_dim)
-        gate, value, z = projection(normed, self.to_hidden.weight, self.to_hidden.bias, widths, silu=2)
-        angles = self._angles(x, start, cu_seqlens)
-        interleaved = self.rotary is not None and self.rotary.interleaved
-        heads = make_heads(z, self.offset_scale.gamma, self.offset_scale.beta, angles, interleaved=interleaved)
+        gate, value, heads = gated_projection(
+            normed,
+            self.to_hidden.weight,
+            self.to_hidden.bias,
+            self.offset_scale.gamma,
+            self.offset_scale.beta,
+            self._angles(x, start, cu_seqlens),
+            interleaved=self.rotary is not None and self.rotary.interleaved,
+        )
         if self.qk_dropout:
             heads = [F.dropout(head, self.qk_dropout, self.training) for head in heads]
         return gate, value, heads, moving
@@ -128,8 +131,7 @@ class GatedUnit(nn.Module):
 
     def _finish(self, x: Tensor, out: Tensor) -> Tensor:
         residual = x if self.residual else None
-        (y,) = projection(out, self.to_out.weight, self.to_out.bias, (self.dim,), residual=residual)
-        return self.post_norm(y)
+        return self.post_norm(projection(out, self.to_out.weight, self.to_out.bias, residual))
 
     def _check(self, x: Tensor, cu_seqlens: Tensor | None, recurrent: bool) -> None:
         name = type(self).__name__

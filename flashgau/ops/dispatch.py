@@ -28,7 +28,7 @@ FILES = {
 }
 
 # Fused pieces of layers, which no caller asks a backend for.
-_INNER = {"projection": "projection", "heads": "projection", "flash_unit": "flash_unit"}
+_INNER = {"projection": "projection", "flash_unit": "flash_unit"}
 
 
 class _Selected(threading.local):

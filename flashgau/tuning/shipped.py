@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flashgau.kernels import attention, gau, glu, mixed_chunk, projection
 from flashgau.kernels.common import Config
+from flashgau.kernels.glu import elementwise
 
 Choose = Callable[..., Config]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -133,15 +134,15 @@ def _mixed_chunk_step(kind: str, width: int, dtype: torch.dtype, choose: Choose)
 
 
 def _projection(kind: str, width: int, dtype: torch.dtype, choose: Choose) -> None:
-    parts = [_empty(_LENGTH, n, dtype=dtype) for n in (2048, 2048, 128)]
-    x, weight, saved = (_empty(*shape, dtype=dtype) for shape in ((_LENGTH, 1024), (4224, 1024), (_LENGTH, 4224)))
-    projection.projection_backward(parts, x, weight, [saved], silu=2, choose=choose)
+    wide = _empty(_LENGTH, 4224, dtype=dtype)
+    halves = [part[:, 2048:4096] for part in (wide, wide)]
+    elementwise(projection.silu_backward_kernel, "projection", (_empty(_LENGTH, 2048, dtype=dtype), *halves), choose)
 
 
 def _heads(kind: str, width: int, dtype: torch.dtype, choose: Choose) -> None:
     z, gamma = _empty(8, 2048, 128, dtype=dtype), _empty(4, 128, dtype=torch.float32)
     cos = _empty(1, 2048, 64, dtype=torch.float32)
-    projection.heads_backward([z] * 4, z, gamma, cos, cos, interleaved=False, choose=choose)
+    projection.heads_backward([z] * 4, z, gamma, cos, cos, z, interleaved=False, choose=choose)
 
 
 _ATTENTION: dict[str, Any] = {
