@@ -453,4 +453,7 @@ def _(
     return [v.new_empty(v.shape), kv, *held, position.new_empty(position.shape)]
 
 
+autograd.refuse_second_derivative("mixed_chunk_step", _step)  # nor a first: see `mixed_chunk_step`
+
+
 autograd.refuse_second_derivative("mixed_chunk_attention", _backward)
