@@ -164,7 +164,7 @@ def gated_projection_backward(
     *halves, z = _parts(wide, gamma)
     *dhalves, dz = _parts(dwide, gamma)
     for d, half, dhalf in zip((du, dv), halves, dhalves, strict=True):
-        flat = [t.reshape(-1, t.shape[-1]) for t in (d, half, dhalf)]  # views of the last two, which are written to
+        flat = tuple(t.reshape(-1, t.shape[-1]) for t in (d, half, dhalf))  # a view of the last, which is written to
         elementwise(silu_backward_kernel, "projection", flat, choose)
     dgamma, dbeta = heads_backward(dheads, z, gamma, cos, sin, dz, interleaved=interleaved, choose=choose)
     return *projection_backward(dwide, x, weight, choose=choose), dgamma, dbeta

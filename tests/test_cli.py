@@ -19,7 +19,7 @@ from flashgau.cli.cases import ACTIVATIONS, all_cases
 from flashgau.cli.doctor import OPERATIONS
 
 runner = CliRunner()
-COMMANDS = ("doctor", "check", "train", "demo")
+COMMANDS = ("doctor", "check", "train", "sample", "eval", "demo")
 
 
 # The application ------------------------------------------------------------------------------------------

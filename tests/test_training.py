@@ -33,7 +33,7 @@ from typer.testing import CliRunner
 
 from flashgau.cli.train import ProgressDisplay
 from flashgau.cli.train import train as train_command
-from flashgau.models import KINDS, SIZES
+from flashgau.models import KINDS, SIZES, CausalLM, MaskedLM, ModelConfig
 from flashgau.training import (
     CheckpointError,
     Event,
@@ -42,6 +42,7 @@ from flashgau.training import (
     learning_rate,
     load_corpus,
     load_model,
+    load_text,
     plots,
     resume_config,
     train,
@@ -54,7 +55,7 @@ from flashgau.training.checkpoint import (
     read_metadata,
     write_checkpoint,
 )
-from flashgau.training.config import FREE
+from flashgau.training.config import FREE, OBJECTIVES
 from flashgau.training.data import (
     list_files,
     sample_starts,
@@ -63,6 +64,7 @@ from flashgau.training.data import (
     validation_starts,
     windows,
 )
+from flashgau.training.objective import MASK, examples, mask_seeds
 from flashgau.training.trainer import BEST, LAST, LOG, PLOT, parameter_groups
 
 FIXTURES = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -318,6 +320,16 @@ def test_single_file_is_split_by_position(
         assert load_corpus(folder, validation_fraction=fraction).fingerprint == corpus.fingerprint
 
 
+def test_whole_text_is_all_files_once(tmp_path: Path) -> None:
+    write_tree(tmp_path / "folder", {"b": b"two", "a/c": b"one", "copy": b"two", "binary": b"\0", ".hidden": b"x"})
+    assert load_text(tmp_path / "folder").tobytes() == b"\0one\0two\0"
+    (tmp_path / "file").write_bytes(b"as it \0 is")
+    assert load_text(tmp_path / "file").tobytes() == b"as it \0 is"
+    for bad, error in (("nowhere", FileNotFoundError), ("folder/.hidden", ValueError)):
+        with pytest.raises(error, match=r"data: .*expected"):
+            load_text(tmp_path / bad)
+
+
 def test_default_text_is_the_standard_library() -> None:
     corpus = load_corpus()
     total = corpus.train.size + corpus.validation.size
@@ -400,6 +412,46 @@ def test_target_of_a_byte_is_the_next_byte() -> None:
     assert inputs.dtype == targets.dtype == torch.int64
     assert [bytes(row.tolist()) for row in inputs] == [b"to be", b"be or"]
     assert [bytes(row.tolist()) for row in targets] == [b"o be ", b"e or "]
+
+
+@given(
+    size=st.integers(60, 400),
+    length=st.integers(1, 50),
+    count=st.integers(1, 12),
+    seed=st.integers(0, 2**63 - 1),
+    step=st.integers(0, 2**40),
+)
+def test_masks_are_a_pure_function_of_seed_step_and_window(
+    size: int, length: int, count: int, seed: int, step: int
+) -> None:
+    text = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    starts = sample_starts(size, count, length, seed, step)
+    seeds = mask_seeds(seed, step, count)
+    torch.manual_seed(0)  # the global generator has no part in it
+    inputs, targets = examples("mlm", text, starts, length, seeds)
+    # A process that needs only some of the windows makes the same masks, whatever the others are.
+    for row in range(count):
+        alone = slice(row, row + 1)
+        x, y = examples("mlm", text, starts[alone], length, mask_seeds(seed, step, count)[alone])
+        assert torch.equal(x[0], inputs[row])
+        assert torch.equal(y[0], targets[row])
+    original = torch.from_numpy(np.stack([text[start : start + length] for start in starts]).astype(np.int64))
+    chosen = targets != -100
+    assert torch.equal(targets[chosen], original[chosen])
+    assert torch.equal(inputs[~chosen], original[~chosen])
+    assert not np.intersect1d(seeds, mask_seeds(seed, step + 1, count)).size
+    assert not np.intersect1d(seeds, mask_seeds(seed ^ 1, step, count)).size
+
+
+def test_masks_hide_the_right_shares() -> None:
+    text = np.full(10_000, 7, dtype=np.uint8)
+    starts = np.arange(100) * 99
+    inputs, targets = examples("mlm", text, starts, 99, mask_seeds(3, 5, 100))
+    count = int((targets == 7).sum())
+    assert abs(count - 0.15 * 9900) < 5 * math.sqrt(0.15 * 0.85 * 9900)
+    hidden, kept = (int(((inputs == token) & (targets == 7)).sum()) for token in (MASK, 7))
+    assert abs(hidden - 0.8 * count) < 5 * math.sqrt(0.16 * count)
+    assert abs(kept - 0.1 * count) < 5 * math.sqrt(0.09 * count)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -634,6 +686,97 @@ def test_accumulation_is_a_larger_batch(config: TrainConfig, tmp_path: Path) -> 
     assert second.train_loss == pytest.approx(first.train_loss, rel=1e-5)
     for row, other in zip(first.history, second.history, strict=True):
         assert other["loss"] == pytest.approx(row["loss"], rel=1e-4)
+
+
+def masked_model(kind: str = "flash-quad", **options: Any) -> MaskedLM:
+    torch.manual_seed(3)
+    described = ModelConfig(kind=kind, dim=16, depth=2, heads=2, key_dim=8, chunk_size=8, vocab_size=257)
+    return MaskedLM(described, **options)
+
+
+def test_masked_accumulation_is_a_larger_batch(config: TrainConfig, tmp_path: Path) -> None:
+    """Every masked byte counts alike, in whichever pass it is, though passes hide different numbers of them."""
+    moments = []
+    for accumulate in (1, 3):
+        one = replace(config, objective="mlm", steps=3, out=str(tmp_path / str(accumulate)))
+        one = replace(one, batch=6 // accumulate, accumulate=accumulate)
+        train(one, model=masked_model(dtype=torch.float64))
+        moments.append(read_checkpoint(Path(one.out, LAST))[0])
+    for name, tensor in moments[0].items():
+        torch.testing.assert_close(moments[1][name], tensor, rtol=1e-8, atol=1e-12, msg=name)
+
+
+def test_first_masked_loss_is_cross_entropy_by_hand(config: TrainConfig) -> None:
+    config = replace(config, objective="mlm", steps=1, accumulate=1, grad_clip=None)
+    model = masked_model(dtype=torch.float64)
+    text = load_corpus(config.data, validation_fraction=0.2).train
+    starts = sample_starts(text.size, config.batch, config.length, config.seed, 0)
+    inputs, targets = examples("mlm", text, starts, config.length, mask_seeds(config.seed, 0, config.batch))
+    log_p = model(inputs).log_softmax(-1)
+    picked = [-log_p[row, column, targets[row, column]].item() for row, column in (targets >= 0).nonzero().tolist()]
+    result = train(config, model=model)
+    assert result.history[1]["loss"] == pytest.approx(np.mean(picked), rel=1e-6)
+
+
+def test_masked_model_learns_what_surrounds_a_byte(tmp_path: Path) -> None:
+    """Stretches of one of eight letters: by itself a letter is 3 bits, and beside its neighbours next to nothing."""
+    letters = np.random.default_rng(1).permuted(np.tile(np.arange(97, 105, dtype=np.uint8), (20, 1)), axis=1)
+    (tmp_path / "text").write_bytes(letters.ravel().repeat(100).tobytes())
+    config = TrainConfig(
+        objective="mlm",
+        data=str(tmp_path / "text"),
+        out=str(tmp_path / "run"),
+        steps=80,
+        length=24,
+        lr=0.02,
+        validation_fraction=0.2,
+        eval_every=80,
+        device="cpu",
+    )
+    result = train(config, model=masked_model("flash"))
+    assert result.history[0]["bits_per_byte"] > 7.5
+    assert result.bits_per_byte is not None
+    assert result.bits_per_byte < 1.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masked_run_stopped_and_resumed_is_bitwise_uninterrupted(
+    kind: str, config: TrainConfig, tmp_path: Path
+) -> None:
+    config = replace(config, objective="mlm", steps=6, eval_every=2)
+    whole = train(replace(config, out=str(tmp_path / "whole")), model=masked_model(kind))
+    for count, stop in enumerate((1, 4)):
+        train(config, resume=count > 0, model=masked_model(kind), callbacks=[at_step(stop, interrupt())])
+    train(resume_config(config.out), resume=True, model=masked_model(kind))
+    assert outcome(Path(config.out)) == outcome(whole.out)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_changes_no_bit(kind: str, objective: str, config: TrainConfig, tmp_path: Path) -> None:
+    """What is computed again is the same; so a run may begin with it and go on without."""
+    config = replace(config, model=kind, size="tiny", objective=objective, length=70, batch=1, eval_windows=2, steps=3)
+    plain = train(replace(config, out=str(tmp_path / "plain")))
+    stop = [at_step(2, interrupt())]
+    train(replace(config, checkpointing=True), callbacks=stop)
+    train(resume_config(config.out, checkpointing=False), resume=True)
+    assert outcome(Path(config.out)) == outcome(plain.out)
+    loaded = load_model(plain.checkpoint)
+    assert type(loaded) is {"clm": CausalLM, "mlm": MaskedLM}[objective]
+    assert loaded.config.vocab_size == {"clm": 256, "mlm": 257}[objective]
+    with torch.no_grad():
+        assert torch.equal(loaded(torch.arange(80)[None]), plain.model(torch.arange(80)[None]))
+
+
+def test_checkpointing_of_a_callers_own_model_is_refused(config: TrainConfig) -> None:
+    with pytest.raises(ValueError, match="`checkpointing` is for the models of flashgau; expected"):
+        train(replace(config, checkpointing=True), model=bigram())
+    assert not Path(config.out).exists()
+
+
+def test_validation_needs_a_masked_byte(config: TrainConfig) -> None:
+    with pytest.raises(ValueError, match="none of the bytes of 1 windows of 1 is masked; expected more"):
+        train(replace(config, objective="mlm", length=1, eval_windows=1), model=masked_model())
 
 
 def test_gradient_clipping_bounds_what_the_optimizer_sees(config: TrainConfig, tmp_path: Path) -> None:
@@ -916,7 +1059,7 @@ def test_two_processes_cannot_share_a_run(config: TrainConfig) -> None:
 def test_resume_refuses_another_configuration(field: str, config: TrainConfig) -> None:
     interrupted = train(config, model=bigram(), callbacks=[at_step(0, interrupt(), "start")])
     value = getattr(config, field)
-    changed: Any = {"model": "gau", "size": "large", "bf16": True}.get(field)
+    changed: Any = {"model": "gau", "size": "large", "objective": "mlm", "bf16": True}.get(field)
     if changed is None:
         changed = value * 0.5 if isinstance(value, float) else value + 1
     with pytest.raises(CheckpointError, match=f"another configuration: {field} is {value} .*, {changed} here"):
@@ -1079,7 +1222,7 @@ def test_bad_calls_give_one_line(case: str, command: Callable[..., Any], text: P
     if "RUN" in arguments or "DAMAGED" in arguments or "CUT" in arguments:
         assert command("--steps", "1", "--out", str(tmp_path / "RUN")).exit_code == 0
         whole = (tmp_path / "RUN" / LAST).read_bytes()
-        write_tree(tmp_path, {f"CUT/{LAST}": whole[:-1], f"DAMAGED/{LAST}": whole[:-9] + b"?" + whole[-8:]})
+        write_tree(tmp_path, {f"CUT/{LAST}": whole[:-1], f"DAMAGED/{LAST}": whole[:-1] + bytes([whole[-1] ^ 1])})
     places = ("EMPTY", "FILE", "RUN", "DAMAGED", "CUT")
     result = command(*[re.sub(f"^({'|'.join(places)})", rf"{tmp_path}/\1", word) for word in arguments])
     assert result.exit_code == 1
@@ -1107,8 +1250,9 @@ def test_help_states_the_defaults() -> None:
     assert all(option.help for option in options.values())
     assert f": {', '.join(KINDS)}." in options["model"].help
     assert f": {', '.join(SIZES)}." in options["size"].help
+    assert all(name in options["objective"].help for name in OBJECTIVES)
     for field in fields(TrainConfig):
-        if field.name in ("data", "max_minutes", "warmup", "bf16", "beta1", "beta2"):
+        if field.name in ("data", "max_minutes", "warmup", "checkpointing", "shard", "bf16", "beta1", "beta2"):
             continue
         option = options[field.name]
         stated = re.search(r"\[default: ([^,\]]+)", option.help)
@@ -1152,7 +1296,7 @@ def test_ctrl_c_saves_and_the_resumed_run_is_bitwise_uninterrupted(config: Train
     options = [
         f"--{name.replace('_', '-')}={value}"
         for name, value in config.to_dict().items()
-        if name not in ("max_minutes", "bf16", "beta1", "beta2")
+        if name not in ("max_minutes", "checkpointing", "shard", "bf16", "beta1", "beta2")
     ]
     with subprocess.Popen(
         [sys.executable, "-c", DRIVER, *options],
@@ -1183,6 +1327,54 @@ def test_ctrl_c_saves_and_the_resumed_run_is_bitwise_uninterrupted(config: Train
     tokens = torch.arange(100)[None]
     with torch.no_grad():
         assert torch.equal(loaded(tokens), whole.model(tokens))
+
+
+KILLED = """
+import json, os, random, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from test_training import LAST, Path, TrainConfig, bigram, read_checkpoint, torch, train, trainer
+torch.set_num_threads(1)
+trainer.loss_plot = lambda rows, path, title: path.write_bytes(b"plot")
+config, moments, kills, saved = TrainConfig(**json.loads(sys.argv[2])), random.Random(sys.argv[3]), 0, 0
+last = Path(config.out, LAST)
+while kills < 12:
+    told, tell = os.pipe()
+    child = os.fork()  # before this process has computed anything, so there are no threads to lose
+    if child == 0:
+        begun = last.exists()
+        callback = lambda event: event.kind == "save" and os.write(tell, event.step.to_bytes(4, "big"))
+        train(config, resume=begun, model=bigram(), callbacks=[callback])
+        os._exit(0)
+    os.close(tell)
+    time.sleep(moments.random() ** 2 * 0.4)
+    os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    steps = os.read(told, 1 << 16)
+    os.close(told)
+    saved = max([saved, *(int.from_bytes(steps[i : i + 4], "big") for i in range(0, len(steps), 4))])
+    if last.exists():  # whole, verified by its checksums, and at least the one that was last reported
+        assert read_checkpoint(last)[1]["state"]["step"] >= saved, (saved, kills)
+    assert last.exists() or not saved
+    if os.WIFEXITED(status):
+        assert os.WEXITSTATUS(status) == 0
+        break
+    kills += 1
+print(kills)
+"""
+
+
+def test_killed_at_random_moments_no_checkpoint_is_lost(config: TrainConfig, tmp_path: Path) -> None:
+    """SIGKILL, again and again, from the first moment on; in the end nothing can be told from a run in peace."""
+    config = replace(config, steps=150, save_every=2, eval_every=10, log_every=5)
+    whole = train(replace(config, out=str(tmp_path / "whole")), model=bigram())
+    seed = str(random.SystemRandom().random())
+    arguments = [str(Path(__file__).parent), json.dumps(config.to_dict()), seed]
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (seed, done.stderr)
+    assert int(done.stdout) >= 3
+    train(config, resume=(Path(config.out) / LAST).exists(), model=bigram())
+    assert outcome(Path(config.out)) == outcome(whole.out), seed
+    assert not list(Path(config.out).glob(".*.tmp"))
 
 
 def test_named_models_that_do_not_exist(text: Path, tmp_path: Path) -> None:

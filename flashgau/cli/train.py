@@ -27,6 +27,10 @@ def train(
         str | None, typer.Option(help=f"Kind of model: {_KINDS}. [default: flash]", metavar="KIND")
     ] = None,
     size: Annotated[str | None, typer.Option(help=f"Its size: {_SIZES}. [default: small]", metavar="NAME")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="clm: predict the next byte; mlm: fill in masked bytes. [default: clm]", metavar="clm|mlm"),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -45,7 +49,9 @@ def train(
             "Without --steps the learning rate follows the clock."
         ),
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="Windows per forward pass. [default: 8]")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Windows per forward pass, over all processes. [default: 8]")
+    ] = None,
     accumulate: Annotated[int | None, typer.Option(help="Forward passes per optimizer step. [default: 1]")] = None,
     length: Annotated[int | None, typer.Option(help="Bytes per window. [default: 512]")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate. [default: 0.001]")] = None,
@@ -61,11 +67,25 @@ def train(
     grad_clip: Annotated[
         float | None, typer.Option(help="Largest norm of the gradient; 0 for no limit. [default: 1.0]")
     ] = None,
+    checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--checkpointing/--no-checkpointing",
+            help="Compute layers again in the backward pass rather than keep what they computed.",
+            show_default=False,
+        ),
+    ] = None,
+    shard: Annotated[
+        bool | None,
+        typer.Option(
+            "--shard/--no-shard", help="Divide the parameters among the processes of torchrun.", show_default=False
+        ),
+    ] = None,
     bf16: Annotated[
         bool | None,
         typer.Option("--bf16/--no-bf16", help="Compute in bfloat16; parameters stay fp32.", show_default=False),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, batches and dropout. [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, batches, masks and dropout. [default: 0]")] = None,
     validation_fraction: Annotated[
         float | None, typer.Option(help="Share of the text that is not trained on. [default: 0.05]")
     ] = None,
@@ -79,27 +99,31 @@ def train(
         typer.Option(
             "--resume",
             help="Continue the run in --out exactly where it stopped, with its own settings. "
-            "Only limits, intervals, --data (if the text moved) and --device may be given anew.",
+            "Only limits, intervals, --data (if the text moved), --device, --checkpointing and --shard may be "
+            "given anew.",
         ),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the final report as JSON.")] = False,
 ) -> None:
-    r"""Train a byte-level language model; Ctrl-C saves, --resume continues bit for bit.
+    """Train a byte-level language model; Ctrl-C saves, --resume continues bit for bit.
 
     The folder --out receives last.safetensors (to resume), best.safetensors (weights of the best validation),
-    log.jsonl, loss.png and config.json.
+    log.jsonl, loss.png and config.json. Under torchrun several processes train one model; the checkpoint is the same.
 
     \b
     Examples:
       flashgau train --out runs/first --steps 500
       flashgau train --model transformer++ --size tiny --data book.txt --out runs/book
+      flashgau train --objective mlm --model flash-quad --out runs/masked
       flashgau train --out runs/first --resume
+      torchrun --nproc-per-node 2 --module flashgau train --out runs/two
     """
     import flashgau.training as training
 
     given: dict[str, Any] = {
         "model": model,
         "size": size,
+        "objective": objective,
         "data": None if data is None else str(data.absolute()),
         "steps": steps,
         "max_minutes": max_minutes,
@@ -111,6 +135,8 @@ def train(
         "warmup": warmup,
         "weight_decay": weight_decay,
         "grad_clip": grad_clip,
+        "checkpointing": checkpointing,
+        "shard": shard,
         "bf16": bf16,
         "seed": seed,
         "validation_fraction": validation_fraction,
@@ -126,24 +152,27 @@ def train(
     if max_minutes is not None and steps is None and not resume:
         given["steps"] = None
 
+    def configure() -> training.TrainConfig:
+        return training.resume_config(out, **given) if resume else training.TrainConfig(out=str(out), **given)
+
     progress = ProgressDisplay(make_console(stderr=True))
-    try:
-        if resume:
-            config = training.resume_config(out, **given)
-        else:
-            config = training.TrainConfig(out=str(out), **given)
-        with progress:
-            result = training.train(config, resume=resume, callbacks=[progress])
-    except (OSError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
-        fail("train", _one_line(error))
-    except RuntimeError as error:
-        if not _out_of_memory(error):
-            raise
-        fail("train", "out of memory; try a smaller --batch with a larger --accumulate, or a smaller --length")
-    if json:
-        print(dump_json(result.to_dict()))
-    else:
-        _report(result)
+    with training.launched() as processes:
+        try:
+            config = processes.everywhere(configure)
+            with progress:
+                result = training.train(config, resume=resume, callbacks=[progress])
+        except (OSError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
+            if isinstance(error.__cause__, training.Elsewhere):
+                raise typer.Exit() from None  # the process that met it says so, and fails: to torchrun it is the cause
+            fail("train", _one_line(error))
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            fail("train", "out of memory; try a smaller --batch with a larger --accumulate, or --checkpointing")
+        if processes.first and json:
+            print(dump_json(result.to_dict()))
+        elif processes.first:
+            _report(result)
     if result.signal is not None:
         raise typer.Exit(128 + result.signal)
 
@@ -213,8 +242,6 @@ class ProgressDisplay:
         self.limit: int | None = None
 
     def __enter__(self) -> ProgressDisplay:
-        if self.bar is not None:
-            self.bar.start()
         return self
 
     def __exit__(
@@ -233,8 +260,10 @@ class ProgressDisplay:
             import time
 
             self.limit, self.began, self.began_at = values["steps"], time.monotonic(), event.progress
-            text = values["data"]
-            self._say(f"{values['model']}, on {values['device']}")
+            if self.bar is not None:
+                self.bar.start()  # not earlier: of several processes only the one that is told of events shows it
+            text, count = values["data"], values["processes"]
+            self._say(f"{values['model']}, on {values['device']}" + (f", {count} processes" if count > 1 else ""))
             self._say(
                 f"text: {text['source']}: {text['train_bytes']:,} bytes for training,"
                 f" {text['validation_bytes']:,} for validation"

@@ -100,8 +100,8 @@ class MixedChunkState:
             )
         left = (self.open_tokens - tokens)[:, None, None]
         kept = torch.arange(self.chunk_size, device=self.position.device)[:, None] < left
-        held = (torch.where(kept, t, 0) for t in (self.quad_k, self.lin_k, self.v))
-        return MixedChunkState(self.kv, *held, self.position - tokens)
+        quad_k, lin_k, v = (torch.where(kept, t, 0) for t in (self.quad_k, self.lin_k, self.v))
+        return MixedChunkState(self.kv, quad_k, lin_k, v, self.position - tokens)
 
     def detach(self) -> MixedChunkState:
         """The same values, cut off from the graph: for truncated backpropagation through time."""

@@ -7,19 +7,28 @@ result.bits_per_byte, result.model
 
 from .checkpoint import CheckpointError
 from .config import TrainConfig, learning_rate
-from .data import Corpus, load_corpus
-from .trainer import Callback, Event, TrainResult, load_model, resume_config, train
+from .data import Corpus, load_corpus, load_text
+from .evaluation import Evaluation, evaluate
+from .processes import Elsewhere, Processes, launched
+from .trainer import Callback, Event, TrainResult, load_config, load_model, resume_config, train
 
 __all__ = [
     "Callback",
     "CheckpointError",
     "Corpus",
+    "Elsewhere",
+    "Evaluation",
     "Event",
+    "Processes",
     "TrainConfig",
     "TrainResult",
+    "evaluate",
+    "launched",
     "learning_rate",
+    "load_config",
     "load_corpus",
     "load_model",
+    "load_text",
     "resume_config",
     "train",
 ]

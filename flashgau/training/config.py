@@ -6,20 +6,28 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_type_hints
 
-# What may differ between a checkpoint and the run that resumes it: how long, how often, where. All other
-# fields decide which numbers are computed, and must be equal.
-FREE = frozenset({"out", "data", "device", "steps", "max_minutes", "eval_every", "save_every", "log_every"})
+# What may differ between a checkpoint and the run that resumes it: how long, how often, where, and how the memory is
+# used. All other fields decide which numbers are computed, and must be equal.
+FREE = frozenset(
+    {
+        *("out", "data", "device", "steps", "max_minutes", "eval_every", "save_every", "log_every"),
+        *("checkpointing", "shard"),
+    }
+)
+
+OBJECTIVES = ("clm", "mlm")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that decides a training run.
 
-    Two runs with the same fields on the same text, machine and number of threads are equal bit for bit.
+    Two runs with the same fields on the same text, machine and number of threads and processes are equal bit for bit.
 
     Attributes:
         model: kind of model, a name of `flashgau.models`.
         size: its named size.
+        objective: "clm": predict the next byte. "mlm": fill in bytes that were masked out, seeing all others.
         data: file or folder of text; None is Python's standard library.
         out: folder of the run: checkpoints `last.safetensors` and `best.safetensors`, `log.jsonl`,
             `loss.png`, `config.json`.
@@ -27,8 +35,8 @@ class TrainConfig:
         max_minutes: minutes of the whole run, evaluations and earlier parts of a resumed run included. With
             `steps` too, the run ends at whichever comes first. Without `steps`, the learning rate follows the
             clock: such a run can be resumed, but not repeated bit for bit.
-        batch: windows per forward pass.
-        accumulate: forward passes per optimizer step, their gradients averaged.
+        batch: windows per forward pass, over all processes; each takes an equal part of them.
+        accumulate: forward passes per optimizer step; the loss is the mean over all of them.
         length: predicted bytes of a window.
         lr: highest learning rate.
         lr_final: learning rate at the end, as a fraction of `lr`.
@@ -38,8 +46,10 @@ class TrainConfig:
         beta2: decay of AdamW's mean of squared gradients.
         grad_clip: largest Euclidean norm of the gradient; a larger one is scaled down to it. None: no
             clipping.
+        checkpointing: keep the input of each layer alone for the backward pass, and compute the rest again there.
+        shard: with several processes, each holds a part of every parameter rather than all of them.
         bf16: compute under bfloat16 autocast; parameters and optimizer stay fp32.
-        seed: of the initial weights, the batches and dropout.
+        seed: of the initial weights, the batches, the masks and dropout.
         validation_fraction: share of the text kept for validation.
         eval_windows: most windows of one validation, of `length` bytes each; always the same ones.
         eval_every: steps between validations; there is one before the first step and one after the last.
@@ -50,6 +60,7 @@ class TrainConfig:
 
     model: str = "flash"
     size: str = "small"
+    objective: str = "clm"
     data: str | None = None
     out: str = "runs/train"
     steps: int | None = 2000
@@ -64,6 +75,8 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float | None = 1.0
+    checkpointing: bool = False
+    shard: bool = False
     bf16: bool = False
     seed: int = 0
     validation_fraction: float = 0.05
@@ -103,6 +116,8 @@ class TrainConfig:
             raise ValueError(f"TrainConfig: `{name}` is {value}; expected a number between 0 and 1")
         if name == "seed" and not 0 <= value < 2**63:
             raise ValueError(f"TrainConfig: `{name}` is {value}; expected an integer from 0 to 2^63 - 1")
+        if name == "objective" and value not in OBJECTIVES:
+            raise ValueError(f"TrainConfig: `{name}` is {value!r}; expected one of {', '.join(OBJECTIVES)}")
         if name == "out" and not value:
             raise ValueError("TrainConfig: `out` is empty; expected the name of a folder")
 

@@ -26,6 +26,9 @@ SEPARATOR = 0
 
 Bytes = npt.NDArray[np.uint8]
 
+# What random numbers are drawn for.
+WINDOWS, MASKS, DROPOUT = 0, 1, 2
+
 # A file of a folder that holds a zero byte this early is taken for binary, as git and grep do.
 _BINARY_PROBE = 8192
 _READ_BLOCK = 1 << 24
@@ -172,18 +175,9 @@ def load_corpus(
     if not root.is_dir():
         return _from_file(root, validation_fraction)
 
-    candidates = list_files(
+    digests = _distinct_texts(
         root, suffix=".py" if path is None else None, exclude=Path(exclude) if exclude is not None else None
     )
-    digests: dict[str, bytes] = {}
-    seen: set[bytes] = set()
-    for name in candidates:
-        digest = _text_digest(root / name)
-        if digest is not None and digest not in seen:
-            seen.add(digest)
-            digests[name] = digest
-    if not digests:
-        raise ValueError(f"data: no text in folder {root}; it has {len(candidates)} files that are not empty or hidden")
     if len(digests) == 1:
         return _from_file(root / next(iter(digests)), validation_fraction)
 
@@ -201,6 +195,38 @@ def load_corpus(
         fingerprint=fingerprint.hexdigest(),
         source=f"{root}, split by file",
     )
+
+
+def load_text(path: str | os.PathLike[str]) -> Bytes:
+    """The whole text of a file or folder, undivided: (N,) uint8.
+
+    Of a folder the same files are taken as by `load_corpus`, with a zero byte around each. A file is mapped from
+    disk.
+
+    Raises:
+        FileNotFoundError: there is no such path.
+        ValueError: there is no text in it.
+        OSError: something in it cannot be read.
+    """
+    root = Path(path)
+    if not root.exists():
+        raise FileNotFoundError(f"data: {root} does not exist; expected a file or a folder")
+    return _join(root, list(_distinct_texts(root))) if root.is_dir() else _mapped(root)
+
+
+def _distinct_texts(root: Path, suffix: str | None = None, exclude: Path | None = None) -> dict[str, bytes]:
+    """The files of a folder that are text, each contents once: names in order, with hashes of the contents."""
+    candidates = list_files(root, suffix=suffix, exclude=exclude)
+    digests: dict[str, bytes] = {}
+    seen: set[bytes] = set()
+    for name in candidates:
+        digest = _text_digest(root / name)
+        if digest is not None and digest not in seen:
+            seen.add(digest)
+            digests[name] = digest
+    if not digests:
+        raise ValueError(f"data: no text in folder {root}; it has {len(candidates)} files that are not empty or hidden")
+    return digests
 
 
 def _text_digest(file: Path) -> bytes | None:
@@ -232,14 +258,20 @@ def _join(root: Path, names: list[str]) -> Bytes:
     return joined
 
 
-def _from_file(file: Path, validation_fraction: float) -> Corpus:
-    """One file, mapped from disk: the last `validation_fraction` of its bytes is validation."""
+def _mapped(file: Path) -> Bytes:
+    """The bytes of one file, mapped from disk."""
     size = file.stat().st_size
     if not file.is_file():
         raise ValueError(f"data: {file} is neither a file nor a folder")
     if size < 2:
         raise ValueError(f"data: {file} has {size} bytes; expected text")
-    content = np.memmap(file, dtype=np.uint8, mode="r")
+    return np.memmap(file, dtype=np.uint8, mode="r")
+
+
+def _from_file(file: Path, validation_fraction: float) -> Corpus:
+    """One file: the last `validation_fraction` of its bytes is validation."""
+    content = _mapped(file)
+    size = content.size
     boundary = min(max(round(size * (1.0 - validation_fraction)), 1), size - 1)
     fingerprint = hashlib.blake2b(boundary.to_bytes(8, "big"), digest_size=16)
     for start in range(0, size, _READ_BLOCK):
@@ -254,13 +286,28 @@ def _from_file(file: Path, validation_fraction: float) -> Corpus:
     )
 
 
+def random_words(use: int, seed: int, step: int, count: int) -> npt.NDArray[np.uint64]:
+    """The `count` random 64-bit numbers that a run with `seed` has in `step` for one of its uses of them.
+
+    A pure function of its arguments: the bits of the counter-based generator Philox at key (seed, use) and counter
+    `step`. They do not depend on NumPy's version, and number r of a step can be found by any process without
+    drawing for the steps before it.
+
+    Args:
+        use: `WINDOWS`, `MASKS` or `DROPOUT`: what is drawn for one use is independent of the others.
+        seed: in [0, 2^64).
+        step: in [0, 2^64).
+        count: how many.
+    """
+    # The low counter word runs within the step; the second one is the step, so no two steps overlap.
+    key, counter = np.array([seed, use], dtype=np.uint64), np.array([0, step, 0, 0], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=counter).random_raw(count)
+
+
 def sample_starts(size: int, count: int, length: int, seed: int, step: int) -> npt.NDArray[np.int64]:
     """First positions of the `count` training windows of a step: independent, uniform over the whole text.
 
-    A pure function of its arguments. The bits are those of the counter-based generator Philox at key `seed`
-    and counter `step`, and are reduced to a position by the high half of a 64 x 64 bit product, so they do
-    not depend on NumPy's version, and window `r` of a step can be found by any process without drawing for
-    the steps before it.
+    A pure function of its arguments: `random_words`, reduced to positions by the high half of a 64 x 64 bit product.
 
     Args:
         size: bytes of text; at least `length` + 1.
@@ -274,8 +321,7 @@ def sample_starts(size: int, count: int, length: int, seed: int, step: int) -> n
         [450035, 305826, 554236, 35131]
     """
     choices = size - length
-    # The low counter word runs within the step; the second one is the step, so no two steps overlap.
-    words = np.random.Philox(key=[seed, 0], counter=[0, step, 0, 0]).random_raw(count)
+    words = random_words(WINDOWS, seed, step, count)
     return np.array([int(word) * choices >> 64 for word in words], dtype=np.int64)
 
 

@@ -12,7 +12,7 @@ from . import checkpoint as files
 
 
 class Log:
-    """Rows as JSON lines in a file, and in memory for the plot."""
+    """Rows as JSON lines in a file, which begins with the first row, and in memory for the plot."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -20,7 +20,6 @@ class Log:
         self.stream: TextIO | None = None
 
     def __enter__(self) -> Log:
-        self.stream = self.path.open("a", encoding="utf-8")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -30,10 +29,10 @@ class Log:
                 self.stream.close()
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a row; other processes can read it at once."""
-        assert self.stream is not None
-        self.rows.append(row)
+        """Add a row to the file; other processes can read it at once."""
         try:
+            if self.stream is None:
+                self.stream = self.path.open("a", encoding="utf-8")
             self.stream.write(json.dumps(row) + "\n")
             self.stream.flush()
         except OSError as error:
@@ -41,11 +40,12 @@ class Log:
 
     def sync(self) -> None:
         """Wait until all rows are on disk."""
-        assert self.stream is not None
-        os.fsync(self.stream.fileno())
+        if self.stream is not None:
+            os.fsync(self.stream.fileno())
 
-    def rewind(self, step: int, validated: int) -> None:
-        """Read back the rows up to `step`; drop what a stopped run wrote after it, half a line included."""
+    def rewind(self, step: int, validated: int) -> list[dict[str, Any]]:
+        """The rows up to `step`; what a stopped run wrote after it, half a line included, leaves the file."""
+        kept = []
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
         for line in lines:
             try:
@@ -53,6 +53,7 @@ class Log:
             except json.JSONDecodeError:
                 continue
             if row["step"] < step or (row["step"] == step and (row["kind"] == "train" or validated == step)):
-                self.rows.append(row)
+                kept.append(row)
         with files.atomic_write(self.path) as stream:
-            stream.write("".join(json.dumps(row) + "\n" for row in self.rows).encode())
+            stream.write("".join(json.dumps(row) + "\n" for row in kept).encode())
+        return kept

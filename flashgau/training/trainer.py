@@ -1,4 +1,4 @@
-"""The training loop of a byte-level causal language model: exact to resume, safe to interrupt."""
+"""The training loop of a byte-level language model: exact to resume, safe to interrupt, in one process or several."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models import CausalLM, MaskedLM, ModelConfig
 from . import checkpoint as files
+from . import parallel
 from .checkpoint import CheckpointError, differences
 from .config import FREE, TrainConfig, learning_rate
-from .data import VOCABULARY, Corpus, load_corpus, sample_starts, validation_starts, windows
+from .data import DROPOUT, Corpus, load_corpus, random_words, sample_starts, validation_starts
+from .evaluation import batch_losses, loss_sum
 from .log import Log
+from .objective import build, count_targets, examples, mask_seeds, vocabulary
 from .plots import loss_plot
+from .processes import Processes, launched
 from .signals import StopSignals
 
 LAST, BEST = "last.safetensors", "best.safetensors"
@@ -57,19 +60,19 @@ Callback = Callable[[Event], None]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """How a run ended. Losses are means per byte, in nats; a `None` was never measured.
+    """How a run ended. Losses are means per predicted byte, in nats; a `None` was never measured.
 
     Attributes:
         stopped: "steps" or "time" (the limit that was reached), or "signal".
         signal: number of the signal that stopped the run, else None.
         step: optimizer steps taken in the whole run.
-        bytes_seen: bytes predicted in the whole run.
+        bytes_seen: bytes of all windows of the whole run.
         train_loss: mean of the last row of the log.
         validation_loss: of the last validation.
         bits_per_byte: the same, divided by ln 2.
         best_validation_loss: the lowest validation loss, whose weights are in `best`.
         best_step: its step.
-        tokens_per_second: bytes predicted per second, over the training steps of this call.
+        tokens_per_second: bytes of windows per second, over the training steps of this call.
         elapsed_seconds: wall-clock time of the whole run, including validation and saving.
         parameters: number of trained parameters.
         data: sizes and fingerprint of the text.
@@ -78,7 +81,7 @@ class TrainResult:
         best: weights of the best validation; None before the first one.
         log: rows of the run as JSON lines.
         plot: the loss curve.
-        model: the trained model, in evaluation mode.
+        model: the trained model, in evaluation mode. If it is sharded, a call takes all processes.
         history: the rows of the log.
     """
 
@@ -116,30 +119,36 @@ def train(
     model: nn.Module | None = None,
     callbacks: Iterable[Callback] = (),
 ) -> TrainResult:
-    """Train a byte-level causal language model, writing checkpoints, a log and a loss curve to `config.out`.
+    """Train a byte-level language model, writing checkpoints, a log and a loss curve to `config.out`.
 
-    The loss is the mean of -log p(next byte) in nats. The run ends at its limit of steps or minutes, or after
-    the step in which SIGINT (Ctrl-C) or SIGTERM arrives; in each case it saves first. A second signal raises
-    KeyboardInterrupt at once. (Signals are heeded only in the main thread.) The caller's random number
-    generators are left as they were.
+    The loss is the mean of -log p(target) in nats: of the next byte, or of a masked one. The run ends at its limit of
+    steps or minutes, or after the step in which SIGINT (Ctrl-C) or SIGTERM arrives; in each case it saves first. A
+    second signal raises KeyboardInterrupt at once. (Signals are heeded only in the main thread.) The caller's random
+    number generators are left as they were.
 
     A run that was stopped at any step, by a signal or by a crash, and is resumed, gives the same parameters
-    bit for bit as one that never stopped, on the same machine and number of threads, if its schedule follows
-    steps.
+    bit for bit as one that never stopped, on the same machine and number of threads and processes, if its schedule
+    follows steps.
+
+    Started by `torchrun`, or in an existing process group of `torch.distributed`, all processes train one model: each
+    takes its part of every batch, and the first alone writes files and calls callbacks. The result is that of one
+    process, up to rounding; a checkpoint does not know how many there were. All must see the folder `config.out`.
 
     Args:
         config: everything that decides the run.
         resume: continue from `config.out`'s last checkpoint, whose fields must equal those of `config` but
             for limits, intervals, places and device.
-        model: train this module ((B, N) int64 bytes -> (B, N, 256) logits) rather than build `config.model`.
-            It must be given again to resume.
+        model: train this module rather than build `config.model`: (B, N) int64 bytes -> (B, N, 256) logits, or
+            257 for both with the objective "mlm", whose mask is 256. It must be the same in every process, and be
+            given again to resume.
         callbacks: each is called with every `Event`.
 
     Raises:
         FileExistsError: `config.out` holds a run, and `resume` is False.
         FileNotFoundError: no such data, or no checkpoint to resume.
         CheckpointError: (a ValueError) the checkpoint is damaged, or of another model, configuration or data.
-        ValueError: the text is too short, or there is no such model, size or device.
+        ValueError: the text is too short, there is no such model, size or device, or the batch cannot be divided
+            among the processes.
         FloatingPointError: the loss or its gradient became infinite or NaN; the last checkpoint is from
             before.
         OSError: something cannot be read or written; the last checkpoint is intact.
@@ -155,26 +164,27 @@ def train(
         >>> result.stopped, result.step, result.bits_per_byte < 1.5
         ('steps', 200, True)
     """
-    device, out = _device(config), Path(config.out)
-    _check_folder(out, resume)
-    corpus = load_corpus(config.data, validation_fraction=config.validation_fraction, exclude=out)
-    for part, text in (("training", corpus.train), ("validation", corpus.validation)):
-        if text.size < config.length + 1:
-            raise ValueError(
-                f"data: the {part} text has {text.size} bytes; expected more than length = {config.length}"
-            )
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    out = Path(config.out)
+    if config.checkpointing and model is not None:
+        raise ValueError("train: `checkpointing` is for the models of flashgau; expected a `model` that does it itself")
+    with launched() as processes, contextlib.ExitStack() as held:
+        processes.everywhere(lambda: _check_batch(config, processes))
+        device = processes.everywhere(lambda: _device(config, processes))
+        processes.at_first(lambda: _check_folder(out, resume))
+        corpus = processes.everywhere(lambda: _corpus(config))
+        processes.same("config", str(_fixed(config)))
+        processes.same("data", f"the text {corpus.fingerprint}")
+        held.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         torch.manual_seed(config.seed)
         description = None
         if model is None:
-            model, description = _build(config)
-        with _locked(out):
-            _check_folder(out, resume)  # another process may have finished a run here by now
-            run = _Run(config, model.to(device), description, corpus, device, list(callbacks))
-            if resume:
-                run.load(out / LAST)
-            return run.go()
+            model, description = processes.everywhere(lambda: _build(config))
+        processes.at_first(lambda: held.enter_context(_locked(out)))
+        processes.at_first(lambda: _check_folder(out, resume))  # another run may have ended here by now
+        run = _Run(config, model, description, corpus, device, list(callbacks), processes)
+        if resume:
+            run.load(out / LAST)
+        return run.go()
 
 
 def resume_config(out: str | os.PathLike[str], **changes: Any) -> TrainConfig:
@@ -193,20 +203,30 @@ def resume_config(out: str | os.PathLike[str], **changes: Any) -> TrainConfig:
     return wanted
 
 
-def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> nn.Module:
+def load_config(path: str | os.PathLike[str]) -> TrainConfig:
+    """The configuration of the run that wrote a checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is damaged.
+    """
+    return TrainConfig.from_dict(files.read_metadata(Path(path))["config"])
+
+
+def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> CausalLM | MaskedLM:
     """The language model of a checkpoint, last or best, in evaluation mode.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: it is damaged, or holds a model that was given to `train` as a module.
     """
-    from flashgau.models import CausalLM, ModelConfig
-
     tensors, metadata = files.read_checkpoint(Path(path), lambda name: name.startswith("model."))
     if metadata["model"] is None:
         raise CheckpointError(f"checkpoint {path} holds a model of the caller's own, not one of flashgau.models")
-    model = CausalLM(ModelConfig.from_dict(metadata["model"]))
-    _load_weights(Path(path), model, tensors)
+    objective = TrainConfig.from_dict(metadata["config"]).objective
+    model = build(objective, ModelConfig.from_dict(metadata["model"]))
+    _check_weights(Path(path), model, tensors)
+    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items()})
     return model.to(device).eval()
 
 
@@ -241,7 +261,7 @@ class _State:
 
 
 class _Run:
-    """One run: its model, optimizer, files and state."""
+    """One run: its model, optimizer, files and state. Every process has one, and does the same at the same time."""
 
     def __init__(
         self,
@@ -251,10 +271,14 @@ class _Run:
         corpus: Corpus,
         device: torch.device,
         callbacks: list[Callback],
+        processes: Processes,
     ) -> None:
         self.config, self.model, self.description = config, model, description
-        self.corpus, self.device, self.callbacks = corpus, device, callbacks
+        self.corpus, self.device, self.processes = corpus, device, processes
+        self.callbacks = callbacks if processes.first else []
+        self.name = type(model).__name__  # before sharding, which changes the class
         self.out = Path(config.out)
+        self.trained = parallel.distribute(model, processes, device, config.shard)
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, config.weight_decay),
@@ -264,6 +288,7 @@ class _Run:
         )
         self.state = _State()
         self.saved_step: int | None = None
+        self.signal: int | None = None  # the one that all processes have agreed to heed
         self.log = Log(self.out / LOG)
         # Kept on the device between rows of the log: reading them makes the host wait for the device.
         self.loss_sum = torch.zeros((), device=device)
@@ -277,22 +302,28 @@ class _Run:
         self.step_seconds, self.steps_here = 0.0, 0
         self.row_began, self.row_steps = 0.0, 0
         self.plotted = self.state.elapsed
-        files.remove_temporaries(*(self.out / name for name in _FILES))
-        self._write_settings()
-        with self.log, StopSignals(self._on_signal) as self.stop:
+        self.processes.at_first(lambda: files.remove_temporaries(*(self.out / name for name in _FILES)))
+        with StopSignals(self._on_signal) as self.stop, self.log, parallel.without_view_warning(self.config.shard):
+            if new := self.saved_step is None:
+                # A folder that cannot be written shows now, not after an hour. And the checkpoint comes before all
+                # other files: whatever kills the process, the folder then holds a run to resume, or none.
+                self._write_last()
+            self.processes.at_first(self._write_settings)
             self._tell("start", self._overview())
-            if self.saved_step is None:
-                self.save()  # a folder that cannot be written shows now, not after an hour
+            if new:
+                self._tell("save", {"checkpoint": str(self.out / LAST)})
+            self._heed_signals()
             # Whether the run is over is decided once per step: the clock may reach its limit at any line.
             self.reached = self._limit_reached()
             self._validate_if_due()
-            while not self.stop.signal and not self.reached:
+            while not self.signal and not self.reached:
                 self.take_step()
+                self._heed_signals()
                 self.reached = self._limit_reached()
                 if self.reached or self.state.step % self.config.log_every == 0:
                     self._log_training()
                 self._validate_if_due()
-                if self.reached or self.stop.signal or self.state.step % self.config.save_every == 0:
+                if self.reached or self.signal or self.state.step % self.config.save_every == 0:
                     self.save()
             if self.saved_step != self.state.step or self.saved_validated != self.state.validated:
                 self.save()  # stopped during a validation, or resumed only for the last one
@@ -300,18 +331,29 @@ class _Run:
             return self._result()
 
     def take_step(self) -> None:
-        """One optimizer step: `accumulate` forward and backward passes over this step's windows."""
-        config, began = self.config, time.perf_counter()
-        rows = config.batch * config.accumulate
-        starts = sample_starts(self.corpus.train.size, rows, config.length, config.seed, self.state.step)
-        rate = learning_rate(config, self.state.step, self._schedule_progress())
+        """One optimizer step: `accumulate` forward and backward passes over this process's part of its windows."""
+        config, step, processes, began = self.config, self.state.step, self.processes, time.perf_counter()
+        rows, text = config.batch * config.accumulate, self.corpus.train
+        starts = sample_starts(text.size, rows, config.length, config.seed, step)
+        inputs, targets = examples(config.objective, text, starts, config.length, mask_seeds(config.seed, step, rows))
+        # Every target of the step counts alike, in whichever pass and process. DDP and FSDP average gradients.
+        share = processes.count / max(count_targets(targets), 1)
+        # Each process has its own dropout, which like all else depends on the step alone.
+        torch.manual_seed(int(random_words(DROPOUT, config.seed, step, processes.count)[processes.rank]))
+        rate = learning_rate(config, step, self._schedule_progress())
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        for part in np.split(starts, config.accumulate):
-            loss = self._loss(part, self.corpus.train) / config.accumulate
-            loss.backward()
-            self.loss_sum += loss.detach().float()
-        norm = nn.utils.clip_grad_norm_(list(self.names), math.inf if config.grad_clip is None else config.grad_clip)
+        own = (config.accumulate, processes.count, -1, config.length)
+        parts = zip(inputs.view(own)[:, processes.rank], targets.view(own)[:, processes.rank], strict=True)
+        losses = torch.zeros_like(self.loss_sum)
+        for number, (x, y) in enumerate(parts, 1):
+            with parallel.only_last_pass(self.trained, number == config.accumulate):
+                loss = loss_sum(self.trained, x, y, self.device, config.bf16) * share
+                loss.backward()
+            losses += loss.detach()
+        self.loss_sum += processes.mean(losses)
+        clip = math.inf if config.grad_clip is None else config.grad_clip
+        norm = parallel.whole(nn.utils.clip_grad_norm_(list(self.names), clip))
         self.norm_max = torch.maximum(self.norm_max, norm.float())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -323,50 +365,55 @@ class _Run:
         self.step_seconds += time.perf_counter() - began
         self._tell("step")
 
-    def _loss(self, starts: np.ndarray, text: np.ndarray) -> Tensor:
-        """Mean of -log p(next byte), in nats, over the windows at `starts`."""
-        inputs, targets = windows(text, starts, self.config.length)
-        inputs, targets = inputs.to(self.device), targets.to(self.device)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
-            logits = self.model(inputs)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-
     @torch.no_grad()
     def validate(self) -> float | None:
         """Mean loss over the fixed validation windows; None if a signal came meanwhile."""
         config, text = self.config, self.corpus.validation
         starts = validation_starts(text.size, config.eval_windows, config.length)
+        total, count = 0.0, 0
         self.model.eval()
         try:
-            total = 0.0
-            for first in range(0, len(starts), config.batch):
-                part = starts[first : first + config.batch]
-                total += self._loss(part, text).item() * len(part)
-                if self.stop.signal:
+            for loss, targets in batch_losses(
+                self.model,
+                config.objective,
+                text,
+                starts,
+                config.length,
+                batch=config.batch,
+                device=self.device,
+                bf16=config.bf16,
+                processes=self.processes,
+            ):
+                total, count = total + loss, count + targets
+                self._heed_signals()
+                if self.signal:
                     return None
-            return total / len(starts)
         finally:
             self.model.train()
+        total, count = self.processes.mean(torch.tensor([total, count], dtype=torch.float64)).tolist()
+        self.processes.at_first(lambda: _check_masked(config, int(count)))
+        return total / count
 
     def _validate_if_due(self) -> None:
         """Validate, unless this step was or need not be; keep the weights if they are the best so far."""
         state = self.state
         due = self.reached or state.step % self.config.eval_every == 0
-        if not due or state.validated == state.step or self.stop.signal:
+        if not due or state.validated == state.step or self.signal:
             return
         self._read_sums()  # refuses weights that are not finite before they are called best
         loss = self.validate()
         if loss is None:
             return
-        if not math.isfinite(loss):
-            raise self._not_finite("validation loss")
+        self._refuse_unless_finite("validation loss", loss)
         state.validated = state.step
         self._row("validation", {"loss": loss, "bits_per_byte": loss / math.log(2)})
         if state.best_loss is None or loss < state.best_loss:
             state.best_loss, state.best_step = loss, state.step
-            files.write_checkpoint(self.out / BEST, self._weights(), self._metadata())
-        if self._elapsed() - self.plotted > _PLOT_SECONDS:
+            weights = parallel.gather(self.model, self.processes)
+            self.processes.at_first(lambda: files.write_checkpoint(self.out / BEST, weights, self._metadata()))
+        if self.processes.largest(self._elapsed() - self.plotted) > _PLOT_SECONDS:
             self._plot()
+        self._heed_signals()
 
     def _log_training(self) -> None:
         """One row: means since the last one, which may lie in an earlier part of a resumed run."""
@@ -400,19 +447,33 @@ class _Run:
         began = time.perf_counter()
         self.state.loss_sum, self.state.norm_max = self.loss_sum.item(), self.norm_max.item()
         self.step_seconds += time.perf_counter() - began
-        for name, value in (("loss", self.state.loss_sum), ("gradient", self.state.norm_max)):
-            if not math.isfinite(value):
-                raise self._not_finite(name)
+        self._refuse_unless_finite("loss", self.state.loss_sum)
+        self._refuse_unless_finite("gradient", self.state.norm_max)
 
-    def _not_finite(self, what: str) -> FloatingPointError:
-        return FloatingPointError(
-            f"the {what} is not finite at step {self.state.step}; try a lower lr or a longer warm-up "
-            f"(the checkpoint of step {self.saved_step} is intact)"
-        )
+    def _refuse_unless_finite(self, what: str, value: float) -> None:
+        """Raise an error, in all processes, if `value`, which is the same in all, is not finite."""
+
+        def check() -> None:
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the {what} is not finite at step {self.state.step}; try a lower lr or a longer warm-up "
+                    f"(the checkpoint of step {self.saved_step} is intact)"
+                )
+
+        self.processes.at_first(check)
 
     def _plot(self) -> None:
-        loss_plot(self.log.rows, self.out / PLOT, self._title())
+        self.processes.at_first(lambda: loss_plot(self.log.rows, self.out / PLOT, self._title()))
         self.plotted = self._elapsed()
+
+    # ---- stopping
+
+    def _heed_signals(self) -> None:
+        """Take note of a signal that came to any of the processes. All call this at the same points."""
+        number = int(self.processes.largest(self.stop.signal or 0))
+        if number and self.processes.first and not self.stop.signal and not self.signal:
+            self._on_signal(number)  # it came to another process alone
+        self.signal = number or self.signal
 
     # ---- time and progress
 
@@ -420,18 +481,19 @@ class _Run:
         return time.perf_counter() - self.began
 
     def _limit_reached(self) -> Literal["steps", "time"] | None:
-        """Which limit the run has reached."""
+        """Which limit the run has reached, by the first process's clock."""
         if self.config.steps is not None and self.state.step >= self.config.steps:
             return "steps"
-        if self.config.max_minutes is not None and self._elapsed() >= 60 * self.config.max_minutes:
-            return "time"
+        if self.config.max_minutes is not None:
+            late = self._elapsed() >= 60 * self.config.max_minutes
+            return "time" if self.processes.largest(late and self.processes.first) else None
         return None
 
     def _schedule_progress(self) -> float:
         """Progress as the learning rate sees it: by steps if there is a limit of steps, else by the clock."""
         if self.config.steps is not None:
             return self.state.step / self.config.steps
-        return self._clock_progress()
+        return self.processes.largest(self._clock_progress() if self.processes.first else 0.0)
 
     def _clock_progress(self) -> float:
         limit = self.config.max_minutes
@@ -447,7 +509,8 @@ class _Run:
         step = self.state.step
         place = {"step": step, "bytes": step * self.config.bytes_per_step, "elapsed_seconds": self._elapsed()}
         row = {"kind": kind, **place, **values}
-        self.log.append(row)
+        self.log.rows.append(row)
+        self.processes.at_first(lambda: self.log.append(row))
         self._tell(kind, row)
 
     def _tell(self, kind: Any, values: Mapping[str, Any] | None = None) -> None:
@@ -463,6 +526,7 @@ class _Run:
             "model": self._title(),
             "parameters": self._parameters(),
             "device": str(self.device),
+            "processes": self.processes.count,
             "steps": self.config.steps,
             "max_minutes": self.config.max_minutes,
             "out": str(self.out),
@@ -473,14 +537,15 @@ class _Run:
         return sum(parameter.numel() for parameter in self.names if parameter.requires_grad)
 
     def _title(self) -> str:
-        name = f"{self.config.model} {self.config.size}" if self.description else type(self.model).__name__
-        return f"{name}, {self._parameters() / 1e6:.2f} M parameters, {self.config.length}-byte windows"
+        name = f"{self.config.model} {self.config.size}" if self.description else self.name
+        masked = ", masked" if self.config.objective == "mlm" else ""
+        return f"{name}{masked}, {self._parameters() / 1e6:.2f} M parameters, {self.config.length}-byte windows"
 
     def _result(self) -> TrainResult:
         state, rows = self.state, self.log.rows
         last = {row["kind"]: row["loss"] for row in rows}
         validation = last.get("validation")
-        number = self.stop.signal
+        number = self.signal
         return TrainResult(
             stopped=self.reached if self.reached and not number else "signal",
             signal=number,
@@ -508,9 +573,6 @@ class _Run:
 
     # ---- checkpoints
 
-    def _weights(self) -> dict[str, Tensor]:
-        return {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-
     def _metadata(self) -> dict[str, Any]:
         return {
             "config": self.config.to_dict(),
@@ -520,20 +582,22 @@ class _Run:
         }
 
     def save(self) -> None:
+        """Write the last checkpoint, and tell of it."""
+        self._write_last()
+        self._tell("save", {"checkpoint": str(self.out / LAST)})
+
+    def _write_last(self) -> None:
         """Write the whole state as the last checkpoint. The log up to here is on disk before it is."""
         self._read_sums()
         self.state.elapsed = self._elapsed()
-        tensors = self._weights()
-        for parameter, name in self.names.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = value
-        tensors["rng.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        self.log.sync()
-        files.write_checkpoint(self.out / LAST, tensors, self._metadata())
+        tensors = parallel.gather(self.model, self.processes, self.optimizer)
+
+        def write() -> None:
+            self.log.sync()
+            files.write_checkpoint(self.out / LAST, tensors, self._metadata())
+
+        self.processes.at_first(write)
         self.saved_step, self.saved_validated = self.state.step, self.state.validated
-        self._tell("save", {"checkpoint": str(self.out / LAST)})
 
     def load(self, path: Path) -> None:
         """Take over the state in a checkpoint, after making sure that it belongs to this run.
@@ -541,34 +605,28 @@ class _Run:
         Raises:
             CheckpointError: it does not; the message names the differences.
         """
-        tensors, metadata = files.read_checkpoint(path)
-        _check_same("configuration", path, _fixed(self.config), _fixed(TrainConfig.from_dict(metadata["config"])))
-        ours, theirs = self.corpus.summary(), dict(metadata["data"])
-        del ours["source"], theirs["source"]  # the text may have moved
-        _check_same("data", path, ours, theirs)
-        _check_same("model", path, self.description or {}, metadata["model"] or {})
-        if "rng.cpu" not in tensors:
-            raise CheckpointError(f"checkpoint {path} holds weights alone, as {BEST} does; it cannot be resumed")
-        _load_weights(path, self.model, tensors)
-        self._load_optimizer(tensors)
-        self.state = _State(**metadata["state"])
+        tensors: dict[str, Tensor] = {}
+
+        def read() -> tuple[_State, list[dict[str, Any]]]:
+            """The state and the rows of the log. The tensors stay in this process until it scatters them."""
+            found, metadata = files.read_checkpoint(path)
+            _check_same("configuration", path, _fixed(self.config), _fixed(TrainConfig.from_dict(metadata["config"])))
+            ours, theirs = self.corpus.summary(), dict(metadata["data"])
+            del ours["source"], theirs["source"]  # the text may have moved
+            _check_same("data", path, ours, theirs)
+            _check_same("model", path, self.description or {}, metadata["model"] or {})
+            _check_weights(path, self.model, found)
+            state = _State(**metadata["state"])
+            if state.step and not any(name.startswith("optimizer.") for name in found):
+                raise CheckpointError(f"checkpoint {path} holds weights alone, as {BEST} does; it cannot be resumed")
+            tensors.update(found)
+            return state, self.log.rewind(state.step, state.validated)
+
+        self.state, self.log.rows = self.processes.at_first(read)
+        parallel.scatter(tensors, self.model, self.optimizer, self.processes)
         self.saved_step, self.saved_validated = self.state.step, self.state.validated
         self.loss_sum.fill_(self.state.loss_sum)
         self.norm_max.fill_(self.state.norm_max)
-        torch.set_rng_state(tensors["rng.cpu"])
-        if self.device.type == "cuda" and "rng.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
-        self.log.rewind(self.state.step, self.state.validated)
-
-    def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        """Moments by parameter name, so that they do not depend on the order of parameters."""
-        ordered = [self.names[p] for group in self.optimizer.param_groups for p in group["params"]]
-        moments = {
-            index: {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            for index, name in enumerate(ordered)
-            if f"optimizer.step.{name}" in tensors
-        }
-        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
     def _write_settings(self) -> None:
         """The configuration for people to read; the checkpoint's own copy is what is resumed from."""
@@ -577,6 +635,7 @@ class _Run:
             "model": self.description,
             "data": self.corpus.summary(),
             "device": str(self.device),
+            "processes": self.processes.count,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -615,16 +674,49 @@ def _locked(out: Path) -> Iterator[None]:
 
 def _build(config: TrainConfig) -> tuple[nn.Module, dict[str, Any]]:
     """The model that `config` names, and its configuration as JSON values."""
-    from flashgau.models import CausalLM, ModelConfig
+    description = ModelConfig.named(f"{config.model}-{config.size}", vocab_size=vocabulary(config.objective))
+    model = build(config.objective, replace(description, checkpointing=config.checkpointing))
+    return model, description.to_dict()  # what the model computes does not depend on `checkpointing`
 
-    description = ModelConfig.named(f"{config.model}-{config.size}", vocab_size=VOCABULARY)
-    return CausalLM(description), description.to_dict()
+
+def _check_batch(config: TrainConfig, processes: Processes) -> None:
+    """Refuse a batch that cannot be divided equally."""
+    if config.batch % processes.count:
+        raise ValueError(
+            f"batch: {config.batch} windows cannot be divided among {processes.count} processes; "
+            f"expected a multiple of {processes.count}"
+        )
 
 
-def _device(config: TrainConfig) -> torch.device:
-    """The device that `config` names, if it can be used as asked."""
-    if config.device == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+def _corpus(config: TrainConfig) -> Corpus:
+    """The text, if its parts are long enough."""
+    corpus = load_corpus(config.data, validation_fraction=config.validation_fraction, exclude=config.out)
+    for part, text in (("training", corpus.train), ("validation", corpus.validation)):
+        if text.size < config.length + 1:
+            raise ValueError(
+                f"data: the {part} text has {text.size} bytes; expected more than length = {config.length}"
+            )
+    return corpus
+
+
+def _device(config: TrainConfig, processes: Processes) -> torch.device:
+    """The device that `config` names, if it can be used as asked; of several GPUs, this process's own."""
+    several = processes.count > 1
+    if config.device == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if config.device == "auto" or (config.device == "cuda" and several):
+        number = torch.cuda.current_device()
+        if several:
+            number = torch.distributed.get_node_local_rank(number)
+        if number >= torch.cuda.device_count():
+            raise ValueError(
+                f"device: process {processes.rank} is number {number} of its machine, which has "
+                f"{torch.cuda.device_count()} GPUs; expected one process per GPU"
+            )
+        torch.cuda.set_device(number)
+        return torch.device("cuda", number)
+    if several and config.device.startswith("cuda"):
+        raise ValueError(f"device: {config.device!r} is one GPU for {processes.count} processes; expected 'cuda'")
     try:
         device = torch.device(config.device)
         torch.empty(1, device=device)
@@ -634,6 +726,15 @@ def _device(config: TrainConfig) -> torch.device:
     if device.type == "meta":
         raise ValueError("device: 'meta' cannot be used: it holds no numbers")
     return device
+
+
+def _check_masked(config: TrainConfig, count: int) -> None:
+    """Refuse validation windows of which the masks hide nothing; of any size worth validating they hide 15%."""
+    if not count:
+        raise ValueError(
+            f"eval_windows: none of the bytes of {config.eval_windows} windows of {config.length} is masked; "
+            "expected more windows, or longer ones"
+        )
 
 
 def _fixed(config: TrainConfig) -> dict[str, Any]:
@@ -646,12 +747,11 @@ def _check_same(what: str, path: Path, ours: Mapping[str, Any], theirs: Mapping[
         raise CheckpointError(f"checkpoint {path} has another {what}: {found}")
 
 
-def _load_weights(path: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put the `model.` tensors of a checkpoint into `model`; names, shapes and dtypes must be equal."""
+def _check_weights(path: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Make sure that the `model.` tensors of a checkpoint have the names, shapes and dtypes of those of `model`."""
     weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     ours, theirs = (
         {name: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in state.items()}
         for state in (model.state_dict(), weights)
     )
     _check_same("model", path, ours, theirs)
-    model.load_state_dict(weights)
