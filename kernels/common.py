@@ -23,7 +23,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # of a difference of scores, never of
 VARYING = ("n_sequences", "longest_m", "longest_n", "left", "right", "bias_batch", "bias_head", "reach", "threshold",
            "n_blocks", "n_heads", "n_kv_heads", "n_parts", "n_rows", "first_block", "last_block", "n_key_blocks",
            "n_across", "n_tokens", "angle_batch",
-           "n_chunks", "n_segments", "long", "span")  # fmt: skip
+           "n_chunks", "n_segments", "long", "span", "first_row")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -92,13 +92,20 @@ def score_gradient(b_da, b_s, b_a, b_delta, SCORE: tl.constexpr):
 
 
 @triton.jit
+def rounded_to_tf32(b_x):
+    """To 10 bits after the first, away from 0 if in the middle: matrix units cut the others off, all towards 0."""
+    b_bits = (b_x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(b_x == b_x, b_bits.to(tl.float32, bitcast=True), b_x)
+
+
+@triton.jit
 def factors(b_a, b_x):
     """Weights, or their gradients, and what they multiply, in one type.
 
     Beside fp16 they stay fp32, and are multiplied as tf32: (q k / n)^2 leaves fp16's range, above and mostly below.
     """
     if b_x.dtype == tl.float16:
-        b_a, b_x = b_a.to(tl.float32), b_x.to(tl.float32)
+        b_a, b_x = rounded_to_tf32(b_a.to(tl.float32)), b_x.to(tl.float32)
     else:
         b_a = b_a.to(b_x.dtype)
     return b_a, b_x

@@ -171,9 +171,7 @@ def states_kernel(
         tokens = tl.minimum(n - i_chunk * C, C)
         if CAUSAL and not BACKWARD:  # a chunk that is still open is not summed yet
             tokens = tl.where(tokens == C, C, 0)
-        b_own = b_sum
-        if BACKWARD:  # it is divided by its own n
-            b_own = tl.zeros([BS, BE], tl.float32)
+        b_own = tl.zeros([BS, BE], tl.float32)  # matrix units cut a sum's last bits: none may run through all chunks
         for j in range(0, tokens, BK):
             o_token = j + tl.arange(0, BK)
             o_there = tl.cast(i_chunk * C + o_token, tl.int64)
@@ -181,9 +179,8 @@ def states_kernel(
             b_y = load_tile(y, p_y + o_there * y.token, o_token < tokens, o_column, E, BE)
             b_own = tl.dot(b_x.T, b_y, b_own, input_precision=PRECISION)
         if BACKWARD:
-            b_sum += b_own * inverse_divisor(lin_number, closed_tokens, i_seq, i_chunk, n, C, CAUSAL)
-        else:
-            b_sum = b_own
+            b_own *= inverse_divisor(lin_number, closed_tokens, i_seq, i_chunk, n, C, CAUSAL)
+        b_sum += b_own
     tl.store(state_pointers(totals, i_slot, o_row, o_column, S, E), b_sum, mask=m_tile)
 
 
@@ -236,7 +233,7 @@ def local_scores(
 @triton.jit
 def panel_block(panel, i_slot, o_row, o_column, WIDTH: tl.constexpr):
     """Pointers into a panel (slots, WIDTH, WIDTH)."""
-    p_row = panel + tl.cast(i_slot, tl.int64) * WIDTH * WIDTH + o_row * WIDTH
+    p_row = panel + (tl.cast(i_slot, tl.int64) * WIDTH + o_row) * WIDTH
     return p_row[:, None] + o_column[None, :]
 
 
@@ -308,7 +305,7 @@ def product_kernel(
     if CAUSAL and BACKWARD:
         reads = chunk.tokens == C
     elif CAUSAL and not CONTINUED:
-        reads = chunk.number > 0
+        reads = (chunk.number > 0) & (chunk.tokens > 0)
     i_base = base_of(chunk, sequences, n_segments, long, C, CAUSAL)
     p_lin = row_pointers(lin, chunk.row, 0, chunk.first + o_row)
     KS: tl.constexpr = BK if BK < BS else BS
@@ -467,13 +464,14 @@ def heads_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def dbias_kernel(
-    dpanel, total, lengths, queries, keys, n_sequences, longest_m, longest_n, n_chunks, first_block, last_block,
+    dpanel, total, lengths, queries, keys, n_sequences, longest_m, longest_n,
+    n_chunks, first_block, last_block, first_row,
     C: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A block of the sum of dS (B, WIDTH, WIDTH) over a row's chunks, those of a panel added."""
     sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
     ACROSS: tl.constexpr = WIDTH // BLOCK
-    i_batch, i_block = tl.program_id(0) // (ACROSS * ACROSS), tl.program_id(0) % (ACROSS * ACROSS)
+    i_batch, i_block = first_row + tl.program_id(0) // (ACROSS * ACROSS), tl.program_id(0) % (ACROSS * ACROSS)
     o_query = i_block // ACROSS * BLOCK + tl.arange(0, BLOCK)
     o_key = i_block % ACROSS * BLOCK + tl.arange(0, BLOCK)
     low, high = first_block, last_block
@@ -526,7 +524,7 @@ def step_kernel(
     seen = tl.load(position + i_row)
     place = tl.cast(seen % C, tl.int32)
     full = place + 1 == C
-    o_s, o_column = tl.arange(0, BS), i_tile * BE + tl.arange(0, BE)
+    o_s, o_column = tl.arange(0, BS).to(tl.int64), i_tile * BE + tl.arange(0, BE)
     m_s, m_column = o_s < S, o_column < E
     rule = Rule(None, 0, number, bias, bias_batch, reach)
     p_bias = bias_pointer(rule, i_row)
@@ -610,17 +608,23 @@ class _Call(NamedTuple):
         return max(16, triton.next_power_of_2(self.size["S"]))
 
     @property
+    def largest_chunk(self) -> int:
+        """C, or less if no sequence is that long: a power of two then, so that few kernels are compiled for it."""
+        return min(self.size["C"], triton.next_power_of_2(self.tokens.shape[1]))
+
+    @property
     def panel_width(self) -> int:
-        """C as whole blocks of any size."""
-        unit = min(_PANEL_UNIT, max(16, triton.next_power_of_2(self.size["C"])))
-        return triton.cdiv(self.size["C"], unit) * unit
+        """The largest chunk as whole blocks of any size."""
+        unit = min(_PANEL_UNIT, max(16, triton.next_power_of_2(self.largest_chunk)))
+        return triton.cdiv(self.largest_chunk, unit) * unit
 
     def config(self, kernel: str) -> Config:
         """How a kernel is launched; no block is larger than what it is of."""
         x = self.tokens if kernel == "states" else self.weights
         chosen: Config = self.choose(f"mixed_chunk_{kernel}", x, self.width)
+        extents = self.size | {"C": self.largest_chunk}
         fitting = {
-            name: min(getattr(chosen, name), max(16, triton.next_power_of_2(self.size[extent])))
+            name: min(getattr(chosen, name), max(16, triton.next_power_of_2(extents[extent])))
             for name, extent in zip(("block_m", "block_n", "block_k"), _EXTENTS[kernel], strict=False)
         }
         return replace(chosen, **fitting)
@@ -740,12 +744,12 @@ def mixed_chunk_attention_backward(
             call.n_chunks, first, BM=heads.block_m, BN=heads.block_n, FACTORS=call.factors, **sizes, **heads.launch(),
         )  # fmt: skip
         if total is not None:
-            dbias_kernel[(total.shape[0] * (wide // 16) ** 2,)](
-                dpanel, total, *call.sequences, call.n_chunks, first, first + count, C=chunk_size, BLOCK=16, WIDTH=wide
-            )
-    dbias = (
-        _along_diagonals(total, chunk_size, rel_bias.shape[-1]) if total is not None and rel_bias is not None else None
-    )
+            batch = (0, 0) if cu_seqlens is not None else (first // call.n_chunks, (first + count - 1) // call.n_chunks)
+            dbias_kernel[((batch[1] - batch[0] + 1) * (wide // 16) ** 2,)](
+                dpanel, total, *call.sequences, call.n_chunks, first, first + count, batch[0],
+                C=chunk_size, BLOCK=16, WIDTH=wide,
+            )  # fmt: skip
+    dbias = _along_diagonals(total, rel_bias.shape[-1]) if total is not None and rel_bias is not None else None
     dinitial = dinitial if initial_kv is not None else None
     return dquad_q, dquad_k, dlin_q, dlin_k, dv, dgate, sums_like(dbias, rel_bias), dinitial
 
@@ -928,11 +932,11 @@ def _linear(call: _Call, x: Tensor, states: _States, out: Tensor, *, backward: b
     )  # fmt: skip
 
 
-def _along_diagonals(total: Tensor, chunk_size: int, width: int) -> Tensor:
-    """Sums (B, width) of total[b, i, j] over j - i = t - width // 2, for i and j within a chunk."""
-    inner = total[:, :chunk_size, :chunk_size].flip(1)
-    # With C columns more, and then read in rows one shorter, each row stands a place further right than the one above.
-    across = 2 * chunk_size - 1
-    skewed = F.pad(inner, (0, chunk_size)).flatten(1)[:, : chunk_size * across].unflatten(1, (chunk_size, across))
-    beside = (width - across) // 2
+def _along_diagonals(total: Tensor, width: int) -> Tensor:
+    """Sums (B, width) of total[b, i, j], square, over j - i = t - width // 2; what lies further out is 0."""
+    size = total.shape[1]
+    across = 2 * size - 1
+    # With as many columns more, read in rows one shorter, each row stands a place further right than the one above.
+    skewed = F.pad(total.flip(1), (0, size)).flatten(1)[:, : size * across].unflatten(1, (size, across))
+    beside = (width - across) // 2  # negative where the blocks of a chunk go beyond it
     return F.pad(skewed.sum(1), (beside, beside))
