@@ -61,6 +61,14 @@ def test_step_agrees_with_the_reference(backend, dtype, data):
 
 
 @given(data)
+def test_step_without_gradients_agrees_with_the_reference(backend, data):
+    """On Triton a kernel of its own; a step that is differentiated is a call of one token."""
+    call = data.draw(step_calls(backend))
+    report = flashgau.compare(flashgau.mixed_chunk_step, *call.args, grad=False, **call.kwargs)
+    assert report.ok, f"\n{report}"
+
+
+@given(data)
 def test_repeats_bitwise(backend, data):
     check_repeats_bitwise(data.draw(mixed_chunk_calls(backend)))
 
