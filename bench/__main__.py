@@ -1,16 +1,17 @@
-"""Command line: ``python -m bench OP``."""
+"""Command line: ``python -m bench OP``, ``python -m bench suite`` and ``python -m bench report``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import harness, report
+from bench import harness, page, report, suite
 from bench.cases import OPERATIONS, load
 
 
@@ -19,7 +20,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m bench",
         description="Time an operation and its alternatives side by side, after checking each against fp64.",
     )
-    parser.add_argument("operation", choices=OPERATIONS, metavar="OP", help=", ".join(OPERATIONS))
+    parser.add_argument(
+        "operation", choices=(*OPERATIONS, "suite", "report"), metavar="OP",
+        help=", ".join(OPERATIONS) + "; suite: check, tune and time everything in --minutes; "
+        "report: make the page on performance, in --out (default: docs), of all results under bench/results",
+    )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--providers", default="", metavar="A,B", help="only these (default: all)")
     parser.add_argument("--only", default="", metavar="WORD,WORD", help="only cases whose name contains every word")
@@ -28,6 +33,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads for everyone (default: torch's)")
     parser.add_argument("--seconds", type=float, help="time to spend on one pass of one case (default: 20)")
     parser.add_argument("--rounds", type=int, help="exactly this many rounds, whatever the time")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time for a whole suite (default: 9)")
     parser.add_argument("--no-memory", action="store_true", help="skip the memory measurements")
     return parser.parse_args(arguments)
 
@@ -58,12 +64,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         errors.print("bench: --device cuda, but torch sees no GPU here")
         return 2
-    for name in ("threads", "rounds", "seconds"):
+    for name in ("threads", "rounds", "seconds", "minutes"):
         if getattr(options, name) is not None and getattr(options, name) <= 0:
             errors.print(f"bench: --{name} must be positive")
             return 2
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.operation in ("suite", "report"):
+        return run_suite(options, errors) if options.operation == "suite" else write_page(options, errors)
     out = options.out or Path("runs/bench") / options.operation
     settings = settings_from(options)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -84,6 +92,29 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     results = [(n, r) for entry in record["cases"] for n, r in entry["providers"].items()]
     return int(any(n.startswith("flashgau") and r["status"] in ("wrong", "failed") for n, r in results))
+
+
+def run_suite(options: argparse.Namespace, errors: Console) -> int:
+    """0 if every step ran and succeeded, 130 if Ctrl-C ended them, else 1."""
+    out = (options.out or Path("runs/bench/suite")).resolve()
+    say = partial(errors.print, highlight=False)
+    record = suite.run(options.device, options.minutes, out, options.quick, say)
+    errors.print(f"wrote {out / 'suite.json'}", highlight=False)
+    if not record["complete"]:
+        return 130
+    return int(any(suite.verdict(row) != "ok" for row in record["steps"]))
+
+
+def write_page(options: argparse.Namespace, errors: Console) -> int:
+    root = Path(__file__).resolve().parent.parent
+    try:
+        written = page.write(root / "bench" / "results", options.out or root / "docs")
+    except (ValueError, OSError) as error:
+        errors.print(f"bench: {error}", markup=False)
+        return 2
+    for path in written:
+        errors.print(f"wrote {path}", highlight=False)
+    return 0
 
 
 if __name__ == "__main__":

@@ -34,10 +34,15 @@ VERDICT_STYLE = {"met": "green", "missed": "red", "not measured": "yellow"}
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:
+    """Write a record as `write_text` does."""
+    write_text(json.dumps(record, indent=1, allow_nan=False, default=str) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
     """Write atomically: a reader, or a run cut short, never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".json.part")
-    part.write_text(json.dumps(record, indent=1, allow_nan=False, default=str) + "\n")
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text(text)
     os.replace(part, path)
 
 
@@ -224,7 +229,7 @@ def _panel(axis: Axes, entries: list[dict[str, Any]], key: str, scale: float, na
     for place, who in enumerate(names):
         points = []
         for entry in entries:
-            value = _value(entry["providers"].get(who), key)
+            value = _value(entry, who, key)
             if value is not None:
                 points.append((entry["length"], *(scale * v for v in value)))
         if not points:
@@ -251,8 +256,8 @@ def _panel(axis: Axes, entries: list[dict[str, Any]], key: str, scale: float, na
 
 def _figure(record: dict[str, Any], rows: list[tuple[str, str, float]], path: Path) -> bool:
     """A column of panels per group of cases, wrapped; a row per (key, label, factor to the label's unit) measured."""
-    results = [result for entry in record["cases"] for result in entry["providers"].values()]
-    rows = [row for row in rows if any(_value(result, row[0]) for result in results)]
+    places = [(entry, who) for entry in record["cases"] for who in entry["providers"]]
+    rows = [row for row in rows if any(_value(entry, who, row[0]) for entry, who in places)]
     if not rows:
         return False
     groups = list(dict.fromkeys(entry["group"] for entry in record["cases"]))
@@ -272,6 +277,10 @@ def _figure(record: dict[str, Any], rows: list[tuple[str, str, float]], path: Pa
             axis = axes[band * len(rows) + row][column]
             axis.set_visible(True)
             drawn |= _panel(axis, entries, key, scale, names)
+            if key.startswith("rate/"):
+                roofs = [(e["length"], scale * r) for e in entries if (r := roof(record, e, key[5:])) is not None]
+                if roofs:
+                    drawn["the hardware's limit"] = axis.plot(*zip(*roofs, strict=True), "k--", linewidth=1)[0]
             axis.set_xlabel(record["x_label"] if row == len(rows) - 1 else "")
             axis.set_ylabel(label if column == 0 else "")
             axis.set_title(group if row == 0 else "", fontsize=10)
@@ -283,16 +292,30 @@ def _figure(record: dict[str, Any], rows: list[tuple[str, str, float]], path: Pa
     return True
 
 
-def _value(result: dict[str, Any] | None, key: str) -> tuple[float, float, float] | None:
-    """(low, middle, high) of what is plotted, None if not measured. `key`: "time/PASS" or "memory/PASS"."""
+def _value(entry: dict[str, Any], who: str, key: str) -> tuple[float, float, float] | None:
+    """(low, middle, high) of what is plotted, None if not measured. `key`: "time/", "rate/" or "memory/" and a pass."""
     kind, run = key.split("/")
+    result = entry["providers"].get(who)
     if result is None:
         return None
+    if kind == "memory":
+        peak = result["peak_bytes"].get(run)
+        return (peak, peak, peak) if peak else None
+    times = result["times"].get(run)
+    if not times:
+        return None
     if kind == "time":
-        times = result["times"].get(run)
-        return (times["q1_s"], times["median_s"], times["q3_s"]) if times else None
-    peak = result["peak_bytes"].get(run)
-    return (peak, peak, peak) if peak else None
+        return times["q1_s"], times["median_s"], times["q3_s"]
+    work = entry["work"].get(run)
+    return (work / times["q3_s"], work / times["median_s"], work / times["q1_s"]) if work else None
+
+
+def roof(record: dict[str, Any], entry: dict[str, Any], run: str) -> float | None:
+    """The rate of work that the hardware allows: by the case's floor of time, or by how fast the GPU copies."""
+    if run in entry.get("floors", {}) and entry["work"].get(run):
+        return float(entry["work"][run] / entry["floors"][run])
+    copied = record["machine"].get("copy_bytes_per_second")
+    return float(copied) if copied and entry["work_unit"] == "B" else None
 
 
 def plot(record: dict[str, Any], out: Path) -> list[Path]:
@@ -304,3 +327,25 @@ def plot(record: dict[str, Any], out: Path) -> list[Path]:
     return [
         path for rows, path in ((times, out / "time.png"), (peaks, out / "memory.png")) if _figure(record, rows, path)
     ]
+
+
+def plot_rates(record: dict[str, Any], path: Path) -> bool:
+    """Draw work per second against length, under the hardware's limit where that is known; whether there was any.
+
+    Of cases with different units of work, those in the first one's.
+    """
+    units = [entry["work_unit"] for entry in record["cases"] if entry["work"]]
+    if not units:
+        return False
+    unit = units[0]
+    record = record | {"cases": [entry for entry in record["cases"] if entry["work_unit"] == unit]}
+    prefix, scale = ("", 1.0) if unit == "token" else ("G", 1e-9)
+    rows = [(f"rate/{run}", f"{run} ({prefix}{unit}/s)", scale) for run in PASSES]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return _figure(record, rows, path)
+
+
+def plot_times(record: dict[str, Any], path: Path) -> bool:
+    """Draw time against length; whether there was any."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return _figure(record, [(f"time/{run}", f"{run} (ms)", 1e3) for run in PASSES], path)

@@ -45,8 +45,7 @@ from flashgau.kernels.common import Config
 
 from flashgau import tuning
 from flashgau.eager import projection as eager_projection
-from flashgau.tuning import ahead, shipped
-from flashgau.tuning.tables import TABLES
+from flashgau.tuning import ahead, search, shipped
 
 CALLS = {
     "attention": attention_calls,
@@ -54,7 +53,6 @@ CALLS = {
     "glu_linear": glu_linear_calls,
     "gau_attention": gau_calls,
     "mixed_chunk_attention": mixed_chunk_calls,
-    "mixed_chunk_step": step_calls,
 }
 pytestmark = pytest.mark.skipif(
     any("triton" not in backends_of(op) for op in CALLS), reason="no GPU, and Triton was imported without interpreting"
@@ -96,6 +94,17 @@ def test_everything_is_written_and_nothing_beside_it(op, data):
     assert all((g == 0.5).all() for g in guards)
     for a, b in zip([*plain[0], *plain[1]], [*guarded[0], *guarded[1]], strict=True):
         assert torch.equal(a, b)
+
+
+@given(st.data())
+def test_a_step_writes_all_of_its_state_and_nothing_beside_it(data):
+    call = data.draw(step_calls("triton"))
+    plain = outputs(call(backend="triton"))
+    with guarded_results() as guards:
+        guarded = outputs(call(backend="triton"))
+    assert guards
+    assert all((g == 0.5).all() for g in guards)
+    assert all(torch.equal(a, b) for a, b in zip(plain, guarded, strict=True))
 
 
 def test_offsets_past_two_to_the_31():
@@ -180,13 +189,12 @@ def test_packed_halves_are_read_in_place():
 
 def blocks_of(op: str) -> list[Config]:
     """Every configuration of every table, without warps and stages, which change no result."""
+    tables = [*map(tuning.shipped_table, tuning.ARCHITECTURES), *tuning.shipped_gpus()]
     found = {
         (c.block_m, c.block_n, c.block_k)
-        for table in TABLES.values()
-        for kernel, dtypes in table.items()
-        if kernel.startswith(op)
-        for by_width in dtypes.values()
-        for c in by_width.values()
+        for table in tables
+        for key in table.entries
+        if key.kernel.startswith(op) and (c := table.config(key))
     }
     return [Config(m, n, block_k=k) for m, n, k in sorted(found)]
 
@@ -229,7 +237,7 @@ def test_every_shipped_elementwise_block_agrees(config):
             check_agrees(Call("glu", (randn(2, *shape[:-1], 2 * shape[-1]),), {}), "triton")
 
 
-@pytest.mark.parametrize("arch", [arch for arch in TABLES if arch != "interpreter"])
+@pytest.mark.parametrize("arch", tuning.ARCHITECTURES[:-1])
 @pytest.mark.parametrize("regime", ["fused", "panels"])
 @pytest.mark.parametrize("head", [64, 128, 256])
 def test_every_shipped_gated_attention_agrees(arch, regime, head):
@@ -246,12 +254,12 @@ def test_every_shipped_gated_attention_agrees(arch, regime, head):
         check_agrees(Call("gau_attention", (q[:, -1:], k, v, gate[:, -1:]), {"score": "softmax"}), "triton")
 
 
-@pytest.mark.parametrize("arch", TABLES)
+@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("head", [64, 128, 256])
 def test_kernels_of_a_panel_share_its_blocks(arch, itemsize, head):
-    for suffix in ("", "_few_rows"):
-        product, weights = (TABLES[arch][f"gau_{name}{suffix}"][itemsize][head] for name in ("product", "weights"))
+    for rows in (1, 100):
+        product, weights = (tuning.lookup(arch, f"gau_{name}", itemsize, head, rows) for name in ("product", "weights"))
         assert (weights.block_m, weights.block_n) == (product.block_m, product.block_k)
 
 
@@ -270,7 +278,7 @@ def test_the_size_of_a_panel_changes_rounding_only(panel_bytes):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("arch", [arch for arch in TABLES if arch != "interpreter"])
+@pytest.mark.parametrize("arch", tuning.ARCHITECTURES[:-1])
 @pytest.mark.parametrize("head", [64, 256])
 def test_every_shipped_mixed_chunk_agrees(arch, head):
     heads, (v, gate) = [randn(i, 1, 190, 20) for i in range(4)], [randn(i, 1, 190, 140) for i in (4, 5)]
@@ -372,7 +380,7 @@ def test_every_shipped_configuration_agrees(config, options):
         check_agrees(Call("attention", (q, k, v), {**options, "rel_bias": bias}), "triton")
 
 
-@pytest.mark.parametrize("arch", TABLES)
+@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
 @pytest.mark.parametrize("width", [16, 64, 128, 256])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_tables_are_complete(arch, width, itemsize):
@@ -384,7 +392,8 @@ def test_tables_are_complete(arch, width, itemsize):
             config = tuning.lookup(arch, kernel, itemsize, width if has_heads else 0, rows, options)
             sizes = config.block_m, config.block_n, config.block_k
             assert all(n & (n - 1) == 0 for n in sizes)
-            assert entry.matrix is None or min(sizes) >= 16
+            own = [n for n, axis in zip(sizes, "mnk", strict=True) if axis in search.BLOCKS[kernel]]
+            assert entry.matrix is None or min(own, default=16) >= 16
             if name == "attention_dbias":
                 assert config.block_m == config.block_n
 
@@ -559,6 +568,64 @@ for name in dir(mixed_chunk):
     assert all(count <= (4 if name in ("product_kernel", "linear_kernel") else 2) for name, count in counts.items()), (
         counts
     )
+
+
+COUNT = """
+for name in dir(module):
+    caches = getattr(getattr(module, name), "device_caches", {})
+    if caches:
+        print(name, sum(len(cache[0]) for cache in caches.values()))
+"""
+
+
+def test_gated_attentions_lengths_and_batches_cause_no_compilation():
+    printed = compiled(
+        """
+import torch
+from flashgau.kernels import gau as module
+from flashgau.kernels.common import Config
+from flashgau.tuning.ahead import compiling_for
+
+choose = lambda *args, **traits: Config(16, 16, 4, 1, 16)
+options = {"score": "relu2", "normalizer": "keys", "causal": True, "choose": choose}
+with compiling_for("sm_80"):
+    for b, n in [(1, 512), (3, 1024), (7, 515), (2, 100), (1, 2048)]:
+        for e in (64, 528):
+            q = torch.empty(b, n, 16, dtype=torch.bfloat16, device="meta")
+            v = torch.empty(b, n, e, dtype=torch.bfloat16, device="meta")
+            module.gau_attention_forward(q, q, v, v, save=True, **options)
+            module.gau_attention_backward(v, q, q, v, v, v, **options)
+"""
+        + COUNT
+    )
+    counts = {name: int(count) for name, count in (line.split() for line in printed.splitlines())}
+    # Two widths of values, which are compiled in; and panels whose width 16 divides, as it always does.
+    assert {"weights_kernel", "product_kernel", "gradient_kernel", "columns_kernel", "dq_kernel"} <= counts.keys()
+    assert counts["weights_kernel"] == 1
+    assert all(count <= 4 for count in counts.values()), counts
+
+
+def test_rows_of_gated_products_cause_no_compilation():
+    printed = compiled(
+        """
+import torch
+from flashgau.kernels import glu as module
+from flashgau.kernels.common import Config
+from flashgau.tuning.ahead import compiling_for
+
+choose = lambda *args, **traits: Config(16, 16, 4, 1, 16)
+options = {"activation": "silu", "up_activation": "identity", "choose": choose}
+with compiling_for("sm_80"):
+    for rows in (512, 4096, 515, 100, 65536):
+        x, w, d = (torch.empty(*s, dtype=torch.bfloat16, device="meta") for s in ((rows, 32), (48, 32), (rows, 48)))
+        module.glu_linear_forward(x, w, w, None, None, save=True, **options)
+        module.glu_linear_backward(d, x, w, w, None, None, None, None, **options)
+"""
+        + COUNT
+    )
+    counts = {name: int(count) for name, count in (line.split() for line in printed.splitlines())}
+    assert counts.keys() == {"linear_kernel", "linear_backward_kernel"}
+    assert all(count <= 2 for count in counts.values()), counts  # rows that 16 divides, or not
 
 
 def test_all_options_compile_together():

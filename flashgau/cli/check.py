@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from flashgau.cli.cases import Case
+    from flashgau.ops.compare import Report
 
 BACKENDS = ("triton", "eager", "reference")
 # What is kept of each tensor that `compare` reports on.
@@ -56,7 +57,7 @@ def select(op: str | None, backend: str | None, device: torch.device, thorough: 
     """The cases that can run on `device`, each with the backend to hold to the reference.
 
     Without `backend` that is the one a call would use. A named backend that does not take a dtype (Triton and
-    fp64) is not asked for it.
+    fp64) is not asked for it. Where it is Triton, one case more for every launch configuration of the device's tables.
 
     Raises:
         ValueError: no case can run; with the reason.
@@ -84,20 +85,18 @@ def select(op: str | None, backend: str | None, device: torch.device, thorough: 
             pairs.append((case, name))
     if not pairs:
         raise ValueError(f"backend {backend!r} cannot run on {device}: {reasons[0]}")
+    launched = {case.op for case, name in pairs if name == "triton"}
+    if launched:
+        from flashgau.cli.configurations import cases_of  # which needs Triton
+
+        pairs += [(case, "triton") for case in cases_of(device, launched)]
     return pairs
 
 
 def _row(case: Case, backend: str, device: torch.device, seed: int) -> Row:
-    import torch
-
-    import flashgau
-
     row = Row(case.op, case.options, case.shape, case.dtype, backend, verdict="error")
     try:
-        arguments, keywords = case.arguments(device, seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # `compare` draws the weights of the gradients
-            report = flashgau.compare(getattr(flashgau, case.op), *arguments, backend=backend, **keywords)
+        report = _report(case, backend, device, seed)
     except Exception as error:  # whatever goes wrong in one case is its verdict, and the others still run
         return replace(row, detail=" ".join(f"{type(error).__name__}: {error}".split()))
     tensors = tuple({name: getattr(tensor, name) for name in FIELDS} for tensor in report.rows)
@@ -113,6 +112,22 @@ def _row(case: Case, backend: str, device: torch.device, seed: int) -> Row:
         tolerance=worst["tolerance"],
         tensors=tensors,
     )
+
+
+def _report(case: Case, backend: str, device: torch.device, seed: int) -> Report:
+    import torch
+
+    import flashgau
+
+    if hasattr(case, "config"):
+        from flashgau.cli import configurations
+
+        assert isinstance(case, configurations.Configured)
+        return configurations.hold(case, device, seed)
+    arguments, keywords = case.arguments(device, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # `compare` draws the weights of the gradients
+        return flashgau.compare(getattr(flashgau, case.op), *arguments, backend=backend, **keywords)
 
 
 def _nearness(tensor: dict[str, Any]) -> tuple[bool, float]:
@@ -219,8 +234,8 @@ def check(
 
     Each case runs forward and backward. Its largest error may be twice that of plain PyTorch in the same
     dtype (three times for gradients) plus a few units in the last place. The table shows the largest error, plain
-    PyTorch's, and what is allowed, for the tensor of each case that comes nearest to it. Exit status 1 if a case
-    misses.
+    PyTorch's, and what is allowed, for the tensor of each case that comes nearest to it. Where Triton runs, so does
+    every launch configuration in the tables of the device. Exit status 1 if a case misses.
 
     \b
     Examples:

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -29,8 +32,9 @@ from triton.runtime.jit import JITFunction
 
 from flashgau.kernels.common import Config
 
-from . import lookup, table_for
-from .shipped import DTYPES, ENTRIES
+from . import lookup, shipped_gpus, table_for
+from .shipped import DTYPES, ENTRIES, Operands
+from .table import Key
 
 # Shared memory that one program may take, in bytes, by compute capability (CUDA programming guide).
 SHARED_BYTES = {75: 65_536, 80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448,
@@ -198,31 +202,42 @@ class Row:
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel to compile: what `flashgau compile` cuts its work into."""
+    """One kernel to compile: what `flashgau compile` and `flashgau tune` cut their work into."""
 
     target: str
     entry: str  # of the tables
     dtype: str
     width: int
     kind: str  # of the entry's
+    config: Config | None = None  # of this kernel; None for that of the architecture's table
+
+    @property
+    def key(self) -> Key:
+        """Where the configuration stands in a table."""
+        name = self.entry.removesuffix("_few_rows")
+        return Key(name, DTYPES[self.dtype].itemsize, self.width, few_rows=name != self.entry)
 
 
 def jobs(targets: list[str]) -> list[Job]:
-    """Every kernel in every shipped configuration.
+    """Every kernel in every shipped configuration, of the targets' tables and of GPUs that are such targets.
 
     Raises:
         ValueError: for a target that is none.
     """
     for target in targets:
         target_of(target)
-    return [
-        Job(target, name, dtype, width, kind)
-        for target in targets
-        for name, entry in ENTRIES.items()
-        for width in entry.widths
-        for dtype, kinds in entry.kinds.items()
-        for kind in kinds
-    ]
+    gpus = shipped_gpus()
+    found = []
+    for target in targets:
+        for name, entry in ENTRIES.items():
+            for width, (dtype, kinds) in product(entry.widths, entry.kinds.items()):
+                for kind in kinds:
+                    job = Job(target, name, dtype, width, kind)
+                    own = [gpu.config(job.key) for gpu in gpus if gpu.architecture == target]
+                    # What goes through all options has the configuration of the architecture's table.
+                    measured = [c for c in own if c is not None and kind != "all options"]
+                    found += [job, *(replace(job, config=c) for c in measured)]
+    return list(dict.fromkeys(found))
 
 
 def table_of(target: str) -> str:
@@ -233,17 +248,18 @@ def table_of(target: str) -> str:
 
 def compile_one(job: Job) -> Row:
     """Compile one kernel; what goes wrong is the row's reason."""
-    entry, row, dtype = ENTRIES[job.entry], _row(job), DTYPES[job.dtype]
+    entry, row = ENTRIES[job.entry], _row(job)
 
     def choose(kernel: str, x: Tensor, width: int, rows: int | None = None, options: bool = False) -> Config:
         config = lookup(table_of(job.target), kernel, x.element_size(), width, rows, options)
-        if job.entry.removesuffix("_few_rows") == kernel:
+        if job.key.kernel == kernel:
+            config = job.config or config
             row.keywords["configuration"] = asdict(config)
         return config
 
     try:
         with compiling_for(job.target, only=entry.kernel) as found:
-            entry.call(job.kind, job.width, dtype, choose)
+            entry.call(job.kind, job.width, Operands(DTYPES[job.dtype]), choose)
     except Exception as error:  # a compiler fails in its own ways, each of which is a row that is not ok
         return row(reason=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
     needs = max(found, key=lambda c: (c.spills, c.shared_bytes, c.registers))  # where a kernel serves two purposes
@@ -266,42 +282,75 @@ def _wanted(job: Job) -> str | None:
 
 
 def compile_all(work: list[Job], processes: int | None = None) -> Iterator[Row]:
-    """Compile in parallel; rows come as they are done. A job that crashes the compiler is a row that is not ok."""
-    interpreting = os.environ.pop("TRITON_INTERPRET", None)  # the workers must not, and they start from this
-    try:
-        left = set(work)
-        for row, job in _in_processes(work, processes or os.cpu_count() or 1):
-            left.discard(job)
-            yield row
-        for job in sorted(left, key=work.index):  # a crash took the pool down: each of the rest on its own
-            alone = [row for row, _ in _in_processes([job], 1)]
-            yield alone[0] if alone else _row(job)(reason="the compiler crashed")
-    finally:
-        if interpreting is not None:
-            os.environ["TRITON_INTERPRET"] = interpreting
+    """Compile in parallel; rows come as they are done."""
+    return (row for _, row in compile_each(work, processes))
 
 
-def _in_processes(work: list[Job], processes: int) -> Iterator[tuple[Row, Job]]:
-    """Rows of the jobs that end before a process dies."""
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(compile_one, job): job for job in work}
+def compile_each(work: list[Job], processes: int | None = None) -> Iterator[tuple[Job, Row]]:
+    """Compile in parallel; jobs and their rows come as they are done. What crashes the compiler is not ok."""
+    left = dict.fromkeys(work)
+    for job, row in _in_processes(work, processes or os.cpu_count() or 1):
+        del left[job]
+        yield job, row
+    for job in left:  # a crash took the pool down: each of the rest on its own
+        yield next(_in_processes([job], 1), (job, _row(job)(reason="the compiler crashed")))
+
+
+def _in_processes(work: list[Job], processes: int) -> Iterator[tuple[Job, Row]]:
+    """The jobs that end before a process dies."""
+    # Ctrl-C reaches every process of a terminal; the one that waits for them ends the work.
+    ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=ignore) as pool:
+        with _not_interpreting():  # the processes start while work is submitted
+            waiting = {pool.submit(compile_one, job): job for job in work}
         try:
             for done in as_completed(waiting):
-                yield done.result(), waiting[done]
+                yield waiting[done], done.result()
         except BrokenProcessPool:
             return
         finally:
             pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _not_interpreting() -> Iterator[None]:
+    """Inside, a process that starts compiles kernels, whatever this one does."""
+    interpreting = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        yield
+    finally:
+        if interpreting is not None:
+            os.environ["TRITON_INTERPRET"] = interpreting
+
+
 def _row(job: Job) -> partial[Row]:
     """The row of a job, without its results."""
-    name = job.entry.removesuffix("_few_rows")
-    few = name != job.entry
-    shape = ", ".join([*([f"D={job.width}"] if job.width else []), *(["few rows"] if few else []), job.kind])
+    few = ["few rows"] if job.key.few_rows else []
+    shape = ", ".join([*([f"D={job.width}"] if job.width else []), *few, job.kind])
+    kernel = ENTRIES[job.entry].kernel
+    return partial(
+        Row, op=op_of(job.entry), kernel=kernel, dtype=job.dtype, shape=shape, configuration={}, target=job.target
+    )
+
+
+def op_of(entry: str) -> str:
+    """The operation that an entry's kernel belongs to; "projection" and "heads" are a layer's.
+
+    Example:
+        >>> op_of("gau_dq"), op_of("glu_linear_few_rows")
+        ('gau_attention', 'glu_linear')
+    """
     ops = {"attention": "attention", "glu_linear": "glu_linear", "glu": "glu", "gau": "gau_attention",
            "mixed_chunk_step": "mixed_chunk_step", "mixed_chunk": "mixed_chunk_attention",
            "projection": "projection", "heads": "heads"}  # fmt: skip
-    op = next(op for prefix, op in ops.items() if name.startswith(prefix))
-    kernel = ENTRIES[job.entry].kernel
-    return partial(Row, op=op, kernel=kernel, dtype=job.dtype, shape=shape, configuration={}, target=job.target)
+    return next(op for prefix, op in ops.items() if entry.startswith(prefix))
+
+
+def target_here(device: torch.device) -> str:
+    """What a device is called as a target. One without limits of its own, the interpreter, is held to sm_80's."""
+    if device.type != "cuda":
+        return "sm_80"
+    properties: Any = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"

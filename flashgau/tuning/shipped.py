@@ -1,9 +1,9 @@
-"""What `flashgau compile` compiles: for each entry of the tables, calls that start the kernel it configures."""
+"""For each entry of the tables, calls that start the kernel it configures: what is compiled, and what is timed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,16 +16,60 @@ from flashgau.kernels.glu import elementwise
 
 Choose = Callable[..., Config]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-_LENGTH = 16384
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Makes the tensors of a call.
+
+    Attributes:
+        dtype: of all that does not say otherwise.
+        device: where they are, or None for tensors without values, which compiling takes.
+        length: tokens; None for as many as compiling takes.
+    """
+
+    dtype: torch.dtype
+    device: torch.device | None = None
+    length: int | None = None
+
+    def tokens(self, compiling: int = 16384) -> int:
+        """How many tokens, unless the `length` is given."""
+        return compiling if self.length is None else self.length
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor, of normal values on a device that holds any. (An integer may be a seed or a position: 100.)"""
+        x = torch.empty(*shape, dtype=dtype or self.dtype, device=self.device or "meta")
+        if self.device is None:
+            return x
+        return x.normal_() if x.is_floating_point() else x.fill_(100)
+
+
+@dataclass(frozen=True)
+class Kept(Operands):
+    """Operands that are made once: after `rewind` they come again, in their order, so that a timed call makes none."""
+
+    made: list[Tensor] = field(default_factory=list)
+    left: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """The next tensor."""
+        if self.left:
+            return self.left.pop(0)
+        self.made.append(super().__call__(*shape, dtype=dtype))
+        return self.made[-1]
+
+    def rewind(self) -> None:
+        """Begin with the first tensor again."""
+        self.left[:] = self.made
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A kernel, and the calls of its launcher that are compiled.
+    """A kernel, and the calls of its launcher that are compiled or timed.
 
     Attributes:
         kernel: the jitted function's name.
-        call: of the launcher, on tensors without storage: (kind, width, dtype, choose).
+        call: of the launcher: (kind, width, operands, choose).
         kinds: what is compiled in each dtype. fp16 and bf16 differ in the names of instructions only.
         widths: of the heads; 0 alone for a kernel without.
         matrix: the start of the matrix instruction it must have in half precision, by table; None if it multiplies no
@@ -35,7 +79,7 @@ class Entry:
     """
 
     kernel: str
-    call: Callable[[str, int, torch.dtype, Choose], None]
+    call: Callable[[str, int, Operands, Choose], None]
     kinds: Mapping[str, tuple[str, ...]]
     widths: tuple[int, ...] = (0,)
     matrix: dict[str, str] | None = None
@@ -48,42 +92,40 @@ _LARGE = {"sm_90": "HGMMA", "sm_100": "UTC"}
 _ANY: dict[str, str] = {}
 
 
-def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
 def _attention(
-    backward: bool, queries: int, biased: bool, kind: str, width: int, dtype: torch.dtype, choose: Choose
+    backward: bool, queries: int | None, biased: bool, kind: str, width: int, make: Operands, choose: Choose
 ) -> None:
-    fp32 = torch.float32
-    options: dict[str, Any] = {"scale": 0.1, "window": (None, None if kind == "full" else 0), "choose": choose}
+    fp32, n = torch.float32, make.tokens()
+    m = n if queries is None else queries
+    options: dict[str, Any] = {"scale": width**-0.5, "window": (None, None if kind == "full" else 0), "choose": choose}
     if kind == "all options":
-        options |= {"window": (64, 64), "softcap": 5.0, "dropout_p": 0.1, "sinks": _empty(8, dtype=fp32)}
-        options |= {"dropout_seed": _empty(1, dtype=torch.int64), "lengths": _empty(1, dtype=torch.int32)}
+        options |= {"window": (64, 64), "softcap": 5.0, "dropout_p": 0.1, "sinks": make(8, dtype=fp32)}
+        options |= {"dropout_seed": make(1, dtype=torch.int64), "lengths": make(1, dtype=torch.int32)}
     if biased or kind == "all options":
-        options["rel_bias"] = _empty(1, 8, 2 * _LENGTH - 1, dtype=fp32)
-    q, k = _empty(1, 8, queries, width, dtype=dtype), _empty(1, 8, _LENGTH, width, dtype=dtype)
+        options["rel_bias"] = make(1, 8, 2 * n - 1, dtype=fp32)
+    q, k = make(1, 8, m, width), make(1, 8, n, width)
     if backward:
-        attention.attention_backward(q, None, q, k, k, q, _empty(1, 8, queries, dtype=fp32), **options)
+        attention.attention_backward(q, None, q, k, k, q, make(1, 8, m, dtype=fp32), **options)
     else:
         attention.attention_forward(q, k, k, **options)
 
 
-def _glu(backward: bool, kind: str, width: int, dtype: torch.dtype, choose: Choose) -> None:
+def _glu(backward: bool, kind: str, width: int, make: Operands, choose: Choose) -> None:
     variant, layout = kind.split()
     activation = {"swiglu": "silu", "geglu": "gelu"}[variant]
     options: dict[str, Any] = {"activation": activation, "up_activation": "identity", "choose": choose}
-    gate = _empty(_LENGTH, 2 * 4096 if layout == "packed" else 4096, dtype=dtype)
-    up, dout = (None if layout == "packed" else gate), _empty(_LENGTH, 4096, dtype=dtype)
+    gate = make(make.tokens(), 2 * 4096 if layout == "packed" else 4096)
+    up, dout = (None if layout == "packed" else gate), make(make.tokens(), 4096)
     if backward:
         glu.glu_backward(dout, gate, up, **options)
     else:
         glu.glu_forward(gate, up, **options)
 
 
-def _glu_linear(rows: int, kind: str, width: int, dtype: torch.dtype, choose: Choose) -> None:
-    x, w, out = (_empty(*shape, dtype=dtype) for shape in ((rows, 1024), (4096, 1024), (rows, 4096)))
-    bias = _empty(4096, dtype=dtype)
+def _glu_linear(rows: int | None, kind: str, width: int, make: Operands, choose: Choose) -> None:
+    rows = make.tokens() if rows is None else rows
+    x, w, out = (make(*shape) for shape in ((rows, 1024), (4096, 1024), (rows, 4096)))
+    bias = make(4096)
     options: dict[str, Any] = {"activation": "gelu", "up_activation": "identity", "choose": choose}
     if kind == "backward":
         glu.glu_linear_backward(out, x, w, w, bias, bias, None, None, **options)
@@ -91,10 +133,12 @@ def _glu_linear(rows: int, kind: str, width: int, dtype: torch.dtype, choose: Ch
         glu.glu_linear_forward(x, w, w, bias, bias, save=kind == "training", **options)
 
 
-def _gau(backward: bool, rows: int, e: int, kind: str, width: int, dtype: torch.dtype, choose: Choose) -> None:
+def _gau(backward: bool, queries: int | None, e: int, kind: str, width: int, make: Operands, choose: Choose) -> None:
     score, mask, *rest = kind.split()
-    q, k, v, out = (_empty(1, *shape, dtype=dtype) for shape in ((rows, width), (2048, width), (2048, e), (rows, e)))
-    bias = _empty(1, 4095, dtype=torch.float32) if rest else None
+    n = make.tokens(2048)
+    m = n if queries is None else queries
+    q, k, v, out = (make(1, *shape) for shape in ((m, width), (n, width), (n, e), (m, e)))
+    bias = make(1, 2 * n - 1, dtype=torch.float32) if rest else None
     options: dict[str, Any] = {"score": score, "normalizer": "keys", "causal": mask == "causal", "rel_bias": bias}
     if backward:
         gau.gau_attention_backward(out, q, k, v, out, out, **options, choose=choose)
@@ -102,46 +146,47 @@ def _gau(backward: bool, rows: int, e: int, kind: str, width: int, dtype: torch.
         gau.gau_attention_forward(q, k, v, out, **options, save=True, choose=choose)
 
 
-def _mixed_chunk(backward: bool, e: int, kind: str, width: int, dtype: torch.dtype, choose: Choose) -> None:
+def _mixed_chunk(backward: bool, e: int, kind: str, width: int, make: Operands, choose: Choose) -> None:
     score, mask, *rest = kind.split()
-    heads, v = _empty(4, 1, _LENGTH, width, dtype=dtype), _empty(1, _LENGTH, e, dtype=dtype)
-    causal, fp32 = mask != "full", torch.float32
+    n, causal, fp32 = make.tokens(), mask != "full", torch.float32
+    heads, v = make(4, 1, n, width), make(1, n, e)
     options: dict[str, Any] = {"chunk_size": 256, "score": score, "causal": causal, "quad_normalizer": 256.0}
     options |= {"lin_normalizer": None, "choose": choose}
     if rest:
-        options["rel_bias"] = _empty(1, 511, dtype=fp32)
+        options["rel_bias"] = make(1, 511, dtype=fp32)
     if mask == "continued":
-        options |= {"initial_kv": _empty(1, width, e, dtype=fp32), "closed_tokens": _empty(1, dtype=torch.int64)}
+        options |= {"initial_kv": make(1, width, e, dtype=fp32), "closed_tokens": make(1, dtype=torch.int64)}
     if backward:
         mixed_chunk.mixed_chunk_attention_backward(v, None, *heads, v, v, v, **options)
     else:
         mixed_chunk.mixed_chunk_attention_forward(*heads, v, v, **options, save=True)
 
 
-def _mixed_chunk_both(kind: str, width: int, dtype: torch.dtype, choose: Choose) -> None:
+def _mixed_chunk_both(kind: str, width: int, make: Operands, choose: Choose) -> None:
     for backward in (False, True):
-        _mixed_chunk(backward, 2048, kind, width, dtype, choose)
+        _mixed_chunk(backward, 2048, kind, width, make, choose)
 
 
-def _mixed_chunk_step(kind: str, width: int, dtype: torch.dtype, choose: Choose) -> None:
-    heads, v = _empty(4, 8, 1, width, dtype=dtype), _empty(8, 1, 2048, dtype=dtype)
-    held, kv = _empty(8, 256, width, dtype=dtype), _empty(8, width, 2048, dtype=torch.float32)
+def _mixed_chunk_step(kind: str, width: int, make: Operands, choose: Choose) -> None:
+    heads, v = make(4, 8, 1, width), make(8, 1, 2048)
+    held, kv = make(8, 256, width), make(8, width, 2048, dtype=torch.float32)
     mixed_chunk.mixed_chunk_step(
-        *heads, v, v, kv, held, held, _empty(8, 256, 2048, dtype=dtype), _empty(8, dtype=torch.int64),
-        score="relu2", quad_normalizer=256.0, lin_normalizer=None, rel_bias=_empty(8, 511, dtype=torch.float32),
+        *heads, v, v, kv, held, held, make(8, 256, 2048), make(8, dtype=torch.int64),
+        score="relu2", quad_normalizer=256.0, lin_normalizer=None, rel_bias=make(8, 511, dtype=torch.float32),
         choose=choose,
     )  # fmt: skip
 
 
-def _projection(kind: str, width: int, dtype: torch.dtype, choose: Choose) -> None:
-    wide = _empty(_LENGTH, 4224, dtype=dtype)
-    halves = [part[:, 2048:4096] for part in (wide, wide)]
-    elementwise(projection.silu_backward_kernel, "projection", (_empty(_LENGTH, 2048, dtype=dtype), *halves), choose)
+def _projection(kind: str, width: int, make: Operands, choose: Choose) -> None:
+    n = make.tokens()
+    halves = [part[:, 2048:4096] for part in [make(n, 4224)] * 2]
+    elementwise(projection.silu_backward_kernel, "projection", (make(n, 2048), *halves), choose)
 
 
-def _heads(kind: str, width: int, dtype: torch.dtype, choose: Choose) -> None:
-    z, gamma = _empty(8, 2048, 128, dtype=dtype), _empty(4, 128, dtype=torch.float32)
-    cos = _empty(1, 2048, 64, dtype=torch.float32)
+def _heads(kind: str, width: int, make: Operands, choose: Choose) -> None:
+    n = make.tokens(2048)
+    z, gamma = make(8, n, 128), make(4, 128, dtype=torch.float32)
+    cos = make(1, n, 64, dtype=torch.float32)
     projection.heads_backward([z] * 4, z, gamma, cos, cos, z, interleaved=False, choose=choose)
 
 
@@ -175,36 +220,36 @@ _SOFTMAX = {"fp16": ("softmax causal",), "bf16": ("softmax causal",), "fp32": ("
 
 ENTRIES: dict[str, Entry] = {
     "attention_forward": Entry(
-        "forward_kernel", partial(_attention, False, _LENGTH, False), matrix=_LARGE, **_ATTENTION
+        "forward_kernel", partial(_attention, False, None, False), matrix=_LARGE, **_ATTENTION
     ),
     "attention_forward_few_rows": Entry(
         "forward_kernel", partial(_attention, False, 1, False), matrix=_ANY, **_ATTENTION
     ),
-    "attention_dq": Entry("dq_kernel", partial(_attention, True, _LENGTH, False), matrix=_LARGE, **_ATTENTION),
-    "attention_dkv": Entry("dkv_kernel", partial(_attention, True, _LENGTH, False), matrix=_LARGE, **_ATTENTION),
-    "attention_dbias": Entry("dbias_kernel", partial(_attention, True, _LENGTH, True), matrix=_ANY, **_ATTENTION),
+    "attention_dq": Entry("dq_kernel", partial(_attention, True, None, False), matrix=_LARGE, **_ATTENTION),
+    "attention_dkv": Entry("dkv_kernel", partial(_attention, True, None, False), matrix=_LARGE, **_ATTENTION),
+    "attention_dbias": Entry("dbias_kernel", partial(_attention, True, None, True), matrix=_ANY, **_ATTENTION),
     "glu_forward": Entry("glu_kernel", partial(_glu, False), **_GLU),
     "glu_backward": Entry("glu_backward_kernel", partial(_glu, True), **_GLU),
-    "glu_linear": Entry("linear_kernel", partial(_glu_linear, _LENGTH), matrix=_LARGE, **_PRODUCT),
+    "glu_linear": Entry("linear_kernel", partial(_glu_linear, None), matrix=_LARGE, **_PRODUCT),
     "glu_linear_few_rows": Entry("linear_kernel", partial(_glu_linear, 1), matrix=_ANY, **_PRODUCT),
     "glu_linear_backward": Entry(
-        "linear_backward_kernel", partial(_glu_linear, _LENGTH), _BACKWARD, matrix=_LARGE
+        "linear_backward_kernel", partial(_glu_linear, None), _BACKWARD, matrix=_LARGE
     ),
     "glu_linear_backward_few_rows": Entry(
         "linear_backward_kernel", partial(_glu_linear, 1), _BACKWARD, matrix=_ANY
     ),
     "projection": Entry("silu_backward_kernel", _projection, _BACKWARD, vectors=True),
     "heads": Entry("heads_backward_kernel", _heads, _BACKWARD),
-    "gau_lse": Entry("lse_kernel", partial(_gau, False, 2048, 1024), _SOFTMAX, (64, 128, 256), matrix=_LARGE),
-    "gau_weights": Entry("weights_kernel", partial(_gau, False, 2048, 1024), matrix=_LARGE, **_GAU),
+    "gau_lse": Entry("lse_kernel", partial(_gau, False, None, 1024), _SOFTMAX, (64, 128, 256), matrix=_LARGE),
+    "gau_weights": Entry("weights_kernel", partial(_gau, False, None, 1024), matrix=_LARGE, **_GAU),
     "gau_weights_few_rows": Entry("weights_kernel", partial(_gau, False, 1, 1024), matrix=_ANY, **_GAU),
-    "gau_product": Entry("product_kernel", partial(_gau, False, 2048, 1024), matrix=_LARGE, **_GAU),
+    "gau_product": Entry("product_kernel", partial(_gau, False, None, 1024), matrix=_LARGE, **_GAU),
     "gau_product_few_rows": Entry("product_kernel", partial(_gau, False, 1, 1024), matrix=_ANY, **_GAU),
-    "gau_fused": Entry("product_kernel", partial(_gau, False, 2048, 512), matrix=_LARGE, **_GAU),
-    "gau_prologue": Entry("prologue_kernel", lambda kind, _, *rest: _gau(True, 2048, 1024, kind, 64, *rest), _SOFTMAX),
-    "gau_gradient": Entry("gradient_kernel", partial(_gau, True, 2048, 1024), matrix=_LARGE, **_GAU),
-    "gau_dv": Entry("columns_kernel", partial(_gau, True, 2048, 1024), matrix=_ANY, **_GAU),
-    "gau_dq": Entry("dq_kernel", partial(_gau, True, 2048, 1024), matrix=_ANY, **_GAU),
+    "gau_fused": Entry("product_kernel", partial(_gau, False, None, 512), matrix=_LARGE, **_GAU),
+    "gau_prologue": Entry("prologue_kernel", lambda kind, _, *rest: _gau(True, None, 1024, kind, 64, *rest), _SOFTMAX),
+    "gau_gradient": Entry("gradient_kernel", partial(_gau, True, None, 1024), matrix=_LARGE, **_GAU),
+    "gau_dv": Entry("columns_kernel", partial(_gau, True, None, 1024), matrix=_ANY, **_GAU),
+    "gau_dq": Entry("dq_kernel", partial(_gau, True, None, 1024), matrix=_ANY, **_GAU),
     "mixed_chunk_states": Entry("states_kernel", _mixed_chunk_both, widths=(128,), matrix=_LARGE, **_MIXED),
     "mixed_chunk_weights": Entry("weights_kernel", _mixed_chunk_both, widths=(64, 256), matrix=_LARGE, **_MIXED),
     "mixed_chunk_fused": Entry(

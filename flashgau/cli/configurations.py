@@ -1,0 +1,204 @@
+"""Cases that hold one launch configuration of one kernel to the fp64 reference: small, awkward, forward and backward.
+
+The operands have the widths that `flashgau compile` and `flashgau tune` compile, so a kernel is not compiled once more.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import flashgau
+import flashgau.nn
+from flashgau import tuning
+from flashgau.cli.cases import Arguments, Case, Draw
+from flashgau.kernels.common import Config
+from flashgau.ops import dispatch
+from flashgau.ops.compare import Report, Row
+from flashgau.tuning.ahead import op_of
+from flashgau.tuning.table import Key, Table
+
+LAYERS = ("projection", "heads")  # operations of a layer alone
+_ULPS = 8  # of `flashgau.compare`'s floor
+
+
+@dataclass(frozen=True)
+class Configured(Case):
+    """A case in which one kernel is launched as `config` says, and all others as they always are."""
+
+    key_of_table: Key
+    config: Config
+
+
+def case_of(key: Key, config: Config, dtype: str, interpreted: bool) -> Configured:
+    """The case of one configuration."""
+    shape = ", ".join([*([f"D{key.width}"] if key.width else []), *(["few rows"] if key.few_rows else [])])
+    c = config
+    options = f"{key.kernel} {c.block_m}x{c.block_n}x{c.block_k}, {c.num_warps} warps, {c.num_stages} stages"
+    if key.options:
+        options += ", softcap"
+    # A block of an interpreted program takes milliseconds, and is small.
+    length, e = (70, 70) if interpreted else (150, 300)
+    return Configured(
+        op_of(key.kernel), options, shape, dtype, lambda draw: _arguments(key, draw, length, e), key, config
+    )
+
+
+def cases_of(device: torch.device, ops: set[str]) -> list[Configured]:
+    """One case for every configuration that a call on `device` may be launched with, of these operations.
+
+    Those of the user's table, of the table of the GPU and of that of its architecture. "projection" and "heads" are no
+    operations of their own, but a layer's: they come with "gau_attention".
+    """
+    ops = ops | (set(LAYERS) if "gau_attention" in ops else set())
+    arch = tuning.architecture(device)
+    interpreted = arch == "interpreter"
+    tables: list[Table] = [*tuning.measured_tables(device), tuning.shipped_table(arch)]
+    found = {(key, config): None for table in tables for key in table.entries if (config := table.config(key))}
+    half = "float16" if interpreted else "bfloat16"  # bf16 products are wrong there
+    return [
+        case_of(key, config, "float32" if key.itemsize == 4 else half, interpreted)
+        for key, config in found
+        if op_of(key.kernel) in ops and is_asked(key, interpreted)
+    ]
+
+
+def is_asked(key: Key, interpreted: bool) -> bool:
+    """Whether any call asks for an entry: some kernels work on weights, which beside fp16 are fp32.
+
+    So these are asked for two bytes by bf16 alone, which is not interpreted.
+    """
+    inputs = ("gau_lse", "gau_prologue", "mixed_chunk_states", "mixed_chunk_step")
+    weights = key.kernel.startswith(("gau_", "mixed_chunk_")) and key.kernel not in inputs
+    return not (interpreted and key.itemsize == 2 and weights)
+
+
+@contextmanager
+def launched(key: Key, config: Config) -> Iterator[list[Key]]:
+    """Inside, a kernel is launched as `config` says. The list collects its launches, so that one sees it was asked."""
+    asked: list[Key] = []
+    choose = tuning.choose
+
+    def chosen(kernel: str, x: Tensor, width: int, rows: int | None = None, options: bool = False) -> Config:
+        own = (kernel, x.element_size(), rows is not None and rows <= tuning.FEW_ROWS, options)
+        if own == (key.kernel, key.itemsize, key.few_rows, key.options):
+            asked.append(key)
+            return config
+        return choose(kernel, x, width, rows, options)
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(tuning, "choose", chosen))
+        if key.kernel.startswith("glu_linear"):
+            stack.enter_context(mock.patch.object(tuning, "fuses_glu_linear", return_value=True))
+        yield asked
+
+
+def hold(case: Configured, device: torch.device, seed: int = 0) -> Report:
+    """Hold a configuration to the fp64 reference.
+
+    Raises:
+        RuntimeError: if the case never asked for its kernel, which would prove nothing; and whatever a launch raises.
+    """
+    arguments, keywords = case.arguments(device, seed)
+    with launched(case.key_of_table, case.config) as asked, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # `compare` draws the weights of the gradients
+        if case.op in LAYERS:
+            report = _hold_layer(case.op, *arguments)
+        else:
+            # A step that someone differentiates runs on the kernels of whole sequences.
+            keywords["grad"] = case.op != "mixed_chunk_step"
+            report = flashgau.compare(getattr(flashgau, case.op), *arguments, backend="triton", **keywords)
+    if not asked:
+        raise RuntimeError(f"no launch asked for {case.key_of_table}")
+    return report
+
+
+# ---- the operands
+
+
+def _arguments(key: Key, draw: Draw, n: int, e: int) -> Arguments:
+    m = 1 if key.few_rows else n
+    makers: dict[str, Callable[[], Arguments]] = {
+        "attention": lambda: _attention(key, draw, m, n),
+        "glu": lambda: ((draw(3, 1033), draw(3, 1033)), {"activation": "silu"}),
+        "glu_linear": lambda: _glu_linear(key, draw, m),
+        "gau_attention": lambda: _gau(key, draw, m, n),
+        "mixed_chunk_attention": lambda: _mixed_chunk(key, draw, n, e),
+        "mixed_chunk_step": lambda: _step(key, draw),
+        **dict.fromkeys(LAYERS, lambda: ((draw(2, n, 64),), {})),
+    }
+    return makers[op_of(key.kernel)]()
+
+
+def _attention(key: Key, draw: Draw, m: int, n: int) -> Arguments:
+    keywords: dict[str, Any] = {"causal": True, "softcap": 5.0 if key.options else None}
+    if key.kernel == "attention_dbias":
+        keywords["rel_bias"] = draw(2, 2 * n - 1).float()
+    return (draw(1, 2, m, key.width), draw(1, 2, n, key.width), draw(1, 2, n, key.width)), keywords
+
+
+def _glu_linear(key: Key, draw: Draw, m: int) -> Arguments:
+    x, weights, biases = draw(m, 136), [draw(139, 136) / 136**0.5 for _ in "gu"], [draw(139) for _ in "gu"]
+    return (x, *weights, *biases), {"activation": "gelu", "recompute": key.kernel == "glu_linear_backward"}
+
+
+def _gau(key: Key, draw: Draw, m: int, n: int) -> Arguments:
+    e = 70 if key.kernel == "gau_fused" else 520  # narrow values never make a panel
+    keywords = {"score": "softmax" if key.kernel in ("gau_lse", "gau_prologue") else "relu2", "causal": True}
+    s = key.width or 64
+    return (draw(1, m, s), draw(1, n, s), draw(1, n, e), draw(1, m, e)), keywords
+
+
+def _mixed_chunk(key: Key, draw: Draw, n: int, e: int) -> Arguments:
+    e = 13 if key.kernel == "mixed_chunk_fused" else e  # more than a tile
+    heads = [draw(1, 2 * n, key.width) for _ in range(4)]
+    return (*heads, draw(1, 2 * n, e), draw(1, 2 * n, e)), {"causal": True, "chunk_size": n - 7}
+
+
+def _step(key: Key, draw: Draw) -> Arguments:
+    tokens = [draw(2, 12, key.width) for _ in range(4)] + [draw(2, 12, 70) for _ in range(2)]
+    before = [x[:, :11] for x in tokens]
+    options: dict[str, Any] = {"causal": True, "chunk_size": 8, "return_state": True, "backend": "reference"}
+    _, state = flashgau.mixed_chunk_attention(*before, **options)
+    return tuple(x[:, 11:] for x in tokens), {"state": state}
+
+
+# ---- kernels that only a layer starts
+
+
+def _run_layer(layer: torch.nn.Module, x: Tensor, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The output of a copy of a layer in `dtype`, and the gradients of its input and parameters."""
+    layer, x = copy.deepcopy(layer).to(dtype), x.detach().to(dtype).requires_grad_()
+    # A layer's own pieces run on what is best for the device: interpreted, they would be left out.
+    with flashgau.use_backend(backend), mock.patch.object(dispatch, "resolve_inner", return_value=backend):
+        out = layer(x)
+        names, leaves = zip(*layer.named_parameters(), ("x", x), strict=True)
+        weights = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
+        grads = torch.autograd.grad((out.double() * weights).sum(), leaves)
+    return {"out": out.detach(), **{f"d{name}": g for name, g in zip(names, grads, strict=True)}}
+
+
+def _hold_layer(op: str, x: Tensor) -> Report:
+    """As `flashgau.compare` holds an operation, with the naive formula of the whole layer."""
+    layer = flashgau.nn.GAU(x.shape[-1]).to(x)  # rounded to x's dtype, which fp64 sees too
+    exact, plain = (_run_layer(layer, x, "reference", dtype) for dtype in (torch.float64, x.dtype))
+    ours = _run_layer(layer, x, "triton", x.dtype)
+    steepest = max(float(value.abs().max()) for name, value in exact.items() if name != "out")
+    report = Report(op, "triton", x.dtype)
+    for name, true in exact.items():
+        scale = float(true.abs().max())
+        error, theirs = (ours[name].double() - true).abs(), (plain[name].double() - true).abs()
+        most, least = float(error.max()), float(theirs.max())
+        unit = torch.finfo(x.dtype).eps
+        floor = unit * scale if name == "out" else max(unit * scale, torch.finfo(torch.float32).eps * steepest)
+        allowed = (2 if name == "out" else 3) * least + _ULPS * floor
+        rms, plain_rms = (float(e.square().mean().sqrt()) for e in (error, theirs))
+        report.rows.append(Row(name, tuple(true.shape), scale, most, rms, least, plain_rms, allowed, most <= allowed))
+    return report
