@@ -405,7 +405,7 @@ def test_tables_are_complete(arch, width, itemsize):
         (232_448, 10, "sm_100"),
         (166_912, 8, "sm_80"),
         (101_376, 12, "sm_86"),
-        (65_536, 7, "gfx942"),
+        (65_536, 7, "sm_75"),
     ],
 )
 def test_an_unknown_gpu_gets_what_fits_its_shared_memory(monkeypatch, shared, major, arch):

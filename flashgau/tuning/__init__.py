@@ -22,7 +22,7 @@ from flashgau.kernels.common import Config
 from . import table
 from .table import FUSED, Key, Table
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942", "interpreter")
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "gfx942", "interpreter")
 _SHIPPED = Path(__file__).parent
 FEW_ROWS = 16  # that fit one matrix instruction: a decoded token of a few heads
 _PRODUCT_SPEED = 0.8  # of a Triton product, as a part of the vendor's library's: an assumption until it is measured
@@ -216,4 +216,4 @@ def table_for(major: int, shared_bytes: int) -> str:
         return "sm_100" if major >= 10 else "sm_90"
     if shared_bytes >= 166_912:
         return "sm_80"
-    return "sm_86" if shared_bytes >= 101_376 else "gfx942"
+    return "sm_86" if shared_bytes >= 101_376 else "sm_75"
