@@ -29,7 +29,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     triton = item.path.name == "test_kernels.py" or any(value.startswith("triton") for value in values)
     interpreted = triton and not torch.cuda.is_available()
     test._hypothesis_internal_use_settings = (
-        settings(usual, max_examples=usual.max_examples * (1 if "triton, panels" in values else 2) // 8)
+        settings(usual, max_examples=max(2, usual.max_examples * (1 if "triton, panels" in values else 2) // 12))
         if interpreted
         else usual
     )

@@ -279,7 +279,7 @@ def test_the_size_of_a_panel_changes_rounding_only(panel_bytes):
 
 
 @pytest.mark.parametrize("arch", tuning.ARCHITECTURES[:-1])
-@pytest.mark.parametrize("head", [64, 256])
+@pytest.mark.parametrize("head", [256])
 def test_every_shipped_mixed_chunk_agrees(arch, head):
     heads, (v, gate) = [randn(i, 1, 190, 20) for i in range(4)], [randn(i, 1, 190, 140) for i in (4, 5)]
 
