@@ -1,6 +1,7 @@
 """Which backend runs a call: argument, block, environment, default."""
 
 import threading
+from unittest import mock
 
 import pytest
 import torch
@@ -177,3 +178,14 @@ def test_a_request_is_never_silently_replaced(monkeypatch, request_by):
         monkeypatch.setenv("FLASHGAU_BACKEND", "triton")
         with pytest.raises(RuntimeError, match=f"glu: FLASHGAU_BACKEND=triton {reason}"):
             flashgau.glu(x)
+
+
+@pytest.mark.parametrize(("shared", "runs"), [(65_536, False), (101_376, True)])
+def test_fp32_heads_that_do_not_fit_a_small_gpu_go_to_eager(monkeypatch, shared, runs):
+    properties = mock.Mock(shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for width, dtype, small in ((256, torch.float32, True), (128, torch.float32, False), (256, torch.float16, False)):
+        name = default_backend("attention", "cuda", dtype, width)
+        assert name == ("triton" if runs or not small else "eager")

@@ -131,6 +131,8 @@ def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, width: in
     widest = kernels.SUPPORTED[_file(op)]
     if widest is not None and width > widest:
         return f"its kernels take widths of up to {widest}, not {width}"
+    if width > 128 and dtype == torch.float32 and device.type == "cuda" and _shared_bytes(device) <= 65_536:
+        return "in fp32 heads wider than 128 do not fit this GPU's shared memory"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the tensors are on the CPU, and TRITON_INTERPRET=1 was not set"
     if device.type == "cpu" and dtype == torch.bfloat16:
@@ -138,3 +140,11 @@ def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, width: in
     if device.type not in ("cpu", "cuda", "xpu"):
         return f"Triton does not drive devices of type {device.type!r}"
     return None
+
+
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory that one program may take on an NVIDIA GPU; AMD's, of any size, has kernels that fit it."""
+    if torch.version.hip or not torch.cuda.is_available():
+        return 2**20
+    properties: Any = torch.cuda.get_device_properties(device)  # PyTorch's stubs lack the field
+    return int(properties.shared_memory_per_block_optin)
