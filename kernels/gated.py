@@ -20,6 +20,7 @@ from .common import (
     bounds,
     heads,
     is_visible,
+    matmul_precision,
     place,
     row_pointers,
     toeplitz,
@@ -109,6 +110,22 @@ def factors(b_a, b_x):
     else:
         b_a = b_a.to(b_x.dtype)
     return b_a, b_x
+
+
+def bias_rule(rel_bias: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """The end of a `Rule`: the bias (B, 2P-1), how far apart its rows are, and P - 1."""
+    if rel_bias is None:
+        return None, 0, 0
+    rel_bias = rel_bias if rel_bias.stride(-1) == 1 else rel_bias.contiguous()
+    return rel_bias, rel_bias.stride(0), rel_bias.shape[-1] // 2
+
+
+def precisions(x: Tensor) -> tuple[str, str, Tensor]:
+    """How inputs are multiplied, how weights are (see `factors`), and a tensor of the weights' type."""
+    inputs = matmul_precision(x.dtype)
+    if x.dtype != torch.float16:
+        return inputs, inputs, x
+    return inputs, "ieee" if torch.version.hip else "tf32", x.new_empty(0, dtype=torch.float32)
 
 
 # ---------------------------------------------------------------- blocks of wide tensors

@@ -39,7 +39,6 @@ from .common import (
     is_visible,
     keys_seen,
     load_rows,
-    matmul_precision,
     on_its_device,
     place,
     row_pointers,
@@ -49,8 +48,10 @@ from .common import (
 from .gated import (
     Rule,
     bias_pointer,
+    bias_rule,
     factors,
     load_tile,
+    precisions,
     prologue,
     room_for_panel,
     rows,
@@ -549,19 +550,13 @@ def _call(
         scaling, number = "log" if score == "softmax_plus" else "number", q.shape[-1] ** -0.5
     else:
         scaling, number = ("number", 1 / float(normalizer)) if not isinstance(normalizer, str) else (normalizer, 1.0)
-    if rel_bias is not None and rel_bias.stride(-1) != 1:
-        rel_bias = rel_bias.contiguous()
     longest = q.shape[1], k.shape[1]
     if cu_seqlens is not None:  # the one value that is read on the host: panels as wide as the batch would be many
         longest = (int(cu_seqlens.diff().max()),) * 2
-    bias_batch, reach = (0, 0) if rel_bias is None else (rel_bias.stride(0), rel_bias.shape[-1] // 2)
-    precision = factors = matmul_precision(q.dtype)
-    weights_like = q
-    if q.dtype == torch.float16:  # see `factors`
-        factors, weights_like = "ieee" if torch.version.hip else "tf32", q.new_empty(0, dtype=torch.float32)
+    precision, factors, weights_like = precisions(q)
     return _Call(
         sequences=sequences_of(q.shape[0], q.shape[1], k.shape[1], lengths, cu_seqlens, None),
-        rule=(number, 0 if causal else None, rel_bias, bias_batch, reach),
+        rule=(number, 0 if causal else None, *bias_rule(rel_bias)),
         score="softmax" if softmax else score,
         scaling=scaling,
         rows=q.shape[0] if cu_seqlens is None else 1,

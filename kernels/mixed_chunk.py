@@ -52,8 +52,10 @@ from .common import (
 from .gated import (
     Rule,
     bias_pointer,
+    bias_rule,
     factors,
     load_tile,
+    precisions,
     prologue,
     room_for_panel,
     rows,
@@ -786,7 +788,7 @@ def mixed_chunk_step(
     if b > 0:
         step_kernel[(b * triton.cdiv(e, block),)](
             *map(rows, (quad_q, quad_k, lin_q, lin_k, v, gate)), *before, out, *after,
-            1 / quad_normalizer, *_bias(rel_bias), None if lin_normalizer is None else 1 / lin_normalizer,
+            1 / quad_normalizer, *bias_rule(rel_bias), None if lin_normalizer is None else 1 / lin_normalizer,
             C=c, S=s, E=e, BS=width, BE=block, BC=config.block_k, SCORE=score, PRECISION=matmul_precision(v.dtype),
             **config.launch(),
         )  # fmt: skip
@@ -814,17 +816,14 @@ def _call(
     sequences = sequences_of(b, n, n, lengths, cu_seqlens, None)
     separate = b if cu_seqlens is None else 1
     n_chunks = blocks_of(sequences, n, 1, chunk_size)
-    precision = factors = matmul_precision(v.dtype)
-    like = v
-    if v.dtype == torch.float16:  # see `factors`
-        factors, like = "ieee" if torch.version.hip else "tf32", v.new_empty(0, dtype=torch.float32)
+    precision, factors, like = precisions(v)
     call = _Call(
         tokens=v,
         weights=like,
         choose=choose,
         size={"C": chunk_size, "S": quad_q.shape[-1], "E": e},
         sequences=sequences,
-        rule=(1 / quad_normalizer, 0 if causal else None, *_bias(rel_bias)),
+        rule=(1 / quad_normalizer, 0 if causal else None, *bias_rule(rel_bias)),
         lin_number=None if lin_normalizer is None else 1 / lin_normalizer,
         closed_tokens=None if closed_tokens is None else closed_tokens.contiguous(),
         initial=initial_kv,
@@ -855,14 +854,6 @@ def _tiles(call: _Call) -> int:
 def _blank(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Room for a result; packed sequences may end before their row does, and what is behind them is 0."""
     return x.new_empty(x.shape) if cu_seqlens is None else x.new_zeros(x.shape)
-
-
-def _bias(rel_bias: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """The vector (B, 2P-1), how far apart its rows are, and P - 1."""
-    if rel_bias is None:
-        return None, 0, 0
-    rel_bias = rel_bias if rel_bias.stride(-1) == 1 else rel_bias.contiguous()
-    return rel_bias, rel_bias.stride(0), rel_bias.shape[-1] // 2
 
 
 def _untouched(call: _Call, start: Tensor | None) -> Tensor:
