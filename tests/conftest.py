@@ -10,7 +10,10 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
 
-_QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+# A fixture holds for all examples of a test, as the backend should: pytest ends one of a wider scope only when some
+# later test asks for another value, so that tests without it would run on the backend of whichever test came before.
+_HARMLESS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+_QUIET = {"deadline": None, "suppress_health_check": _HARMLESS}
 settings.register_profile("ci", max_examples=25, **_QUIET)
 settings.register_profile("thorough", max_examples=500, **_QUIET)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

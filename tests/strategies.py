@@ -96,7 +96,7 @@ def backend_fixture(op: str) -> Any:
     if "triton" in params and op in ("gau_attention", "mixed_chunk_attention"):
         params.append("triton, panels")
 
-    @pytest.fixture(scope="module", params=params)
+    @pytest.fixture(params=params)
     def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         name, *small = request.param.split(", ")
         with flashgau.use_backend(name), blocks(_SMALL[name] if small else _OWN_BLOCKS):
