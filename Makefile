@@ -10,7 +10,7 @@ run: $(INSTALLED)
 	$(BIN)/flashgau demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -131,13 +131,16 @@ def compiling_for(target: str, only: str | None = None) -> Iterator[list[Compile
         0
     """
     found: list[Compiled] = []
+    inspected: dict[str, Compiled] = {}
     run = JITFunction.run
 
     def compile_only(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         if only not in (None, kernel.__name__):
             return None
         result = run(kernel, *args, grid=grid, warmup=True, **kwargs)
-        found.append(_inspect(kernel.__name__, target, result))
+        if result.hash not in inspected:
+            inspected[result.hash] = _inspect(kernel.__name__, target, result)
+        found.append(inspected[result.hash])
         return result
 
     before = driver._active
