@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.cases import FORWARD, PASSES, TRAINING
+from flashgau.files import atomic_write
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart. A provider has one colour in every plot.
 COLOURS = {
@@ -41,9 +41,8 @@ def write_json(record: dict[str, Any], path: Path) -> None:
 def write_text(text: str, path: Path) -> None:
     """Write atomically: a reader, or a run cut short, never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+    with atomic_write(path) as stream:
+        stream.write(text.encode())
 
 
 def duration(seconds: float) -> str:

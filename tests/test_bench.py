@@ -298,7 +298,7 @@ def test_json_is_strict_versioned_and_complete(tmp_path: Path) -> None:
     assert record["machine"]["torch"] == torch.__version__
     for path in report.plot(record, tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".part"] == []
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
 
 
 def test_interruption_keeps_what_was_measured(tmp_path: Path) -> None:

@@ -77,6 +77,12 @@ def test_imports_go_downwards(part):
         assert parts_of(path) - {part} <= ALLOWED[part], f"{path.relative_to(ROOT)} imports upwards"
 
 
+def test_what_every_part_may_import_imports_nothing_of_ours():
+    for path in PACKAGE.glob("*.py"):
+        if not path.name.startswith("__"):
+            assert not imports(path), path.name
+
+
 def test_the_test_sees_imports(tmp_path):
     """Each way to write an import is found."""
     path = PACKAGE / "ops" / "attention.py"

@@ -33,6 +33,7 @@ from typer.testing import CliRunner
 
 from flashgau.cli.train import ProgressDisplay
 from flashgau.cli.train import train as train_command
+from flashgau.files import atomic_write
 from flashgau.models import KINDS, SIZES, CausalLM, MaskedLM, ModelConfig
 from flashgau.training import (
     CheckpointError,
@@ -49,7 +50,6 @@ from flashgau.training import (
     trainer,
 )
 from flashgau.training.checkpoint import (
-    atomic_write,
     differences,
     read_checkpoint,
     read_metadata,

@@ -81,7 +81,7 @@ class Demo:
     def save(self) -> None:
         """Write what is known so far, as JSON and as a page; each file is replaced whole or not at all."""
         from flashgau.cli.report import render
-        from flashgau.training.checkpoint import atomic_write
+        from flashgau.files import atomic_write
 
         self.facts["seconds"] = time.perf_counter() - self.began
         for name, text in ((FACTS, dump_json(self.facts)), (REPORT, render(self.facts))):

@@ -140,15 +140,13 @@ def compare(op: Callable[..., Any], *args: Any, backend: str | None = None, grad
     )  # first: it checks the arguments
     exact = _run(naive, args, kwargs, torch.float64, weighting if grad else None)
     plain = _run(naive.__wrapped__, args, kwargs, None, weighting if grad else None)
-    steepest = max((_scale(x) for key, x in exact.items() if key.startswith("d")), default=0.0)
     # Plain PyTorch may be right by luck where terms cancel: it gets no better than the last places of fp32 allow. So
     # may one random move of the inputs have no effect; hence others before a miss is one.
     others = [plain]
     for place in range(_MOVES):
         change = _nudged(seed + place, dtype)
         others.append(_run(naive, args, kwargs, torch.float64, weighting if grad else None, change))
-        rows = [_row(key, ours[key], exact[key], [x[key] for x in others], steepest, dtype) for key in exact]
-        report = Report(name, chosen, dtype, rows)
+        report = Report(name, chosen, dtype, held(ours, exact, others, dtype))
         if report.ok:
             break
     return report
@@ -240,6 +238,14 @@ def _named_results(result: Any) -> dict[str, Tensor]:
     if isinstance(extra, Tensor):
         return {"out": out, "lse": extra}
     return {"out": out, **{f"state.{f.name}": getattr(extra, f.name) for f in dataclasses.fields(extra)}}
+
+
+def held(
+    ours: dict[str, Tensor], exact: dict[str, Tensor], plain: list[dict[str, Tensor]], dtype: torch.dtype
+) -> list[Row]:
+    """Results and gradients ("d" and a name) held to the exact ones, beside the worst of plain PyTorch's."""
+    steepest = max((_scale(x) for key, x in exact.items() if key.startswith("d")), default=0.0)
+    return [_row(key, ours[key], exact[key], [x[key] for x in plain], steepest, dtype) for key in exact]
 
 
 def _row(

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..models.files import atomic_write
+from ..files import atomic_write
 
 FORMAT = 1
 _KEY = "flashgau"

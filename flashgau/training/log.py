@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
-from . import checkpoint as files
+from ..files import atomic_write
 
 
 class Log:
@@ -54,6 +54,6 @@ class Log:
                 continue
             if row["step"] < step or (row["step"] == step and (row["kind"] == "train" or validated == step)):
                 kept.append(row)
-        with files.atomic_write(self.path) as stream:
+        with atomic_write(self.path) as stream:
             stream.write("".join(json.dumps(row) + "\n" for row in kept).encode())
         return kept

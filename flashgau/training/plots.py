@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import atomic_write
+from ..files import atomic_write
 
 KINDS = ("train", "validation")
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..files import atomic_write
 from ..models import CausalLM, MaskedLM, ModelConfig
 from . import checkpoint as files
 from . import parallel
@@ -640,7 +641,7 @@ class _Run:
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
-        with files.atomic_write(self.out / SETTINGS) as stream:
+        with atomic_write(self.out / SETTINGS) as stream:
             stream.write(json.dumps(settings, indent=2).encode() + b"\n")
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flashgau.files import atomic_write
 from flashgau.kernels.common import Config
 
 try:
@@ -263,19 +263,10 @@ def file_name(gpu: str) -> str:
 
 
 def write(path: Path, table: Table) -> None:
-    """Write a whole file at once: a reader, or a process that dies, never sees half of it."""
+    """Write a whole file at once, in a folder that need not be there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(dump(table))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(part, 0o644)  # mkstemp's files are their maker's alone
-        os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
+    with atomic_write(path) as stream:
+        stream.write(dump(table).encode())
 
 
 def merge(path: Path, table: Table) -> Table:
