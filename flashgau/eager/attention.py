@@ -44,7 +44,7 @@ def attention_forward(
     ]
     if lengths is None and cu_seqlens is None and parts and parts[0].is_plain():
         out, lse = _forward_fused(parts[0])  # out in the layout of q
-        return _laid_out_as(_room_for_output(q, v), out), lse.contiguous()
+        return (_by_tokens(out) if _is_by_tokens(q) else out.contiguous()), lse.contiguous()
     out = _room_for_output(q, v).zero_()
     lse = q.new_full(q.shape[:3], -math.inf, dtype=accumulator(q.dtype))
     for part in parts:
@@ -86,10 +86,9 @@ def attention_backward(
     ]
     if lengths is None and cu_seqlens is None and dlse is None and parts and parts[0].is_plain():
         dq, dk, dv = _backward_fused(parts[0], dout, out, lse)
-        dq, dk, dv = (_laid_out_as(_by_tokens(x), d) for x, d in ((q, dq), (k, dk), (v, dv)))
-        return dq, dk, dv, None, None
+        return _by_tokens(dq), _by_tokens(dk), _by_tokens(dv), None, None
     acc = accumulator(q.dtype)
-    dq, dk, dv = (_by_tokens(x).zero_() for x in (q, k, v))
+    dq, dk, dv = (_room_by_tokens(x, x.shape[-1]).zero_() for x in (q, k, v))
     dbias = torch.zeros(rel_bias.shape, dtype=acc, device=q.device) if rel_bias is not None else None
     dsinks = torch.zeros(sinks.shape, dtype=acc, device=q.device) if sinks is not None else None
     for part in parts:
@@ -143,10 +142,10 @@ class _Part:
         self.groups = q.shape[1] // k.shape[1]
 
     def rows(self, x: Tensor) -> Tensor:
-        return x[self.seq.batch, :, self.seq.queries]
+        return _cut(x, self.seq.batch, self.seq.queries)
 
     def keys(self, x: Tensor) -> Tensor:
-        return x[self.seq.batch, :, self.seq.keys]
+        return _cut(x, self.seq.batch, self.seq.keys)
 
     def is_plain(self) -> bool:
         """Whether PyTorch's fused CPU kernel computes this very function."""
@@ -345,22 +344,31 @@ def _backward_fused(part: _Part, dout: Tensor, out: Tensor, lse: Tensor) -> tupl
     return dq, dk, dv
 
 
+def _cut(x: Tensor, batch: slice, tokens: slice) -> Tensor:
+    """x[batch, :, tokens]; x itself where that is all of it, as a view takes longer than to see that none is needed."""
+    is_all = batch == slice(0, x.shape[0]) and tokens == slice(0, x.shape[2])
+    return x if is_all else x[batch, :, tokens]
+
+
 def _room_for_output(q: Tensor, v: Tensor) -> Tensor:
     """Unwritten memory (B, Hq, M, E), stored as (B, M, Hq, E) if q is: joining the heads afterwards is then a view."""
-    b, heads, m, _ = q.shape
-    if q.transpose(1, 2).is_contiguous():
-        return q.new_empty(b, m, heads, v.shape[-1]).transpose(1, 2)
-    return q.new_empty(b, heads, m, v.shape[-1])
+    width = v.shape[-1]
+    return _room_by_tokens(q, width) if _is_by_tokens(q) else q.new_empty(*q.shape[:3], width)
+
+
+def _room_by_tokens(x: Tensor, width: int) -> Tensor:
+    """Unwritten memory for as many heads and tokens as x (B, H, N, D), as PyTorch's kernel stores gradients."""
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], width).transpose(1, 2)
+
+
+def _is_by_tokens(x: Tensor) -> bool:
+    """Whether x (B, H, N, D) is stored as (B, N, H, D)."""
+    return x.transpose(1, 2).is_contiguous()
 
 
 def _by_tokens(x: Tensor) -> Tensor:
-    """Unwritten memory shaped as x (B, H, N, D) and stored as (B, N, H, D), as PyTorch's kernel stores gradients."""
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-
-
-def _laid_out_as(target: Tensor, x: Tensor) -> Tensor:
-    """x, copied into `target` unless its layout is that already."""
-    return x if x.stride() == target.stride() else target.copy_(x)
+    """x, copied unless it is stored as (B, N, H, D)."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _fused_inputs(part: _Part) -> tuple[Tensor, Tensor, Tensor]:

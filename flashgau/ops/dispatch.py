@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -110,6 +111,7 @@ def _file(op: str) -> str:
     return FILES.get(op) or _INNER[op]
 
 
+@cache
 def _floor(backend: str, file: str) -> ModuleType:
     package = {"triton": "kernels"}.get(backend, backend)
     return importlib.import_module(f"flashgau.{package}.{file}")

@@ -201,7 +201,8 @@ class Arguments:
         shape = tuple(x.shape)
         if not wrong:
             tail = shape[len(shape) - len(letters) :]
-            wrong = any(self.sizes.get(letter, size) != size for letter, size in zip(letters, tail, strict=True))
+            for letter, size in zip(letters, tail, strict=True):  # a generator would take half of the call's checks
+                wrong = wrong or self.sizes.get(letter, size) != size
         if wrong:
             known = [letter for letter in letters if letter in self.sizes]
             origins = dict.fromkeys(self._origin[letter] for letter in known)
