@@ -172,7 +172,9 @@ def glu_linear_backward(
 def _gated(g: Tensor, u: Tensor, activation: str, up_activation: str, out: Tensor, rooms: Rooms) -> None:
     g, u = _in_range(g, "g", rooms), _in_range(u, "u", rooms)
     a = ACTIVATIONS[activation][0](g, out if out.dtype == g.dtype else rooms.like("act(g)", g))
-    torch.mul(a, ACTIVATIONS[up_activation][0](u, rooms.like("act(u)", u)), out=out)
+    if up_activation != "identity":
+        u = ACTIVATIONS[up_activation][0](u, rooms.like("act(u)", u))
+    torch.mul(a, u, out=out)
 
 
 def _gated_backward(
