@@ -46,7 +46,7 @@ class Settings:
     seconds: float = 20.0  # timing budget of one pass of one case, all providers together
     warmup: int = 1  # besides the first call
     min_rounds: int = 5
-    max_rounds: int = 30
+    max_rounds: int = 200
     memory: bool = True
 
 
@@ -368,9 +368,9 @@ def growth_rows(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for name, result in entry["providers"].items():
             for run_name, small in result["peak_bytes"].items():
                 large = twice["providers"].get(name, {}).get("peak_bytes", {}).get(run_name)
-                if large is None or large < RESOLUTION_BYTES or small == 0:
+                if large is None or large < RESOLUTION_BYTES:
                     continue
-                factor = large / small
+                factor = large / max(small, RESOLUTION_BYTES)
                 row = {"group": group, "provider": name, "run": run_name, "from": length, "to": 2 * length}
                 row |= {"factor": factor, "bound": None, "verdict": None}
                 if name.startswith("flashgau"):

@@ -1,9 +1,10 @@
-"""Timing: rounds that alternate the competitors, medians with quartiles."""
+"""Timing: rounds in which every competitor has a turn, medians with quartiles."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
@@ -90,13 +91,14 @@ def alternate(
     *,
     warmup: int = 1,
     min_rounds: int = 5,
-    max_rounds: int = 30,
+    max_rounds: int = 200,
     seconds: float = 20.0,
 ) -> dict[str, list[float]]:
-    """Seconds of every call, round by round: A B C, A B C, ...
+    """Seconds of every call, round by round, in a new random order each: A B C, C A B, ...
 
-    Drift of the machine (heat, other programs) then falls on all alike, and one round's times can be
-    compared with each other. `seconds` sets the number of rounds, between `min_rounds` and `max_rounds`,
+    Drift of the machine (heat, other programs) then falls on all alike, as does what a call leaves behind for the
+    next (emptied caches, memory given back), and one round's times can be compared with each other.
+    `seconds` sets the number of rounds, between `min_rounds` and `max_rounds`,
     from the last warm-up.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -110,8 +112,8 @@ def alternate(
             expected += last if warmup else 0.0
         rounds = max_rounds if expected == 0 else int(seconds / expected)
         for _ in range(min(max(rounds, min_rounds), max_rounds)):
-            for name, call in calls.items():
-                times[name].append(timer(call))
+            for name in random.sample(list(calls), len(calls)):
+                times[name].append(timer(calls[name]))
     return times
 
 

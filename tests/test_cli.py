@@ -97,7 +97,7 @@ def test_doctor_json():
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["cpu"]["usable_cores"] >= 1
     assert facts["memory"]["total_bytes"] is None or facts["memory"]["total_bytes"] > 2**20
-    assert set(facts["environment"]) == {"FLASHGAU_BACKEND", "TRITON_INTERPRET"}
+    assert set(facts["environment"]) == {"FLASHGAU_BACKEND", "FLASHGAU_TUNING", "TRITON_INTERPRET"}
     rows = {(row["op"], row["device"]): row for row in facts["backends"]}
     for op in OPERATIONS:
         row = rows[op, "cpu"]

@@ -25,6 +25,7 @@ PACKAGES = ("flashgau", "torch", "triton", "einops", "numpy")
 # Environment variables that change what flashgau does, and what each is for.
 VARIABLES = {
     "FLASHGAU_BACKEND": "backend of every call that names none",
+    "FLASHGAU_TUNING": "folder of the tables of block sizes that were measured here",
     "TRITON_INTERPRET": "1 runs Triton kernels in Python, on CPU tensors too",
 }
 # Instruction sets that decide how fast PyTorch's own products are, under the names Linux and macOS give them.

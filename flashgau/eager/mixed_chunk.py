@@ -18,6 +18,7 @@ from .scores import score as elementwise_score
 from .scores import score_slope
 
 _CHUNK_ELEMENTS = 2**20  # of a chunk's values over the batch rows worked on together
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 
 
 @dataclass(frozen=True)
@@ -356,11 +357,8 @@ def mixed_chunk_step(
     size = open_quad_k.shape[1]
     place = (position % size)[:, None]
     slots = torch.arange(size, device=v.device)
-    here, before = (slots == place)[..., None], (slots < place)[..., None]
-    # Rows behind the token are zero by contract, so they pass no gradient on either.
     open_quad_k, open_lin_k, open_v = (
-        torch.where(here, new, torch.where(before, held, 0))
-        for new, held in ((quad_k, open_quad_k), (lin_k, open_lin_k), (v, open_v))
+        _with_token(held, new, place) for held, new in ((open_quad_k, quad_k), (open_lin_k, lin_k), (open_v, v))
     )
     s = (quad_q.to(acc) @ open_quad_k.to(acc).mT) / quad_normalizer
     distance = slots - place
@@ -377,3 +375,16 @@ def mixed_chunk_step(
         kv = torch.where(full, kv + open_lin_k.to(acc).mT @ open_v.to(acc), kv)
         open_quad_k, open_lin_k, open_v = (torch.where(full, 0, x) for x in (open_quad_k, open_lin_k, open_v))
     return out, kv, open_quad_k, open_lin_k, open_v, position + 1
+
+
+def _with_token(held: Tensor, new: Tensor, place: Tensor) -> Tensor:
+    """The open chunk's rows (B, C, .) with `new` (B, 1, .) at each sequence's `place` (B, 1), and zeros behind."""
+    dtype = torch.promote_types(held.dtype, new.dtype)
+    held, new = held.to(dtype), new.to(dtype)
+    before = (torch.arange(held.shape[1], device=held.device) < place)[..., None]
+    if held.requires_grad:
+        held = torch.where(before, held, 0)
+    else:  # the same on the bits of the numbers: a mask of rows costs a CPU ten times as much
+        bits = _BITS[dtype.itemsize]
+        held = (held.view(bits) & -before.to(bits)).view(dtype)
+    return held.scatter(1, place[..., None].expand_as(new), new)

@@ -138,7 +138,10 @@ def heads_forward(
 ) -> list[Tensor]:
     """z (B, N, S) -> each gamma_h silu(z) + beta_h, the first channels turned by angles (1 or B, N, pairs)."""
     acc = accumulator(z.dtype)
-    outs = [z.new_empty(z.shape) for _ in range(gamma.shape[0])]
+    whole = outs = [z.new_empty(z.shape) for _ in range(gamma.shape[0])]
+    if z.shape[1] == 1:  # one token of many sequences: as one sequence of many tokens
+        z, *outs = (x.transpose(0, 1) for x in (z, *whole))
+        cos, sin = (None if x is None else x.transpose(0, 1) for x in (cos, sin))
     gamma, beta = gamma.to(acc)[:, None], beta.to(acc)[:, None] if beta is not None else None
     for b, r in _rows(z):
         panel = torch.nn.functional.silu(z[b, r].to(acc))
@@ -147,7 +150,7 @@ def heads_forward(
             turn(turned, *_angles(cos, sin, b, r), interleaved)
         for out, head in zip(outs, turned, strict=True):
             out[b, r] = head
-    return outs
+    return whole
 
 
 def heads_backward(
