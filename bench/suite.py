@@ -21,10 +21,10 @@ from typing import Any
 
 from bench import machine, report
 from bench.cases import OPERATIONS
+from flashgau.ops.dispatch import FILES
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 10.0  # seconds between the wish that a step end, as by Ctrl-C, and its end
-CHECKED = ("attention", "glu", "glu_linear", "gau_attention", "mixed_chunk_attention", "mixed_chunk_step")
 # Operations by what their results are wanted for most; those that are not here come after, in their own order.
 FIRST = ("attention", "mixed_chunk", "gau", "glu", "flash_layer")
 TESTS = ("tests/test_attention.py", "tests/test_glu.py", "tests/test_gau.py", "tests/test_mixed_chunk.py")
@@ -58,7 +58,7 @@ def steps(device: str, out: Path, quick: bool) -> list[Step]:
         check("attention"),
         bench("attention"),
     ]
-    checked = [check(op) for op in CHECKED[1:]]
+    checked = [check(op) for op in FILES if op != "attention"]
     timed = [bench(op) for op in dict.fromkeys((*FIRST, *OPERATIONS)) if op != "attention"]
     found += [*checked, *timed]
     if importlib.util.find_spec("pytest") is not None and not quick:

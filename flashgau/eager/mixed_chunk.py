@@ -356,12 +356,12 @@ def mixed_chunk_step(
     acc = accumulator(v.dtype)
     size = open_quad_k.shape[1]
     place = (position % size)[:, None]
-    slots = torch.arange(size, device=v.device)
+    distance = torch.arange(size, device=v.device) - place
+    before = (distance < 0)[..., None]
     open_quad_k, open_lin_k, open_v = (
-        _with_token(held, new, place) for held, new in ((open_quad_k, quad_k), (open_lin_k, lin_k), (open_v, v))
+        _with_token(held, new, place, before) for held, new in ((open_quad_k, quad_k), (open_lin_k, lin_k), (open_v, v))
     )
     s = (quad_q.to(acc) @ open_quad_k.to(acc).mT) / quad_normalizer
-    distance = slots - place
     if rel_bias is not None:
         middle = rel_bias.shape[-1] // 2
         s = s + rel_bias.to(acc).gather(-1, middle + distance.clamp(max=0))[:, None]
@@ -377,11 +377,10 @@ def mixed_chunk_step(
     return out, kv, open_quad_k, open_lin_k, open_v, position + 1
 
 
-def _with_token(held: Tensor, new: Tensor, place: Tensor) -> Tensor:
-    """The open chunk's rows (B, C, .) with `new` (B, 1, .) at each sequence's `place` (B, 1), and zeros behind."""
+def _with_token(held: Tensor, new: Tensor, place: Tensor, before: Tensor) -> Tensor:
+    """The open chunk's rows (B, C, .) `before` each sequence's `place` (B, 1), `new` (B, 1, .) there, zeros behind."""
     dtype = torch.promote_types(held.dtype, new.dtype)
     held, new = held.to(dtype), new.to(dtype)
-    before = (torch.arange(held.shape[1], device=held.device) < place)[..., None]
     if held.requires_grad:
         held = torch.where(before, held, 0)
     else:  # the same on the bits of the numbers: a mask of rows costs a CPU ten times as much
