@@ -166,6 +166,68 @@ def test_fakes_of_layers_are_like_the_real(form):
         check_fakes(lambda: layers(form))
 
 
+# ---------------------------------------------------------------- observers
+
+
+class Silent(TorchDispatchMode):
+    """Sees every operator and changes nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_observed_call_is_the_same_call(name):
+    """Through PyTorch's dispatcher, or past it: every bit of the results and gradients is the same."""
+    alone = gradients(CALLS[name])
+    with Silent():
+        observed = gradients(CALLS[name])
+    for xs, ys in zip(alone, observed, strict=True):
+        for x, y in zip(xs, ys, strict=True):
+            assert torch.equal(x.nan_to_num(), y.nan_to_num())
+
+
+def test_a_profile_names_the_operators():
+    x = randn(0, 3, 4).requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        flashgau.glu(x, x).sum().backward()
+    assert {"flashgau::glu", "flashgau::glu_backward"} <= {event.key for event in profile.key_averages()}
+
+
+def test_a_trace_holds_one_node():
+    x = randn(0, 3, 4)
+    traced = torch.jit.trace(lambda x: flashgau.glu(x, x), x)
+    assert [node.kind() for node in traced.graph.nodes() if "flashgau" in node.kind()] == ["flashgau::glu"]
+
+
+def test_a_negated_view_is_negated():
+    """The imaginary part of a conjugate: a view whose numbers in memory have the other sign."""
+    view = torch.view_as_complex(randn(0, 3, 4, 2)).conj().imag
+    assert view.is_neg()
+    assert torch.equal(flashgau.glu(view), flashgau.glu(view.resolve_neg()))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_is_refused(requires_grad):
+    """Not answered with a derivative of zero."""
+    x, tangent = randn(0, 3, 4).requires_grad_(requires_grad), randn(1, 3, 4)
+    with pytest.raises(RuntimeError, match=r'flashgau::glu has no forward-mode derivative.*backend="reference"'):
+        torch.func.jvp(flashgau.glu, (x,), (tangent,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        with pytest.raises(RuntimeError, match="flashgau::glu has no forward-mode derivative"):
+            flashgau.glu(dual)
+        flashgau.glu(randn(2, 3, 4))  # which carries no tangent
+
+
+def test_forward_mode_of_the_reference_agrees_with_reverse():
+    x, tangent, cotangent = (randn(i, 3, 4, dtype=torch.float64) for i in range(3))
+    _, forward = torch.func.jvp(partial(flashgau.glu, x, backend="reference"), (x,), (tangent,))
+    x.requires_grad_()
+    (reverse,) = torch.autograd.grad(flashgau.glu(x.detach(), x), x, cotangent)
+    close((reverse * tangent).sum(), (forward * cotangent).sum(), ulps=64)
+
+
 COMPILED = ["attention, all", "attention, causal", "glu", "glu_linear, biases", "gau, bias", "mixed_chunk, causal",
             "mixed_chunk, states"]  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,20 +37,18 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Output (B, Hq, M, E) and log-sum-exp (B, Hq, M) of every query row; `rel_bias` is (B, Hq, 2P-1)."""
     rule = _Rule(scale, window, softcap, dropout_p, dropout_seed)
-    parts = [
-        _Part(seq, rule, q, k, v, rel_bias, sinks)
-        for seq in sequences(q.shape[0], q.shape[2], k.shape[2], lengths, cu_seqlens, cu_seqlens_k)
-        if q.shape[1]
-    ]
-    if lengths is None and cu_seqlens is None and parts and parts[0].is_plain():
-        out, lse = _forward_fused(parts[0])  # out in the layout of q
-        return (_by_tokens(out) if _is_by_tokens(q) else out.contiguous()), lse.contiguous()
+    if lengths is None and cu_seqlens is None and rule.is_plain(q, k, v, rel_bias, sinks):
+        out, lse = _forward_fused(rule, q, k, v)  # out in the layout of q
+        if not (q.is_contiguous() and out.is_contiguous()):
+            out = _by_tokens(out) if _is_by_tokens(q) else out.contiguous()
+        return out, lse.contiguous()
+    parts = _parts(rule, q, k, v, rel_bias, sinks, lengths, cu_seqlens, cu_seqlens_k)
     out = _room_for_output(q, v).zero_()
     lse = q.new_full(q.shape[:3], -math.inf, dtype=accumulator(q.dtype))
     for part in parts:
         out_part, lse_part = part.rows(out), part.rows(lse)
         if part.is_plain():
-            for target, result in zip((out_part, lse_part), _forward_fused(part), strict=True):
+            for target, result in zip((out_part, lse_part), _forward_fused(rule, part.q, part.k, part.v), strict=True):
                 target.copy_(result)
         else:
             _forward_blocked(part, out_part, lse_part)
@@ -79,14 +77,10 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, rel_bias (B, Hq, 2P-1) and sinks (Hq,); None where there is no such input."""
     rule = _Rule(scale, window, softcap, dropout_p, dropout_seed)
-    parts = [
-        _Part(seq, rule, q, k, v, rel_bias, sinks)
-        for seq in sequences(q.shape[0], q.shape[2], k.shape[2], lengths, cu_seqlens, cu_seqlens_k)
-        if q.shape[1]
-    ]
-    if lengths is None and cu_seqlens is None and dlse is None and parts and parts[0].is_plain():
-        dq, dk, dv = _backward_fused(parts[0], dout, out, lse)
+    if lengths is None and cu_seqlens is None and dlse is None and rule.is_plain(q, k, v, rel_bias, sinks):
+        dq, dk, dv = _backward_fused(rule, q, k, v, dout, out, lse)
         return _by_tokens(dq), _by_tokens(dk), _by_tokens(dv), None, None
+    parts = _parts(rule, q, k, v, rel_bias, sinks, lengths, cu_seqlens, cu_seqlens_k)
     acc = accumulator(q.dtype)
     dq, dk, dv = (_room_by_tokens(x, x.shape[-1]).zero_() for x in (q, k, v))
     dbias = torch.zeros(rel_bias.shape, dtype=acc, device=q.device) if rel_bias is not None else None
@@ -97,7 +91,7 @@ def attention_backward(
         dlse_part = part.rows(dlse) if dlse is not None else None
         if part.is_plain() and dlse is None:
             targets = part.rows(dq), part.keys(dk), part.keys(dv)
-            for target, grad in zip(targets, _backward_fused(part, *rows), strict=True):
+            for target, grad in zip(targets, _backward_fused(rule, part.q, part.k, part.v, *rows), strict=True):
                 target.copy_(grad)
         else:
             dbias_part = dbias[seq.batch] if dbias is not None else None
@@ -111,8 +105,7 @@ def attention_backward(
     )
 
 
-@dataclass(frozen=True)
-class _Rule:
+class _Rule(NamedTuple):
     """How a score becomes a probability: everything that is not a differentiable tensor."""
 
     scale: float
@@ -120,6 +113,43 @@ class _Rule:
     softcap: float | None
     dropout_p: float
     dropout_seed: Tensor | None
+
+    def is_plain(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None) -> bool:
+        """Whether PyTorch's fused CPU kernel computes this very function."""
+        left, right = self.window
+        return (
+            q.is_cpu
+            and left is None
+            and (right is None or (right == 0 and q.shape[2] in (1, k.shape[2])))
+            and self.scale > 0  # it scales after masking, and -inf must stay so
+            and self.softcap is None
+            and self.dropout_p == 0
+            and bias is None
+            and sinks is None
+            and q.shape[3] == v.shape[3]
+            and q.numel() > 0
+            and k.numel() > 0
+        )
+
+
+def _parts(
+    rule: _Rule,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> list[_Part]:
+    """The sequences, none if there are no heads."""
+    if q.shape[1] == 0:
+        return []
+    return [
+        _Part(seq, rule, q, k, v, bias, sinks)
+        for seq in sequences(q.shape[0], q.shape[2], k.shape[2], lengths, cu_seqlens, cu_seqlens_k)
+    ]
 
 
 class _Part:
@@ -148,24 +178,7 @@ class _Part:
         return _cut(x, self.seq.batch, self.seq.keys)
 
     def is_plain(self) -> bool:
-        """Whether PyTorch's fused CPU kernel computes this very function."""
-        left, right = self.rule.window
-        return (
-            self.q.device.type == "cpu"
-            and left is None
-            and (right is None or (right == 0 and (self.m == 1 or self.m == self.n)))
-            and self.rule.scale > 0  # it scales after masking, and -inf must stay so
-            and self.rule.softcap is None
-            and self.rule.dropout_p == 0
-            and self.bias is None
-            and self.sinks is None
-            and self.q.shape[-1] == self.v.shape[-1]
-            and min(*self.q.shape, *self.k.shape) > 0
-        )
-
-    def is_causal(self) -> bool:
-        """Whether the fused kernel must mask (one query at the end of the keys sees them all)."""
-        return self.rule.window[1] == 0 and self.m > 1
+        return self.rule.is_plain(self.q, self.k, self.v, self.bias, self.sinks)
 
     def blocks(self) -> Iterator[tuple[slice, list[slice]]]:
         """Blocks of queries, each with the blocks of keys that any of its rows sees."""
@@ -329,19 +342,26 @@ def _backward_blocked(
     dv.copy_(dv_sum)
 
 
-def _forward_fused(part: _Part) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *_fused_inputs(part), is_causal=part.is_causal(), scale=part.rule.scale
-    )
+_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def _backward_fused(part: _Part, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        _last_contiguous(dout), *_fused_inputs(part), out, lse, 0.0, part.is_causal(), scale=part.rule.scale
-    )
-    if part.groups > 1:
-        dk, dv = (x.unflatten(1, (-1, part.groups)).sum(2) for x in (dk, dv))
+def _forward_fused(rule: _Rule, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return _fused(*_fused_inputs(q, k, v), 0.0, _must_mask(rule, q), scale=rule.scale)
+
+
+def _backward_fused(
+    rule: _Rule, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    operands = _last_contiguous(dout), *_fused_inputs(q, k, v), out, lse
+    dq, dk, dv = _fused_backward(*operands, 0.0, _must_mask(rule, q), scale=rule.scale)
+    if k.shape[1] != q.shape[1]:
+        dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
     return dq, dk, dv
+
+
+def _must_mask(rule: _Rule, q: Tensor) -> bool:
+    return rule.window[1] == 0 and q.shape[2] > 1  # one query at the end of the keys sees them all
 
 
 def _cut(x: Tensor, batch: slice, tokens: slice) -> Tensor:
@@ -368,13 +388,15 @@ def _is_by_tokens(x: Tensor) -> bool:
 
 def _by_tokens(x: Tensor) -> Tensor:
     """x, copied unless it is stored as (B, N, H, D)."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    stored = x.transpose(1, 2)
+    return x if stored.is_contiguous() else stored.contiguous().transpose(1, 2)
 
 
-def _fused_inputs(part: _Part) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (_last_contiguous(x) for x in (part.q, part.k, part.v))
-    if part.groups > 1:
-        k, v = k.repeat_interleave(part.groups, 1), v.repeat_interleave(part.groups, 1)
+def _fused_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    groups = q.shape[1] // k.shape[1]
+    q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     return q, k, v
 
 

@@ -162,7 +162,7 @@ def flash_unit_backward(
     dw, dw_out = (torch.zeros(t.shape, dtype=acc, device=x.device) for t in (w, w_out))
     dgamma, dbeta = (torch.zeros(gamma.shape, dtype=acc, device=x.device) for _ in range(2))
     db = dw.new_zeros(w.shape[0])
-    dbias = torch.zeros_like(rel_bias, dtype=acc) if rel_bias is not None else x.new_empty(0)
+    dbias = rel_bias.new_zeros(rel_bias.shape, dtype=acc) if rel_bias is not None else x.new_empty(0)
     rule = Rule(chunk_size, score, causal, float(chunk_size), lin_normalizer)
     rooms = Rooms()
     for part in chunked(rule, x, w_out.shape[1], rel_bias, lengths, cu_seqlens):

@@ -1,4 +1,4 @@
-"""Gated linear units (Shazeer 2020), computed in cache-sized pieces.
+"""Gated linear units (Shazeer 2020): at once where each step can write over the last, else in cache-sized pieces.
 
 Every elementary step is fp32 inside. In bf16 its result is rounded, as PyTorch's own elementwise operations do.
 """
@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from .common import Rooms, accumulator, add_product, factor_dtype, panels
 
-_PIECE = 2**22  # bytes of a tensor worked on at a time on a CPU: what is written is read again from the cache
+_PIECE = 2**22  # bytes of a tensor worked on at a time on a CPU, so that intermediates take no memory
 
-Forward = Callable[[Tensor, Tensor], Tensor]
+Forward = Callable[[Tensor, Optional[Tensor]], Tensor]
 Backward = Callable[[Tensor, Tensor, Tensor], Tensor]
 _aten = torch.ops.aten
+_nn: Any = torch._C._nn  # whose functions take `out`, which PyTorch's stubs do not know
 
 
 def _sigmoid_backward(d: Tensor, x: Tensor, out: Tensor) -> Tensor:
@@ -25,14 +27,19 @@ def _sigmoid_backward(d: Tensor, x: Tensor, out: Tensor) -> Tensor:
 
 
 def _gelu(approximate: str) -> tuple[Forward, Backward]:
+    def forward(x: Tensor, out: Tensor | None) -> Tensor:
+        if out is not None and x.is_contiguous() and not out.is_contiguous():
+            return out.copy_(_nn.gelu(x, approximate=approximate))  # PyTorch would not write it (2.13, oneDNN)
+        return _nn.gelu(x, approximate=approximate, out=out)
+
     return (
-        lambda x, out: _aten.gelu.out(x, approximate=approximate, out=out),
+        forward,
         lambda d, x, out: _aten.gelu_backward.grad_input(d, x, approximate=approximate, grad_input=out),
     )
 
 
-# Each activation as (function of x, derivative at x times the gradient d). Both may write into `out` (which may be d),
-# and return the result, wherever it is.
+# Each activation as (function of x, derivative at x times the gradient d). Both may write into `out` (which may be d)
+# and return the result, wherever it is; the function makes a tensor for it if `out` is None.
 ACTIVATIONS: dict[str, tuple[Forward, Backward]] = {
     "identity": (lambda x, out: x, lambda d, x, out: d),
     "sigmoid": (lambda x, out: torch.sigmoid(x, out=out), _sigmoid_backward),
@@ -47,7 +54,7 @@ ACTIVATIONS: dict[str, tuple[Forward, Backward]] = {
     "gelu": _gelu("none"),
     "gelu_tanh": _gelu("tanh"),
     "silu": (
-        lambda x, out: _aten.silu.out(x, out=out),
+        lambda x, out: _nn.silu(x, out=out),
         lambda d, x, out: _aten.silu_backward.grad_input(d, x, grad_input=out),
     ),
 }
@@ -60,11 +67,17 @@ def glu_forward(
 
     Without `up` the last axis of `gate` holds [gate | up].
     """
+    contiguous = gate.is_contiguous() and (up is None or up.is_contiguous())
     gate, up = _halves(gate, up)
-    out = gate.new_empty(gate.shape)
-    if keep:
-        activated = ACTIVATIONS[activation][0](gate, gate.new_empty(gate.shape))
-        return torch.mul(activated, up, out=out), activated
+    room = None if contiguous else gate.new_empty(gate.shape)
+    if _at_once(gate, activation, up_activation):
+        if up_activation != "identity":
+            gate, up, activation = up, gate, up_activation  # the sides are alike
+        activated = ACTIVATIONS[activation][0](gate, room)
+        if keep:
+            return torch.mul(activated, up), activated
+        return torch.mul(activated, up, out=room if activated is gate else activated), None
+    out = gate.new_empty(gate.shape) if room is None else room
     rooms = Rooms()
     for g, u, o in _pieces(gate, up, out):
         _gated(g, u, activation, up_activation, o, rooms)
@@ -83,15 +96,18 @@ def glu_backward(
     """Gradients of `gate` and `up`; of the packed tensor and None when they came packed."""
     dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
     dup = torch.empty_like(up, memory_format=torch.contiguous_format) if up is not None else None
-    if activated is not None:
-        g, u = _halves(gate, up)
-        dg, du = _halves(dgate, dup)
-        torch.mul(dout, activated, out=du)
-        ACTIVATIONS[activation][1](torch.mul(dout, u, out=dg), g, dg)
+    gate, up = _halves(gate, up)
+    dg, du = _halves(dgate, dup)
+    if _at_once(gate, activation, up_activation):
+        if up_activation != "identity":
+            gate, up, dg, du, activation = up, gate, du, dg, up_activation
+        value, derivative = ACTIVATIONS[activation]
+        torch.mul(dout, value(gate, du) if activated is None else activated, out=du)
+        derivative(torch.mul(dout, up, out=dg), gate, dg)
         return dgate, dup
     rooms = Rooms()
-    for d, g, u, dg, du in _pieces(dout, *_halves(gate, up), *_halves(dgate, dup)):
-        _gated_backward(d, g, u, activation, up_activation, dg, du, rooms)
+    for d, g, u, dg_piece, du_piece in _pieces(dout, gate, up, dg, du):
+        _gated_backward(d, g, u, activation, up_activation, dg_piece, du_piece, rooms)
     return dgate, dup
 
 
@@ -167,6 +183,11 @@ def glu_linear_backward(
         dx_rows[r] = torch.addmm(dg @ wg, du, wu)
     dt = w_gate.dtype
     return dx, dwg.to(dt), dwu.to(dt), dbg.to(dt), dbu.to(dt)
+
+
+def _at_once(gate: Tensor, activation: str, up_activation: str) -> bool:
+    """Whether no step needs memory besides the results': nothing is widened, and at most one side has an activation."""
+    return gate.dtype != torch.float16 and "identity" in (activation, up_activation)
 
 
 def _gated(g: Tensor, u: Tensor, activation: str, up_activation: str, out: Tensor, rooms: Rooms) -> None:

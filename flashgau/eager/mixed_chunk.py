@@ -286,7 +286,7 @@ def mixed_chunk_attention_backward(
     begin = blank(lengths, cu_seqlens)
     dheads, dv = Heads(*(begin(t) for t in (quad_q, quad_k, lin_q, lin_k))), begin(v)
     dgate = begin(gate) if gate is not None else None
-    dbias = torch.zeros_like(rel_bias, dtype=accumulator(v.dtype)) if rel_bias is not None else None
+    dbias = rel_bias.new_zeros(rel_bias.shape, dtype=accumulator(v.dtype)) if rel_bias is not None else None
     states = _states(v, lin_k.shape[-1], cu_seqlens, initial_kv)
     dstates = _states(v, lin_k.shape[-1], cu_seqlens, dkv_final)
     rooms = Rooms()

@@ -97,10 +97,10 @@ def attention(
     args.number("dropout_p", dropout_p, "a probability in [0, 1]", 0, 1)
     seed = _seed(args, dropout_p, dropout_seed, q.device)
 
-    name = dispatch.resolve("attention", backend, q.device, q.dtype, max(q.shape[-1], v.shape[-1]))
+    name = dispatch.resolve("attention", backend, q.device, q.dtype, max(args.sizes["D"], args.sizes["E"]))
     if name == "reference":
         return autograd.run(
-            "attention", name, "attention", q.device, q, k, v,
+            "attention", name, "attention", q, k, v,
             causal=causal, scale=scale, window=window, softcap=softcap, rel_bias=rel_bias, sinks=sinks,
             lengths=lengths, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, dropout_p=dropout_p,
             dropout_seed=seed, return_lse=return_lse,
@@ -160,12 +160,11 @@ def _forward(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = autograd.run(
-        "attention", backend, "attention_forward", q.device, q, k, v,
+    return autograd.run(
+        "attention", backend, "attention_forward", q, k, v,
         scale=scale, window=(left, right), softcap=softcap, rel_bias=rel_bias, sinks=sinks, lengths=lengths,
         cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, dropout_p=dropout_p, dropout_seed=dropout_seed,
     )  # fmt: skip
-    return out, lse
 
 
 @_forward.register_fake
@@ -201,12 +200,11 @@ def _backward(
     dropout_p: float,
     backend: str,
 ) -> list[Tensor]:
-    grads = autograd.run(
-        "attention", backend, "attention_backward", q.device, dout, dlse, q, k, v, out, lse,
+    return autograd.run(
+        "attention", backend, "attention_backward", dout, dlse, q, k, v, out, lse,
         scale=scale, window=(left, right), softcap=softcap, rel_bias=rel_bias, sinks=sinks, lengths=lengths,
         cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, dropout_p=dropout_p, dropout_seed=dropout_seed,
     )  # fmt: skip
-    return autograd.present(q, *grads)
 
 
 @_backward.register_fake
@@ -221,10 +219,11 @@ def _(
     rel_bias: Optional[Tensor],
     sinks: Optional[Tensor],
     *rest: Any,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     # Stored as (B, N, H, D).
     like = [t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in (q, k, v)]
-    return autograd.present(q, *like, *(None if t is None else t.new_empty(t.shape) for t in (rel_bias, sinks)))
+    others = [None if t is None else t.new_empty(t.shape) for t in (rel_bias, sinks)]
+    return [*like, *others]
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -3,52 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .dispatch import implementation
 
 
-def run(op: str, backend: str, function: str, device: torch.device, *args: Any, **kwargs: Any) -> Any:
+def run(op: str, backend: str, function: str, *args: Any, **kwargs: Any) -> Any:
     """Call one floor's function with autocast off: operands were cast before, and sums stay in fp32."""
     call = implementation(op, backend, function)
     if backend == "triton":
         from flashgau import tuning  # which needs Triton
 
         kwargs["choose"] = tuning.choose
-    if not torch.is_autocast_enabled(device.type):
+    if not torch._C._is_any_autocast_enabled():
         return call(*args, **kwargs)
+    device = next(x.device for x in args if isinstance(x, Tensor))
     with torch.autocast(device.type, enabled=False):
         return call(*args, **kwargs)
 
 
-def present(like: Tensor, *tensors: Tensor | None) -> list[Tensor]:
-    """A custom operator returns no None: what is absent becomes an empty tensor."""
-    return [like.new_empty(0) if t is None else t for t in tensors]
-
-
+_TENSORS = {Tensor, torch.nn.Parameter}
+_VALUES = {type(None), bool, int, float, str, list}
 _library = torch.library.Library("flashgau", "FRAGMENT")
 
 
 class Operator:
-    """A PyTorch operator `flashgau::name`, for tracing as one node, with a shape function and a derivative."""
+    """A PyTorch operator `flashgau::name`, for tracing as one node, with a shape function and a derivative.
+
+    A call that nothing observes runs the function at once: PyTorch's dispatcher would come back to Python twice, which
+    takes longer than the checks of the arguments.
+    """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.name = f"flashgau::{name}"
         torch.library.define(self.name, torch.library.infer_schema(function, mutates_args=()))
         # Not torch.library.custom_op: that imports the whole of torch.compile, seconds of it, at the first call.
-        torch.library.impl(self.name, "CompositeExplicitAutograd")(function)
+        torch.library.impl(self.name, "CompositeExplicitAutograd")(_present(function))
         self.overload = getattr(torch.ops.flashgau, name).default
+        self._function = self._differentiable = function
 
     def __call__(self, *args: Any) -> Any:
         """Call the operator."""
-        return self.overload(*args)
+        if _observed(args):
+            return self.overload(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return self._differentiable(*args)
+        return self._function(*args)
 
     def register_fake(self, function: Callable[..., Any]) -> None:
         """How shapes, strides and dtypes of the results follow from those of the inputs."""
-        torch.library.register_fake(self.name, function)
+        torch.library.register_fake(self.name, _present(function))
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
         """The derivative, and what to keep for it; `backward` gets a list if the operator returns one."""
@@ -57,15 +66,15 @@ class Operator:
         overload, below = self.overload, torch._C._after_autograd_keyset
         returns_list = overload._schema.returns[0].type.kind() == "ListType"
 
-        def undifferentiated(keyset: Any, *args: Any) -> Any:
+        def dispatched(keyset: Any, *args: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 return overload.redispatch(keyset & below, *args)
 
         class Node(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
-                *inputs, keyset = args
-                result = undifferentiated(keyset, *inputs)
+                *inputs, function = args
+                result = function(*inputs)
                 if setup_context is not None:
                     setup_context(ctx, tuple(inputs), result)
                 return tuple(result) if returns_list else result
@@ -74,14 +83,65 @@ class Operator:
             def backward(ctx: Any, *grads: Any) -> Any:
                 return *backward(ctx, *([list(grads)] if returns_list else grads)), None
 
-        def differentiable(keyset: Any, *args: Any) -> Any:
-            if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-                return undifferentiated(keyset, *args)
-            result = Node.apply(*args, keyset)
+        def differentiable(apply: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+            result = apply(*args, function)
             return list(result) if returns_list else result
 
+        def on_autograd_key(keyset: Any, *args: Any) -> Any:
+            _refuse_tangents(self.name, args)
+            function = partial(dispatched, keyset)
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+                return differentiable(Node.apply, function, *args)
+            return function(*args)
+
         Node.__name__ = Node.__qualname__ = self.name.replace("::", "_")
-        _library.impl(self.name, differentiable, "Autograd", with_keyset=True)
+        # Function.apply looks for functorch's wrappers first, which takes as long as the rest of it.
+        at_once: Any = super(torch.autograd.Function, Node)
+        self._differentiable = partial(differentiable, at_once.apply, self._function)
+        _library.impl(self.name, on_autograd_key, "Autograd", with_keyset=True)
+
+
+def _present(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as PyTorch's dispatcher wants it, which knows no None in a list: an empty tensor stands for it."""
+
+    def call(*args: Any) -> Any:
+        results = function(*args)
+        if isinstance(results, Tensor) or not any(x is None for x in results):
+            return results
+        like = next(x for x in results if x is not None)
+        return [like.new_empty(0) if x is None else x for x in results]
+
+    return call
+
+
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """Raise an error for dual numbers, whose tangents would be lost without a word."""
+    if forward_ad._current_level < 0:
+        return
+    for x in args:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                f"{name} has no forward-mode derivative: the optimised backends are differentiated in reverse; "
+                f'for jvp call the operation with backend="reference"'
+            )
+
+
+def _observed(args: tuple[Any, ...]) -> bool:
+    """Whether something beside the caller wants to see the operator: a trace, a transform, a mode, a profile, or a
+    kind of tensor with rules of its own."""
+    if torch.compiler.is_compiling():
+        return True
+    for x in args:
+        kind = type(x)
+        if x.is_neg() if kind in _TENSORS else kind not in _VALUES:
+            return True
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+    )
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:

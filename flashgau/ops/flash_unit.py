@@ -81,18 +81,17 @@ def _flash_unit(
     save: bool,
     backend: str,
 ) -> list[Tensor]:
-    results = autograd.run(
-        "flash_unit", backend, "flash_unit_forward", x.device, x, w, b, gamma, beta, w_out, b_out, residual, cos, sin,
+    return autograd.run(
+        "flash_unit", backend, "flash_unit_forward", x, w, b, gamma, beta, w_out, b_out, residual, cos, sin,
         order=order, interleaved=interleaved, chunk_size=chunk_size, score=score, causal=causal,
         lin_normalizer=lin_normalizer, rel_bias=rel_bias, lengths=lengths, cu_seqlens=cu_seqlens, save=save,
     )  # fmt: skip
-    return autograd.present(x, *results)
 
 
 @_flash_unit.register_fake
-def _(x: Tensor, w: Tensor, *rest: Any) -> list[Tensor]:
+def _(x: Tensor, w: Tensor, *rest: Any) -> list[Tensor | None]:
     save = rest[-2]
-    return autograd.present(x, x.new_empty(x.shape), x.new_empty(*x.shape[:2], w.shape[0]) if save else None)
+    return [x.new_empty(x.shape), x.new_empty(*x.shape[:2], w.shape[0]) if save else None]
 
 
 @autograd.operator("flash_unit_backward")
@@ -119,12 +118,10 @@ def _flash_unit_backward(
     lin_normalizer: Optional[float],
     backend: str,
 ) -> list[Tensor]:
-    return list(
-        autograd.run(
-            "flash_unit", backend, "flash_unit_backward", x.device, dy, x, w, b, gamma, beta, w_out, b_out, cos, sin,
-            before, order=order, interleaved=interleaved, chunk_size=chunk_size, score=score, causal=causal,
-            lin_normalizer=lin_normalizer, rel_bias=rel_bias, lengths=lengths, cu_seqlens=cu_seqlens,
-        )
+    return autograd.run(
+        "flash_unit", backend, "flash_unit_backward", dy, x, w, b, gamma, beta, w_out, b_out, cos, sin, before,
+        order=order, interleaved=interleaved, chunk_size=chunk_size, score=score, causal=causal,
+        lin_normalizer=lin_normalizer, rel_bias=rel_bias, lengths=lengths, cu_seqlens=cu_seqlens,
     )  # fmt: skip
 
 
@@ -140,9 +137,9 @@ def _(
     b_out: Optional[Tensor],
     rel_bias: Optional[Tensor],
     *rest: Any,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     plain = [t.new_empty(t.shape) for t in (x, w, w[:, 0], gamma, gamma, w_out, w_out[:, 0])]
-    return [*plain, *autograd.present(x, None if rel_bias is None else rel_bias.new_empty(rel_bias.shape))]
+    return [*plain, None if rel_bias is None else rel_bias.new_empty(rel_bias.shape)]
 
 
 def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:

@@ -85,7 +85,7 @@ def gau_attention(
     name = dispatch.resolve("gau_attention", backend, q.device, q.dtype, q.shape[-1])
     if name == "reference":
         return autograd.run(
-            "gau_attention", name, "gau_attention", q.device, q, k, v, gate, score=score, normalizer=normalizer,
+            "gau_attention", name, "gau_attention", q, k, v, gate, score=score, normalizer=normalizer,
             causal=causal, rel_bias=rel_bias, lengths=lengths, cu_seqlens=cu_seqlens,
         )  # fmt: skip
     bias = rel_bias.expand(q.shape[0], -1) if rel_bias is not None else None
@@ -123,12 +123,11 @@ def _forward(
     save: bool,
     backend: str,
 ) -> list[Tensor]:
-    results = autograd.run(
-        "gau_attention", backend, "gau_attention_forward", q.device, q, k, v, gate, score=score,
+    return autograd.run(
+        "gau_attention", backend, "gau_attention_forward", q, k, v, gate, score=score,
         normalizer=number if normalizer == "number" else normalizer, causal=causal, rel_bias=rel_bias,
         lengths=lengths, cu_seqlens=cu_seqlens, save=save,
     )  # fmt: skip
-    return autograd.present(q, *results)
 
 
 @_forward.register_fake
@@ -146,9 +145,9 @@ def _(
     causal: bool,
     save: bool,
     backend: str,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     shape = (*q.shape[:2], v.shape[-1])
-    return autograd.present(q, q.new_empty(shape), q.new_empty(shape) if save and gate is not None else None)
+    return [q.new_empty(shape), q.new_empty(shape) if save and gate is not None else None]
 
 
 @autograd.operator("gau_attention_backward")
@@ -158,7 +157,7 @@ def _backward(
     k: Tensor,
     v: Tensor,
     gate: Optional[Tensor],
-    product: Tensor,
+    product: Optional[Tensor],
     rel_bias: Optional[Tensor],
     lengths: Optional[Tensor],
     cu_seqlens: Optional[Tensor],
@@ -168,12 +167,11 @@ def _backward(
     causal: bool,
     backend: str,
 ) -> list[Tensor]:
-    grads = autograd.run(
-        "gau_attention", backend, "gau_attention_backward", q.device, dout, q, k, v, gate, product, score=score,
+    return autograd.run(
+        "gau_attention", backend, "gau_attention_backward", dout, q, k, v, gate, product, score=score,
         normalizer=number if normalizer == "number" else normalizer, causal=causal, rel_bias=rel_bias,
         lengths=lengths, cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    return autograd.present(q, *grads)
 
 
 @_backward.register_fake
@@ -183,12 +181,11 @@ def _(
     k: Tensor,
     v: Tensor,
     gate: Optional[Tensor],
-    product: Tensor,
+    product: Optional[Tensor],
     rel_bias: Optional[Tensor],
     *rest: Any,
-) -> list[Tensor]:
-    like = [None if t is None else t.new_empty(t.shape) for t in (q, k, v, gate)]
-    return autograd.present(q, *like, None if rel_bias is None else rel_bias.new_empty(rel_bias.shape))
+) -> list[Tensor | None]:
+    return [None if t is None else t.new_empty(t.shape) for t in (q, k, v, gate, rel_bias)]
 
 
 def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:

@@ -65,9 +65,7 @@ def glu(
     _check_activations(args, activation, up_activation)
     name = dispatch.resolve("glu", backend, gate.device, gate.dtype)
     if name == "reference":
-        return autograd.run(
-            "glu", name, "glu", gate.device, gate, up, activation=activation, up_activation=up_activation
-        )
+        return autograd.run("glu", name, "glu", gate, up, activation=activation, up_activation=up_activation)
     return _glu(gate, up, activation, up_activation, _keeps(gate, up, activation, up_activation, name), name)[0]
 
 
@@ -128,7 +126,7 @@ def glu_linear(
     name = dispatch.resolve("glu_linear", backend, x.device, x.dtype)
     if name == "reference":
         return autograd.run(
-            "glu_linear", name, "glu_linear", x.device, x, w_gate, w_up, b_gate, b_up,
+            "glu_linear", name, "glu_linear", x, w_gate, w_up, b_gate, b_up,
             activation=activation, up_activation=up_activation,
         )  # fmt: skip
     save = not recompute and autograd.needs_grad(x, w_gate, w_up, b_gate, b_up)
@@ -147,12 +145,12 @@ def _keeps(gate: Tensor, up: Tensor | None, activation: str, up_activation: str,
     """Whether the forward keeps act(gate) for the backward: on a CPU, of a small tensor."""
     return (
         backend == "eager"
+        and autograd.needs_grad(gate, up)
         and gate.device.type == "cpu"
         and gate.dtype != torch.float16  # which is computed in fp32
         and activation != "identity"
         and up_activation == "identity"
         and gate.nbytes // (2 if up is None else 1) <= _KEPT_BYTES
-        and autograd.needs_grad(gate, up)
     )
 
 
@@ -163,15 +161,15 @@ def _glu(
     options: dict[str, Any] = {"activation": activation, "up_activation": up_activation}
     if keep:  # which only eager is asked to
         options["keep"] = True
-    return autograd.present(gate, *autograd.run("glu", backend, "glu_forward", gate.device, gate, up, **options))
+    return autograd.run("glu", backend, "glu_forward", gate, up, **options)
 
 
 @_glu.register_fake
 def _(
     gate: Tensor, up: Optional[Tensor], activation: str, up_activation: str, keep: bool, backend: str
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     shape = gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2)
-    return autograd.present(gate, gate.new_empty(shape), gate.new_empty(shape) if keep else None)
+    return [gate.new_empty(shape), gate.new_empty(shape) if keep else None]
 
 
 @autograd.operator("glu_backward")
@@ -187,13 +185,12 @@ def _glu_backward(
     options: dict[str, Any] = {"activation": activation, "up_activation": up_activation}
     if activated is not None:
         options["activated"] = activated
-    grads = autograd.run("glu", backend, "glu_backward", gate.device, dout, gate, up, **options)
-    return autograd.present(gate, *grads)
+    return autograd.run("glu", backend, "glu_backward", dout, gate, up, **options)
 
 
 @_glu_backward.register_fake
-def _(dout: Tensor, gate: Tensor, up: Optional[Tensor], *rest: Any) -> list[Tensor]:
-    return autograd.present(gate, gate.new_empty(gate.shape), None if up is None else up.new_empty(up.shape))
+def _(dout: Tensor, gate: Tensor, up: Optional[Tensor], *rest: Any) -> list[Tensor | None]:
+    return [gate.new_empty(gate.shape), None if up is None else up.new_empty(up.shape)]
 
 
 def _save_glu(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
@@ -226,11 +223,10 @@ def _glu_linear(
     save: bool,
     backend: str,
 ) -> list[Tensor]:
-    results = autograd.run(
-        "glu_linear", backend, "glu_linear_forward", x.device, x, w_gate, w_up, b_gate, b_up,
+    return autograd.run(
+        "glu_linear", backend, "glu_linear_forward", x, w_gate, w_up, b_gate, b_up,
         activation=activation, up_activation=up_activation, save=save, **_fusing(x, w_gate, backend),
     )  # fmt: skip
-    return autograd.present(x, *results)
 
 
 @_glu_linear.register_fake
@@ -244,10 +240,10 @@ def _(
     up_activation: str,
     save: bool,
     backend: str,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     shape = (*x.shape[:-1], w_gate.shape[0])
     saved = [x.new_empty(shape) if save else None for _ in range(2)]
-    return autograd.present(x, x.new_empty(shape), *saved)
+    return [x.new_empty(shape), *saved]
 
 
 @autograd.operator("glu_linear_backward")
@@ -264,11 +260,9 @@ def _glu_linear_backward(
     up_activation: str,
     backend: str,
 ) -> list[Tensor]:
-    return list(
-        autograd.run(
-            "glu_linear", backend, "glu_linear_backward", x.device, dout, x, w_gate, w_up, b_gate, b_up, g, u,
-            activation=activation, up_activation=up_activation, **_fusing(x, w_gate, backend),
-        )
+    return autograd.run(
+        "glu_linear", backend, "glu_linear_backward", dout, x, w_gate, w_up, b_gate, b_up, g, u,
+        activation=activation, up_activation=up_activation, **_fusing(x, w_gate, backend),
     )  # fmt: skip
 
 

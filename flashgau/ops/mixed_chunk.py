@@ -98,7 +98,7 @@ def mixed_chunk_attention(
     name = dispatch.resolve(op, backend, quad_q.device, quad_q.dtype, width=args.sizes["S"])
     if name == "reference":
         result = autograd.run(
-            op, name, op, quad_q.device, quad_q, quad_k, lin_q, lin_k, v, gate, chunk_size=chunk_size, score=score,
+            op, name, op, quad_q, quad_k, lin_q, lin_k, v, gate, chunk_size=chunk_size, score=score,
             causal=causal, quad_normalizer=quad, lin_normalizer=lin_normalizer, rel_bias=rel_bias, lengths=lengths,
             cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state,
         )  # fmt: skip
@@ -199,7 +199,7 @@ def mixed_chunk_step(
     name = dispatch.resolve(op, backend, quad_q.device, quad_q.dtype, width=args.sizes["S"])
     if name == "reference":
         out, after = autograd.run(
-            op, name, op, quad_q.device, quad_q, quad_k, lin_q, lin_k, v, gate, state=state, score=score,
+            op, name, op, quad_q, quad_k, lin_q, lin_k, v, gate, state=state, score=score,
             quad_normalizer=quad, lin_normalizer=lin_normalizer, rel_bias=rel_bias,
         )  # fmt: skip
         return out, _own_state(after)
@@ -214,7 +214,7 @@ def mixed_chunk_step(
         out, *after = _step(*tensors, bias, score, quad, lin, name)
     else:  # PyTorch differentiates it
         out, *after = autograd.run(
-            op, name, op, quad_q.device, *tensors, score=score, quad_normalizer=quad, lin_normalizer=lin, rel_bias=bias
+            op, name, op, *tensors, score=score, quad_normalizer=quad, lin_normalizer=lin, rel_bias=bias
         )
     return out, MixedChunkState(*after)
 
@@ -298,13 +298,12 @@ def _forward(
     save: bool,
     backend: str,
 ) -> list[Tensor]:
-    results = autograd.run(
-        "mixed_chunk_attention", backend, "mixed_chunk_attention_forward", v.device,
+    return autograd.run(
+        "mixed_chunk_attention", backend, "mixed_chunk_attention_forward",
         quad_q, quad_k, lin_q, lin_k, v, gate, chunk_size=chunk_size, score=score, causal=causal,
         quad_normalizer=quad_normalizer, lin_normalizer=lin_normalizer, rel_bias=rel_bias, lengths=lengths,
         cu_seqlens=cu_seqlens, initial_kv=initial_kv, closed_tokens=closed_tokens, save=save,
     )  # fmt: skip
-    return autograd.present(v, *results)
 
 
 @_forward.register_fake
@@ -327,12 +326,12 @@ def _(
     lin_normalizer: Optional[float],
     save: bool,
     backend: str,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     count = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     sums = torch.float64 if v.dtype == torch.float64 else torch.float32
     kv = v.new_empty(count, lin_k.shape[-1], v.shape[-1], dtype=sums)
     product = v.new_empty(v.shape) if save and gate is not None else None
-    return autograd.present(v, v.new_empty(v.shape), product, kv)
+    return [v.new_empty(v.shape), product, kv]
 
 
 @autograd.operator("mixed_chunk_attention_backward")
@@ -345,7 +344,7 @@ def _backward(
     lin_k: Tensor,
     v: Tensor,
     gate: Optional[Tensor],
-    product: Tensor,
+    product: Optional[Tensor],
     rel_bias: Optional[Tensor],
     lengths: Optional[Tensor],
     cu_seqlens: Optional[Tensor],
@@ -358,13 +357,12 @@ def _backward(
     lin_normalizer: Optional[float],
     backend: str,
 ) -> list[Tensor]:
-    grads = autograd.run(
-        "mixed_chunk_attention", backend, "mixed_chunk_attention_backward", v.device,
+    return autograd.run(
+        "mixed_chunk_attention", backend, "mixed_chunk_attention_backward",
         dout, dkv, quad_q, quad_k, lin_q, lin_k, v, gate, product, chunk_size=chunk_size, score=score,
         causal=causal, quad_normalizer=quad_normalizer, lin_normalizer=lin_normalizer, rel_bias=rel_bias,
         lengths=lengths, cu_seqlens=cu_seqlens, initial_kv=initial_kv, closed_tokens=closed_tokens,
     )  # fmt: skip
-    return autograd.present(v, *grads)
 
 
 @_backward.register_fake
@@ -377,15 +375,15 @@ def _(
     lin_k: Tensor,
     v: Tensor,
     gate: Optional[Tensor],
-    product: Tensor,
+    product: Optional[Tensor],
     rel_bias: Optional[Tensor],
     lengths: Optional[Tensor],
     cu_seqlens: Optional[Tensor],
     initial_kv: Optional[Tensor],
     *rest: Any,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     inputs = (quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias, initial_kv)
-    return autograd.present(v, *(None if t is None else t.new_empty(t.shape) for t in inputs))
+    return [None if t is None else t.new_empty(t.shape) for t in inputs]
 
 
 def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
@@ -425,12 +423,11 @@ def _step(
     lin_normalizer: Optional[float],
     backend: str,
 ) -> list[Tensor]:
-    results = autograd.run(
-        "mixed_chunk_step", backend, "mixed_chunk_step", v.device, quad_q, quad_k, lin_q, lin_k, v, gate, kv,
+    return autograd.run(
+        "mixed_chunk_step", backend, "mixed_chunk_step", quad_q, quad_k, lin_q, lin_k, v, gate, kv,
         open_quad_k, open_lin_k, open_v, position, score=score, quad_normalizer=quad_normalizer,
         lin_normalizer=lin_normalizer, rel_bias=rel_bias,
     )  # fmt: skip
-    return list(results)
 
 
 @_step.register_fake

@@ -74,7 +74,7 @@ def _gated_projection(
     backend: str,
 ) -> list[Tensor]:
     return autograd.run(
-        "projection", backend, "gated_projection_forward", x.device, x, weight, bias, gamma, beta, cos, sin,
+        "projection", backend, "gated_projection_forward", x, weight, bias, gamma, beta, cos, sin,
         interleaved=interleaved, save=save,
     )  # fmt: skip
 
@@ -112,11 +112,9 @@ def _gated_projection_backward(
     interleaved: bool,
     backend: str,
 ) -> list[Tensor]:
-    return list(
-        autograd.run(
-            "projection", backend, "gated_projection_backward", x.device, du, dv, dheads, x, weight, gamma, cos, sin,
-            saved, interleaved=interleaved,
-        )
+    return autograd.run(
+        "projection", backend, "gated_projection_backward", du, dv, dheads, x, weight, gamma, cos, sin, saved,
+        interleaved=interleaved,
     )  # fmt: skip
 
 
@@ -151,7 +149,7 @@ autograd.refuse_second_derivative("gated_projection", _gated_projection_backward
 
 @autograd.operator("projection")
 def _projection(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: Optional[Tensor], backend: str) -> Tensor:
-    return autograd.run("projection", backend, "projection_forward", x.device, x, weight, bias, residual)
+    return autograd.run("projection", backend, "projection_forward", x, weight, bias, residual)
 
 
 @_projection.register_fake
@@ -161,7 +159,7 @@ def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 
 @autograd.operator("projection_backward")
 def _projection_backward(dy: Tensor, x: Tensor, weight: Tensor, backend: str) -> list[Tensor]:
-    return list(autograd.run("projection", backend, "projection_backward", x.device, dy, x, weight))
+    return autograd.run("projection", backend, "projection_backward", dy, x, weight)
 
 
 @_projection_backward.register_fake

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+_DENSE = torch.strided
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -41,17 +42,20 @@ class Arguments:
         """
         if not isinstance(x, Tensor):
             self.fail(name, f"is a {type(x).__name__}", f"a torch.Tensor of shape {_spelled(axes)}", TypeError)
-        if x.dtype not in FLOATING:
-            self.fail(name, f"has dtype {x.dtype}", "float16, bfloat16, float32 or float64", TypeError)
-        if x.layout != torch.strided:
+        dtype = x.dtype
+        if dtype not in FLOATING:
+            self.fail(name, f"has dtype {dtype}", "float16, bfloat16, float32 or float64", TypeError)
+        if x.layout != _DENSE:
             self.fail(name, f"has layout {x.layout}", "a dense tensor", TypeError)
         if self._first is None:
             self._first = name, x
-        self._same_device(name, x)
-        first_name, first = self._first
-        if x.dtype != first.dtype:
-            self.fail(name, f"has dtype {x.dtype}", f"{first.dtype} as `{first_name}` has", TypeError)
-        self._shape(name, x, axes)
+        else:
+            self._same_device(name, x)
+            first_name, first = self._first
+            if dtype != first.dtype:
+                self.fail(name, f"has dtype {dtype}", f"{first.dtype} as `{first_name}` has", TypeError)
+        if axes != "...":  # which any shape is
+            self._shape(name, x, axes)
 
     def at_least_one(self, *letters: str) -> None:
         """Widths may not be zero."""
@@ -80,7 +84,7 @@ class Arguments:
         open_low: bool = False,
     ) -> None:
         """A finite real number within [low, high], or (low, high] for `open_low`."""
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
             self.fail(name, f"is {value!r}", expected, TypeError)
         x = float(value)
         # Not math.isfinite: it cannot be traced with a symbolic number, as torch.compile(dynamic=True) has.
@@ -193,26 +197,25 @@ class Arguments:
             self.fail(name, f"is on {x.device}", f"{self._first[1].device} as `{self._first[0]}` is")
 
     def _shape(self, name: str, x: Tensor, axes: str) -> None:
-        letters = axes.split()
-        wrong = x.dim() != len(letters)
+        letters, shape, wrong = axes.split(), x.shape, False
         if letters[0] == "...":
             letters = letters[1:]
-            wrong = x.dim() < len(letters)
-        shape = tuple(x.shape)
-        if not wrong:
-            tail = shape[len(shape) - len(letters) :]
-            for letter, size in zip(letters, tail, strict=True):  # a generator would take half of the call's checks
-                wrong = wrong or self.sizes.get(letter, size) != size
+            shape = shape[max(0, len(shape) - len(letters)) :]
+        if len(shape) != len(letters):
+            wrong = True
+        else:
+            for letter, size in zip(letters, shape, strict=True):  # plain loops: most of what checking a call takes
+                if letter not in self.sizes:
+                    self.sizes[letter], self._origin[letter] = size, name
+                elif self.sizes[letter] != size:
+                    wrong = True
         if wrong:
-            known = [letter for letter in letters if letter in self.sizes]
+            known = [letter for letter in letters if self._origin.get(letter, name) != name]
             origins = dict.fromkeys(self._origin[letter] for letter in known)
             given = " and ".join(f"{letter} = {self.sizes[letter]}" for letter in known)
             source = " and ".join(f"`{o}`" for o in origins)
             note = f" with {given} as in {source}" if known else ""
-            self.fail(name, f"has shape {shape}", _spelled(axes) + note)
-        for letter, size in zip(letters, tail, strict=True):
-            if letter not in self.sizes:
-                self.sizes[letter], self._origin[letter] = size, name
+            self.fail(name, f"has shape {tuple(x.shape)}", _spelled(axes) + note)
 
 
 def readable(x: Tensor) -> bool:
@@ -222,6 +225,8 @@ def readable(x: Tensor) -> bool:
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Cast as PyTorch's own attention does under autocast: floating tensors but fp64 to autocast's dtype."""
+    if not torch._C._is_any_autocast_enabled():  # one question, where those below are four
+        return tensors
     kind = next((t.device.type for t in tensors if isinstance(t, Tensor)), None)
     if kind is None or not torch.is_autocast_enabled(kind):
         return tensors
