@@ -187,6 +187,63 @@ def test_an_observed_call_is_the_same_call(name):
             assert torch.equal(x.nan_to_num(), y.nan_to_num())
 
 
+def arguments_and_sum(name: str) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
+    """A call's floating arguments, and the sum of its results' squares as a function of them."""
+    call = CALLS[name]
+
+    def total(*args: Tensor) -> Tensor:
+        results = outputs(getattr(flashgau, call.name)(*args, **call.kwargs))
+        return sum((torch.where(torch.isfinite(x), x, 0) ** 2).sum() for x in results if x.is_floating_point())
+
+    return call.args, total
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_grad_of_torch_func_is_that_of_backward(name):
+    args, total = arguments_and_sum(name)
+    leaves = [x.clone().requires_grad_() for x in args]
+    expected = torch.autograd.grad(total(*leaves), leaves)
+    for a, b in zip(torch.func.grad(total, argnums=tuple(range(len(args))))(*args), expected, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_vmap_is_a_loop(name):
+    """Of values, and of gradients: those of each sample, which per-sample clipping needs."""
+    args, total = arguments_and_sum(name)
+    stacked = tuple(torch.stack([x, 0.5 * x, -x]) for x in args)
+    for function in (total, torch.func.grad(total, argnums=tuple(range(len(args))))):
+        mapped = torch.vmap(function)(*stacked)
+        single = [function(*(x[i] for x in stacked)) for i in range(3)]
+        for i, results in enumerate(single):
+            for a, b in zip(outputs(mapped), outputs(results), strict=True):
+                close(a[i], b)
+    along_the_last = torch.vmap(total, in_dims=(None, -1, *[None] * (len(args) - 2)))
+    if len(args) > 1:
+        mapped = along_the_last(args[0], stacked[1].movedim(0, -1), *args[2:])
+        close(mapped, torch.stack([total(args[0], x, *args[2:]) for x in stacked[1]]))
+
+
+def test_lengths_can_be_mapped():
+    q = randn(0, 3, 1, 2, 9, 4)
+    lengths = T([[9], [4], [0]])
+    mapped = torch.vmap(lambda q, n: flashgau.attention(q, q, q, lengths=n))(q, lengths)
+    for a, x, n in zip(mapped, q, lengths, strict=True):
+        close(a, flashgau.attention(x, x, x, lengths=n))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nested_transforms_are_refused(name):
+    """A second derivative is an error under torch.func, too, inside of it and outside."""
+    args, total = arguments_and_sum(name)
+    first = torch.func.grad(total)
+    with pytest.raises(RuntimeError, match=r'differentiable once; for second derivatives.*backend="reference"'):
+        torch.func.grad(lambda x: first(x, *args[1:]).sum())(args[0])
+    leaf = args[0].clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=r'differentiable once; for second derivatives.*backend="reference"'):
+        first(leaf, *args[1:]).sum().backward()
+
+
 def test_a_profile_names_the_operators():
     x = randn(0, 3, 4).requires_grad_()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from .dispatch import implementation
@@ -44,6 +45,7 @@ class Operator:
         torch.library.define(self.name, torch.library.infer_schema(function, mutates_args=()))
         # Not torch.library.custom_op: that imports the whole of torch.compile, seconds of it, at the first call.
         torch.library.impl(self.name, "CompositeExplicitAutograd")(_present(function))
+        torch.library.register_vmap(self.name, self._mapped)
         self.overload = getattr(torch.ops.flashgau, name).default
         self._function = self._differentiable = function
 
@@ -54,6 +56,17 @@ class Operator:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return self._differentiable(*args)
         return self._function(*args)
+
+    def _mapped(self, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        """What torch.vmap gets: a call for each entry of the mapped axis. The results' axis is the first."""
+        calls = [
+            self.overload(*(_entry(x, axis, i) for x, axis in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        results = [torch.stack(parts) for parts in zip(*calls, strict=True)]
+        return type(calls[0])(results), type(calls[0])([0] * len(results))
 
     def register_fake(self, function: Callable[..., Any]) -> None:
         """How shapes, strides and dtypes of the results follow from those of the inputs."""
@@ -66,8 +79,8 @@ class Operator:
         overload, below = self.overload, torch._C._after_autograd_keyset
         returns_list = overload._schema.returns[0].type.kind() == "ListType"
 
-        def dispatched(keyset: Any, *args: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
+        def dispatched(keyset: Any, recorded: bool, *args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd(), torch.set_grad_enabled(recorded):
                 return overload.redispatch(keyset & below, *args)
 
         class Node(torch.autograd.Function):
@@ -83,22 +96,34 @@ class Operator:
             def backward(ctx: Any, *grads: Any) -> Any:
                 return *backward(ctx, *([list(grads)] if returns_list else grads)), None
 
-        def differentiable(apply: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
-            result = apply(*args, function)
+        # Not Node.apply: it looks for functorch's wrappers first, which takes as long as the rest of it.
+        single_level: Any = super(torch.autograd.Function, Node)
+
+        def differentiable(function: Callable[..., Any], *args: Any) -> Any:
+            result = single_level.apply(*args, function)
             return list(result) if returns_list else result
 
         def on_autograd_key(keyset: Any, *args: Any) -> Any:
             _refuse_tangents(self.name, args)
-            function = partial(dispatched, keyset)
-            if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-                return differentiable(Node.apply, function, *args)
-            return function(*args)
+            enabled = torch.is_grad_enabled()
+            if not (enabled and torch._C._any_requires_grad(*args)):
+                return dispatched(keyset, enabled, *args)
+            # A Node records nothing of what runs inside. Under a transform of torch.func the next one out still does.
+            transformed = keyset.has(torch._C.DispatchKey.FuncTorchDynamicLayerBackMode)
+            with enable_single_level_autograd_function():
+                return differentiable(partial(dispatched, keyset, transformed), *args)
 
         Node.__name__ = Node.__qualname__ = self.name.replace("::", "_")
-        # Function.apply looks for functorch's wrappers first, which takes as long as the rest of it.
-        at_once: Any = super(torch.autograd.Function, Node)
-        self._differentiable = partial(differentiable, at_once.apply, self._function)
+        self._differentiable = partial(differentiable, self._function)
         _library.impl(self.name, on_autograd_key, "Autograd", with_keyset=True)
+
+
+def _entry(x: Any, axis: Any, i: int) -> Any:
+    """Entry i of a mapped argument; lists are mapped one by one, and what has no axis is the same for all."""
+    if isinstance(x, list):
+        axes = axis if isinstance(axis, (list, tuple)) else [axis] * len(x)
+        return [_entry(part, a, i) for part, a in zip(x, axes, strict=True)]
+    return x if axis is None else x.select(axis, i)
 
 
 def _present(function: Callable[..., Any]) -> Callable[..., Any]:

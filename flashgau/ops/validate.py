@@ -219,8 +219,13 @@ class Arguments:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether the values can be looked at for free: on the CPU, and real rather than traced or fake."""
-    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    """Whether the values can be looked at for free: on the CPU, and real rather than traced, mapped or fake."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
