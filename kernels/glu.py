@@ -308,17 +308,17 @@ def glu_linear_forward(
 
     Not `fused`: two products of the vendor's library, then the elementwise kernel.
     """
-    rows, n, shape = _rows(x), w_gate.shape[0], (*x.shape[:-1], w_gate.shape[0])
+    rows, shape = _rows(x), (*x.shape[:-1], w_gate.shape[0])
     if fused:
-        out = x.new_empty(rows.shape[0], n)
-        g, u = (x.new_empty(rows.shape[0], n) if save else None for _ in range(2))
-        operands = rows, w_gate, w_up, b_gate, b_up, out, g, u
+        out = x.new_empty(shape)
+        g, u = (x.new_empty(shape) if save else None for _ in range(2))
+        flat = (None if t is None else _rows(t) for t in (out, g, u))
+        operands = rows, w_gate, w_up, b_gate, b_up, *flat
         _product(linear_kernel, "glu_linear", operands, rows, w_gate, activation, up_activation, choose)
-    else:
-        g, u = _affine(rows, w_gate, b_gate), _affine(rows, w_up, b_up)
-        out, _ = glu_forward(g, u, activation=activation, up_activation=up_activation, choose=choose)
-    saved = (g.view(shape), u.view(shape)) if save and g is not None and u is not None else (None, None)
-    return out.view(shape), *saved
+        return out, g, u
+    g, u = (_affine(rows, w, b).view(shape) for w, b in ((w_gate, b_gate), (w_up, b_up)))
+    out, _ = glu_forward(g, u, activation=activation, up_activation=up_activation, choose=choose)
+    return (out, g, u) if save else (out, None, None)
 
 
 @on_its_device

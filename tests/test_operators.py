@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from strategies import (
     Call,
     attention_calls,
+    backends_of,
     close,
     gau_calls,
     glu_calls,
@@ -218,6 +219,10 @@ def test_vmap_is_a_loop(name):
         for i, results in enumerate(single):
             for a, b in zip(outputs(mapped), outputs(results), strict=True):
                 close(a[i], b)
+    leaves = [x.clone().requires_grad_() for x in stacked]
+    through = torch.autograd.grad(torch.vmap(total)(*leaves).sum(), leaves)
+    for a, parts in zip(through, zip(*(outputs(results) for results in single), strict=True), strict=True):
+        close(a, torch.stack(parts))
     along_the_last = torch.vmap(total, in_dims=(None, -1, *[None] * (len(args) - 2)))
     if len(args) > 1:
         mapped = along_the_last(args[0], stacked[1].movedim(0, -1), *args[2:])
@@ -242,6 +247,56 @@ def test_nested_transforms_are_refused(name):
     leaf = args[0].clone().requires_grad_()
     with pytest.raises(RuntimeError, match=r'differentiable once; for second derivatives.*backend="reference"'):
         first(leaf, *args[1:]).sum().backward()
+
+
+def test_what_a_transform_leaves_behind_is_a_tensor_like_others():
+    """A product made under torch.func.grad is still a function of the weights outside."""
+    w, x = randn(0, 3, 4).requires_grad_(), randn(1, 3, 4)
+    kept = []
+
+    def inside(x: Tensor) -> Tensor:
+        kept.append(x * w)
+        return x.sum()
+
+    torch.func.grad(inside)(x)
+    (got,) = torch.autograd.grad(flashgau.glu(*kept * 2).sum(), w)
+    product = x * w
+    (expected,) = torch.autograd.grad(flashgau.glu(product, product).sum(), w)
+    assert torch.equal(got, expected)
+
+
+def test_values_are_checked_under_transforms():
+    q = randn(0, 1, 2, 9, 4)
+    for options in ({"lengths": T([10])}, {"cu_seqlens": T([0, 7, 5, 9])}):
+        with pytest.raises(ValueError, match=r"attention: `(lengths|cu_seqlens)`"):
+            torch.func.grad(lambda q, options=options: flashgau.attention(q, q, q, **options).sum())(q)
+
+
+def test_an_axis_of_size_zero_cannot_be_mapped():
+    with pytest.raises(RuntimeError, match="flashgau::glu cannot be mapped over an axis of size 0"):
+        torch.vmap(flashgau.glu)(torch.empty(0, 3, 4))
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if "states" not in name])
+def test_without_values_there_are_shapes(name):
+    """Tensors on the device meta have no values: the results have only shapes, without work."""
+    call = CALLS[name]
+    meta = Call(call.name, *tree_map_only(Tensor, lambda x: x.to("meta"), (call.args, call.kwargs)))
+    for a, b in zip(outputs(meta()), outputs(call()), strict=True):
+        assert (a.device.type, a.shape, a.dtype) == ("meta", b.shape, b.dtype)
+
+
+@pytest.mark.parametrize("backend", backends_of("glu"))
+@pytest.mark.parametrize("name", [name for name in CALLS if "attention" not in name])
+def test_results_may_be_written_over(name, backend):
+    """As those of PyTorch's own operations: `y += x` after a layer. (Attention's backward needs its result.)"""
+    leaves = CALLS[name].leaves()
+    operands = [x for x in leaves.tensors() if x.requires_grad]
+    result = outputs(leaves(backend=backend))[0]
+    expected = torch.autograd.grad(3 * result.sum(), operands, retain_graph=True, allow_unused=True)
+    result.mul_(3)
+    for a, b in zip(torch.autograd.grad(result.sum(), operands, allow_unused=True), expected, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
 
 
 def test_a_profile_names_the_operators():
@@ -274,6 +329,8 @@ def test_forward_mode_is_refused(requires_grad):
         dual = torch.autograd.forward_ad.make_dual(x, tangent)
         with pytest.raises(RuntimeError, match="flashgau::glu has no forward-mode derivative"):
             flashgau.glu(dual)
+        with pytest.raises(RuntimeError, match="flashgau::glu has no forward-mode derivative"):
+            torch.func.grad(lambda x: flashgau.glu(x).sum())(dual)
         flashgau.glu(randn(2, 3, 4))  # which carries no tangent
 
 

@@ -49,7 +49,7 @@ ACTIVATIONS: dict[str, tuple[Forward, Backward]] = {
     ),
     "relu2": (
         lambda x, out: torch.clamp_min(x, 0, out=out).square_(),
-        lambda d, x, out: _aten.threshold_backward.grad_input(d, x, 0, grad_input=out).mul_(x).mul_(2),
+        lambda d, x, out: _aten.threshold_backward.grad_input(torch.mul(d, x, out=out), x, 0, grad_input=out).mul_(2),
     ),
     "gelu": _gelu("none"),
     "gelu_tanh": _gelu("tanh"),
@@ -98,7 +98,8 @@ def glu_backward(
     dup = torch.empty_like(up, memory_format=torch.contiguous_format) if up is not None else None
     gate, up = _halves(gate, up)
     dg, du = _halves(dgate, dup)
-    if _at_once(gate, activation, up_activation):
+    sigmoid = "sigmoid" in (activation, up_activation)  # whose derivative takes memory
+    if _at_once(gate, activation, up_activation) and not (sigmoid and activated is None):
         if up_activation != "identity":
             gate, up, dg, du, activation = up, gate, du, dg, up_activation
         value, derivative = ACTIVATIONS[activation]
@@ -124,24 +125,19 @@ def glu_linear_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """glu(x Wg^T + bg, x Wu^T + bu), and both pre-activations when the backward will want them (`save`)."""
     rows = _rows(x)
-    out = x.new_empty(rows.shape[0], w_gate.shape[0])
-    g_all = torch.empty_like(out) if save else None
-    u_all = torch.empty_like(out) if save else None
+    out = x.new_empty(*x.shape[:-1], w_gate.shape[0])
+    g, u = (torch.empty_like(out), torch.empty_like(out)) if save else (None, None)
+    out_rows = _rows(out)
     factor = factor_dtype(x)
     wg, wu = w_gate.to(factor).T, w_up.to(factor).T
     rooms = Rooms()
     for r in panels(rows):
         panel = rows[r].to(factor)
-        g, u = _affine(panel, wg, b_gate), _affine(panel, wu, b_up)
-        if g_all is not None and u_all is not None:
-            g_all[r], u_all[r] = g, u
-        _gated(g, u, activation, up_activation, out[r], rooms)
-    shape = (*x.shape[:-1], w_gate.shape[0])
-    return (
-        out.view(shape),
-        g_all.view(shape) if g_all is not None else None,
-        u_all.view(shape) if u_all is not None else None,
-    )
+        g_r, u_r = _affine(panel, wg, b_gate), _affine(panel, wu, b_up)
+        if g is not None and u is not None:
+            _rows(g)[r], _rows(u)[r] = g_r, u_r
+        _gated(g_r, u_r, activation, up_activation, out_rows[r], rooms)
+    return out, g, u
 
 
 def glu_linear_backward(

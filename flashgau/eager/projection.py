@@ -82,8 +82,9 @@ def parts_forward(
     factor = factor_dtype(x)
     weights = weight.to(factor).split(widths)
     biases = bias.to(factor).split(widths) if bias is not None else [None] * len(widths)
-    parts = [rows.new_empty(rows.shape[0], width) for width in widths]
-    saved = [torch.empty_like(part) for part in parts[:silu]] if save else []
+    results = [x.new_empty(*x.shape[:-1], width) for width in widths]
+    kept = [torch.empty_like(part) for part in results[:silu]] if save else []
+    parts, saved = ([t.view(rows.shape[0], t.shape[-1]) for t in tensors] for tensors in (results, kept))
     for r in panels(rows):
         panel = rows[r].to(factor)
         for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
@@ -97,8 +98,7 @@ def parts_forward(
                 before.copy_(h)
             if i < silu:
                 _silu_into(h, out)
-    shape = x.shape[:-1]
-    return [p.view(*shape, p.shape[-1]) for p in parts], [p.view(*shape, p.shape[-1]) for p in saved]
+    return results, kept
 
 
 def parts_backward(

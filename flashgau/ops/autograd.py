@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
+from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from .dispatch import implementation
@@ -30,6 +31,7 @@ def run(op: str, backend: str, function: str, *args: Any, **kwargs: Any) -> Any:
 
 _TENSORS = {Tensor, torch.nn.Parameter}
 _VALUES = {type(None), bool, int, float, str, list}
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 _library = torch.library.Library("flashgau", "FRAGMENT")
 
 
@@ -59,6 +61,8 @@ class Operator:
 
     def _mapped(self, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         """What torch.vmap gets: a call for each entry of the mapped axis. The results' axis is the first."""
+        if info.batch_size == 0:
+            raise RuntimeError(f"{self.name} cannot be mapped over an axis of size 0")
         calls = [
             self.overload(*(_entry(x, axis, i) for x, axis in zip(args, in_dims, strict=True)))
             for i in range(info.batch_size)
@@ -79,9 +83,14 @@ class Operator:
         overload, below = self.overload, torch._C._after_autograd_keyset
         returns_list = overload._schema.returns[0].type.kind() == "ListType"
 
-        def dispatched(keyset: Any, recorded: bool, *args: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd(), torch.set_grad_enabled(recorded):
+        def dispatched(keyset: Any, *args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
                 return overload.redispatch(keyset & below, *args)
+
+        def dispatched_to_transform(keyset: Any, *args: Any) -> Any:
+            # A Node records nothing of what runs inside, but the next transform of torch.func further out still does.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                return dispatched(keyset, *args)
 
         class Node(torch.autograd.Function):
             @staticmethod
@@ -105,13 +114,12 @@ class Operator:
 
         def on_autograd_key(keyset: Any, *args: Any) -> Any:
             _refuse_tangents(self.name, args)
-            enabled = torch.is_grad_enabled()
-            if not (enabled and torch._C._any_requires_grad(*args)):
-                return dispatched(keyset, enabled, *args)
-            # A Node records nothing of what runs inside. Under a transform of torch.func the next one out still does.
+            args = unwrap_dead_wrappers(args)
+            if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+                return dispatched(keyset, *args)
             transformed = keyset.has(torch._C.DispatchKey.FuncTorchDynamicLayerBackMode)
             with enable_single_level_autograd_function():
-                return differentiable(partial(dispatched, keyset, transformed), *args)
+                return differentiable(partial(dispatched_to_transform if transformed else dispatched, keyset), *args)
 
         Node.__name__ = Node.__qualname__ = self.name.replace("::", "_")
         self._differentiable = partial(differentiable, self._function)
@@ -158,10 +166,12 @@ def _observed(args: tuple[Any, ...]) -> bool:
         return True
     for x in args:
         kind = type(x)
-        if x.is_neg() if kind in _TENSORS else kind not in _VALUES:
+        if _is_special(x) if kind in _TENSORS else kind not in _VALUES:
             return True
     return (
         torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
@@ -186,9 +196,20 @@ def refuse_second_derivative(op: str, operator: Operator) -> None:
     operator.register_autograd(backward)
 
 
+def _is_special(x: Tensor) -> bool:
+    """Whether PyTorch has rules for x that its class does not tell: a view that negates, zeros without memory, no
+    values at all, a wrapper of a transform, even of one that has ended."""
+    return x.is_neg() or x.is_meta or x._is_zerotensor() or is_functorch_wrapped_tensor(x) or is_legacy_batchedtensor(x)
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether a backward may follow, so that the forward should save what only it can use."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether a backward may follow, so that the forward should save what only it can use.
+
+    A transform of torch.func may differentiate what does not say so: mapped tensors never do.
+    """
+    return torch.is_grad_enabled() and (
+        any(t is not None and t.requires_grad for t in tensors) or torch._C._are_functorch_transforms_active()
+    )
 
 
 def only_needed(ctx: Any, grads: list[Tensor | None]) -> list[Tensor | None]:

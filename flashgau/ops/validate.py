@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 
 _DENSE = torch.strided
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -220,12 +221,13 @@ class Arguments:
 
 def readable(x: Tensor) -> bool:
     """Whether the values can be looked at for free: on the CPU, and real rather than traced, mapped or fake."""
-    return (
-        not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and not torch._C._are_functorch_transforms_active()
-    )
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter):
+        return False
+    while is_functorch_wrapped_tensor(x):
+        if is_batchedtensor(x):
+            return False
+        x = get_unwrapped(x)
+    return True
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
