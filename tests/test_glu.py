@@ -197,6 +197,13 @@ def test_large_and_awkward_shapes(backend, shape):
             close(a, b)
 
 
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_minus_infinity_has_no_slope(backend, activation):
+    x = torch.tensor([-torch.inf, -1.0, 2.0])
+    _, (dgate, _) = gradients(Call("glu", (x, torch.ones_like(x)), {"activation": activation}))
+    assert dgate[0] == dgate[1] == 0
+
+
 @given(st.sampled_from(ACTIVATIONS))
 def test_saturation_is_finite(backend, activation):
     x = torch.tensor([-1e4, -100.0, -20.0, -0.0, 0.0, 20.0, 100.0, 1e4])

@@ -346,13 +346,14 @@ COMPILED = ["attention, all", "attention, causal", "glu", "glu_linear, biases", 
             "mixed_chunk, states"]  # fmt: skip
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiles_whole(name):
+def test_compiles_whole(name, dynamic):
     """One graph without a break, forward and backward, with the results of the plain call."""
     torch._dynamo.reset()
     call = CALLS[name]
     function = getattr(flashgau, call.name)
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
 
     def run(f: Callable[..., Any]) -> list[Tensor]:
         leaves = call.leaves()

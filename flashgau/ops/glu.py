@@ -150,7 +150,7 @@ def _keeps(gate: Tensor, up: Tensor | None, activation: str, up_activation: str,
         and gate.dtype != torch.float16  # which is computed in fp32
         and activation != "identity"
         and up_activation == "identity"
-        and gate.nbytes // (2 if up is None else 1) <= _KEPT_BYTES
+        and gate.numel() * gate.itemsize // (2 if up is None else 1) <= _KEPT_BYTES  # `nbytes` cannot be traced
     )
 
 
