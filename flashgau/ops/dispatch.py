@@ -93,7 +93,7 @@ def resolve(op: str, requested: str | None, device: torch.device, dtype: torch.d
         name, source = _known(op, "FLASHGAU_BACKEND", chosen), f"FLASHGAU_BACKEND={chosen}"
     else:
         return default_backend(op, device, dtype, width)
-    reason = explain(op, device, dtype, width)[name]
+    reason = _why_not_triton(op, device, dtype, width) if name == "triton" else None  # the others always can
     if reason is not None:
         raise RuntimeError(f"{op}: {source} cannot run this call: {reason}")
     return name
