@@ -32,7 +32,7 @@ def cases(device: str, quick: bool) -> list[Case]:
     if quick:
         return [_case("causal", {"B": 1, "H": 2, "D": 16}, n, "fp32", True, ()) for n in (64, 128)]
     if device == "cpu":
-        shape, lengths = {"B": 1, "H": 8, "D": 64}, (512, 1024, 2048, 4096, 8192)
+        shape, lengths = {"B": 1, "H": 8, "D": 64}, (512, 1024, 2048, 4096, 8192, 16384)
         return [_case("causal", shape, n, dtype, True, _cpu_goals()) for dtype in ("fp32", "bf16") for n in lengths]
     found = []
     for dim, heads in ((64, 32), (128, 16), (256, 8)):
