@@ -20,6 +20,26 @@ def packed_positions(n: int, cu_seqlens: Tensor) -> Tensor:
     return tokens - bounds[sequence.clamp(min=0)]
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Turn pairs of the leading channels of x (..., S) by angles whose cosine and sine (..., pairs) are given.
+
+    It is computed in the dtype of `cos` and returned in that of x.
+
+    Example:
+        >>> import torch
+        >>> quarter = torch.zeros(1), torch.ones(1)  # 90 degrees
+        >>> rotate(torch.tensor([1.0, 0.0, 7.0]), *quarter)
+        tensor([0., 1., 7.])
+    """
+    dim = 2 * cos.shape[-1]
+    turning = x[..., :dim].to(cos.dtype)
+    a, b = (turning[..., 0::2], turning[..., 1::2]) if interleaved else turning.chunk(2, dim=-1)
+    pair = (a * cos - b * sin, b * cos + a * sin)
+    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    turned = turned.to(x.dtype)
+    return turned if dim == x.shape[-1] else torch.cat((turned, x[..., dim:]), dim=-1)
+
+
 class RotaryEmbedding(nn.Module):
     """RoPE: pairs of channels turn by position * base^(-2i/dim), so that q.k depends on the distance only.
 
@@ -67,15 +87,7 @@ class RotaryEmbedding(nn.Module):
         angle = self.angles(x, start, positions)
         if angle.ndim == 3 and x.ndim == 4:
             angle = angle.unsqueeze(1)  # the same for every head
-        cos, sin = angle.cos(), angle.sin()
-
-        dim = 2 * angle.shape[-1]
-        turning = x[..., :dim].to(angle.dtype)
-        a, b = (turning[..., 0::2], turning[..., 1::2]) if self.interleaved else turning.chunk(2, dim=-1)
-        pair = (a * cos - b * sin, b * cos + a * sin)
-        turned = torch.stack(pair, dim=-1).flatten(-2) if self.interleaved else torch.cat(pair, dim=-1)
-        turned = turned.to(x.dtype)
-        return turned if dim == x.shape[-1] else torch.cat((turned, x[..., dim:]), dim=-1)
+        return rotate(x, angle.cos(), angle.sin(), interleaved=self.interleaved)
 
     def angles(self, x: Tensor, start: int | Tensor = 0, positions: Tensor | None = None) -> Tensor:
         """Angles of every pair at every token of x (..., N, S): (N, pairs) or (B, N, pairs), fp32 (fp64 for fp64)."""

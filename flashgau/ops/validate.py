@@ -166,6 +166,11 @@ class Arguments:
         self._floating_beside(name, x, _spelled(axes))
         self._shape(name, x, axes)
 
+    def indices(self, name: str, x: Any, axes: str) -> None:
+        """A tensor of int32 or int64 whose axes have these names."""
+        self._integers(name, x, (torch.int32, torch.int64))
+        self._shape(name, x, axes)
+
     def _floating_beside(self, name: str, x: Any, expected: str) -> None:
         assert self._first is not None
         if not isinstance(x, Tensor):
