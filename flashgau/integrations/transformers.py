@@ -1,0 +1,786 @@
+"""`flashgau.attention` and `flashgau.glu` inside the models of Hugging Face transformers (5.5 or later).
+
+transformers asks for attention in two places. Once per forward a *mask function* describes which keys every query
+sees; in every layer an *attention function* gets that description with queries, keys and values. What flashgau
+computes is "query at position p sees the keys p - left .. p + right of its own sequence", so the mask function's work
+is to cut the batch into sequences: a batch is laid end to end as one packed row, in which padding and unused slots of
+a cache are sequences of their own, with keys but without queries, or the reverse. No token is gathered or moved.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import re
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import flashgau
+
+__all__ = ["patch_glu", "register_attention"]
+
+_OLDEST = (5, 5)
+
+# A mask as it travels through a model: an int64 tensor (1, L, 1, 1), since a mask of four axes is what transformers
+# hands on untouched. Its first numbers are _HEADER; the rest is `lengths`, or cu_seqlens of queries and of keys, and
+# zeros. It stands on the axis of heads, longer than any model has heads: where a model adds its mask to scores by
+# itself, however it slices it before, the shapes do not fit.
+_HEADER, _LONGER_THAN_HEADS = 8, 1024
+_MAGIC = 0x666C617368676175  # "flashgau" in ASCII: tells our tensors from a mask that a user made
+_PLAIN, _LENGTHS, _PACKED = range(3)
+_UNBOUNDED = -1
+_FACTS, _AGREES = "_flashgau_facts", "_flashgau_agrees"
+
+# The largest number of elements of a block, when a mask is compared to what flashgau would compute.
+_BLOCK = 2**22
+
+# Arguments of a model that travel down to its attention and change nothing there. What is not among them is refused.
+_HARMLESS = {
+    "cache_position", "deterministic", "labels", "layer_idx", "max_length_k", "max_length_q", "num_items_in_batch",
+    "output_hidden_states", "output_router_logits", "position_embeddings", "position_ids", "return_dict", "seq_idx",
+    "use_cache",
+}  # fmt: skip
+
+
+class _Facts(NamedTuple):
+    """What a mask says that must be known on the host: the layers read it without waiting for the device."""
+
+    kind: int
+    left: int
+    right: int
+    batch: int
+    queries: int
+    keys: int
+    sequences: int
+
+
+class _Pattern(NamedTuple):
+    """Keys [p - left, p + right] of the same sequence; None is unbounded."""
+
+    left: int | None
+    right: int | None
+
+    def __str__(self) -> str:
+        kind = {0: "causal", None: "bidirectional"}.get(self.right, f"{self.right} keys ahead")
+        return kind if self.left is None else f"{kind} with {self.left} keys back"
+
+    @property
+    def self_attention(self) -> bool:
+        """Whether positions matter: then query i is itself a token of the keys, and may be padding."""
+        return self != (None, None)
+
+
+def register_attention(name: str = "FlashGAU") -> str:
+    """Make `attn_implementation=name` run `flashgau.attention` in models of transformers.
+
+    Registers an attention function and a mask function with transformers, for this process. Grouped queries, sliding
+    windows, softcap, sinks, attention dropout, left and right padding, dynamic and static caches and sequences
+    packed by `position_ids` are computed exactly; whatever else would change the result is refused by name. Output
+    rows of padding are 0. `docs/transformers.md` has the details.
+
+    Registering twice is harmless. transformers takes every implementation whose name contains "flash" (in lower
+    case) for flash-attn: it looks for that package, and models leave masking to it. Such names are refused, hence
+    the capitals.
+
+    Args:
+        name: of letters, digits and underscores, and not one that transformers has or treats specially.
+
+    Returns:
+        The name.
+
+    Raises:
+        ImportError: without transformers 5.5 or later.
+        TypeError, ValueError: for a name that is not a string, or is taken or special.
+
+    Example:
+        >>> from flashgau.integrations.transformers import register_attention
+        >>> model = AutoModelForCausalLM.from_pretrained(..., attn_implementation=register_attention()) # doctest: +SKIP
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"register_attention: `name` is {name!r}; expected a string")
+    special = [word for word in ("flash", "sdpa", "flex_attention", "eager", "paged") if word in name]
+    if special or not name.isidentifier():
+        reason = f"contains {special[0]!r}, to which transformers gives a meaning" if special else "is not one word"
+        raise ValueError(
+            f"register_attention: `name` is {name!r}, which {reason}; expected letters, digits and underscores, "
+            "such as 'FlashGAU'"
+        )
+    transformers = _transformers()
+    attention, mask = transformers.AttentionInterface, transformers.AttentionMaskInterface
+    if (name in attention() or name in mask()) and attention().get(name) is not _attention_forward:
+        raise ValueError(f"register_attention: `name` is {name!r}, which is registered already; expected another name")
+    attention.register(name, _attention_forward)
+    mask.register(name, torch.compiler.disable(_attention_mask))
+    return name
+
+
+# Masks
+
+
+def _attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> Tensor:
+    """The mask function that `register_attention` registers: called by transformers, once per forward.
+
+    Finds the sequences and the window of which `mask_function` and the padding consist. transformers' own patterns
+    are known by comparing functions; all others are evaluated in blocks and compared to what flashgau would compute.
+
+    Args:
+        batch_size: rows of the batch, B.
+        q_length: queries per row, M.
+        kv_length: keys per row, N, unused slots of a static cache included.
+        q_offset: position of the first query, an int or a tensor of one.
+        kv_offset: position of the first key.
+        mask_function: (b, h, q, k) -> whether query position q of row b sees key position k; causal unless given.
+        attention_mask: (B, positions), true or 1 for valid tokens.
+        local_size: the window of the model, if this mask has one.
+        use_vmap: whether `mask_function` must be evaluated through vmap.
+        device: of the result.
+        options: what other implementations are told.
+
+    Returns:
+        int64 (1, L, 1, 1), to be read by `_attention_forward` only.
+
+    Raises:
+        ValueError: for a mask that is not sequences and a window: what it lets which query see is named.
+    """
+    masking = importlib.import_module("transformers.masking_utils")
+    function = masking.causal_mask_function if mask_function is None else mask_function
+    window = [local_size] if isinstance(local_size, int) and local_size >= 1 else []
+    patterns = {
+        # First the one that is compared at every query: the others may match for want of queries that are tokens.
+        _Pattern(None, None): masking.bidirectional_mask_function,
+        _Pattern(None, 0): masking.causal_mask_function,
+        **{_Pattern(w - 1, 0): masking.sliding_window_causal_mask_function(w) for w in window},
+        **{_Pattern(w, w): masking.sliding_window_bidirectional_mask_function(w) for w in window},
+    }
+    if isinstance(q_offset, Tensor):
+        q_offset = q_offset.reshape(())  # (1,) in older versions of transformers
+    shift = q_offset - kv_offset  # query i stands where key i + shift does
+    place = _Place(batch_size, q_length, kv_length, shift, device)
+    if local_size == 0 and _same(function, masking.sliding_window_causal_mask_function(0)):
+        # Qwen2-MoE without windows makes such masks, for layers that it does not have. Nothing is seen, all gives 0.
+        return _encode(_LENGTHS, _Pattern(None, 0), place, torch.zeros(batch_size, dtype=torch.int64, device=device))
+    runs = _runs(attention_mask, q_offset, kv_offset, place)
+    pattern, borders = next((p for p, theirs in patterns.items() if _same(function, theirs)), None), None
+    if pattern is None:
+        if attention_mask is None and isinstance(shift, int) and shift == 0 and q_length == kv_length:
+            borders = _borders(function, kv_offset, place)
+        theirs = functools.partial(
+            masking.sdpa_mask, batch_size, kv_length=kv_length, kv_offset=kv_offset, mask_function=function,
+            attention_mask=attention_mask, allow_is_causal_skip=False, use_vmap=use_vmap, device=device,
+        )  # fmt: skip
+        pattern = _matching(
+            list(patterns), lambda i, n: theirs(q_length=n, q_offset=q_offset + i)[:, 0], runs, borders, place
+        )
+    return _describe(pattern, runs, borders, place)
+
+
+class _Place(NamedTuple):
+    """Sizes of a batch: query i of a row stands where key i + shift does."""
+
+    batch: int
+    queries: int
+    keys: int
+    shift: int | Tensor
+    device: torch.device | str
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the last query stands at the last key, as far as the host knows."""
+        return isinstance(self.shift, int) and self.shift + self.queries == self.keys
+
+
+class _Runs(NamedTuple):
+    """The keys of each row that are tokens: first .. end - 1, two tensors (B,); and what the host knows of them."""
+
+    first: Tensor
+    end: Tensor
+    padded: bool
+    on_the_right_only: bool
+    too_short: bool
+
+
+def _runs(mask: Tensor | None, q_offset: int | Tensor, kv_offset: int, place: _Place) -> _Runs:
+    """Where the tokens of each row are; a mask with holes is refused.
+
+    Waits for the device, once, if there is a mask.
+    """
+    zero = torch.zeros(place.batch, dtype=torch.int64, device=place.device)
+    if mask is None or not mask.numel() or not place.keys:
+        return _Runs(zero, zero + place.keys, False, True, False)
+    valid = mask[:, kv_offset : kv_offset + place.keys].bool()
+    valid = nn.functional.pad(valid, (0, place.keys - valid.shape[1]))  # slots of the cache that are not used yet
+    first = valid.int().argmax(1)
+    end = first + valid.sum(1)
+    key = torch.arange(place.keys, device=valid.device)
+    holes = (valid != (key >= first[:, None]) & (key < end[:, None])).any(1)
+    short = torch.as_tensor(q_offset + place.queries > mask.shape[1], device=valid.device)
+    told = torch.stack([holes.any(), ~valid.all(), (first == 0).all(), short]).tolist()  # the one wait
+    if told[0]:
+        row = int(holes.int().argmax())
+        raise ValueError(
+            f"flashgau: `attention_mask` is {_short(mask[row].int().tolist())} in row {row}, with a hole; expected one "
+            "run of valid tokens in every row, padded on the left, on the right or on both sides"
+        )
+    return _Runs(first, end, *told[1:])
+
+
+def _same(f: Any, g: Any) -> bool:
+    """Whether two functions are the same code over the same values."""
+    if isinstance(f, types.FunctionType) and isinstance(g, types.FunctionType):
+        cells = [[cell.cell_contents for cell in h.__closure__ or ()] for h in (f, g)]
+        return f is g or (
+            f.__code__ is g.__code__
+            and f.__globals__ is g.__globals__
+            and f.__defaults__ == g.__defaults__
+            and f.__kwdefaults__ == g.__kwdefaults__
+            and _same(*map(tuple, cells))
+        )
+    if isinstance(f, tuple) and isinstance(g, tuple):
+        return len(f) == len(g) and all(map(_same, f, g))
+    return f is g or (type(f) is int and type(g) is int and f == g)
+
+
+def _borders(function: Callable[..., Tensor], offset: int, place: _Place) -> Tensor | None:
+    """(B, M), whether a packed sequence begins there: at tokens that do not see the one before them.
+
+    A guess, to be verified: of functions that do not take index tensors it may be anything.
+    """
+    if place.queries < 2:
+        return None
+    q = torch.arange(1, place.queries, device=place.device)[None] + offset
+    rows = torch.arange(place.batch, device=place.device)[:, None]
+    try:
+        sees = function(rows, rows.new_zeros(()), q, q - 1).expand(place.batch, place.queries - 1)
+    except (RuntimeError, TypeError, IndexError, AttributeError):
+        return None  # verification will find out whether that matters
+    borders = nn.functional.pad(~sees, (1, 0), value=True)
+    return borders if bool(borders[:, 1:].any()) else None
+
+
+def _matching(
+    patterns: list[_Pattern],
+    theirs: Callable[[int, int], Tensor],
+    runs: _Runs,
+    borders: Tensor | None,
+    place: _Place,
+) -> _Pattern:
+    """The pattern that equals the mask `theirs(first query, number)` wherever the query is a token."""
+    key = torch.arange(place.keys, device=place.device)
+    first, end = runs.first[:, None, None], runs.end[:, None, None]
+    sequence = None if borders is None else borders.cumsum(1)
+    rows = max(1, _BLOCK // max(1, place.batch * place.keys))
+
+    def differences(pattern: _Pattern, i: int, visible: Tensor) -> Tensor:
+        at = torch.arange(i, i + visible.shape[1], device=place.device)[:, None] + place.shift
+        ours = (key >= first) & (key < end)
+        if pattern.left is not None:
+            ours = ours & (key >= at - pattern.left)
+        if pattern.right is not None:
+            ours = ours & (key <= at + pattern.right)
+        if sequence is not None:
+            ours = ours & (sequence[:, i : i + visible.shape[1], None] == sequence[:, None])
+        differs = ours != visible
+        return differs & (at >= first) & (at < end) if pattern.self_attention else differs
+
+    wrong = torch.zeros(len(patterns), dtype=torch.int64, device=place.device)
+    for i in range(0, place.queries, rows):
+        visible = theirs(i, min(rows, place.queries - i))
+        wrong += torch.stack([differences(pattern, i, visible).sum() for pattern in patterns])
+    numbers = wrong.tolist()
+    nearest = patterns[numbers.index(min(numbers))]
+    if min(numbers):
+        for i in range(0, place.queries, rows):
+            visible = theirs(i, min(rows, place.queries - i))
+            found = differences(nearest, i, visible).nonzero()
+            if len(found):
+                row, query, seen = found[0].tolist()
+                sees = "sees" if bool(visible[row, query, seen]) else "does not see"
+                break
+        raise ValueError(
+            f"flashgau: the model's mask is not one of sequences and a window: as {nearest} attention it would differ "
+            f"at {min(numbers)} places, first in row {row}, where query {i + query} {sees} key {seen}. Expected "
+            "causal, bidirectional, windowed or packed sequences, without blocks of another kind (images, prefixes, "
+            "chunks, mask functions of your own); attn_implementation='sdpa' or 'eager' can compute it"
+        )
+    return nearest
+
+
+def _describe(pattern: _Pattern, runs: _Runs, borders: Tensor | None, place: _Place) -> Tensor:
+    """The tensor that says `pattern` within the sequences that padding, cache and packing leave."""
+    if borders is not None:
+        starts = torch.cat([borders.flatten().nonzero()[:, 0], runs.end.new_full((1,), borders.numel())])
+        return _encode(_PACKED, pattern, place, starts, starts)
+    if not pattern.self_attention:
+        if not runs.padded:
+            return _encode(_PLAIN, pattern, place)
+        if runs.on_the_right_only and place.queries != place.keys:  # equal lengths would hide queries as well
+            return _encode(_LENGTHS, pattern, place, runs.end)
+        skipped, number, seen = (
+            torch.zeros_like(runs.end),
+            torch.full_like(runs.end, place.queries),
+            runs.end - runs.first,
+        )
+        return _encode(_PACKED, pattern, place, *_packed(skipped, number, runs.first, seen, place))
+
+    if runs.too_short:
+        raise ValueError(
+            "flashgau: `attention_mask` ends before the last query; expected it to cover the new tokens, too"
+        )
+    if pattern.right and not place.aligned:
+        raise ValueError(
+            f"flashgau: {place.queries} queries beside {place.keys} keys in a mask that is {pattern}; expected the "
+            "last query to stand at the last key"
+        )
+    if isinstance(place.shift, int) and place.shift + place.queries > place.keys:
+        raise ValueError(
+            f"flashgau: query {place.queries - 1} stands at key {place.shift + place.queries - 1} of {place.keys}"
+        )
+    if place.aligned and not runs.padded:
+        return _encode(_PLAIN, pattern, place)
+    if place.aligned and place.queries == place.keys and runs.on_the_right_only:
+        return _encode(_LENGTHS, pattern, place, runs.end)
+    start, stop = runs.first.clamp(min=place.shift), runs.end.clamp(max=place.shift + place.queries)
+    number = (stop - start).clamp(min=0)  # queries that are tokens
+    some = number > 0
+    skipped, seen = torch.where(some, start - place.shift, 0), torch.where(some, stop - runs.first, 0)
+    return _encode(_PACKED, pattern, place, *_packed(skipped, number, runs.first, seen, place))
+
+
+def _packed(skipped: Tensor, number: Tensor, first: Tensor, seen: Tensor, place: _Place) -> tuple[Tensor, Tensor]:
+    """cu_seqlens of queries and keys, all rows end to end: in each row `number` queries that see `seen` keys.
+
+    Before and after them come the others, apart: queries without keys, and keys (padding, unused slots) without
+    queries. Bottom-right alignment then holds for the tokens alone.
+    """
+    none = torch.zeros_like(number)
+    queries = [skipped, none, number, place.queries - skipped - number, none]
+    keys = [none, first, seen, none, place.keys - first - seen]
+    together = torch.stack([torch.stack(queries, 1), torch.stack(keys, 1)]).flatten(1)
+    q, k = nn.functional.pad(together.cumsum(1), (1, 0))
+    return q, k
+
+
+def _encode(kind: int, pattern: _Pattern, place: _Place, *data: Tensor) -> Tensor:
+    """Facts and data in one tensor, so that whatever moves or keeps the mask moves and keeps them all."""
+    left, right = (_UNBOUNDED if side is None else side for side in pattern)
+    sequences = len(data[0]) if data else 0
+    facts = _Facts(kind, left, right, place.batch, place.queries, place.keys, sequences)
+    header = torch.tensor([_MAGIC, *facts], dtype=torch.int64).to(place.device)
+    numbers = torch.cat([header, *(x.to(torch.int64) for x in data)])
+    mask = nn.functional.pad(numbers, (0, max(0, _LONGER_THAN_HEADS - len(numbers))))[None, :, None, None]
+    setattr(mask, _FACTS, tuple(facts))
+    return mask
+
+
+def _facts(mask: Any) -> _Facts:
+    """What the host must know of a mask; a copy of it that lost this (on another device) is read, which waits."""
+    known = getattr(mask, _FACTS, None)
+    if known is None:
+        ours = isinstance(mask, Tensor) and mask.dtype == torch.int64 and mask.shape == (1, mask.numel(), 1, 1)
+        values = mask.flatten()[:_HEADER].tolist() if ours and mask.numel() >= _LONGER_THAN_HEADS else [0]
+        if values[0] != _MAGIC:
+            what = (
+                f"a {mask.dtype} tensor of shape {tuple(mask.shape)}"
+                if isinstance(mask, Tensor)
+                else type(mask).__name__
+            )
+            raise ValueError(
+                f"flashgau: `attention_mask` of a layer is {what}; expected what flashgau's own mask function made, "
+                "from a mask (B, N) of valid tokens or none. Masks of four axes, and models that make masks without "
+                "transformers' masking_utils, need attn_implementation='sdpa' or 'eager'"
+            )
+        known = tuple(values[1:])
+        setattr(mask, _FACTS, known)
+    return _Facts(*known)
+
+
+# Attention
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that `register_attention` registers: called by the layers of a model.
+
+    What a query sees is in `attention_mask` alone, as in transformers' eager attention. Only without one (vision
+    models) does `is_causal`, or else `module.is_causal`, decide.
+
+    Args:
+        module: the layer.
+        query: (B, Hq, M, D).
+        key: (B, Hkv, N, D), Hq a multiple of Hkv.
+        value: (B, Hkv, N, E).
+        attention_mask: what `_attention_mask` returned, or None.
+        dropout: probability that an element of the attention matrix is dropped; layers pass 0 unless they train.
+        scaling: factor of the scores, 1/sqrt(D) unless given.
+        is_causal: without a mask, whether to hide the keys that follow a query.
+        softcap: bound of the scores.
+        s_aux: (Hq,) sinks: an extra logit per head in the softmax's denominator.
+        sliding_window: the layer's window; it is in the mask already.
+        cu_seq_lens_q: (G+1,) sequences packed in one row, as a data collator gives them. They must be the mask's.
+        cu_seq_lens_k: the same of the keys.
+        options: what else the model was called with; refused unless it is None or changes nothing here.
+
+    Returns:
+        (B, M, Hq, E), and None for the attention matrix, which is never formed.
+
+    Raises:
+        ValueError: for an option or a mask that would change the result and that flashgau does not have.
+    """
+    if options.pop("output_attentions", None):
+        raise ValueError("flashgau: `output_attentions` is True; expected False, since the matrix is never formed")
+    unknown = [name for name, x in options.items() if x is not None and name not in _HARMLESS]
+    if unknown:
+        raise ValueError(
+            f"flashgau: the layer {type(module).__name__} passes {', '.join(map(repr, unknown))} to its attention; "
+            "expected nothing that flashgau does not know. attn_implementation='sdpa' or 'eager' may take it"
+        )
+    batch, _, queries, _ = query.shape
+    keys = key.shape[2]
+    if attention_mask is None:
+        facts = _without_mask(module, query, keys, is_causal, sliding_window)
+    else:
+        facts = _facts(attention_mask)
+        if (facts.queries, facts.keys) != (queries, keys) or (facts.batch != batch and facts.kind != _PLAIN):
+            raise ValueError(
+                f"flashgau: `attention_mask` is for B = {facts.batch}, M = {facts.queries}, N = {facts.keys}; "
+                f"expected the layer's B = {batch}, M = {queries}, N = {keys}"
+            )
+    left, right = (None if side == _UNBOUNDED else side for side in (facts.left, facts.right))
+    if s_aux is not None and s_aux.dtype not in (torch.float32, query.dtype):
+        s_aux = s_aux.float()
+    lengths, q_ends, k_ends = _sequences(facts, attention_mask, query, cu_seq_lens_q, cu_seq_lens_k)
+    if q_ends is not None:
+        query, key, value = _end_to_end(query), _end_to_end(key), _end_to_end(value)
+    out = flashgau.attention(
+        query, key, value, causal=right == 0, window=(left, right), scale=scaling, softcap=softcap, sinks=s_aux,
+        lengths=lengths, cu_seqlens=q_ends, cu_seqlens_k=k_ends, dropout_p=float(dropout),
+    )  # fmt: skip
+    assert isinstance(out, Tensor)
+    if q_ends is not None:
+        return out[0].transpose(0, 1).unflatten(0, (batch, queries)), None
+    return out.transpose(1, 2), None
+
+
+def _end_to_end(x: Tensor) -> Tensor:
+    """(B, H, L, D) -> (1, H, B*L, D): a view of a tensor that lies as (B, L, H, D), as a projection leaves it."""
+    return x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
+
+
+def _without_mask(module: nn.Module, query: Tensor, keys: int, is_causal: bool | None, window: int | None) -> _Facts:
+    """What a layer that was given no mask means: everything, or the keys up to the query."""
+    batch, _, queries, _ = query.shape
+    causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
+    if causal is None:
+        raise ValueError(
+            f"flashgau: the layer {type(module).__name__} gives neither a mask nor `is_causal`; expected one of them"
+        )
+    if window is not None and window < max(queries, keys):
+        raise ValueError(f"flashgau: `sliding_window` is {window} without a mask; expected a mask that has the window")
+    if queries == 1 or not causal:
+        return _Facts(_PLAIN, _UNBOUNDED, _UNBOUNDED, batch, queries, keys, 0)
+    if queries != keys:
+        raise ValueError(
+            f"flashgau: {queries} queries and {keys} keys with `is_causal` and without a mask; expected equal numbers, "
+            "or a mask that says where the queries stand"
+        )
+    return _Facts(_PLAIN, _UNBOUNDED, 0, batch, queries, keys, 0)
+
+
+def _sequences(
+    facts: _Facts, mask: Tensor | None, query: Tensor, cu_q: Tensor | None, cu_k: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`lengths`, `cu_seqlens` and `cu_seqlens_k` for `flashgau.attention`."""
+    given = cu_q is not None or cu_k is not None
+    if given and (cu_q is None or cu_k is None):
+        raise ValueError("flashgau: one of `cu_seq_lens_q` and `cu_seq_lens_k` is None; expected both or neither")
+    if mask is None or facts.kind == _PLAIN:
+        if given and facts.batch != 1:
+            raise ValueError(f"flashgau: `cu_seq_lens_q` with a batch of {facts.batch}; expected one packed row")
+        return None, cu_q, cu_k
+    data = mask.flatten()[_HEADER:].to(query.device)[: 2 * facts.sequences]
+    if facts.kind == _LENGTHS:
+        if given:
+            raise ValueError("flashgau: `cu_seq_lens_q` with padding in `attention_mask`; expected one of them")
+        return data[: facts.sequences], None, None
+    ours = data[: facts.sequences], data[facts.sequences :]
+    if given and getattr(mask, _AGREES, None) is not cu_q:
+        for name, theirs, x in zip(("cu_seq_lens_q", "cu_seq_lens_k"), (cu_q, cu_k), ours, strict=True):
+            assert theirs is not None
+            if not torch.equal(theirs.unique_consecutive().to(x), x.unique_consecutive()):
+                raise ValueError(
+                    f"flashgau: `{name}` is {_short(theirs.tolist())}, but position_ids and attention_mask say "
+                    f"{_short(x.unique_consecutive().tolist())}; expected the same sequences"
+                )
+        setattr(mask, _AGREES, cu_q)  # the next layers need not wait for the same answer
+    return None, *ours
+
+
+def _short(values: list[int]) -> str:
+    return str(values) if len(values) <= 12 else f"[{', '.join(map(str, values[:8]))}, ..., {values[-1]}]"
+
+
+# Gated feed-forwards
+
+
+class _Form(NamedTuple):
+    """Names that a gated feed-forward gives to its parts; `up` is None where one projection makes [gate | up]."""
+
+    gate: str
+    up: str | None
+    down: str
+    activation: tuple[str, ...]
+    dropout: tuple[str, ...] = ()
+
+
+_FORMS = (
+    _Form("gate_proj", "up_proj", "down_proj", ("act_fn", "activation_fn", "act")),  # Llama and most others
+    _Form("gate_up_proj", None, "down_proj", ("activation_fn", "act_fn", "act")),  # Phi-3, GLM
+    _Form("wi_0", "wi_1", "wo", ("act",), ("dropout",)),  # T5 v1.1, mT5, UMT5
+    _Form("w1", "w3", "w2", ("act_fn", "act")),  # as in the published code of Llama
+    _Form("Wi", None, "Wo", ("act",), ("drop",)),  # ModernBERT
+    _Form("weights_in", None, "weights_out", ("act",)),  # DINOv2
+)
+_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "identity")
+
+
+def patch_glu(model: nn.Module) -> list[str]:
+    """Let the gated feed-forwards of a model of transformers run through flashgau, in place.
+
+    A module keeps its class, parameters, state dict, hooks and dtypes; its `forward` alone is replaced: by
+    `flashgau.glu_linear` where both projections are plain `torch.nn.Linear` (looked up at every call: no hooks,
+    adapters, quantisation or sharding), else by its own projections and `flashgau.glu`. `del module.forward` undoes it.
+
+    What a module computes is not inferred from its class's name. Its class's own forward is run, in fp64, on a copy
+    whose projections are small and random, over inputs from 0.01 to 1000, in evaluation and in training, and must
+    equal the new one to 1e-10 with one of flashgau's activations; so clipped or scaled variants are left alone.
+    Neither the model's weights nor its hooks take part, and weights may be on the meta device.
+
+    Source: Shazeer 2020, "GLU Variants Improve Transformer" (arXiv 2002.05202).
+
+    Args:
+        model: any module; the feed-forwards are found among its submodules.
+
+    Returns:
+        The names of all patched modules, in the order of `model.named_modules()`; the same when called again.
+
+    Raises:
+        TypeError: if `model` is not a module.
+        ValueError: if there is nothing to patch.
+
+    Warns:
+        UserWarning: names gated feed-forwards that are left alone because flashgau does not have their activation, or
+            because their forward has been replaced by somebody else.
+
+    Example:
+        >>> import torch
+        >>> from flashgau.integrations.transformers import patch_glu
+        >>> class MLP(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.gate_proj, self.up_proj = torch.nn.Linear(8, 16), torch.nn.Linear(8, 16)
+        ...         self.down_proj, self.act_fn = torch.nn.Linear(16, 8), torch.nn.SiLU()
+        ...     def forward(self, x):
+        ...         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        >>> patch_glu(torch.nn.Sequential(MLP(), torch.nn.ReLU()))
+        ['0']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch_glu: `model` is a {type(model).__name__}; expected a torch.nn.Module")
+    patched, foreign, replaced = [], [], []
+    for name, module in model.named_modules():
+        form = _form_of(module)
+        if form is None:
+            continue
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, functools.partial) and forward.func is _gated_forward:
+            patched.append(name)
+            continue
+        activation, gated = _activation_of(module, form)
+        if not gated:
+            continue
+        if forward is not None:
+            replaced.append(name)
+        elif activation is None:
+            foreign.append(f"{name} ({_activation_name(module, form)})")
+        else:
+            # Not a bound method: a partial of a module-level function can be pickled and deep-copied with its module.
+            module.forward = functools.partial(_gated_forward, module, form, activation)
+            patched.append(name)
+    if foreign:
+        _warn(f"left alone, since flashgau does not have their activation: {', '.join(foreign)}")
+    if replaced:
+        _warn(f"left alone, since their forward has been replaced by other code: {', '.join(replaced)}")
+    if not patched:
+        forms = "; ".join(", ".join(filter(None, form[:3])) for form in _FORMS)
+        raise ValueError(
+            f"patch_glu: nothing to patch in {type(model).__name__}; expected submodules that compute "
+            f"down(activation(gate(x)) * up(x)) with projections named {forms}, and an activation among "
+            f"{', '.join(_ACTIVATIONS)}"
+        )
+    return patched
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"patch_glu: {message}", UserWarning, stacklevel=3)
+
+
+def _form_of(module: nn.Module) -> _Form | None:
+    """The form whose parts are exactly the module's children."""
+    children = set(module._modules)
+    if module._parameters or module._buffers:
+        return None
+    for form in _FORMS:
+        parts = {part for part in form[:3] if isinstance(part, str)}
+        if parts <= children and children - parts <= {*form.activation, *form.dropout}:
+            return form
+    return None
+
+
+def _activation_name(module: nn.Module, form: _Form) -> str:
+    return type(_named(module, form.activation)).__name__
+
+
+def _named(module: nn.Module, names: tuple[str, ...]) -> Any:
+    """The first of the attributes that the module has, or None."""
+    return next((getattr(module, name) for name in names if getattr(module, name, None) is not None), None)
+
+
+def _activation_of(module: nn.Module, form: _Form) -> tuple[str | None, bool]:
+    """The activation with which the new forward equals the old one, and whether the module is such a gated unit at
+    all, if only with an activation that flashgau does not have."""
+    try:
+        with torch.device("cpu"):  # also where the caller makes everything on another
+            small = _small(module, form)
+            for activation in _ACTIVATIONS:
+                if _agree(small, form, activation):
+                    return activation, True
+            for name in form.activation:  # would it agree if its activation were another?
+                if callable(getattr(small, name, None)):
+                    small._modules.pop(name, None)
+                    object.__setattr__(small, name, nn.functional.silu)
+                    return None, _agree(small, form, "silu")
+    except Exception:  # whatever a forward of unknown kind raises on such a copy, it is not the one looked for
+        return None, False
+    return None, False
+
+
+def _small(module: nn.Module, form: _Form) -> nn.Module:
+    """A module of the same class and settings on the CPU, with random projections 6 -> 10 -> 6 in fp64."""
+    small = module.__class__.__new__(module.__class__)
+    nn.Module.__init__(small)
+    internal = set(small.__dict__)
+    small.__dict__.update({k: v for k, v in module.__dict__.items() if k not in internal and k != "forward"})
+    width = 10 if form.up else 20
+    sizes = {form.gate: (6, width), form.up or form.gate: (6, width), form.down: (10, 6)}
+    generator = torch.Generator().manual_seed(0)
+    for name, child in module._modules.items():
+        if name not in sizes:
+            small._modules[name] = copy.deepcopy(child)
+            continue
+        bias = getattr(child, "bias", None) is not None
+        linear = nn.Linear(*sizes[name], bias=bias, device="meta", dtype=torch.float64).to_empty(device="cpu")
+        for parameter in linear.parameters():
+            parameter.data.normal_(generator=generator)
+        small._modules[name] = linear
+    return small
+
+
+def _agree(small: nn.Module, form: _Form, activation: str) -> bool:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 12, 6, dtype=torch.float64, generator=generator) * torch.logspace(-2, 3, 12)[:, None].double()
+    for training in (False, True):
+        small.train(training)
+        results = []
+        for forward in (type(small).forward, lambda m, x: _gated_forward(m, form, activation, x)):
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), flashgau.use_backend("eager"):
+                torch.manual_seed(2)  # the same dropout
+                results.append(forward(small, x))
+        theirs, ours = results
+        if not isinstance(theirs, Tensor) or theirs.shape != ours.shape or theirs.dtype != ours.dtype:
+            return False
+        scale = theirs.abs().amax(-1, keepdim=True)
+        if not bool(((theirs - ours).abs() <= 1e-10 * scale).all()):
+            return False
+    return True
+
+
+def _gated_forward(module: nn.Module, form: _Form, activation: str, *args: Any, **options: Any) -> Any:
+    """down(dropout(activation(gate(x)) * up(x))), in the module's own parts."""
+    named = _named(module, form.activation)
+    if len(args) != 1 or options or (isinstance(named, nn.Module) and _watched(named)):
+        return type(module).forward(module, *args, **options)
+    hidden_states = args[0]
+    gate, down = getattr(module, form.gate), getattr(module, form.down)
+    up = getattr(module, form.up) if form.up else None
+    if up is None:
+        hidden = flashgau.glu(gate(hidden_states), activation=activation)
+    elif _plain(gate) and _plain(up):
+        hidden = flashgau.glu_linear(hidden_states, gate.weight, up.weight, gate.bias, up.bias, activation=activation)
+    else:
+        hidden = flashgau.glu(gate(hidden_states), up(hidden_states), activation=activation)
+    dropout = _named(module, form.dropout)
+    if dropout is not None:
+        hidden = dropout(hidden)
+    weight = getattr(down, "weight", None)
+    if form.gate == "wi_0" and isinstance(weight, Tensor) and weight.dtype not in (hidden.dtype, torch.int8):
+        hidden = hidden.to(weight.dtype)  # T5 keeps `wo` in fp32 beside half precision
+    return down(hidden)
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class's forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__ or nn.modules.module._has_any_global_hook()
+
+
+def _plain(linear: nn.Module) -> bool:
+    """Whether the module is torch.nn.Linear and nothing else, so that its weight may be used without calling it."""
+    if type(linear) is not nn.Linear or _watched(linear):
+        return False
+    weights = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
+    return all(type(w) in (nn.Parameter, Tensor) and w.dtype.is_floating_point for w in weights)
+
+
+def _transformers() -> Any:
+    """The package of that name, which is not this module, in a version that has what is needed."""
+    expected = f"expected transformers {'.'.join(map(str, _OLDEST))} or later"
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as error:
+        raise ImportError(f"register_attention: transformers cannot be imported ({error}); {expected}") from error
+    version = re.match(r"(\d+)\.(\d+)", transformers.__version__)
+    if version is None or tuple(map(int, version.groups())) < _OLDEST:
+        raise ImportError(f"register_attention: this is transformers {transformers.__version__}; {expected}")
+    return transformers
