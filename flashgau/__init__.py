@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import convert, kernels, models, nn, reference, training
+    from . import convert, distributed, integrations, kernels, models, nn, reference, training
     from .ops.attention import attention
     from .ops.bias import alibi_bias, rotary_bias, t5_bias
     from .ops.compare import Report, compare
@@ -32,9 +32,11 @@ __all__ = [
     "attention",
     "compare",
     "convert",
+    "distributed",
     "gau_attention",
     "glu",
     "glu_linear",
+    "integrations",
     "kernels",
     "mixed_chunk_attention",
     "mixed_chunk_step",
@@ -47,7 +49,7 @@ __all__ = [
     "use_backend",
 ]
 
-_SUBMODULES = ("convert", "kernels", "models", "nn", "reference", "training")
+_SUBMODULES = ("convert", "distributed", "integrations", "kernels", "models", "nn", "reference", "training")
 
 
 def __getattr__(name: str) -> Any:

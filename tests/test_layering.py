@@ -20,6 +20,8 @@ ALLOWED: dict[str, set[str]] = {
     "nn": OPS,
     "models": {"nn", *OPS},
     "convert": {"models", "nn", *OPS},
+    "integrations": {"nn", *OPS},
+    "distributed": {"nn", *OPS},
     "training": {"models", "nn", *OPS},
     "cli": {"bench", "training", "convert", "models", "nn", *OPS},
 }

@@ -1,0 +1,197 @@
+"""`context_parallel_attention`: heads for tokens, attention as ever, and back (Ulysses)."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashgau.ops.attention import attention
+from flashgau.ops.validate import Arguments, autocast
+
+from .agreement import Note, Team, checksum, digest, no_tokens, not_compiled, ranges, shares, stand_in, wanted, wanting
+from .exchange import Turn, exchange
+
+_OP = "context_parallel_attention"
+
+
+@not_compiled
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    rel_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`flashgau.attention` over sequences whose tokens are spread over the processes of a group.
+
+    Each process holds a slice of the tokens, in the order of ranks; slices may differ in length, and be empty. All to
+    all, every process gets all tokens of some heads, attends there, and sends each slice of the result back. So every
+    option means the whole sequence, exactly as in `flashgau.attention`, and causal work is shared evenly.
+
+    Query heads are divided among the processes in order. With fewer key heads than processes, several processes get
+    the same key head, for some of its query heads each.
+
+    Every process of the group must call this, and run the backward if any of them does: a process that does not
+    leaves the others waiting. The host waits once per call, for what the processes say of their arguments.
+
+    Source: Jacobs et al. 2023, "DeepSpeed Ulysses" (arXiv 2309.14509), section 3.
+
+    Args:
+        q: this process's queries (B, Hq, m, D), fp16, bf16, fp32 or fp64; M is the sum of m over the processes.
+        k: its keys (B, Hkv, n, D); N is the sum of n. Queries and keys may be cut differently.
+        v: its values (B, Hkv, n, E).
+        group: the processes, the default group unless given. gloo sends CPU tensors, nccl CUDA tensors.
+        causal: as in `flashgau.attention`, like all that follow; the same in every process.
+        scale: factor of q k^T, 1/sqrt(D) unless given.
+        window: (left, right): only keys in [p - left, p + right] are seen.
+        softcap: bound of the scores before bias and mask.
+        rel_bias: (..., 2P-1), broadcastable to (B, Hq, 2P-1), whole in every process, P >= the longest sequence. Its
+            gradient in a process is that of the process's heads: the sum over the processes is the gradient.
+        sinks: (Hq,), whole in every process; its gradient likewise.
+        lengths: (B,) valid tokens of each whole row.
+        cu_seqlens: (G+1,) offsets in the whole row.
+        cu_seqlens_k: the same for the keys.
+        dropout_p: probability that an element of P is dropped.
+        dropout_seed: the same in every process, or None: then the first process draws it, from PyTorch's default
+            generator (as all do, so that their generators stay together). Which elements are kept depends on it and on
+            the number of processes: each one numbers its heads from 0, so each but the first hashes the seed with its
+            rank.
+        return_lse: also return the log-sum-exp of this process's rows, (B, Hq, m) fp32, differentiable.
+        backend: "triton", "eager", "reference" or None for the best that can run.
+
+    Returns:
+        This process's slice (B, Hq, m, E) of the result, in the dtype of q, or a pair with the log-sum-exp. Gradients
+        of q, k and v are those of the whole, too.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised, or a backend that was asked for cannot run the call.
+        TypeError, ValueError: for wrong arguments by name, for more processes than query heads, and for arguments
+            that differ between processes. What is wrong in one process raises an error in all, before any tensor is
+            sent; values of rel_bias and sinks are not compared.
+
+    Example:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from flashgau.distributed import context_parallel_attention
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun: without arguments
+        >>> q, k, v = torch.randn(3, 2, 8, 100, 64)  # this process's tokens
+        >>> context_parallel_attention(q, k, v, causal=True).shape
+        torch.Size([2, 8, 100, 64])
+        >>> dist.destroy_process_group()
+    """
+    team = Team.of(_OP, group)
+    q, k, v = autocast(q, k, v)
+    options: dict[str, Any] = {
+        "causal": causal, "scale": scale, "window": window, "softcap": softcap, "dropout_p": dropout_p,
+        "return_lse": return_lse, "backend": backend,
+    }  # fmt: skip
+
+    def check() -> Note:
+        args = Arguments(_OP)
+        args.tensor("q", q, "B Hq M D")
+        args.tensor("k", k, "B Hkv N D")
+        args.tensor("v", v, "B Hkv N E")
+        team.check_device("q", q)
+        with torch.no_grad():  # sequences without tokens: all checks of the options, and no work
+            attention(
+                q[:, :, :0], k[:, :, :0], v[:, :, :0], rel_bias=rel_bias, sinks=sinks, lengths=no_tokens(lengths),
+                cu_seqlens=no_tokens(cu_seqlens), cu_seqlens_k=no_tokens(cu_seqlens_k),
+                dropout_seed=0 if dropout_seed is None else dropout_seed, **options,
+            )  # fmt: skip
+        heads = args.sizes["Hq"]
+        if heads < team.size:
+            args.fail("q", f"has Hq = {heads} heads", f"at least one for each of the {team.size} processes")
+        seed, drawn = _seeds(dropout_p, dropout_seed, q.device)
+        return Note(
+            sizes={name: args.sizes[name] for name in ("B", "Hq", "Hkv", "D", "E")},
+            options={
+                **{name: digest(value) for name, value in options.items()},
+                "q.dtype": digest(q.dtype), "q.device": digest(q.device.type),
+                "rel_bias": digest(rel_bias), "sinks": digest(sinks), "lengths": checksum(lengths),
+                "cu_seqlens": checksum(cu_seqlens), "cu_seqlens_k": checksum(cu_seqlens_k), "dropout_seed": seed,
+                "torch.is_grad_enabled()": torch.is_grad_enabled(),
+            },
+            own={
+                "M": args.sizes["M"], "N": args.sizes["N"], "drawn": drawn,
+                "needs": wanting((q, k, v)), "shared": wanting((rel_bias, sinks)),
+            },
+        )  # fmt: skip
+
+    agreed = team.agree(check)
+    batch, heads, _, width = q.shape
+    kv_heads = k.shape[1]
+    queries, keys = agreed["M"], agreed["N"]
+    args = Arguments(_OP)  # the whole: alike in all processes, so that they raise alike
+    args.tensor("q", stand_in(q, batch, heads, sum(queries), width), "B Hq M D")
+    args.tensor("k", stand_in(k, batch, kv_heads, sum(keys), width), "B Hkv N D")
+    longest = args.sequences(lengths, cu_seqlens, cu_seqlens_k)
+    args.relative_bias(rel_bias, "B Hq", longest)
+
+    q_heads, k_heads = _heads(heads, kv_heads, team.size)
+    start, stop = q_heads[team.rank]
+    if rel_bias is not None and rel_bias.dim() > 1 and rel_bias.shape[-2] > 1:
+        rel_bias = rel_bias[..., start:stop, :]
+    seed = (agreed["drawn"] if dropout_seed is None else agreed["dropout_seed"])[0]
+    turns = [
+        Turn(1, slices, 2, tuple(tokens)) for slices, tokens in ((q_heads, queries), (k_heads, keys), (k_heads, keys))
+    ]
+    needed = wanted(agreed["needs"], 3)
+    given: list[Any] = exchange(team, (q, k, v), turns, needed)
+    result = attention(
+        *given, rel_bias=rel_bias, sinks=None if sinks is None else sinks[start:stop], lengths=lengths,
+        cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, dropout_seed=_of_rank(seed, team.rank), **options,
+    )  # fmt: skip
+    results = result if isinstance(result, tuple) else (result,)
+    back = Turn(2, ranges(queries), 1, tuple(b - a for a, b in q_heads))
+    need = any(needed) or any(agreed["shared"])
+    out, *lse = exchange(team, results, [back] * len(results), [need] * len(results))
+    assert out is not None
+    return (out, lse[0]) if lse and lse[0] is not None else out
+
+
+def _heads(
+    heads: int, kv_heads: int, processes: int
+) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+    """The query heads and the key heads of each process, as (first, last + 1); no process is without a query head."""
+    group = heads // kv_heads
+    if kv_heads >= processes:
+        k_heads = ranges(shares(kv_heads, processes))
+        return tuple((group * a, group * b) for a, b in k_heads), k_heads
+    together = shares(processes, kv_heads)  # so many processes for each key head: at most `group`
+    counts = [share for some in together for share in shares(group, some)]
+    owners = [head for head, some in enumerate(together) for _ in range(some)]
+    return ranges(counts), tuple((head, head + 1) for head in owners)
+
+
+def _seeds(p: float, seed: int | Tensor | None, device: torch.device) -> tuple[int | Tensor, int | Tensor]:
+    """What stands for the given seed, and one drawn in its place; both without meaning where nothing is dropped."""
+    if p == 0:
+        return 0, 0
+    if seed is None:
+        return digest(None), torch.randint(2**62, (1,), dtype=torch.int64, device=device)[0]
+    return seed.reshape(()) if isinstance(seed, Tensor) else int(seed), 0
+
+
+def _of_rank(seed: int, rank: int) -> int:
+    """A seed for each process: the first has the common one, as if it were alone."""
+    # Hashed rather than added to: the seeds of a run are often numbers that follow each other.
+    if rank == 0:
+        return seed
+    return int.from_bytes(hashlib.blake2b(f"{seed} {rank}".encode(), digest_size=8).digest(), "little", signed=True)

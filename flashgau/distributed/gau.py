@@ -1,0 +1,144 @@
+"""`context_parallel_gau`: narrow queries and keys to everyone, columns of the wide values and gate to each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashgau.ops.gau import gau_attention
+from flashgau.ops.validate import Arguments, autocast
+
+from .agreement import Note, Team, checksum, digest, no_tokens, not_compiled, ranges, shares, stand_in, wanted, wanting
+from .exchange import Turn, exchange
+
+_OP = "context_parallel_gau"
+_UNIT = 16  # columns: rows of whole units stay aligned, as kernels read them fastest
+
+
+@not_compiled
+def context_parallel_gau(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
+    score: str = "relu2",
+    normalizer: str | float = "keys",
+    causal: bool = False,
+    rel_bias: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`flashgau.gau_attention` over sequences whose tokens are spread over the processes of a group.
+
+    Each process holds a slice of the tokens, in the order of ranks; slices may differ in length, and be empty. Every
+    process gets all queries and keys, which are narrow, and all tokens of some columns of the values and the gate,
+    which are wide; it computes these columns of the result, and sends each slice of them back. So every score and
+    option means the whole sequence, exactly as in `flashgau.gau_attention`, and causal work is shared evenly.
+
+    The price: each of R processes computes all scores, N^2 (S + E/R) multiplications where a fair share were
+    N^2 (S + E) / R (half of both if causal). With S = 128, E = 2048 and R = 8 that is 1.4 times as much.
+
+    Every process of the group must call this, and run the backward if any of them does: a process that does not
+    leaves the others waiting. The host waits once per call, for what the processes say of their arguments.
+
+    Source: Hua et al. 2022, "Transformer Quality in Linear Time" (arXiv 2202.10447), section 3.1, for the operation.
+
+    Args:
+        q: this process's queries (B, m, S), fp16, bf16, fp32 or fp64; M is the sum of m over the processes.
+        k: its keys (B, n, S); N is the sum of n. Queries and keys may be cut differently.
+        v: its values (B, n, E), with E at least the number of processes.
+        gate: (B, m, E) or None for no gate.
+        group: the processes, the default group unless given. gloo sends CPU tensors, nccl CUDA tensors.
+        score: as in `flashgau.gau_attention`, like all that follow; the same in every process.
+        normalizer: n of the scores "relu2" and "laplace": "keys", "row" or a number.
+        causal: hide keys after the query's position.
+        rel_bias: (..., 2P-1), broadcastable to (B, 2P-1), whole in every process, P >= the longest sequence. Its
+            gradient in a process is that of the process's columns: the sum over the processes is the gradient.
+        lengths: (B,) valid tokens of each whole row.
+        cu_seqlens: (G+1,) offsets in the whole row.
+        backend: "triton", "eager", "reference" or None for the best that can run.
+
+    Returns:
+        This process's slice (B, m, E) of the result, in the dtype of q. Gradients of q, k, v and gate are those of the
+        whole, too; those of q and k in half precision are sums of R rounded parts.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised, or a backend that was asked for cannot run the call.
+        TypeError, ValueError: for wrong arguments by name, for more processes than columns, and for arguments that
+            differ between processes. What is wrong in one process raises an error in all, before any tensor is sent;
+            values of rel_bias are not compared.
+
+    Example:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from flashgau.distributed import context_parallel_gau
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun: without arguments
+        >>> q, k = torch.randn(2, 1, 50, 16)  # this process's tokens
+        >>> v, gate = torch.randn(2, 1, 50, 96)
+        >>> context_parallel_gau(q, k, v, gate, causal=True, normalizer="row").shape
+        torch.Size([1, 50, 96])
+        >>> dist.destroy_process_group()
+    """
+    team = Team.of(_OP, group)
+    q, k, v, gate = autocast(q, k, v, gate)
+    options: dict[str, Any] = {"score": score, "normalizer": normalizer, "causal": causal, "backend": backend}
+
+    def check() -> Note:
+        args = Arguments(_OP)
+        args.tensor("q", q, "B M S")
+        args.tensor("k", k, "B N S")
+        args.tensor("v", v, "B N E")
+        if gate is not None:
+            args.tensor("gate", gate, "B M E")
+        team.check_device("q", q)
+        with torch.no_grad():  # sequences without tokens: all checks of the options, and no work
+            gau_attention(
+                q[:, :0], k[:, :0], v[:, :0], None if gate is None else gate[:, :0], rel_bias=rel_bias,
+                lengths=no_tokens(lengths), cu_seqlens=no_tokens(cu_seqlens), **options,
+            )  # fmt: skip
+        columns = args.sizes["E"]
+        if columns < team.size:
+            args.fail("v", f"has E = {columns} columns", f"at least one for each of the {team.size} processes")
+        return Note(
+            sizes={name: args.sizes[name] for name in ("B", "S", "E")},
+            options={
+                **{name: digest(value) for name, value in options.items()},
+                "q.dtype": digest(q.dtype), "q.device": digest(q.device.type), "gate": digest(gate is None),
+                "rel_bias": digest(rel_bias), "lengths": checksum(lengths), "cu_seqlens": checksum(cu_seqlens),
+                "torch.is_grad_enabled()": torch.is_grad_enabled(),
+            },
+            own={
+                "M": args.sizes["M"], "N": args.sizes["N"],
+                "needs": wanting((q, k, v, gate)), "shared": wanting((rel_bias,)),
+            },
+        )  # fmt: skip
+
+    agreed = team.agree(check)
+    batch, _, width = q.shape
+    queries, keys = agreed["M"], agreed["N"]
+    args = Arguments(_OP)  # the whole: alike in all processes, so that they raise alike
+    args.tensor("q", stand_in(q, batch, sum(queries), width), "B M S")
+    args.tensor("k", stand_in(k, batch, sum(keys), width), "B N S")
+    longest = args.sequences(lengths, cu_seqlens)
+    args.relative_bias(rel_bias, "B", longest)
+
+    total = v.shape[-1]
+    counts = shares(total, team.size, _UNIT if total % _UNIT == 0 and total >= _UNIT * team.size else 1)
+    everything, columns = ((0, width),) * team.size, ranges(counts)
+    turns = [
+        Turn(2, slices, 1, tuple(tokens))
+        for slices, tokens in ((everything, queries), (everything, keys), (columns, keys), (columns, queries))
+    ]
+    needed = wanted(agreed["needs"], 4)
+    given: list[Any] = exchange(team, (q, k, v, gate), turns, needed)
+    result = gau_attention(*given, rel_bias=rel_bias, lengths=lengths, cu_seqlens=cu_seqlens, **options)
+    need = any(needed) or any(agreed["shared"])
+    (out,) = exchange(team, (result,), [Turn(1, ranges(queries), 2, tuple(counts))], [need])
+    assert out is not None
+    return out
