@@ -161,7 +161,7 @@ def context_parallel_mixed_chunk(
 
 
 def _sums_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _blocks(x: Tensor) -> Iterator[slice]:

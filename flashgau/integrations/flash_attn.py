@@ -18,6 +18,8 @@ from flashgau.ops.attention import attention
 from flashgau.ops.bias import alibi_bias
 from flashgau.ops.validate import Arguments, readable
 
+from .packing import end_to_end
+
 __all__ = [
     "flash_attn_func",
     "flash_attn_kvpacked_func",
@@ -198,16 +200,16 @@ def flash_attn_varlen_func(
             args.fail(f"max_seqlen_{side}", f"is {given}", f"at least {actual}, the longest sequence")
         longest = max(longest, int(given))
     args.sizes["G"] = cu_seqlens_q.shape[0] - 1
+    capacity = 0 if block_table is None else _pages(args, block_table, "G")
+    bias = _alibi(args, alibi_slopes, max(longest, capacity), "G")
     if block_table is not None:
         lengths = cu_seqlens_k.diff().long()
-        _pages(args, block_table, lengths, "G")
-        capacity = args.sizes["width"] * args.sizes["page"]
-        longest = max(longest, capacity)
+        if readable(lengths) and len(lengths) and (most := int(lengths.max())) > capacity:
+            got = f"holds {args.sizes['width']} pages of {args.sizes['page']} tokens a sequence"
+            args.fail("block_table", got, f"room for {most} tokens")
         k, v = (x[block_table.long()].flatten(0, 2) for x in (k, v))
         begin = torch.zeros_like(lengths)
         cu_seqlens_q, cu_seqlens_k = _segments(cu_seqlens_q.diff().long(), begin, lengths, capacity)
-    bias = _alibi(args, alibi_slopes, longest, "G")
-    if block_table is not None:
         bias = _of_segments(bias)
     out, lse = _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, bias, dropout_p=dropout_p, **options)
     return _result(out, lse, return_attn_probs)
@@ -407,9 +409,7 @@ def _packed(
 def _segments(queries: Tensor, begin: Tensor, end: Tensor, held: int) -> tuple[Tensor, Tensor]:
     """Rows of `held` tokens as one packed row: (queries, keys) is cut into (0, before), (M, valid), (0, behind)."""
     none = torch.zeros_like(queries)
-    cu_q = torch.stack([none, queries, none], 1).flatten().cumsum(0)
-    cu_k = torch.stack([begin, end - begin, held - end], 1).flatten().cumsum(0)
-    return tuple(torch.nn.functional.pad(cu, (1, 0)).to(torch.int32) for cu in (cu_q, cu_k))  # type: ignore[return-value]
+    return end_to_end((none, begin), (queries, end - begin), (none, held - end))
 
 
 def _of_segments(bias: Tensor | None) -> Tensor | None:
@@ -419,7 +419,7 @@ def _of_segments(bias: Tensor | None) -> Tensor | None:
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
     """Rotate x (B, T, H, D) by the tables' rows at `positions` (B, T), in fp32 (fp64 for fp64 tables)."""
-    kind = torch.float64 if cos.dtype == torch.float64 else torch.float32
+    kind = torch.promote_types(cos.dtype, torch.float32)
     cos, sin = (table[positions][:, :, None].to(kind) for table in (cos, sin))
     return rotate(x, cos, sin, interleaved=interleaved)
 
@@ -450,9 +450,8 @@ def _options(
         args.fail("window_size", f"is {window!r}", "a pair (left, right) of whole numbers, -1 for open", TypeError)
     for i, side in enumerate(window):
         args.integer(f"window_size[{i}]", side, -1, "a whole number >= 0, or -1 for open")
-    heads, kv_heads = args.sizes["Hq"], args.sizes["Hkv"]
-    if (kv_heads == 0 or heads % kv_heads) and (heads or kv_heads):
-        args.fail("q", f"has {heads} heads", f"a multiple of {kv_heads}, the heads of the keys")
+    if not args.heads_in_groups():
+        args.fail("q", f"has {args.sizes['Hq']} heads", f"a multiple of {args.sizes['Hkv']}, the heads of the keys")
     seen = tuple(None if side == -1 else int(side) for side in window)
     return {
         "causal": causal,
@@ -478,13 +477,12 @@ def _within(args: Arguments, name: str, x: Tensor, low: Any, high: Any, expected
         args.fail(name, f"is {x.tolist()}", expected)
 
 
-def _pages(args: Arguments, table: Any, lengths: Tensor, rows: str) -> None:
+def _pages(args: Arguments, table: Any, rows: str) -> int:
+    """Check a table of pages, and return how many tokens a row of it may hold."""
     args.indices("block_table", table, f"{rows} width")
-    pages, page, width = args.sizes["pages"], args.sizes["page"], args.sizes["width"]
-    _within(args, "block_table", table, 0, pages - 1, f"numbers of pages, 0 to {pages - 1}")
-    if readable(lengths) and len(lengths) and int(lengths.max()) > width * page:
-        got = f"holds {width} pages of {page} tokens a sequence"
-        args.fail("block_table", got, f"room for {int(lengths.max())} tokens")
+    last = args.sizes["pages"] - 1
+    _within(args, "block_table", table, 0, last, f"numbers of pages, 0 to {last}")
+    return args.sizes["width"] * args.sizes["page"]
 
 
 def _capacity(args: Arguments, cache: Tensor, table: Any, index: Any) -> int:
@@ -493,8 +491,7 @@ def _capacity(args: Arguments, cache: Tensor, table: Any, index: Any) -> int:
     if table is not None:
         if index is not None:
             args.fail("cache_batch_idx", "was given together with `block_table`", "at most one of them")
-        _pages(args, table, torch.zeros(0), "B")
-        return args.sizes["width"] * args.sizes["page"]
+        return _pages(args, table, "B")
     if index is not None:
         args.indices("cache_batch_idx", index, "B")
         _within(args, "cache_batch_idx", index, 0, cache.shape[0] - 1, f"rows of the cache, 0 to {cache.shape[0] - 1}")

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 import flashgau
 
+from .packing import end_to_end
+
 __all__ = ["patch_glu", "register_attention"]
 
 _OLDEST = (5, 5)
@@ -365,17 +367,16 @@ def _describe(pattern: _Pattern, runs: _Runs, borders: Tensor | None, place: _Pl
 
 
 def _packed(skipped: Tensor, number: Tensor, first: Tensor, seen: Tensor, place: _Place) -> tuple[Tensor, Tensor]:
-    """cu_seqlens of queries and keys, all rows end to end: in each row `number` queries that see `seen` keys.
-
-    Before and after them come the others, apart: queries without keys, and keys (padding, unused slots) without
-    queries. Bottom-right alignment then holds for the tokens alone.
-    """
+    """cu_seqlens of queries and keys, all rows end to end: in each row `number` queries that see `seen` keys, and
+    the others before and after them, apart."""
     none = torch.zeros_like(number)
-    queries = [skipped, none, number, place.queries - skipped - number, none]
-    keys = [none, first, seen, none, place.keys - first - seen]
-    together = torch.stack([torch.stack(queries, 1), torch.stack(keys, 1)]).flatten(1)
-    q, k = nn.functional.pad(together.cumsum(1), (1, 0))
-    return q, k
+    return end_to_end(
+        (skipped, none),
+        (none, first),
+        (number, seen),
+        (place.queries - skipped - number, none),
+        (none, place.keys - first - seen),
+    )
 
 
 def _encode(kind: int, pattern: _Pattern, place: _Place, *data: Tensor) -> Tensor:

@@ -80,9 +80,9 @@ def attention(
     args.tensor("k", k, "B Hkv N D")
     args.tensor("v", v, "B Hkv N E")
     args.at_least_one("D", "E")
-    heads, kv_heads = args.sizes["Hq"], args.sizes["Hkv"]
-    if (kv_heads == 0 or heads % kv_heads) and (heads or kv_heads):
-        args.fail("q", f"has Hq = {heads} heads", f"a multiple of Hkv = {kv_heads}, the heads of `k`")
+    heads = args.sizes["Hq"]
+    if not args.heads_in_groups():
+        args.fail("q", f"has Hq = {heads} heads", f"a multiple of Hkv = {args.sizes['Hkv']}, the heads of `k`")
     args.flag("causal", causal)
     args.flag("return_lse", return_lse)
     if scale is not None:

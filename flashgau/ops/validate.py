@@ -64,6 +64,11 @@ class Arguments:
             if self.sizes[letter] < 1:
                 self.fail(self._origin[letter], f"has {letter} = 0", f"{letter} >= 1")
 
+    def heads_in_groups(self) -> bool:
+        """Whether Hq is a multiple of Hkv, so that each key head serves as many query heads as the others."""
+        heads, kv_heads = self.sizes["Hq"], self.sizes["Hkv"]
+        return heads % kv_heads == 0 if kv_heads else heads == 0
+
     def flag(self, name: str, value: Any) -> None:
         """True or False, not merely something true."""
         if not isinstance(value, bool):
