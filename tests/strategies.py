@@ -55,7 +55,7 @@ _BLOCKS = {
     (eager_gau, "_PANEL_ELEMENTS"): 1,
     (eager_glu, "_PIECE"): 64,
     (eager_common, "_PANEL"): 4,
-    (eager_mixed_chunk, "_CHUNK_ELEMENTS"): 1,
+    (eager_mixed_chunk, "_GROUP_ELEMENTS"): 1,
     (importlib.import_module("flashgau.ops.glu"), "_KEPT_BYTES"): 0,  # its name is the function's, too
 }
 # Gated attention of any width by panels of one block, which Triton takes for wide values only; and all the chunks of

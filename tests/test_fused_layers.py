@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashgau
-from flashgau.eager import common, flash_unit
+from flashgau.eager import common
 from flashgau.nn import FLASH, GAU
 from flashgau.ops import projection
 
@@ -82,10 +82,10 @@ def test_panels_and_batch_groups_change_nothing(monkeypatch):
     layer = FLASH(6, key_dim=4, chunk_size=4, causal=True, dtype=torch.float64)
     x = torch.randn(5, 30, 6, dtype=torch.float64, requires_grad=True)
     whole = results(layer, x, {})
-    monkeypatch.setattr(flash_unit, "_PANEL", 8)
-    monkeypatch.setattr("flashgau.eager.mixed_chunk._CHUNK_ELEMENTS", 2 * 4 * 12)
-    for ours, theirs in zip(results(layer, x, {}), whole, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-14)
+    for chunks in (1, 2, 5, 8):  # together; of 7 and an open one
+        monkeypatch.setattr("flashgau.eager.mixed_chunk._GROUP_ELEMENTS", chunks * 4 * 12)
+        for ours, theirs in zip(results(layer, x, {}), whole, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-14)
 
 
 @pytest.mark.parametrize("native", [True, False])

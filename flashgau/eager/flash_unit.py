@@ -1,24 +1,22 @@
-"""A whole FLASH layer between its norm and its residual sum, chunk after chunk.
+"""A whole FLASH layer between its norm and its residual sum, a few chunks after the other.
 
     [u, v, z] = silu(x W + b),  heads = RoPE(gamma z + beta),  y = (u * mixed_chunk(heads, v)) W_o + b_o
 
-Everything a chunk needs fits the cache, so only x W + b is kept for the backward, and nothing as wide as the values
-is ever written for the whole length besides. On a CPU that is most of the time and of the memory of a layer.
+Everything a few chunks need fits the cache. So only x W + b and what u multiplies are kept for the backward, and
+nothing else as wide as the values is ever written for the whole length: on a CPU most of a layer's time and memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .common import Rooms, accumulator, add_product, factor_dtype
-from .mixed_chunk import Chunks, Heads, Rule, add_bias_gradient, blank, chunked
+from .mixed_chunk import Chunks, Group, Heads, Rule, add_bias_gradient, blank, chunked, chunks_together
 from .projection import turn
-
-_PANEL = 1024  # tokens projected at a time: enough that the weights' way through the cache does not count
 
 Order = list[int]  # the rows of gamma and beta that make quad_q, quad_k, lin_q and lin_k
 
@@ -32,7 +30,6 @@ class _Weights:
     gamma: Tensor  # (4, 1, 1, S) in the order quad_q, quad_k, lin_q, lin_k
     beta: Tensor | None
     w_out: Tensor  # (d, e)
-    b_out: Tensor | None
     cos: Tensor | None  # (1 or B, N, pairs)
     sin: Tensor | None
     interleaved: bool
@@ -42,34 +39,36 @@ class _Weights:
         e, s = self.w_out.shape[1], self.gamma.shape[-1]
         return e, e, s
 
-    def heads(self, part: Chunks, c: slice, z: Tensor) -> Heads:
-        """OffsetScale and rotary embedding of z (b, c, S)."""
-        return Heads(*self.made(part, c, z, 0))
+    def heads(self, part: Chunks, group: Group, z: Tensor) -> Heads:
+        """OffsetScale and rotary embedding of z (b, T, S), cut into chunks."""
+        return Heads(*map(group.split, self.made(part, group, z, 0)))
 
-    def made(self, part: Chunks, c: slice, z: Tensor, first: int) -> tuple[Tensor, ...]:
-        """The heads from number `first` on: 2 for lin_q and lin_k alone."""
+    def made(self, part: Chunks, group: Group, z: Tensor, first: int) -> tuple[Tensor, ...]:
+        """The heads (b, T, S) from number `first` on: 2 for lin_q and lin_k alone."""
         gamma = self.gamma[first:]
         heads = z * gamma if self.beta is None else torch.addcmul(self.beta[first:], z, gamma)
         if self.cos is not None and self.sin is not None:
-            turn(heads, *self.angles(part, c), self.interleaved)
+            turn(heads, *self.angles(part, group), self.interleaved)
         return heads.unbind(0)
 
-    def heads_backward(self, part: Chunks, c: slice, z: Tensor, dheads: Heads, dgamma: Tensor, dbeta: Tensor) -> Tensor:
+    def heads_backward(
+        self, part: Chunks, group: Group, z: Tensor, dheads: Heads, dgamma: Tensor, dbeta: Tensor
+    ) -> Tensor:
         """The gradient of z; those of gamma and beta (4, S) are added to."""
-        d = torch.stack(dheads.all())
+        d = torch.stack(dheads.all()).view(-1, *z.shape)
         if self.cos is not None and self.sin is not None:
-            cos, sin = self.angles(part, c)
+            cos, sin = self.angles(part, group)
             turn(d, cos, -sin, self.interleaved)  # a rotation's gradient turns back
         dbeta += d.sum((1, 2))
         dz = (d * self.gamma).sum(0)
         dgamma += d.mul_(z).sum((1, 2))
         return dz
 
-    def angles(self, part: Chunks, c: slice) -> tuple[Tensor, Tensor]:
+    def angles(self, part: Chunks, group: Group) -> tuple[Tensor, Tensor]:
         assert self.cos is not None
         assert self.sin is not None
         rows = part.seq.batch if self.cos.shape[0] > 1 else slice(0, 1)
-        return self.cos[rows, c], self.sin[rows, c]
+        return self.cos[rows, group.tokens], self.sin[rows, group.tokens]
 
 
 def flash_unit_forward(
@@ -94,42 +93,38 @@ def flash_unit_forward(
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     save: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """x (B, N, d) -> y (B, N, d), with the residual if there is one; and x W + b (B, N, 2e + S) if `save`."""
-    p = _weights(x, w, b, gamma, beta, w_out, b_out, cos, sin, order, interleaved)
-    y = blank(lengths, cu_seqlens)(x)
-    if lengths is not None or cu_seqlens is not None:  # rows of padding have no attention
-        y = y if residual is None else y.add_(residual)
-        y = y if b_out is None else y.add_(b_out)
-    before = x.new_empty(*x.shape[:2], w.shape[0]) if save else None
+) -> list[Tensor | None]:
+    """x (B, N, d) -> y (B, N, d), with the residual if there is one.
+
+    And, if `save`, what the backward reads: x W + b (B, N, 2e + S), what u multiplies (B, N, e), and states
+    (`state_count`, S, e) with which groups of chunks begin.
+    """
+    p = _weights(x, w, b, gamma, beta, w_out, cos, sin, order, interleaved)
+    y = _without_attention(x, b_out, residual)  # which is all that rows of padding have
+    rooms, e = Rooms(), w_out.shape[1]
+    together = chunks_together(chunk_size, gamma.shape[1], e)
+    before, products = (x.new_empty(*x.shape[:2], width) if save else None for width in (w.shape[0], e))
+    count = state_count(x.shape[:2], chunk_size, gamma.shape[1], e, causal, cu_seqlens)
+    starts = p.gamma.new_empty(count, gamma.shape[1], e) if save else None
     rule = Rule(chunk_size, score, causal, float(chunk_size), lin_normalizer)
-    rooms = Rooms()
-    for part in chunked(rule, x, w_out.shape[1], rel_bias, lengths, cu_seqlens):
+    parts = chunked(rule, x, together, rel_bias, lengths, cu_seqlens)
+    for part, begins in _with_starts(parts, starts):
         kv = _state(part, p)
         if not causal:
-            for panel, chunks in _panels(part):
-                _, v, z = _activated(_project(part, panel, x, p, rooms), p, rooms)
-                (lin_k,) = p.made(part, panel, z, 3)
-                for c in chunks:
-                    r = _within(c, panel)
-                    part.accumulate(kv, lin_k[:, r], v[:, r])
-        for panel, chunks in _panels(part):
-            h = _project(part, panel, x, p, rooms)
-            if before is not None:
-                part.view(before, panel).copy_(h)
-            u, v, z = _activated(h, p, rooms)
-            heads, out = p.heads(part, panel, z), rooms.like("out", u)
-            for c in chunks:
-                r = _within(c, panel)
-                own, v_c = heads.rows(r), v[:, r]
-                torch.mul(part.product(c, own, v_c, kv), u[:, r], out=out[:, r])
-                if causal and part.is_closed(c):
-                    part.accumulate(kv, own.lin_k, v_c)
-            y_p = F.linear(out, p.w_out, p.b_out)
-            if residual is not None:
-                y_p += part.view(residual, panel)
-            part.view(y, panel).copy_(y_p)
-    return y, before
+            for group in part.groups():
+                _, v, z = _activated(_project(part, group, x, p, rooms), p, rooms)
+                (lin_k,) = p.made(part, group, z, 3)
+                part.accumulate(kv, group.split(lin_k), group.split(v))
+        for group, begin in zip(part.groups(), begins, strict=True):
+            if begin is not None:
+                begin.copy_(kv)
+            u, v, z = _activated(_project(part, group, x, p, rooms, before), p, rooms)
+            heads, v = p.heads(part, group, z), group.split(v)
+            product = part.product(group, heads, v, part.states(group, kv, heads.lin_k, v)).view(u.shape)
+            if products is not None:
+                part.view(products, group).copy_(product)
+            _add_product(part.view(y, group), product.mul_(u), p.w_out.T)
+    return [y, before, products, starts]
 
 
 def flash_unit_backward(
@@ -144,6 +139,8 @@ def flash_unit_backward(
     cos: Tensor | None,
     sin: Tensor | None,
     before: Tensor,
+    products: Tensor,
+    starts: Tensor,
     *,
     order: Order,
     interleaved: bool,
@@ -157,53 +154,47 @@ def flash_unit_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of x, w, b, gamma, beta, w_out, b_out and rel_bias (an empty one where there is none)."""
     acc = accumulator(x.dtype)
-    p = _weights(x, w, b, gamma, beta, w_out, b_out, cos, sin, order, interleaved)
+    p = _weights(x, w, b, gamma, beta, w_out, cos, sin, order, interleaved)
     dx = blank(lengths, cu_seqlens)(x)
     dw, dw_out = (torch.zeros(t.shape, dtype=acc, device=x.device) for t in (w, w_out))
     dgamma, dbeta = (torch.zeros(gamma.shape, dtype=acc, device=x.device) for _ in range(2))
     db = dw.new_zeros(w.shape[0])
     dbias = rel_bias.new_zeros(rel_bias.shape, dtype=acc) if rel_bias is not None else x.new_empty(0)
+    together = chunks_together(chunk_size, gamma.shape[1], w_out.shape[1])
     rule = Rule(chunk_size, score, causal, float(chunk_size), lin_normalizer)
+    parts = chunked(rule, x, together, rel_bias, lengths, cu_seqlens)
     rooms = Rooms()
-    for part in chunked(rule, x, w_out.shape[1], rel_bias, lengths, cu_seqlens):
+    for part, begins in _with_starts(parts, starts):
         kv, dkv = _state(part, p), _state(part, p)
         ds_sum = torch.zeros_like(part.bias_block) if part.bias_block is not None else None
-        seen = []  # the state that each chunk read
-        for panel, chunks in _panels(part):
-            u, v, z = _activated(part.view(before, panel).to(part.factor), p, rooms, gate=not causal)
-            lin_q, lin_k = p.made(part, panel, z, 2)
-            for c in chunks:
-                r = _within(c, panel)
-                if causal:
-                    seen.append(kv.clone())
-                if not causal or part.is_closed(c):
-                    part.accumulate(kv, lin_k[:, r], v[:, r])
-                if not causal:
-                    dproduct = (part.view(dy, c).to(part.factor) @ p.w_out).mul_(u[:, r])
-                    part.accumulate(dkv, part.scaled(lin_q[:, r], c), dproduct)
-        for panel, chunks in reversed(_panels(part)):
-            h, dy_p = part.view(before, panel).to(part.factor), part.view(dy, panel).to(part.factor)
+        if not causal:
+            for group in part.groups():
+                u, v, z = _activated(part.view(before, group).to(part.factor), p, rooms)
+                lin_q, lin_k = map(group.split, p.made(part, group, z, 2))
+                part.accumulate(kv, lin_k, group.split(v))
+                dproduct = (part.view(dy, group).to(part.factor) @ p.w_out).mul_(u)
+                part.accumulate(dkv, part.scaled(lin_q, group), group.split(dproduct))
+        for group, begin in reversed(list(zip(part.groups(), begins, strict=True))):
+            if begin is not None:
+                kv.copy_(begin)
+            elif causal:
+                kv.zero_()
+            h, dy_g, product = (part.view(t, group).to(part.factor) for t in (before, dy, products))
             u, v, z = _activated(h, p, rooms)
-            heads, dheads = p.heads(part, panel, z), Heads.like(z)
-            dout = torch.matmul(dy_p, p.w_out, out=rooms.like("dout", u))
-            out, dactive = rooms.like("out", u), rooms.like("d[u, v, z]", h)
+            heads, v = p.heads(part, group, z), group.split(v)
+            states = part.states(group, kv, heads.lin_k, v)
+            dout = torch.matmul(dy_g, p.w_out, out=rooms.like("dout", u))
+            dactive = rooms.like("d[u, v, z]", h)
             du, dv, dz = dactive.split(p.widths, -1)
-            for c in reversed(chunks):
-                r = _within(c, panel)
-                own, v_c, state = heads.rows(r), v[:, r], seen.pop() if causal else kv
-                product = part.product(c, own, v_c, state)
-                torch.mul(product, u[:, r], out=out[:, r])
-                torch.mul(product, dout[:, r], out=du[:, r])
-                dproduct = dout[:, r].mul_(u[:, r])
-                dheads_c, dv_c = part.gradients(c, dproduct, own, v_c, state, dkv, ds_sum)
-                dv[:, r] = dv_c
-                dheads.put(r, dheads_c)
-            dz.copy_(p.heads_backward(part, panel, z, dheads, dgamma, dbeta))
-            _add_outer(dw_out, dy_p, out)
+            torch.mul(product, dout, out=du)
+            _add_outer(dw_out, dy_g, torch.mul(product, u, out=rooms.like("out", u)))
+            dheads, dv_c = part.gradients(group, group.split(dout.mul_(u)), heads, v, states, dkv, ds_sum)
+            dv.copy_(dv_c.view(dv.shape))
+            dz.copy_(p.heads_backward(part, group, z, dheads, dgamma, dbeta))
             dh = torch.ops.aten.silu_backward.grad_input(dactive, h, grad_input=dactive)
-            db += dh.sum((0, 1))
-            _add_outer(dw, dh, part.view(x, panel).to(part.factor))
-            part.view(dx, panel).copy_(dh @ p.w)
+            db += dh.sum((0, 1), dtype=acc)
+            _add_outer(dw, dh, part.view(x, group).to(part.factor))
+            _product(dh, p.w, part.view(dx, group))
         if ds_sum is not None:
             add_bias_gradient(dbias, part, ds_sum)
     back = torch.empty_like(dgamma), torch.empty_like(dbeta)
@@ -215,18 +206,6 @@ def flash_unit_backward(
     return *(g.to(like.dtype) for g, like in zip(grads, dtypes, strict=True)), dbias
 
 
-def _panels(part: Chunks) -> list[tuple[slice, list[slice]]]:
-    """Groups of chunks, with the rows they cover together."""
-    chunks = part.slices()
-    step = max(1, _PANEL // part.rule.chunk_size)
-    groups = [chunks[i : i + step] for i in range(0, len(chunks), step)]
-    return [(slice(group[0].start, group[-1].stop), group) for group in groups]
-
-
-def _within(c: slice, panel: slice) -> slice:
-    return slice(c.start - panel.start, c.stop - panel.start)
-
-
 def _weights(
     x: Tensor,
     w: Tensor,
@@ -234,7 +213,6 @@ def _weights(
     gamma: Tensor,
     beta: Tensor | None,
     w_out: Tensor,
-    b_out: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
     order: Order,
@@ -253,37 +231,92 @@ def _weights(
         ordered,
         rows(beta),
         w_out.to(factor),
-        b_out.to(factor) if b_out is not None else None,
         cos,
         sin,
         interleaved,
     )
 
 
-def _project(part: Chunks, c: slice, x: Tensor, p: _Weights, rooms: Rooms) -> Tensor:
-    """x W + b of a chunk (b, c, 2e + S)."""
-    rows = part.view(x, c).to(part.factor)
-    flat = rows.reshape(-1, rows.shape[-1])
-    room = rooms.of("x W + b", (flat.shape[0], p.w.shape[0]), flat)
+def state_count(
+    shape: tuple[int, int], chunk_size: int, narrow: int, wide: int, causal: bool, cu_seqlens: Tensor | None
+) -> int:
+    """How many states (narrow, wide) are kept for a batch of that shape (B, N), room for any lengths."""
+    if not causal:
+        return 0
+    (batch, n), together = shape, chunks_together(chunk_size, narrow, wide)
+    sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return batch * torch.sym_min(n // chunk_size, n // (together * chunk_size) + sequences)
+
+
+def _with_starts(parts: list[Chunks], starts: Tensor | None) -> Iterator[tuple[Chunks, list[Tensor | None]]]:
+    """Every part with the memory, for each of its groups, of the state (b, S, e) with which it begins.
+
+    There is none for the first, which begins with nothing, nor where all chunks read the same state.
+    """
+    place = 0
+    for part in parts:
+        begins: list[Tensor | None] = [None] * len(part.groups())
+        if part.rule.causal and starts is not None:
+            for i in range(1, len(begins)):
+                begins[i] = starts[place : place + part.rows]
+                place += part.rows
+        yield part, begins
+
+
+def _without_attention(x: Tensor, b_out: Tensor | None, residual: Tensor | None) -> Tensor:
+    """The result before anything is added to it: b_o and the residual."""
+    if residual is None:
+        y = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        return y if b_out is None else y.add_(b_out)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y.copy_(residual) if b_out is None else torch.add(residual, b_out, out=y)
+
+
+def _project(part: Chunks, group: Group, x: Tensor, p: _Weights, rooms: Rooms, before: Tensor | None = None) -> Tensor:
+    """x W + b of a group (b, T, 2e + S), also written to `before` if given."""
+    flat = _flat(part.view(x, group).to(part.factor))
+    target = part.view(before, group) if before is not None else None
+    at_once = target is not None and target.dtype == flat.dtype and target.is_contiguous()
+    room = rooms.of("x W + b", (flat.shape[0], p.w.shape[0]), flat) if target is None or not at_once else _flat(target)
     h = torch.mm(flat, p.w.T, out=room) if p.b is None else torch.addmm(p.b, flat, p.w.T, out=room)
-    return h.view(*rows.shape[:2], -1)
+    h = h.view(part.rows, -1, h.shape[-1])
+    if target is not None and not at_once:
+        target.copy_(h)
+    return h
 
 
-def _activated(h: Tensor, p: _Weights, rooms: Rooms, gate: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """u, v and z = silu(h), z in the type that sums are kept in; without `gate` u is left out, as 0 columns."""
-    widths = p.widths if gate else (0, *p.widths[1:])
-    h = h[..., -sum(widths) :]
+def _activated(h: Tensor, p: _Weights, rooms: Rooms) -> tuple[Tensor, Tensor, Tensor]:
+    """u, v and z = silu(h), z in the type that sums are kept in."""
     active = torch.ops.aten.silu.out(h, out=rooms.like("[u, v, z]", h))
-    u, v, z = active.split(widths, -1)
+    u, v, z = active.split(p.widths, -1)
     return u, v, z.to(p.gamma.dtype)
 
 
 def _state(part: Chunks, p: _Weights) -> Tensor:
-    rows = part.seq.batch.stop - part.seq.batch.start
-    return p.gamma.new_zeros(rows, p.gamma.shape[-1], p.w_out.shape[1])
+    return p.gamma.new_zeros(part.rows, p.gamma.shape[-1], p.w_out.shape[1])
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(b, T, .) -> (b T, .): a view where that is possible."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _add_outer(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a^T b over the rows of (b, c, .) tensors."""
-    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
-    add_product(total, a.T, b)
+    """total += a^T b over the rows of (b, T, .) tensors."""
+    add_product(total, _flat(a).T, _flat(b))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b for a (b, T, .) and a matrix b."""
+    if total.is_contiguous():
+        add_product(_flat(total), _flat(a), b)
+    else:
+        total += a @ b
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b for a (b, T, .) and a matrix b."""
+    if out.dtype == a.dtype and out.is_contiguous():
+        torch.mm(_flat(a), b, out=_flat(out))
+    else:
+        out.copy_(a @ b)

@@ -1,7 +1,8 @@
-"""Mixed chunk attention (FLASH, Hua et al. 2022, section 3.2): chunk after chunk, with the sum of lin_k^T v at hand.
+"""Mixed chunk attention (FLASH, Hua et al. 2022, section 3.2): chunks in order, with the sum of lin_k^T v at hand.
 
-A chunk's tensors and the one state KV (S, E) fit a CPU's cache together, and no tensor is longer than the input
-itself: time and memory are linear in length. `Chunks` is the mathematics of one chunk, forward and backward.
+A few chunks are multiplied together, so many that their tensors and states KV (S, E) fit a CPU's cache, and no tensor
+is longer than the input itself: time and memory are linear in length. `Chunks` is the mathematics, forward and
+backward.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from .common import Rooms, Sequence, accumulator, factor_dtype, sequences, toepl
 from .scores import score as elementwise_score
 from .scores import score_slope
 
-_CHUNK_ELEMENTS = 2**20  # of a chunk's values over the batch rows worked on together
+# Chunks are multiplied together until one of their tensors or their tokens are that many: enough that neither the calls
+# nor the weights' way through the cache count, and not more than the cache holds.
+_GROUP_ELEMENTS, _GROUP_TOKENS = 2**20, 2**10
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 
 
@@ -41,163 +44,202 @@ class Heads:
     lin_q: Tensor
     lin_k: Tensor
 
-    @classmethod
-    def like(cls, x: Tensor) -> Heads:
-        """Four unwritten ones."""
-        return cls(*(torch.empty_like(x) for _ in range(4)))
-
     def all(self) -> list[Tensor]:
         """quad_q, quad_k, lin_q, lin_k."""
         return [self.quad_q, self.quad_k, self.lin_q, self.lin_k]
 
-    def rows(self, r: slice) -> Heads:
-        """Those of the tokens r."""
-        return Heads(*(x[:, r] for x in self.all()))
 
-    def put(self, r: slice, heads: Heads) -> None:
-        """Set those of the tokens r."""
-        for place, x in zip(self.all(), heads.all(), strict=True):
-            place[:, r] = x
+@dataclass(frozen=True)
+class Group:
+    """Chunks of equal length that are multiplied together, as one batch of matrices: `count` of each row."""
+
+    tokens: slice
+    count: int
+
+    def split(self, x: Tensor) -> Tensor:
+        """The group's tokens (b, T, .) as its chunks (b * count, T / count, .): a view of one row, or of full ones."""
+        return x.reshape(-1, x.shape[1] // self.count, x.shape[2])
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """The chunks of one sequence, or of several rows of a batch of equally long ones, and what is computed in each."""
+    """The chunks of one sequence, or of several rows of a batch of equally long ones, and what is computed of them."""
 
     rule: Rule
     seq: Sequence
     factor: torch.dtype  # of wide matrix products
+    together: int  # chunks in a group, at most
     bias_block: Tensor | None  # (b, C, C), the same for every chunk
-    closed_tokens: Tensor | None  # (b, 1, 1) tokens before the sequence's start, whose chunks are closed
+    closed_tokens: Tensor | None  # (b, 1) tokens before the sequence's start, whose chunks are closed
     rooms: Rooms = field(default_factory=Rooms)
 
-    def slices(self) -> list[slice]:
-        """Where the chunks lie."""
+    @property
+    def rows(self) -> int:
+        """How many rows of the batch there are."""
+        return self.seq.batch.stop - self.seq.batch.start
+
+    def groups(self) -> list[Group]:
+        """The chunks in order; an open one at the end is a group of its own."""
         start, stop, size = self.seq.keys.start, self.seq.keys.stop, self.rule.chunk_size
-        return [slice(c, min(c + size, stop)) for c in range(start, stop, size)]
+        last = start + (stop - start) // size * size
+        spans = [slice(i, min(i + self.together * size, last)) for i in range(start, last, self.together * size)]
+        groups = [Group(span, (span.stop - span.start) // size) for span in spans]
+        return groups if last == stop else [*groups, Group(slice(last, stop), 1)]
 
-    def view(self, x: Tensor, c: slice) -> Tensor:
-        """The chunk's rows (b, c, .) of a tensor over the whole batch."""
-        return x[self.seq.batch, c]
+    def view(self, x: Tensor, group: Group) -> Tensor:
+        """The group's tokens (b, T, .) of a tensor over the whole batch."""
+        return x[self.seq.batch, group.tokens]
 
-    def is_closed(self, c: slice) -> bool:
-        """Whether the chunk is full, so that later ones read it through the state."""
-        return c.stop - c.start == self.rule.chunk_size
+    def split(self, x: Tensor, group: Group) -> Tensor:
+        """The group's chunks (b * count, c, .) of a tensor over the whole batch, to be read."""
+        return group.split(self.view(x, group))
 
-    def has_global(self, c: slice) -> bool:
-        """Whether there is anything to read from the state."""
-        return not self.rule.causal or c.start > self.seq.keys.start or self.closed_tokens is not None
+    def put(self, target: Tensor, group: Group, x: Tensor) -> None:
+        """Write the group's chunks (b * count, c, .) to a tensor over the whole batch."""
+        rows = self.view(target, group)
+        rows.copy_(x.view(rows.shape))
 
-    def scaled(self, lin: Tensor, c: slice) -> Tensor:
-        """lin / lin_normalizer."""
+    def is_closed(self, group: Group) -> bool:
+        """Whether the chunks are full, so that later ones read them through the state."""
+        return group.tokens.stop - group.tokens.start == group.count * self.rule.chunk_size
+
+    def scaled(self, lin: Tensor, group: Group) -> Tensor:
+        """lin / lin_normalizer, and 0 where there is nothing to read from the state."""
+        before = group.tokens.start - self.seq.keys.start
         if self.rule.lin_normalizer is not None:
-            return lin * (1 / self.rule.lin_normalizer)
-        if not self.rule.causal:
+            scaled = lin * (1 / self.rule.lin_normalizer)
+        elif not self.rule.causal:
             return lin * (1 / (self.seq.keys.stop - self.seq.keys.start))
-        before = c.start - self.seq.keys.start
-        if self.closed_tokens is None:
-            return lin * (1 / before)
-        return lin / (self.closed_tokens + before).clamp_min(1).to(lin.dtype)
+        else:
+            tokens = torch.arange(group.count, device=lin.device).mul_(self.rule.chunk_size).add_(before)
+            if self.closed_tokens is not None:
+                tokens = tokens + self.closed_tokens
+            tokens = tokens.expand(self.rows, -1).reshape(-1, 1, 1)
+            scaled = lin / tokens.clamp_min(1).to(lin.dtype)
+        if self.rule.causal and before == 0 and self.closed_tokens is None:
+            scaled.view(self.rows, group.count, *lin.shape[1:])[:, 0] = 0
+        return scaled
 
     def weights(self, heads: Heads) -> tuple[Tensor, Tensor]:
-        """Scores before the elementwise function and weights after it and the mask, both (b, c, c)."""
+        """Scores before the elementwise function and weights after it and the mask, both (b * count, c, c)."""
         k, alpha = heads.quad_k.mT, 1 / self.rule.quad_normalizer
         if self.bias_block is None:
             s = (heads.quad_q @ k).mul_(alpha)
         else:
-            size = k.shape[-1]
-            s = torch.baddbmm(self.bias_block[:, :size, :size], heads.quad_q, k, alpha=alpha)
+            count, size = k.shape[0] // self.rows, k.shape[-1]
+            bias = self.bias_block[:, :size, :size]
+            bias = bias if self.rows == 1 else bias.repeat_interleave(count, 0)
+            s = torch.baddbmm(bias, heads.quad_q, k, alpha=alpha)
         a = elementwise_score(self.rule.score, s)
         return s, a.tril_() if self.rule.causal else a
 
-    def blocks(self, size: int, by_keys: bool = False) -> list[tuple[slice, slice]]:
-        """Blocks of queries and the keys they see, or of keys and the queries that see them, covering a chunk.
+    def outer(self, lin: Tensor, wide: Tensor) -> Tensor:
+        """lin^T wide of each chunk (b * count, S, E); it stays until the next call."""
+        room = self.rooms.of("outer", (lin.shape[0], lin.shape[2], wide.shape[2]), wide)
+        return torch.bmm(lin.to(wide.dtype).mT, wide, out=room)
 
-        Two blocks leave out a quarter of a causal chunk, in which no query sees any key.
+    def accumulate(self, total: Tensor, lin: Tensor, wide: Tensor) -> None:
+        """total (b, S, E) += lin^T wide, summed over the chunks of each row in the total's own type."""
+        total += self.outer(lin, wide).view(self.rows, -1, *total.shape[1:]).sum(1, dtype=total.dtype)
+
+    def running(self, total: Tensor, parts: Tensor, into: Tensor, reverse: bool = False) -> Tensor:
+        """What `total` (b, S, E) is when the part of each chunk (b * count, S, E) comes to be added to it, `into` that
+        memory; `total` ends with all of them."""
+        by_row = (x.view(self.rows, -1, *total.shape[1:]).unbind(1) for x in (parts, into))
+        steps = list(zip(*by_row, strict=True))
+        for part, before in reversed(steps) if reverse else steps:
+            before.copy_(total)
+            total += part
+        return into
+
+    def states(self, group: Group, kv: Tensor, lin_k: Tensor, v: Tensor, keep: bool = False) -> Tensor:
+        """The state (S, E) that each of the group's chunks reads; they stay until the next call, or longer to `keep`.
+
+        If causal, `kv` becomes the state after the group. If not, it has all tokens already.
         """
-        half, whole = size // 2, slice(0, size)
-        if not self.rule.causal or size < 64:
-            return [(whole, whole)]
-        first, second = slice(0, half), slice(half, size)
-        return [(first, whole), (second, second)] if by_keys else [(first, first), (second, whole)]
+        if not self.rule.causal:
+            return kv.repeat_interleave(group.count, 0) if self.rows > 1 else kv.expand(group.count, -1, -1)
+        if not self.is_closed(group):
+            return kv.clone() if keep else kv
+        parts = self.outer(lin_k, v)
+        room = torch.empty_like(parts, dtype=kv.dtype) if keep else self.rooms.like("states", parts, kv.dtype)
+        return self.running(kv, parts, room)
 
-    def product(self, c: slice, heads: Heads, v: Tensor, kv: Tensor) -> Tensor:
+    def product(self, group: Group, heads: Heads, v: Tensor, states: Tensor) -> Tensor:
         """local + global: A v + lin_q KV / lin_normalizer; it stays until the next call."""
         a = self.weights(heads)[1].to(self.factor)
-        x = self.rooms.of("product", (*a.shape[:2], v.shape[-1]), v)
-        for queries, keys in self.blocks(a.shape[-1]):
-            torch.bmm(a[:, queries, keys], v[:, keys], out=x[:, queries])
-        if self.has_global(c):
-            x.baddbmm_(self.scaled(heads.lin_q, c).to(self.factor), kv.to(self.factor))
-        return x
-
-    def accumulate(self, state: Tensor, a: Tensor, b: Tensor) -> None:
-        """state += a^T b, the sum kept in the state's own type."""
-        a = a.to(b.dtype)
-        if state.dtype == b.dtype:
-            state.baddbmm_(a.mT, b)
-        else:
-            state += a.mT @ b
+        x = torch.bmm(a, v, out=self.rooms.of("product", (*a.shape[:2], v.shape[-1]), v))
+        return x.baddbmm_(self.scaled(heads.lin_q, group).to(self.factor), states.to(self.factor))
 
     def gradients(
-        self, c: slice, dx: Tensor, heads: Heads, v: Tensor, kv: Tensor, dkv: Tensor, ds_sum: Tensor | None
+        self,
+        group: Group,
+        dx: Tensor,
+        heads: Heads,
+        v: Tensor,
+        states: Tensor,
+        dkv: Tensor,
+        ds_sum: Tensor | None,
     ) -> tuple[Heads, Tensor]:
-        """Gradients of the heads and of v, from that of `product`. For causal chunks taken in reverse order.
+        """Gradients of the heads and of v, from that of `product`. For causal groups taken in reverse order.
 
-        `kv` is the state that the chunk read. `dkv`, the gradient of the state after it, becomes that of the state
-        before it; dS is added to `ds_sum`.
+        `states` are those that the chunks read. `dkv`, the gradient of the state after the group, becomes that of the
+        state before it; dS is added to `ds_sum`.
         """
-        causal = self.rule.causal
+        causal, lin_q = self.rule.causal, self.scaled(heads.lin_q, group)
         s, a = self.weights(heads)
-        size, a = a.shape[-1], a.to(self.factor)
-        dv = self.rooms.of("dv", (*a.shape[:2], v.shape[-1]), v)
-        da = torch.zeros_like(a)
-        for queries, keys in self.blocks(size):
-            da[:, queries, keys] = dx[:, queries] @ v[:, keys].mT
-        for keys, queries in self.blocks(size, by_keys=True):
-            torch.bmm(a[:, queries, keys].mT, dx[:, queries], out=dv[:, keys])
-        dlin_q, dlin_k = torch.zeros_like(heads.lin_q), torch.zeros_like(heads.lin_k)
-        if not causal or self.is_closed(c):
-            state = dkv.to(self.factor)
-            dlin_k = v @ state.mT
-            dv.baddbmm_(heads.lin_k.to(self.factor), state)
-        if self.has_global(c):
-            dlin_q = self.scaled(dx @ kv.to(self.factor).mT, c)
-            if causal:
-                self.accumulate(dkv, self.scaled(heads.lin_q, c), dx)
-        ds = da.to(s.dtype).mul_(score_slope(self.rule.score, s))
+        dv = torch.bmm(a.to(self.factor).mT, dx, out=self.rooms.like("dv", v))
+        ds = torch.bmm(dx, v.mT).to(s.dtype).mul_(score_slope(self.rule.score, s))
         if causal:
             ds.tril_()
+            parts = self.outer(lin_q, dx)
+            after = self.running(dkv, parts, self.rooms.like("dstates", parts, dkv.dtype), reverse=True)
+        else:
+            after = self.states(group, dkv, heads.lin_k, v)
+        if not causal or self.is_closed(group):
+            after = after.to(self.factor)
+            dlin_k = torch.bmm(v, after.mT)
+            dv.baddbmm_(heads.lin_k.to(self.factor), after)
+        else:
+            dlin_k = torch.zeros_like(heads.lin_k)
+        dlin_q = self.scaled(torch.bmm(dx, states.to(self.factor).mT), group)
         if ds_sum is not None:
-            ds_sum[:, :size, :size] += ds
+            size = ds.shape[-1]
+            ds_sum[:, :size, :size] += ds.view(self.rows, group.count, size, size).sum(1)
         ds.mul_(1 / self.rule.quad_normalizer)
         return Heads(ds @ heads.quad_k, ds.mT @ heads.quad_q, dlin_q, dlin_k), dv
+
+
+def chunks_together(chunk_size: int, narrow: int, wide: int) -> int:
+    """How many chunks with states (narrow, wide) are multiplied together."""
+    largest = max(chunk_size * chunk_size, chunk_size * wide, narrow * wide)
+    return max(1, min(_GROUP_ELEMENTS // largest, _GROUP_TOKENS // chunk_size))
 
 
 def chunked(
     rule: Rule,
     v: Tensor,
-    width: int,
+    together: int,
     rel_bias: Tensor | None,
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
     closed_tokens: Tensor | None = None,
 ) -> list[Chunks]:
-    """The sequences of a batch (B, N, .) of values `width` wide, cut into chunks."""
+    """The sequences of a batch (B, N, .), cut into chunks; several rows in one if each has few chunks."""
     batch, n = v.shape[:2]
-    together = max(1, _CHUNK_ELEMENTS // (rule.chunk_size * width))
     parts = []
     for whole in sequences(batch, n, n, lengths, cu_seqlens):
-        for b in range(whole.batch.start, whole.batch.stop, together):
-            rows = slice(b, min(b + together, whole.batch.stop))
+        size = min(rule.chunk_size, whole.sizes[1])
+        step = max(1, together // max(1, -(-whole.sizes[1] // rule.chunk_size)))
+        for b in range(whole.batch.start, whole.batch.stop, step):
+            rows = slice(b, min(b + step, whole.batch.stop))
             seq = Sequence(whole.index + b - whole.batch.start, rows, whole.queries, whole.keys)
-            size = min(rule.chunk_size, seq.sizes[1])
             bias = None
             if rel_bias is not None:
                 bias = toeplitz_block(rel_bias[rows], rel_bias.shape[-1] // 2, size, size)
                 bias = bias.to(accumulator(v.dtype))
-            closed = closed_tokens[seq.states].view(-1, 1, 1) if closed_tokens is not None else None
-            parts.append(Chunks(rule, seq, factor_dtype(v), bias, closed))
+            closed = closed_tokens[seq.states].view(-1, 1) if closed_tokens is not None else None
+            parts.append(Chunks(rule, seq, factor_dtype(v), together, bias, closed))
     return parts
 
 
@@ -239,23 +281,22 @@ def mixed_chunk_attention_forward(
     continue sequences (causal only) whose chunks so far are closed. KV is what a causal continuation starts from.
     """
     rule = Rule(chunk_size, score, causal, quad_normalizer, lin_normalizer)
+    together = chunks_together(chunk_size, lin_k.shape[-1], v.shape[-1])
     begin = blank(lengths, cu_seqlens)
     out = begin(v)
     product = begin(out) if save and gate is not None else None
     states = _states(v, lin_k.shape[-1], cu_seqlens, initial_kv)
-    for part in chunked(rule, v, v.shape[-1], rel_bias, lengths, cu_seqlens, closed_tokens):
+    for part in chunked(rule, v, together, rel_bias, lengths, cu_seqlens, closed_tokens):
         kv = states[part.seq.states]
         if not causal:
-            for c in part.slices():
-                part.accumulate(kv, part.view(lin_k, c), part.view(v, c).to(part.factor))
-        for c in part.slices():
-            heads, v_c = _heads(part, c, quad_q, quad_k, lin_q, lin_k), part.view(v, c).to(part.factor)
-            x = part.product(c, heads, v_c, kv)
-            if causal and part.is_closed(c):
-                part.accumulate(kv, heads.lin_k, v_c)
+            for c in part.groups():
+                part.accumulate(kv, part.split(lin_k, c), part.split(v, c).to(part.factor))
+        for c in part.groups():
+            heads, v_c = _heads(part, c, quad_q, quad_k, lin_q, lin_k), part.split(v, c).to(part.factor)
+            x = part.product(c, heads, v_c, part.states(c, kv, heads.lin_k, v_c))
             if product is not None:
-                part.view(product, c).copy_(x)
-            part.view(out, c).copy_(x if gate is None else x.mul_(part.view(gate, c)))
+                part.put(product, c, x)
+            part.put(out, c, x if gate is None else x.mul_(part.split(gate, c)))
     return out, product, states
 
 
@@ -289,32 +330,33 @@ def mixed_chunk_attention_backward(
     dbias = rel_bias.new_zeros(rel_bias.shape, dtype=accumulator(v.dtype)) if rel_bias is not None else None
     states = _states(v, lin_k.shape[-1], cu_seqlens, initial_kv)
     dstates = _states(v, lin_k.shape[-1], cu_seqlens, dkv_final)
-    rooms = Rooms()
-    for part in chunked(rule, v, v.shape[-1], rel_bias, lengths, cu_seqlens, closed_tokens):
+    rooms, together = Rooms(), chunks_together(chunk_size, lin_k.shape[-1], v.shape[-1])
+    for part in chunked(rule, v, together, rel_bias, lengths, cu_seqlens, closed_tokens):
         kv, dkv = states[part.seq.states], dstates[part.seq.states]
         ds_sum = torch.zeros_like(part.bias_block) if part.bias_block is not None else None
 
-        def ungated(c: slice, part: Chunks = part) -> Tensor:
-            dx = part.view(dout, c).to(part.factor)
-            return dx if gate is None else torch.mul(dx, part.view(gate, c), out=rooms.like("dx", dx))
+        def ungated(c: Group, part: Chunks = part) -> Tensor:
+            dx = part.split(dout, c).to(part.factor)
+            return dx if gate is None else torch.mul(dx, part.split(gate, c), out=rooms.like("dx", dx))
 
-        seen = []  # the state that each chunk read
-        for c in part.slices():
+        seen = []  # the states that each group read, if causal
+        for c in part.groups():
+            lin_k_c, v_c = part.split(lin_k, c), part.split(v, c).to(part.factor)
             if causal:
-                seen.append(kv.clone())
-            if not causal or part.is_closed(c):
-                part.accumulate(kv, part.view(lin_k, c), part.view(v, c).to(part.factor))
-            if not causal:
-                part.accumulate(dkv, part.scaled(part.view(lin_q, c), c), ungated(c))
-        for c in reversed(part.slices()):
-            dx, v_c = ungated(c), part.view(v, c).to(part.factor)
+                seen.append(part.states(c, kv, lin_k_c, v_c, keep=True))
+            else:
+                part.accumulate(kv, lin_k_c, v_c)
+                part.accumulate(dkv, part.scaled(part.split(lin_q, c), c), ungated(c))
+        for c in reversed(part.groups()):
+            dx, v_c = ungated(c), part.split(v, c).to(part.factor)
             if dgate is not None and product is not None:
                 torch.mul(part.view(dout, c), part.view(product, c), out=part.view(dgate, c))
             heads = _heads(part, c, quad_q, quad_k, lin_q, lin_k)
-            dheads_c, dv_c = part.gradients(c, dx, heads, v_c, seen.pop() if causal else kv, dkv, ds_sum)
+            read = seen.pop() if causal else part.states(c, kv, heads.lin_k, v_c)
+            dheads_c, dv_c = part.gradients(c, dx, heads, v_c, read, dkv, ds_sum)
             for target, grad in zip(dheads.all(), dheads_c.all(), strict=True):
-                part.view(target, c).copy_(grad)
-            part.view(dv, c).copy_(dv_c)
+                part.put(target, c, grad)
+            part.put(dv, c, dv_c)
         if dbias is not None and ds_sum is not None:
             add_bias_gradient(dbias, part, ds_sum)
     dbias = dbias.to(rel_bias.dtype) if dbias is not None and rel_bias is not None else None
@@ -322,8 +364,8 @@ def mixed_chunk_attention_backward(
     return dheads.quad_q, dheads.quad_k, dheads.lin_q, dheads.lin_k, dv, dgate, dbias, dinitial
 
 
-def _heads(part: Chunks, c: slice, *whole: Tensor) -> Heads:
-    return Heads(*(part.view(x, c).to(accumulator(x.dtype)) for x in whole))
+def _heads(part: Chunks, c: Group, *whole: Tensor) -> Heads:
+    return Heads(*(part.split(x, c).to(accumulator(x.dtype)) for x in whole))
 
 
 def _states(v: Tensor, width: int, cu_seqlens: Tensor | None, start: Tensor | None) -> Tensor:

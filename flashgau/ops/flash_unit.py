@@ -7,6 +7,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from flashgau.eager import flash_unit as flash_unit_eager
+
 from . import autograd, dispatch
 from .validate import Arguments, autocast
 
@@ -50,7 +52,7 @@ def flash_unit(
     bias = rel_bias.expand(x.shape[0], -1) if rel_bias is not None else None
     tokens = None if lin_normalizer == "tokens" else float(lin_normalizer)
     save = autograd.needs_grad(x, w, b, gamma, beta, w_out, b_out, rel_bias)
-    y, _ = _flash_unit(
+    y, *_ = _flash_unit(
         x, w, b, gamma, beta, w_out, b_out, inside, bias, cos, sin, lengths, cu_seqlens,
         order, interleaved, chunk_size, score, causal, tokens, save, "eager",
     )  # fmt: skip
@@ -89,9 +91,36 @@ def _flash_unit(
 
 
 @_flash_unit.register_fake
-def _(x: Tensor, w: Tensor, *rest: Any) -> list[Tensor | None]:
-    save = rest[-2]
-    return [x.new_empty(x.shape), x.new_empty(*x.shape[:2], w.shape[0]) if save else None]
+def _(
+    x: Tensor,
+    w: Tensor,
+    b: Optional[Tensor],
+    gamma: Tensor,
+    beta: Optional[Tensor],
+    w_out: Tensor,
+    b_out: Optional[Tensor],
+    residual: Optional[Tensor],
+    rel_bias: Optional[Tensor],
+    cos: Optional[Tensor],
+    sin: Optional[Tensor],
+    lengths: Optional[Tensor],
+    cu_seqlens: Optional[Tensor],
+    order: list[int],
+    interleaved: bool,
+    chunk_size: int,
+    score: str,
+    causal: bool,
+    lin_normalizer: Optional[float],
+    save: bool,
+    backend: str,
+) -> list[Tensor | None]:
+    y = x.new_empty(x.shape)
+    if not save:
+        return [y, None, None, None]
+    narrow, wide = gamma.shape[1], w_out.shape[1]
+    count = flash_unit_eager.state_count(x.shape[:2], chunk_size, narrow, wide, causal, cu_seqlens)
+    states = x.new_empty(count, narrow, wide, dtype=torch.promote_types(x.dtype, torch.float32))
+    return [y, x.new_empty(*x.shape[:2], w.shape[0]), x.new_empty(*x.shape[:2], wide), states]
 
 
 @autograd.operator("flash_unit_backward")
@@ -110,6 +139,8 @@ def _flash_unit_backward(
     lengths: Optional[Tensor],
     cu_seqlens: Optional[Tensor],
     before: Tensor,
+    products: Tensor,
+    starts: Tensor,
     order: list[int],
     interleaved: bool,
     chunk_size: int,
@@ -120,6 +151,7 @@ def _flash_unit_backward(
 ) -> list[Tensor]:
     return autograd.run(
         "flash_unit", backend, "flash_unit_backward", dy, x, w, b, gamma, beta, w_out, b_out, cos, sin, before,
+        products, starts,
         order=order, interleaved=interleaved, chunk_size=chunk_size, score=score, causal=causal,
         lin_normalizer=lin_normalizer, rel_bias=rel_bias, lengths=lengths, cu_seqlens=cu_seqlens,
     )  # fmt: skip
@@ -144,7 +176,7 @@ def _(
 
 def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     x, w, b, gamma, beta, w_out, b_out, _, *data = inputs[:13]
-    ctx.save_for_backward(x, w, b, gamma, beta, w_out, b_out, *data, output[1])
+    ctx.save_for_backward(x, w, b, gamma, beta, w_out, b_out, *data, *output[1:])
     ctx.options = *inputs[13:19], inputs[20]
     ctx.set_materialize_grads(False)
 
