@@ -136,6 +136,18 @@ any_autocast = _private("torch._C:_is_any_autocast_enabled") or _ask_each_device
 is_mapped = _refuses_to_be_read if None in (_functorch_wrapped, _batched, _unwrapped) else _is_mapped
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_global_hook = _private("torch.nn.modules.module:_has_any_global_hook")
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    return any(getattr(module, name, True) for name in _HOOKS) or _global_hook()
+
+
+# Whether a call of the module does more than run its `forward`. Where that cannot be told, it may.
+has_hooks = _has_hooks if _global_hook else _perhaps
+
+
 # ---------------------------------------------------------------- derivatives of operators
 
 _single_level = _private("torch.autograd.function:_SingleLevelFunction")

@@ -62,7 +62,8 @@ class Operator:
         if info.batch_size == 0:
             raise RuntimeError(f"{self.name} cannot be mapped over an axis of size 0")
         calls = [
-            self._observed(*(_entry(x, axis, i) for x, axis in zip(args, in_dims, strict=True))) for i in range(info.batch_size)
+            self._observed(*(_entry(x, axis, i) for x, axis in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
         ]
         if isinstance(calls[0], Tensor):
             return torch.stack(calls), 0
