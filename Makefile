@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test lint types docs check clean
+.PHONY: run test matrix lint types docs check clean
 
 run: $(INSTALLED)
 	$(BIN)/flashgau demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The tests against other versions of PyTorch and Triton, in environments of their own (several GB): docs/matrix.md.
+matrix:
+	$(PYTHON) tests/matrix.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -34,4 +38,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .matrix build dist site .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info

@@ -35,7 +35,7 @@ def compile_for(case_name: str, function: Callable[..., Tensor]) -> Callable[...
 @cache
 def _forget_other_cases(case_name: str) -> None:
     """Drop, once in a case, what was compiled before: after a few shapes of one function `torch.compile` gives up."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def without_liger(case: Case, device: str) -> str | None:

@@ -350,7 +350,7 @@ COMPILED = ["attention, all", "attention, causal", "glu", "glu_linear, biases", 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles_whole(name, dynamic):
     """One graph without a break, forward and backward, with the results of the plain call."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     call = CALLS[name]
     function = getattr(flashgau, call.name)
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
@@ -374,7 +374,7 @@ def test_compiles_whole(name, dynamic):
 
 def test_compiles_for_any_length():
     """One graph serves every length once lengths vary."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     graphs = []
 
     def count(graph: Any, inputs: Any) -> Any:

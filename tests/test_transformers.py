@@ -275,7 +275,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
 
 
 def test_compiled_model_equals_the_model():
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model = build("llama", dtype=torch.float32)
     compiled = torch.compile(model, backend="eager")
     mask = torch.ones_like(IDS)
@@ -286,7 +286,7 @@ def test_compiled_model_equals_the_model():
 
 
 def test_decoding_with_a_static_cache_compiles_as_one_graph_for_all_steps():
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model, counter = build("llama", dtype=torch.float32), torch._dynamo.testing.CompileCounter()
     mask = torch.ones(3, 16, dtype=torch.int64)
     mask[1, :4] = 0

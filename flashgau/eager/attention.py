@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..pytorch import cpu_attention, cpu_attention_backward
 from .common import Sequence, accumulator, power_of_two_below, sequences, toeplitz_block, toeplitz_sums
 
 Window = tuple[int | None, int | None]
@@ -119,6 +120,7 @@ class _Rule(NamedTuple):
         left, right = self.window
         return (
             q.is_cpu
+            and cpu_attention is not None
             and left is None
             and (right is None or (right == 0 and q.shape[2] in (1, k.shape[2])))
             and self.scale > 0  # it scales after masking, and -inf must stay so
@@ -342,19 +344,15 @@ def _backward_blocked(
     dv.copy_(dv_sum)
 
 
-_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-
-
 def _forward_fused(rule: _Rule, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return _fused(*_fused_inputs(q, k, v), 0.0, _must_mask(rule, q), scale=rule.scale)
+    return cpu_attention(*_fused_inputs(q, k, v), 0.0, _must_mask(rule, q), scale=rule.scale)
 
 
 def _backward_fused(
     rule: _Rule, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     operands = _last_contiguous(dout), *_fused_inputs(q, k, v), out, lse
-    dq, dk, dv = _fused_backward(*operands, 0.0, _must_mask(rule, q), scale=rule.scale)
+    dq, dk, dv = cpu_attention_backward(*operands, 0.0, _must_mask(rule, q), scale=rule.scale)
     if k.shape[1] != q.shape[1]:
         dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
     return dq, dk, dv

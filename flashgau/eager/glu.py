@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
 
+from .. import pytorch
 from .common import Rooms, accumulator, add_product, factor_dtype, panels
 
 _PIECE = 2**22  # bytes of a tensor worked on at a time on a CPU, so that intermediates take no memory
@@ -19,7 +20,6 @@ _PIECE = 2**22  # bytes of a tensor worked on at a time on a CPU, so that interm
 Forward = Callable[[Tensor, Optional[Tensor]], Tensor]
 Backward = Callable[[Tensor, Tensor, Tensor], Tensor]
 _aten = torch.ops.aten
-_nn: Any = torch._C._nn  # whose functions take `out`, which PyTorch's stubs do not know
 
 
 def _sigmoid_backward(d: Tensor, x: Tensor, out: Tensor) -> Tensor:
@@ -29,8 +29,8 @@ def _sigmoid_backward(d: Tensor, x: Tensor, out: Tensor) -> Tensor:
 def _gelu(approximate: str) -> tuple[Forward, Backward]:
     def forward(x: Tensor, out: Tensor | None) -> Tensor:
         if out is not None and x.is_contiguous() and not out.is_contiguous():
-            return out.copy_(_nn.gelu(x, approximate=approximate))  # PyTorch would not write it (2.13, oneDNN)
-        return _nn.gelu(x, approximate=approximate, out=out)
+            return out.copy_(pytorch.gelu(x, approximate=approximate))  # PyTorch would not write it (2.13, oneDNN)
+        return pytorch.gelu(x, approximate=approximate, out=out)
 
     return (
         forward,
@@ -54,7 +54,7 @@ ACTIVATIONS: dict[str, tuple[Forward, Backward]] = {
     "gelu": _gelu("none"),
     "gelu_tanh": _gelu("tanh"),
     "silu": (
-        lambda x, out: _nn.silu(x, out=out),
+        lambda x, out: pytorch.silu(x, out=out),
         lambda d, x, out: _aten.silu_backward.grad_input(d, x, grad_input=out),
     ),
 }

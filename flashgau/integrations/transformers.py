@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import flashgau
 
+from .. import pytorch
 from .packing import end_to_end
 
 __all__ = ["patch_glu", "register_attention"]
@@ -659,8 +660,8 @@ def _warn(message: str) -> None:
 
 def _form_of(module: nn.Module) -> _Form | None:
     """The form whose parts are exactly the module's children."""
-    children = set(module._modules)
-    if module._parameters or module._buffers:
+    children = {name for name, _ in module.named_children()}
+    if any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
         return None
     for form in _FORMS:
         parts = {part for part in form[:3] if isinstance(part, str)}
@@ -689,7 +690,8 @@ def _activation_of(module: nn.Module, form: _Form) -> tuple[str | None, bool]:
                     return activation, True
             for name in form.activation:  # would it agree if its activation were another?
                 if callable(getattr(small, name, None)):
-                    small._modules.pop(name, None)
+                    if isinstance(getattr(small, name), nn.Module):
+                        delattr(small, name)
                     object.__setattr__(small, name, nn.functional.silu)
                     return None, _agree(small, form, "silu")
     except Exception:  # whatever a forward of unknown kind raises on such a copy, it is not the one looked for
@@ -706,15 +708,15 @@ def _small(module: nn.Module, form: _Form) -> nn.Module:
     width = 10 if form.up else 20
     sizes = {form.gate: (6, width), form.up or form.gate: (6, width), form.down: (10, 6)}
     generator = torch.Generator().manual_seed(0)
-    for name, child in module._modules.items():
+    for name, child in module.named_children():
         if name not in sizes:
-            small._modules[name] = copy.deepcopy(child)
+            small.add_module(name, copy.deepcopy(child))
             continue
         bias = getattr(child, "bias", None) is not None
         linear = nn.Linear(*sizes[name], bias=bias, device="meta", dtype=torch.float64).to_empty(device="cpu")
         for parameter in linear.parameters():
             parameter.data.normal_(generator=generator)
-        small._modules[name] = linear
+        small.add_module(name, linear)
     return small
 
 
@@ -762,8 +764,7 @@ def _gated_forward(module: nn.Module, form: _Form, activation: str, *args: Any, 
 
 def _watched(module: nn.Module) -> bool:
     """Whether a call of the module does more than its class's forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in module.__dict__ or nn.modules.module._has_any_global_hook()
+    return pytorch.has_hooks(module) or "forward" in module.__dict__
 
 
 def _plain(linear: nn.Module) -> bool:

@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
+
+from .. import pytorch
 
 _DENSE = torch.strided
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -233,16 +234,12 @@ def readable(x: Tensor) -> bool:
     """Whether the values can be looked at for free: on the CPU, and real rather than traced, mapped or fake."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter):
         return False
-    while is_functorch_wrapped_tensor(x):
-        if is_batchedtensor(x):
-            return False
-        x = get_unwrapped(x)
-    return True
+    return not pytorch.is_mapped(x)
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Cast as PyTorch's own attention does under autocast: floating tensors but fp64 to autocast's dtype."""
-    if not torch._C._is_any_autocast_enabled():  # one question, where those below are four
+    if not pytorch.any_autocast():  # one question, where those below are four
         return tensors
     kind = next((t.device.type for t in tensors if isinstance(t, Tensor)), None)
     if kind is None or not torch.is_autocast_enabled(kind):

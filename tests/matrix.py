@@ -1,0 +1,118 @@
+"""`make matrix`: the operator, kernel and model tests against the oldest and newest PyTorch that are supported, each
+in an environment of its own, and the table of docs/matrix.md.
+
+An environment, `.matrix/NAME`, is made once and used again as long as what it should hold is the same. Standard
+library only: whatever python3 runs it makes the environments.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+import venv
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PLACE = ROOT / ".matrix"
+PAGE = ROOT / "docs" / "matrix.md"
+BEGIN, END = "<!-- the table, written by make matrix -->", "<!-- end of the table -->"
+
+# What is tested, by the name of its environment. PyTorch 2.14.1 asks for just this Triton, and the others for theirs.
+# Up to 3.6, Triton's interpreter needs numpy below 2.4. Everything else is as in constraints.txt.
+PAIRS = {
+    "torch-2.11": {"torch": "2.11.0", "triton": "3.6.0", "numpy": "2.3.5"},
+    "torch-2.14": {"torch": "2.14.1", "triton": "3.8.0", "numpy": "2.4.6"},
+}
+
+FILES = ["operators", "pytorch", "kernels", "attention", "glu", "gau", "mixed_chunk", "fused_layers", "nn", "models"]
+
+
+def constraints(pins: dict[str, str]) -> str:
+    """constraints.txt with these versions instead of its own."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    kept = [x for x in lines if x and not x.startswith("#") and x.split("==")[0] not in pins]
+    return "\n".join([*(f"{name}=={version}" for name, version in pins.items()), *kept, ""])
+
+
+def environment(name: str, pins: dict[str, str]) -> Path:
+    """The Python of the environment of that name, which is made unless it is there and complete."""
+    place = PLACE / name
+    python, mark = place / "bin" / "python", place / "complete.txt"
+    wanted = constraints(pins) + (ROOT / "pyproject.toml").read_text()
+    if python.exists() and mark.exists() and mark.read_text() == wanted:
+        print(f"{name}: its environment is there", flush=True)
+        return python
+    print(f"{name}: installing {', '.join(f'{k} {v}' for k, v in pins.items())}; several GB the first time", flush=True)
+    mark.unlink(missing_ok=True)
+    if not python.exists():
+        venv.create(place, with_pip=True)
+    listed = place / "constraints.txt"
+    listed.write_text(constraints(pins))
+    install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", listed, "-e", ".[test]"]
+    subprocess.run(install, cwd=ROOT, check=True)
+    mark.write_text(wanted)
+    return python
+
+
+def versions(python: Path) -> dict[str, str]:
+    """What the environment has in fact."""
+    code = """
+import importlib.metadata, json, platform
+found = {name: importlib.metadata.version(name).split("+")[0] for name in ("torch", "triton", "numpy")}
+print(json.dumps({**found, "python": platform.python_version()}))
+"""
+    return json.loads(subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def run(name: str, python: Path) -> dict[str, int]:
+    """The tests' results: how many passed, failed and were skipped, and the seconds they took."""
+    report = PLACE / f"{name}.xml"
+    report.unlink(missing_ok=True)
+    files = [f"tests/test_{file}.py" for file in FILES]
+    options = ["-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    status = subprocess.run([python, "-m", "pytest", *options, *files], cwd=ROOT, env=os.environ).returncode
+    if status not in (0, 1):  # 1: some failed; the others mean that the tests did not run
+        raise SystemExit(f"make matrix: pytest ended with {status} in {name}; the table is as it was")
+    suite = next(ET.parse(report).getroot().iter("testsuite"))
+    failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+    skipped = int(suite.get("skipped", 0))
+    passed = int(suite.get("tests", 0)) - failed - skipped
+    return {"passed": passed, "failed": failed, "skipped": skipped, "seconds": round(float(suite.get("time", 0)))}
+
+
+def table(rows: list[dict[str, str | int]]) -> str:
+    """The results as a table of Markdown."""
+    columns = ["torch", "triton", "numpy", "python", "passed", "failed", "skipped", "minutes", "date"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join([*lines, *("| " + " | ".join(str(row[c]) for c in columns) + " |" for row in rows)])
+
+
+def replaced(page: str, text: str) -> str:
+    """The page with `text` between its two marks."""
+    before, rest = page.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def main() -> int:
+    PLACE.mkdir(exist_ok=True)
+    pythons = {name: environment(name, pins) for name, pins in PAIRS.items()}
+    rows: list[dict[str, str | int]] = []
+    for name, python in pythons.items():
+        found = versions(python)
+        print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in found.items()), flush=True)
+        results = run(name, python)
+        minutes = f"{results['seconds'] / 60:.1f}"
+        rows.append({**found, **results, "minutes": minutes, "date": datetime.date.today().isoformat()})
+    print(table(rows))
+    PAGE.write_text(replaced(PAGE.read_text(), table(rows)))
+    print(f"written to {PAGE.relative_to(ROOT)}")
+    return 1 if any(row["failed"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
