@@ -148,13 +148,13 @@ def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, width: in
     return None
 
 
-# The first Triton that compiles the kernels; the first that interprets with any NumPy, and the NumPy others cannot take.
+# The first Triton that compiles the kernels, the first that interprets with any NumPy, and the NumPy others cannot take
 _OLDEST, _ANY_NUMPY, _NEW_NUMPY = (3, 5), (3, 7), (2, 4)
 _found: dict[bool, str | None] = {}  # by `interpreting`; not a cache of functools, at which torch.compile warns
 
 
 def unfit_triton(interpreting: bool) -> str | None:
-    """Why the installed Triton cannot compile, or interpret, any kernel; None if it can. Looked at once in a process."""
+    """Why the installed Triton cannot compile, or interpret, any kernel; None if it can. Found once in a process."""
     if interpreting not in _found:
         _found[interpreting] = _look_at_triton(interpreting)
     return _found[interpreting]
