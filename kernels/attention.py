@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
+    FUSED_ADDITION,
     LOG2_E,
     VARYING,
     Choose,
@@ -509,7 +510,7 @@ def attention_forward(
     if n_parts is not None:
         whole = out if out.is_contiguous() else q.new_empty(b, n_heads, m, e)
         merge_kernel[(triton.cdiv(lse.numel(), 16),)](
-            parts.pointer, sums, whole, lse, lse.numel(), n_parts, E=e, BE=widths["BE"], BM=16
+            parts.pointer, sums, whole, lse, lse.numel(), n_parts, E=e, BE=widths["BE"], BM=16, **FUSED_ADDITION
         )
         if whole is not out:
             out.copy_(whole)
@@ -561,7 +562,7 @@ def attention_backward(
         delta_kernel[(n_blocks * n_heads * rows,)](
             heads(dout), heads(out), lse, dlse if dlse is None else dlse.contiguous(), delta, *sequences,
             n_blocks, n_heads,
-            E=e, BE=widths["BE"], BM=64,
+            E=e, BE=widths["BE"], BM=64, **FUSED_ADDITION,
         )  # fmt: skip
         config = choose("attention_dq", q, width, options=extras or biased)
         n_blocks = blocks_of(sequences, m, groups, config.block_m)

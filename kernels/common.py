@@ -25,6 +25,9 @@ VARYING = ("n_sequences", "longest_m", "longest_n", "left", "right", "bias_batch
            "n_across", "n_tokens", "angle_batch",
            "n_chunks", "n_segments", "long", "span", "first_row")  # fmt: skip
 
+# Every launch says that products are added without being rounded before, whatever the default of a version of Triton.
+FUSED_ADDITION = {"enable_fp_fusion": True}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -38,7 +41,7 @@ class Config:
 
     def launch(self) -> dict[str, int]:
         """The keywords of a Triton launch."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **FUSED_ADDITION}
 
 
 # Asked by a launcher for the kernel it is about to start: (kernel, first tensor, widest head, traits) -> Config.

@@ -45,7 +45,7 @@ class Rule(NamedTuple):
 
 @triton.jit
 def scores(b_qk, b_scale, rule, p_bias, o_position, o_key, n, MASKED: tl.constexpr):
-    """S of a block; -inf where the key is hidden. Scale, positions and keys broadcast against the block."""
+    """S of a block; -inf where the key is hidden. The scale, and blocks of positions and keys, broadcast against it."""
     b_s = b_qk * b_scale
     if rule.bias is not None:
         # Rows past the end stand at positions from n on; the bias there may be anything.

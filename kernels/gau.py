@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
+    FUSED_ADDITION,
     LOG2_E,
     VARYING,
     Choose,
@@ -529,7 +530,7 @@ def gau_attention_backward(
             across = triton.cdiv(dbias.shape[-1], 64)
             dbias_kernel[(b * across,)](
                 dpanel, dbias, *call.sequences, rule[1], rule[4], n_blocks, across, first, first + count, panel_width,
-                BD=64, BN=bn,
+                BD=64, BN=bn, **FUSED_ADDITION,
             )  # fmt: skip
     return dq.to(q.dtype), dk, dv, dgate, sums_like(dbias, rel_bias)
 

@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
+    FUSED_ADDITION,
     VARYING,
     Choose,
     Config,
@@ -545,7 +546,7 @@ def step_kernel(
         b_lin_k = join_token(lin_k, held_lin_k, i_row, place, o_chunk, o_s, C, S)
         b_v = join_token(v, held_v, i_row, place, o_chunk, o_column, C, E)
         b_s = tl.sum(b_quad_k.to(tl.float32) * b_quad_q[None, :], 1)
-        b_a = weights(scores(b_s, number, rule, p_bias, place, o_chunk, place + 1, True), 0.0, SCORE)
+        b_a = weights(scores(b_s, number, rule, p_bias, place + 0 * o_chunk, o_chunk, place + 1, True), 0.0, SCORE)
         b_out += tl.sum(b_a[:, None] * b_v.to(tl.float32), 0)
         if full:
             b_kv = tl.dot(b_lin_k.T, b_v, b_kv, input_precision=PRECISION)
@@ -749,7 +750,7 @@ def mixed_chunk_attention_backward(
             batch = (0, 0) if cu_seqlens is not None else (first // call.n_chunks, (first + count - 1) // call.n_chunks)
             dbias_kernel[((batch[1] - batch[0] + 1) * (wide // 16) ** 2,)](
                 dpanel, total, *call.sequences, call.n_chunks, first, first + count, batch[0],
-                C=chunk_size, BLOCK=16, WIDTH=wide,
+                C=chunk_size, BLOCK=16, WIDTH=wide, **FUSED_ADDITION,
             )  # fmt: skip
     dbias = _along_diagonals(total, rel_bias.shape[-1]) if total is not None and rel_bias is not None else None
     dinitial = dinitial if initial_kv is not None else None
@@ -879,7 +880,7 @@ def _sum_states(call: _Call, x: Tensor, y: Tensor, start: Tensor | None, *, back
     result = totals.new_empty(count, s, e)
     carry_kernel[(count * triton.cdiv(s * e, 1024),)](
         totals, None if start is None else start.float().contiguous(), result, *call.sequences, n_segments,
-        call.size["C"] * long, SIZE=s * e, BLOCK=1024, BACKWARD=backward,
+        call.size["C"] * long, SIZE=s * e, BLOCK=1024, BACKWARD=backward, **FUSED_ADDITION,
     )  # fmt: skip
     return _States(running, totals if call.causal else result), result
 

@@ -20,6 +20,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 torch.set_num_threads(1)
 
+try:
+    import triton
+    import triton.runtime.interpreter
+except ImportError:
+    triton = None
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """An interpreted kernel takes milliseconds a program: fewer examples for it than for what is compiled."""
@@ -41,16 +47,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 _usual: dict[Any, settings] = {}
 
 
-def _patch_the_language_once() -> None:
+def _patch_the_language_once(interpreter: Any) -> None:
     """Spare Triton's interpreter a third of its time: at every call of a device function it searches all of
     `triton.language` for what to patch, although the kernel's start has patched it; and for every type that it looks
-    up it makes the table anew."""
-    try:
-        from triton.runtime import interpreter
-    except ImportError:
-        return
-    patch, first = interpreter._patch_builtin, {}
-    find, found = interpreter._get_np_dtype, {}
+    up it makes the table anew. What a version of Triton calls otherwise stays as slow as it is."""
+    patch, first = getattr(interpreter, "_patch_builtin", None), {}
+    find, found = getattr(interpreter, "_get_np_dtype", None), {}
+    is_builtin = getattr(triton.language.core, "is_builtin", None)
 
     def as_numpy(dtype):
         name = dtype.scalar.name
@@ -58,16 +61,37 @@ def _patch_the_language_once() -> None:
             found[name] = find(dtype)
         return found[name]
 
-    def once(package, builder, scope):
+    def once(package, *rest):
         name = first.get(id(package))
         if name is None:
-            names = (n for n in dir(package) if interpreter.tl.core.is_builtin(getattr(package, n)))
+            names = (n for n in dir(package) if is_builtin(getattr(package, n)))
             first[id(package)] = next(names, None)
-        if name is None or interpreter.tl.core.is_builtin(getattr(package, name)):
-            patch(package, builder, scope)
+        if name is None or is_builtin(getattr(package, name)):
+            patch(package, *rest)
 
-    interpreter._patch_builtin = once
-    interpreter._get_np_dtype = as_numpy
+    if patch is not None and is_builtin is not None:
+        interpreter._patch_builtin = once
+    if find is not None:
+        interpreter._get_np_dtype = as_numpy
 
 
-_patch_the_language_once()
+def _demand_masks_of_truth_values(interpreter: Any) -> None:
+    """Refuse, in every version, what Triton 3.9 refuses: a mask of another type, such as a block & a number's mask."""
+    builder = interpreter.InterpreterBuilder
+
+    def checking(method: Any, place: int) -> Any:
+        def checked(self, *args, **keywords):
+            mask = args[place].data
+            assert mask.dtype == bool, f"a mask of {mask.dtype}; expected truth values, as Triton 3.9 does"
+            return method(self, *args, **keywords)
+
+        return checked
+
+    for name, place in (("create_masked_load", 1), ("create_masked_store", 2)):
+        if hasattr(builder, name):
+            setattr(builder, name, checking(getattr(builder, name), place))
+
+
+if triton is not None:
+    _patch_the_language_once(triton.runtime.interpreter)
+    _demand_masks_of_truth_values(triton.runtime.interpreter)

@@ -149,9 +149,10 @@ def test_reasons_against_triton(monkeypatch):
     monkeypatch.setattr(kernels, "SUPPORTED", dict.fromkeys(FILES.values(), 256))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     find = dispatch.importlib.util.find_spec
+    monkeypatch.setattr(dispatch, "_found", {})
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
     assert explain("glu", "cuda")["triton"] == "Triton is not installed"
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(dispatch, "_found", {False: None, True: None})
     assert explain("glu", "cuda")["triton"] is None
     assert default_backend("glu", "cuda") == "triton"
     assert "fp64" in explain("glu", "cuda", torch.float64)["triton"]
@@ -161,6 +162,41 @@ def test_reasons_against_triton(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert explain("glu", "cpu")["triton"] is None
     assert default_backend("glu", "cpu") == "eager"  # interpreting is for tests: nobody gets it unasked
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "compiles", "interprets"),
+    [
+        ("3.4.0", "2.3.5", "need Triton 3.5 or newer, not 3.4.0", "need Triton 3.5 or newer, not 3.4.0"),
+        ("2.10.1", "1.26.4", "not 2.10.1", "not 2.10.1"),
+        ("3.5.1", "2.3.5", None, None),
+        ("3.6.0+git1a2b3c", "2.4.0", None, r"3.6.0\+git1a2b3c interprets with NumPy before 2.4, not 2.4.0"),
+        ("3.7.0", "2.4.6", None, None),
+        ("3.10.0", "3.0.0", None, None),
+        ("4.0.0", "2.4.0", None, None),
+    ],
+)
+def test_versions_that_cannot_run_the_kernels_are_named(monkeypatch, triton, numpy, compiles, interprets):
+    """Found before anything is compiled, by its version and the one that is needed; looked at once."""
+    modules = pytest.importorskip("triton"), pytest.importorskip("numpy")
+    looks = []
+    look = dispatch._look_at_triton
+    monkeypatch.setattr(dispatch, "_look_at_triton", lambda interpreting: looks.append(1) or look(interpreting))
+    for interpret, device, reason in (("0", "cuda", compiles), ("1", "cpu", interprets)):
+        monkeypatch.setenv("TRITON_INTERPRET", interpret)
+        monkeypatch.setattr(dispatch, "_found", {})
+        with monkeypatch.context() as patch:
+            for module, version in zip(modules, (triton, numpy), strict=True):
+                patch.setattr(module, "__version__", version)
+            found = explain("attention", device)["triton"]
+            assert found == explain("glu", device)["triton"]
+        assert default_backend("attention", "cuda") == ("triton" if reason is None else "eager")
+        if reason is None:
+            assert found is None
+            continue
+        with pytest.raises(RuntimeError, match=f'glu: backend="triton" cannot run this call: .*{reason}'):
+            flashgau.glu(torch.ones(2, 4), backend="triton")
+    assert len(looks) == 2
 
 
 @pytest.mark.parametrize("request_by", ["argument", "block", "environment"])

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -35,7 +36,10 @@ import flashgau
 from flashgau import kernels
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
 from flashgau.kernels import attention as attention_kernels
+from flashgau.kernels import common
 from flashgau.kernels import gated as gated_kernels
 from flashgau.kernels import gau as gau_kernels
 from flashgau.kernels import glu as glu_kernels
@@ -129,6 +133,7 @@ def test_gated_offsets_past_two_to_the_31():
         [Call("glu", (near, x), {}) for x in (near, far)],
         [Call("glu_linear", (x, *w), {}) for x in (near, far)],
         [Call("glu_linear", (w[0], x, w[1][:5]), {}) for x in (near, far)],
+        [Call("glu_linear", (x.T, w[0][:, :5], w[1][:, 5:10]), {}) for x in (near, far)],  # along the inner axis
     ):
         a, b = (gradients(call, backend="triton") for call in calls)
         assert all(torch.equal(x, y) for x, y in zip([*a[0], *a[1]], [*b[0], *b[1]], strict=True))
@@ -158,6 +163,109 @@ def test_chunks_past_two_to_the_31(causal):
         gradients(Call("mixed_chunk_attention", (*heads[:3], x, x, x), options), backend="triton") for x in (near, far)
     )
     assert all(torch.equal(x, y) for x, y in zip([*a[0], *a[1]], [*b[0], *b[1]], strict=True))
+
+
+row_pointers, load_rows, store_rows = common.row_pointers, common.load_rows, common.store_rows
+load_tile, store_tile, gated_bias_pointer = (
+    gated_kernels.load_tile,
+    gated_kernels.store_tile,
+    gated_kernels.bias_pointer,
+)
+row_offsets, bias_pointers = attention_kernels.row_offsets, attention_kernels.bias_pointers
+panel_pointers, load_lse, load_matrix = gau_kernels.panel_pointers, gau_kernels.load_lse, glu_kernels.load
+state_pointers, panel_block = mixed_chunk_kernels.state_pointers, mixed_chunk_kernels.panel_block
+join_token, keep_chunk = mixed_chunk_kernels.join_token, mixed_chunk_kernels.keep_chunk
+Heads, Sequences, Matrix = common.Heads, common.Sequences, glu_kernels.Matrix
+Rule, GatedRule = attention_kernels.Rule, gated_kernels.Rule
+
+
+@triton.jit
+def touch_kernel(x, row, head, many, big, WHAT: tl.constexpr, WIDE: tl.constexpr):
+    """Touches the first element of x, then what a device function computes the place of."""
+    tl.load(x)
+    o = tl.arange(0, 16)
+    there = o >= 0
+    block = tl.zeros([16, 16], tl.float32)
+    far = Heads(x, big, big + 2, big + 4, big + 6)
+    p_far = row_pointers(far, row, head, o)
+    if WHAT == "load_rows":
+        load_rows(far, p_far, there, 16, 16, True)
+    elif WHAT == "store_rows":
+        store_rows(far, p_far, there, block, 16, 16)
+    elif WHAT == "load_tile":
+        load_tile(far, p_far, there, o, 16, 16)
+    elif WHAT == "store_tile":
+        store_tile(far, p_far, there, o, block, 16, 16)
+    elif WHAT == "load_matrix":
+        load_matrix(Matrix(x, big, big + 2), o, o, None)
+    elif WHAT == "row_offsets":
+        tl.load(x + row_offsets(Sequences(None, None, None, 1, big, big), row, head, 7, o, head, 11, row))
+    elif WHAT == "bias_pointers":
+        rule = Rule(None, None, None, None, x, big, big + 2, 11, None, None, 0, 1.0)
+        tl.load(bias_pointers(rule, row, o))
+    elif WHAT == "bias_pointer":
+        tl.load(gated_bias_pointer(GatedRule(None, None, 1.0, x, big, 11), row))
+    elif WHAT == "load_lse":
+        load_lse(x, row, big, o, there, "softmax")
+    elif WHAT == "panel_pointers":
+        tl.load(panel_pointers(x, many, 4096, o, 16))
+    elif WHAT == "panel_block":
+        tl.load(panel_block(x, many, o, o, 4096))
+    elif WHAT == "state_pointers":
+        tl.load(state_pointers(x, row, o, o, 16, WIDE))
+    elif WHAT == "join_token":
+        join_token(far, x, many, 16, o, o, 256, 16)
+    else:
+        tl.static_assert(WHAT == "keep_chunk")
+        keep_chunk(x, block, many, False, o, o, 256, 16)
+
+
+@contextmanager
+def touched() -> Iterator[list[Any]]:
+    """Inside, an interpreted kernel's loads all read the first place it touched, its stores write nothing, and the list
+    has how many bytes from there each access is meant to be."""
+    from triton.runtime import interpreter
+
+    builder, found = interpreter.InterpreterBuilder, []
+    load = builder.create_masked_load
+
+    def places(pointers: Any) -> Any:
+        found.append(pointers.data.astype(np.int64))
+        return interpreter.TensorHandle(np.full_like(pointers.data, found[0].flat[0]), pointers.dtype)
+
+    with (
+        mock.patch.object(builder, "create_masked_load", lambda self, p, *rest: load(self, places(p), *rest)),
+        mock.patch.object(builder, "create_masked_store", lambda self, p, *rest: places(p) and None),
+    ):
+        yield found
+    found[:] = [place - found[0] for place in found[1:]]
+
+
+ROW, HEAD, MANY, BIG, WIDE = 3, 5, 2**28 + 1, 2**30, 2**28
+ACROSS, DOWN = np.arange(16)[None, :], np.arange(16)[:, None]
+FAR_ROWS = ROW * BIG + HEAD * (BIG + 2) + DOWN * (BIG + 4) + ACROSS * (BIG + 6)
+OFFSETS = {
+    **dict.fromkeys(("load_rows", "store_rows", "load_tile", "store_tile"), FAR_ROWS),
+    "load_matrix": DOWN * BIG + ACROSS * (BIG + 2),
+    "row_offsets": (ROW * 7 + HEAD) * BIG + 11 + ACROSS[0],
+    "bias_pointers": ROW * BIG + ACROSS[0] * (BIG + 2) + 11,
+    "bias_pointer": np.array(ROW * BIG + 11),
+    "load_lse": ROW * BIG + ACROSS[0],
+    "panel_pointers": (MANY * 16 + DOWN) * 4096 + ACROSS,
+    "panel_block": (MANY * 4096 + DOWN) * 4096 + ACROSS,
+    "state_pointers": ROW * 16 * WIDE + DOWN * WIDE + ACROSS,
+    "join_token": (MANY * 256 + DOWN) * 16 + ACROSS,
+    "keep_chunk": (MANY * 256 + DOWN) * 16 + ACROSS,
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="reads the interpreter's addresses")
+@pytest.mark.parametrize("what", OFFSETS)
+def test_every_place_is_computed_in_64_bits(what):
+    """Numbers of rows, slots and states, and strides, whose products 32 bits do not hold: no memory is there."""
+    with touched() as found:
+        touch_kernel[(1,)](torch.zeros(1, dtype=torch.float16), ROW, HEAD, MANY, BIG, WHAT=what, WIDE=WIDE)
+    assert np.array_equal(np.ravel(found[0]), np.ravel(2 * OFFSETS[what]))
 
 
 @given(st.data())
@@ -626,6 +734,54 @@ with compiling_for("sm_80"):
     counts = {name: int(count) for name, count in (line.split() for line in printed.splitlines())}
     assert counts.keys() == {"linear_kernel", "linear_backward_kernel"}
     assert all(count <= 2 for count in counts.values()), counts  # rows that 16 divides, or not
+
+
+def test_every_launch_says_that_multiply_adds_are_fused():
+    """Whatever the default of Triton, which differs by version: here it is off."""
+    printed = compiled(
+        """
+import os
+os.environ["TRITON_DEFAULT_FP_FUSION"] = "0"
+from unittest import mock
+import torch, triton
+from flashgau.kernels import attention, gated, gau, glu, mixed_chunk, projection
+from flashgau.tuning import compiler, lookup
+from flashgau.tuning.ahead import target_of
+from flashgau.tuning.shipped import ENTRIES, Operands
+
+def choose(kernel, x, width, rows=None, options=False):
+    return lookup("sm_80", kernel, x.element_size(), width, rows, options)
+
+launched = {}
+
+def launch(kernel, grid):
+    said = launched.setdefault(kernel, set())
+    return lambda *args, **keywords: said.add(keywords.get("enable_fp_fusion"))
+
+with mock.patch.object(triton.JITFunction, "__getitem__", launch):
+    for entry in ENTRIES.values():
+        for kind in entry.kinds["bf16"]:
+            entry.call(kind, entry.widths[-1], Operands(torch.bfloat16), choose)
+    x, w, gamma = (torch.empty(*shape, device="meta") for shape in ((1, 8, 4), (40, 4), (2, 8)))
+    options = {"interleaved": False, "save": False, "choose": choose}
+    projection.gated_projection_forward(x, w, None, gamma, None, None, None, **options)
+for module in (attention, gated, gau, glu, mixed_chunk, projection):
+    for name, kernel in vars(module).items():
+        if name.endswith("_kernel") and kernel.fn.__module__ == module.__name__:
+            print(name, launched.get(kernel))
+
+def compile(name, kernel):
+    print(name, {kernel().metadata.enable_fp_fusion})
+
+x = torch.empty(2, 64, device="meta")
+for target in ("sm_80", "gfx942"):
+    with compiler.instead_of_launching(target, target_of(target), compile):
+        glu.glu_forward(x, x, activation="silu", up_activation="identity", choose=choose)
+"""
+    )
+    lines = [line.split(maxsplit=1) for line in printed.splitlines()]
+    assert len(lines) >= 28
+    assert all(said == "{True}" for _, said in lines), printed
 
 
 def test_all_options_compile_together():

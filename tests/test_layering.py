@@ -123,3 +123,31 @@ assert not heavy, heavy
 assert flashgau.nn.GAU
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def from_triton(path: Path) -> set[str]:
+    """What a file takes from Triton, as dotted names: its imports, and what it reads from the package itself."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            found.add(ast.unparse(node))
+    return {name for name in found if name.split(".")[0] == "triton"}
+
+
+def test_one_file_reaches_into_triton():
+    """Everything else keeps to the language, launches, their helpers and the clock; nothing takes a private name."""
+    inside = PACKAGE / "tuning" / "compiler.py"
+    public = ("triton.language", "triton.testing.do_bench", "triton.jit", "triton.cdiv", "triton.next_power_of_2",
+              "triton.__version__")  # fmt: skip
+    for path in [p for top in (PACKAGE, *ELSEWHERE.values(), ROOT / "bench") for p in top.rglob("*.py")]:
+        names = from_triton(path)
+        assert not [n for n in names for part in n.split(".") if part.startswith("_") and not part.endswith("__")], path
+        if path != inside:
+            assert all(n == "triton" or n.startswith(public) for n in names), f"{path.relative_to(ROOT)}: {names}"
+    assert {"triton.runtime.driver", "triton.knobs.nvidia.cuobjdump.path"} <= from_triton(inside)
+    taken = {node.attr for node in ast.walk(ast.parse(inside.read_text())) if isinstance(node, ast.Attribute)}
+    assert not [name for name in taken if name.startswith("_") and not name.endswith("__")]

@@ -23,7 +23,7 @@ from flashgau.kernels.common import Config
 from flashgau import tuning
 from flashgau.cli import app, check, configurations, main
 from flashgau.cli import tune as tune_command
-from flashgau.tuning import ahead, search, shipped, table
+from flashgau.tuning import ahead, compiler, search, shipped, table
 from flashgau.tuning.table import FUSED, Entry, Key, Table
 
 CPU = torch.device("cpu")
@@ -243,6 +243,7 @@ def test_devices_with_little_shared_memory_get_what_fits(target, limit):
         widths = {"attention_dkv": 128, "mixed_chunk_product": 128, "glu_linear": 0}
         kinds = {entry: shipped.ENTRIES[entry].kinds["fp16"][0] for entry in widths}
         work = [ahead.Job(target, entry, "fp16", width, kinds[entry]) for entry, width in widths.items()]
+        work.append(ahead.Job(target, "attention_forward", "fp16", 256, "causal"))  # the widest head
         assert all(0 < row.shared_bytes <= limit for row in ahead.compile_all(work, processes=1))
         return
     work = [
@@ -254,6 +255,76 @@ def test_devices_with_little_shared_memory_get_what_fits(target, limit):
     for row in ahead.compile_all(work, processes=1):
         assert 0 < row.shared_bytes <= limit, row
         assert row.ok, row
+
+
+@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("kernel", ["attention_forward", "attention_dq", "attention_dkv", "attention_dbias"])
+def test_options_leave_room_for_what_they_take(arch, itemsize, kernel):
+    """A cap's slope or dropout's words take a block of registers more: the blocks of the next wider heads, no pipeline.
+
+    Behind the widest heads there is no wider class: their blocks are of 32 at most.
+    """
+    for rows in (None, 1) if kernel == "attention_forward" else (None,):
+        plain = [tuning.lookup(arch, kernel, itemsize, width, rows) for width in (64, 128, 256)]
+        found = [tuning.lookup(arch, kernel, itemsize, width, rows, options=True) for width in (64, 128, 256)]
+        assert all(c.num_stages == 1 for c in found)
+        for c, wider in zip(found, plain[1:], strict=False):
+            assert (c.block_m, c.block_n, c.num_warps) == (wider.block_m, wider.block_n, wider.num_warps)
+        assert (found[-1].block_m, found[-1].block_n) == (min(plain[-1].block_m, 32), min(plain[-1].block_n, 32))
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, e in shipped.ENTRIES.items() if n.startswith("attention") and e.matrix is not None]
+)
+def test_the_widest_heads_fit_64_kilobytes(name):
+    """Rows, keys and their gradients of 256 columns, in fp16: blocks of 32 at most, one of each at a time."""
+    widest = ahead.Job("", name, "fp16", 256, "").key
+    config = tuning.shipped_table("sm_75").config(widest)
+    assert config is not None
+    assert max(config.block_m, config.block_n) <= 32
+    assert config.num_stages == 1
+    operands = (2 if name in ("attention_dq", "attention_dkv", "attention_dbias") else 1) * (
+        config.block_m + config.block_n
+    )
+    assert operands * 256 * 2 <= ahead.shared_bytes_of("sm_75")
+
+
+# ---- what is taken from Triton
+
+
+def test_a_driver_that_was_there_is_there_again():
+    seen, there = [], object()
+    before = compiler.driver.active if torch.cuda.is_available() else None
+    try:
+        for active in (there, None):
+            compiler.driver.set_active(active)
+            with compiler.instead_of_launching("sm_80", ahead.target_of("sm_80"), lambda *args: seen.append(args)):
+                assert compiler.driver.active.get_current_target() == ahead.target_of("sm_80")
+            if active is not None or torch.cuda.is_available():
+                assert compiler.driver.active is active or active is None
+            else:
+                with pytest.raises(RuntimeError):  # there is none
+                    _ = compiler.driver.active
+    finally:
+        compiler.driver.set_active(before)
+    assert not seen
+
+
+def test_cuobjdump_is_found_without_tritons_help(monkeypatch, tmp_path):
+    """Its path among Triton's knobs, the package, the PATH: each is hidden in turn, and what is nowhere is named."""
+    triton = pytest.importorskip("triton")
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    assert Path(compiler.cuobjdump()) == bundled
+    monkeypatch.setattr(triton, "knobs", object())
+    assert Path(compiler.cuobjdump()) == bundled
+    monkeypatch.setattr(triton, "__file__", str(tmp_path / "triton" / "__init__.py"))
+    (tmp_path / "cuobjdump").symlink_to(bundled)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert compiler.cuobjdump() == str(tmp_path / "cuobjdump")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(RuntimeError, match="compile: cuobjdump is neither in Triton nor on the PATH"):
+        compiler.cuobjdump()
 
 
 # ---- the search

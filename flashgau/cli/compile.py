@@ -32,10 +32,10 @@ def compile(
       flashgau compile
       flashgau compile --target sm_90 --json
     """
-    from importlib.util import find_spec
+    from flashgau.ops.dispatch import unfit_triton
 
-    if find_spec("triton") is None:
-        fail("compile", "Triton is not installed")
+    if reason := unfit_triton(interpreting=False):
+        fail("compile", reason)
     from rich.progress import Progress
 
     from flashgau.kernels.common import Config

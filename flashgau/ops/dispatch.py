@@ -129,8 +129,9 @@ def _known(op: str, argument: str, name: object) -> str:
 def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     if _file(op) not in kernels.SUPPORTED:
         return f"this version has no Triton kernel for {op}"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    if unfit := unfit_triton(interpreting):
+        return unfit
     if dtype == torch.float64:
         return "the Triton kernels take fp16, bf16 and fp32, not fp64"
     widest = kernels.SUPPORTED[_file(op)]
@@ -138,13 +139,48 @@ def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, width: in
         return f"its kernels take widths of up to {widest}, not {width}"
     if width > 128 and dtype == torch.float32 and device.type == "cuda" and _shared_bytes(device) <= 65_536:
         return "in fp32 heads wider than 128 do not fit this GPU's shared memory"
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type == "cpu" and not interpreting:
         return "the tensors are on the CPU, and TRITON_INTERPRET=1 was not set"
     if device.type == "cpu" and dtype == torch.bfloat16:
         return "Triton's interpreter, which runs kernels on a CPU, multiplies bf16 wrongly"
     if device.type not in ("cpu", "cuda", "xpu"):
         return f"Triton does not drive devices of type {device.type!r}"
     return None
+
+
+# The first Triton that compiles the kernels, the first that interprets with any NumPy, and the NumPy others cannot take
+_OLDEST, _ANY_NUMPY, _NEW_NUMPY = (3, 5), (3, 7), (2, 4)
+_found: dict[bool, str | None] = {}  # by `interpreting`; not a cache of functools, at which torch.compile warns
+
+
+def unfit_triton(interpreting: bool) -> str | None:
+    """Why the installed Triton cannot compile, or interpret, any kernel; None if it can. Found once in a process."""
+    if interpreting not in _found:
+        _found[interpreting] = _look_at_triton(interpreting)
+    return _found[interpreting]
+
+
+def _look_at_triton(interpreting: bool) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        import numpy as np
+        import triton
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
+    if _version(triton) < _OLDEST:
+        return f"the kernels need Triton 3.5 or newer, not {triton.__version__}"
+    if interpreting and _version(triton) < _ANY_NUMPY and _version(np) >= _NEW_NUMPY:
+        return (
+            f"Triton {triton.__version__} interprets with NumPy before 2.4, not {np.__version__} "
+            "(from Triton 3.7 on with any)"
+        )
+    return None
+
+
+def _version(package: Any) -> tuple[int, ...]:
+    """The first two numbers of a version such as 3.5.0+git1a2b."""
+    return tuple(int(number) for number in package.__version__.split(".")[:2])
 
 
 def _shared_bytes(device: torch.device) -> int:

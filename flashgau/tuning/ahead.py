@@ -9,9 +9,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -19,20 +17,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from flashgau.kernels.common import Config
 
-from . import lookup, shipped_gpus, table_for
+from . import compiler, lookup, shipped_gpus, table_for
 from .shipped import DTYPES, ENTRIES, Operands
 from .table import Key
 
@@ -49,16 +41,16 @@ VECTOR_LOADS = r"\b(?:LDG\.E\.(?:ENL2\.)?(?:128|256)|(?:global|buffer)_load_dwor
 VECTOR_STORES = r"\b(?:STG\.E\.(?:ENL2\.)?(?:128|256)|(?:global|buffer)_store_dwordx4)"
 
 
-def target_of(name: str) -> GPUTarget:
+def target_of(name: str) -> compiler.GPUTarget:
     """Triton's description of "sm_90", "gfx942" and the like.
 
     Raises:
         ValueError: for a name that is none.
     """
     if match := re.fullmatch(r"sm_(\d+)", name):
-        return GPUTarget("cuda", int(match[1]), 32)
+        return compiler.GPUTarget("cuda", int(match[1]), 32)
     if re.fullmatch(r"gfx\w+", name):
-        return GPUTarget("hip", name, 64)
+        return compiler.GPUTarget("hip", name, 64)
     raise ValueError(f"compile: `target` is {name!r}; expected a name such as sm_80, sm_90 or gfx942")
 
 
@@ -98,22 +90,6 @@ class Compiled:
         return None
 
 
-class _Absent:
-    """Stands for a GPU that is not there, as far as compiling asks."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def get_current_target(self) -> GPUTarget:
-        return target_of(self.name)
-
-    def get_current_device(self) -> str:
-        return self.name
-
-    def get_current_stream(self, device: Any) -> int:
-        return 0
-
-
 @contextmanager
 def compiling_for(target: str, only: str | None = None) -> Iterator[list[Compiled]]:
     """Inside the block every launch (or those of kernel `only`) compiles for `target`, and nothing runs.
@@ -131,55 +107,25 @@ def compiling_for(target: str, only: str | None = None) -> Iterator[list[Compile
         0
     """
     found: list[Compiled] = []
-    inspected: dict[str, Compiled] = {}
-    run = JITFunction.run
+    inspected: dict[Any, Compiled] = {}  # Triton gives the same object to launches that share a kernel
 
-    def compile_only(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        if only not in (None, kernel.__name__):
-            return None
-        result = run(kernel, *args, grid=grid, warmup=True, **kwargs)
-        if result.hash not in inspected:
-            inspected[result.hash] = _inspect(kernel.__name__, target, result)
-        found.append(inspected[result.hash])
-        return result
+    def compile_only(kernel: str, compile: Callable[[], Any]) -> None:
+        if only not in (None, kernel):
+            return
+        result = compile()
+        if result not in inspected:
+            inspected[result] = _inspect(kernel, target, result)
+        found.append(inspected[result])
 
-    before = driver._active
-    driver.set_active(_Absent(target))
-    try:
-        with mock.patch.object(JITFunction, "run", compile_only):
-            yield found
-    finally:
-        driver._active = before
+    with compiler.instead_of_launching(target, target_of(target), compile_only):
+        yield found
 
 
 def _inspect(name: str, target: str, kernel: Any) -> Compiled:
-    assembly, registers, spills = _nvidia(kernel) if "cubin" in kernel.asm else _amd(kernel)
-    matrix = frozenset(re.findall(MATRIX_INSTRUCTIONS, assembly))
-    vectors = bool(re.search(VECTOR_LOADS, assembly) and re.search(VECTOR_STORES, assembly))
-    return Compiled(name, target, registers, spills, kernel.metadata.shared, matrix, vectors)
-
-
-def _nvidia(kernel: Any) -> tuple[str, int, int]:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage, sass = (
-            subprocess.run([tools / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    registers = max(map(int, re.findall(r"REG:(\d+)", usage)), default=0)
-    return sass, registers, len(re.findall(r"\b(?:STL|LDL)\b", sass))
-
-
-def _amd(kernel: Any) -> tuple[str, int, int]:
-    # A scalar register that is "spilled" goes to a lane of a vector register, not to memory: those are not counted.
-    assembly = kernel.asm["amdgcn"]
-    registers, spills = (
-        max(map(int, re.findall(rf"\.{key}:\s+(\d+)", assembly)), default=0)
-        for key in ("vgpr_count", "vgpr_spill_count")
-    )
-    return assembly, registers, spills
+    needs = compiler.needs(kernel)
+    matrix = frozenset(re.findall(MATRIX_INSTRUCTIONS, needs.assembly))
+    vectors = bool(re.search(VECTOR_LOADS, needs.assembly) and re.search(VECTOR_STORES, needs.assembly))
+    return Compiled(name, target, needs.registers, needs.spills, needs.shared_bytes, matrix, vectors)
 
 
 # ---- everything that is shipped ----
