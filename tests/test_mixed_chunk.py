@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from strategies import (
     DTYPES,
     PANELS,
+    REST,
+    TINY,
     Call,
     backend_fixture,
     backends_of,
@@ -20,6 +22,7 @@ from strategies import (
     check_leaves_inputs_alone,
     check_refuses_second_derivative,
     check_repeats_bitwise,
+    check_rest_is_padding,
     check_some_gradients,
     close,
     close_gradients,
@@ -444,6 +447,22 @@ def test_what_stands_behind_the_open_chunk_is_irrelevant(backend, data):
     results = (outputs(whole(initial_state=s, return_state=True)) for s in (spoilt, state))
     for a, x in zip(*results, strict=True):
         assert torch.equal(a, x)
+
+
+@pytest.mark.parametrize("case", range(len(REST)), ids=lambda case: str(REST[case][0]))
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_rows_of_no_sequence_are_padding(backend, case, causal):
+    ends, n = REST[case]
+    operands = tuple(randn(i, 1, n, 3) for i in range(6))
+    options = {"chunk_size": 8, "causal": causal, "return_state": causal, "rel_bias": randn(6, 17)}
+    if causal and case < 2:  # sequences that go on from some token
+        position = torch.arange(len(ends) - 1) * 5
+        opened = (torch.arange(8) < position[:, None] % 8)[..., None]
+        kv, *held = (randn(7 + i, len(position), size, 3) for i, size in enumerate((3, 8, 8, 8)))
+        kv = torch.where(position[:, None, None] < 8, 0, kv)
+        options["initial_state"] = flashgau.MixedChunkState(kv, *(torch.where(opened, x, 0) for x in held), position)
+    with blocks(TINY):
+        check_rest_is_padding(Call("mixed_chunk_attention", operands, options), 1, {"q": ends}, "qqqqqq", "q-----")
 
 
 # ---------------------------------------------------------------- cost and sizes
