@@ -145,10 +145,9 @@ def forward_kernel(
     sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
     rule = Rule(scale, left, right, softcap, bias, bias_batch, bias_head, reach, sinks, seed, threshold, lift)
     i_block, i_head, i_seq = place(
-        tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.queries, GROUPS, BM
+        tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.queries, longest_m, GROUPS, BM
     )  # fmt: skip
-    row, first_m, m, first_n, n = bounds(sequences, i_seq)
-    stored = m if sequences.queries is not None else sequences.longest_m  # padding is written too, with zeros
+    row, first_m, m, stored, first_n, n, _ = bounds(sequences, i_seq)
     i_block = (stored * GROUPS + BM - 1) // BM - 1 - i_block  # the longest rows of a causal mask first
     if i_block < 0:
         return
@@ -259,8 +258,8 @@ def delta_kernel(
 ):  # fmt: skip
     """delta = rowsum(dO * O) - dLSE for a block of queries of one head."""
     sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
-    i_block, i_head, i_seq = place(tl.program_id(0), n_blocks, n_heads, sequences, sequences.queries, 1, BM)
-    row, first_m, m, _, _ = bounds(sequences, i_seq)
+    i_block, i_head, i_seq = place(tl.program_id(0), n_blocks, n_heads, sequences, sequences.queries, longest_m, 1, BM)
+    row, first_m, m, stored, _, _, _ = bounds(sequences, i_seq)
     o_query = i_block * BM + tl.arange(0, BM)
     m_row = o_query < m
     b_dout = load_rows(dout, row_pointers(dout, row, i_head, first_m + o_query), m_row, E, BE, False)
@@ -270,7 +269,7 @@ def delta_kernel(
     if dlse is not None:  # which may be anything, NaN included, for a row that sees nothing
         b_lse = tl.load(lse + o_flat, mask=m_row, other=-float("inf"))
         b_delta -= tl.load(dlse + o_flat, mask=m_row & (b_lse != -float("inf")), other=0.0)
-    tl.store(delta + o_flat, b_delta, mask=m_row)
+    tl.store(delta + o_flat, b_delta, mask=o_query < stored)
 
 
 @triton.jit
@@ -291,10 +290,9 @@ def dq_kernel(
     sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
     rule = Rule(scale, left, right, softcap, bias, bias_batch, bias_head, reach, sinks, seed, threshold, lift)
     i_block, i_head, i_seq = place(
-        tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.queries, GROUPS, BM
+        tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.queries, longest_m, GROUPS, BM
     )  # fmt: skip
-    row, first_m, m, first_n, n = bounds(sequences, i_seq)
-    stored = m if sequences.queries is not None else sequences.longest_m
+    row, first_m, m, stored, first_n, n, _ = bounds(sequences, i_seq)
     i_block = (stored * GROUPS + BM - 1) // BM - 1 - i_block
     if i_block < 0:
         return
@@ -348,9 +346,8 @@ def dkv_kernel(
     """dK = scale dS^T Q and dV = P^T dO of a block of keys, over the rows of all heads of the group that see them."""
     sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
     rule = Rule(scale, left, right, softcap, bias, bias_batch, bias_head, reach, sinks, seed, threshold, lift)
-    i_block, i_head, i_seq = place(tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.keys, 1, BN)
-    row, first_m, m, first_n, n = bounds(sequences, i_seq)
-    stored = n if sequences.queries is not None else sequences.longest_n
+    i_block, i_head, i_seq = place(tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.keys, longest_n, 1, BN)
+    row, first_m, m, _, first_n, n, stored = bounds(sequences, i_seq)
     if i_block * BN >= stored:
         return
 
@@ -424,7 +421,7 @@ def dbias_kernel(
     if sequences.queries is not None:
         last_seq = sequences.n_sequences
     for i_seq in range(first_seq, last_seq):
-        row, first_m, m, first_n, n = bounds(sequences, i_seq)
+        row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
         # Queries whose key at one of these distances is there.
         start = tl.maximum(m - n - nearest - BN + 1, 0) // BM * BM
         stop = tl.minimum(m - nearest, m)
@@ -496,13 +493,14 @@ def attention_forward(
     width, extras, biased = max(widths["BD"], widths["BE"]), _extras(rule), rel_bias is not None
     config = choose("attention_forward", q, width, rows=m * groups, options=extras or biased)
     n_blocks = blocks_of(sequences, m, groups, config.block_m)
-    programs = n_blocks * n_kv_heads * (b if cu_seqlens is None else 1)
-    n_parts = _parts(programs, processors(q.device), triton.cdiv(n, 2 * config.block_n))
+    per_block = n_kv_heads * (b if cu_seqlens is None else 1)
+    working = blocks_of(sequences, m, groups, config.block_m, rest=False) * per_block
+    n_parts = _parts(working, processors(q.device), triton.cdiv(n, 2 * config.block_n))
     parts, sums = heads(out), lse
     if n_parts is not None:
         parts = heads(q.new_empty(n_parts, b, n_heads, m, e, dtype=torch.float32)[0])
         sums = q.new_empty(2, n_parts, b, n_heads, m, dtype=torch.float32)
-    forward_kernel[(programs, n_parts or 1)](
+    forward_kernel[(n_blocks * per_block, n_parts or 1)](
         heads(q), heads(k), heads(v), parts, sums, *sequences, *rule, n_blocks, n_kv_heads, n_parts,
         GROUPS=groups, D=d, E=e, **widths, BM=config.block_m, BN=config.block_n,
         PRECISION=matmul_precision(q.dtype), **config.launch(),
@@ -556,7 +554,7 @@ def attention_backward(
     width, extras, biased = max(widths["BD"], widths["BE"]), _extras(rule), rel_bias is not None
     precision = matmul_precision(q.dtype)
 
-    delta = torch.zeros_like(lse)
+    delta = lse.new_empty(lse.shape)
     if lse.numel():
         n_blocks = blocks_of(sequences, m, 1, 64)
         delta_kernel[(n_blocks * n_heads * rows,)](

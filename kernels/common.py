@@ -59,7 +59,12 @@ class Heads(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """How tokens are cut into sequences: padding (`lengths`), packing (`queries`, `keys`: cu_seqlens), or neither."""
+    """How tokens are cut into sequences: padding (`lengths`), packing (`queries`, `keys`: cu_seqlens), or neither.
+
+    On a GPU nobody has looked at the values of these: the packed sequences may leave rows behind the last one, or
+    before the first. So two more "sequences" follow the packed ones, numbered on: the rows behind, and the rows
+    before. They have no tokens, only padding, and so every kernel writes zeros there as to other padding.
+    """
 
     lengths: Any
     queries: Any
@@ -85,11 +90,14 @@ def sequences_of(
     return Sequences(None, cu_seqlens, keys, cu_seqlens.shape[0] - 1, m, n)
 
 
-def blocks_of(sequences: Sequences, axis: int, per_token: int, block: int) -> int:
-    """How many blocks of rows cover an axis of one sequence, or of all packed ones (a bound, from sizes alone)."""
+def blocks_of(sequences: Sequences, axis: int, per_token: int, block: int, *, rest: bool = True) -> int:
+    """How many blocks of rows cover an axis of one sequence, or of all packed ones (a bound, from sizes alone).
+
+    `rest`: with the rows that are in none of the packed ones, as a kernel needs that writes results.
+    """
     if sequences.queries is None:
         return triton.cdiv(axis * per_token, block)
-    return axis * per_token // block + sequences.n_sequences
+    return axis * per_token // block + sequences.n_sequences + (2 if rest else 0)
 
 
 def on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,46 +130,67 @@ def matmul_precision(dtype: torch.dtype) -> str:
 
 
 @triton.jit
+def offset(ends, i_seq, tokens):
+    """Where a packed sequence begins, within the axis whatever `ends` holds."""
+    return tl.minimum(tl.maximum(tl.load(ends + i_seq), 0), tokens).to(tl.int32)
+
+
+@triton.jit
+def extent(ends, i_seq, n_sequences, tokens):
+    """First row and number of rows of a packed sequence, of the rows behind the last or of those before the first."""
+    first = tl.where(i_seq > n_sequences, 0, offset(ends, tl.minimum(i_seq, n_sequences), tokens))
+    stop = offset(ends, tl.where(i_seq < n_sequences, i_seq + 1, 0), tokens)
+    return first, tl.where(i_seq == n_sequences, tokens, stop) - first
+
+
+@triton.jit
 def bounds(sequences, i_seq):
-    """Row of memory, first query, queries, first key and keys of a sequence."""
+    """Row of memory of a sequence; its first query, its queries, and the rows that are written for them, padding and
+    all; the same of its keys."""
     row = i_seq
     first_m = 0
     first_n = 0
     m = sequences.longest_m
     n = sequences.longest_n
+    stored_m = sequences.longest_m
+    stored_n = sequences.longest_n
     if sequences.queries is not None:
         row = 0
-        first_m = tl.load(sequences.queries + i_seq).to(tl.int32)
-        m = tl.load(sequences.queries + i_seq + 1).to(tl.int32) - first_m
-        first_n = tl.load(sequences.keys + i_seq).to(tl.int32)
-        n = tl.load(sequences.keys + i_seq + 1).to(tl.int32) - first_n
+        first_m, stored_m = extent(sequences.queries, i_seq, sequences.n_sequences, sequences.longest_m)
+        first_n, stored_n = extent(sequences.keys, i_seq, sequences.n_sequences, sequences.longest_n)
+        m = tl.where(i_seq < sequences.n_sequences, stored_m, 0)
+        n = tl.where(i_seq < sequences.n_sequences, stored_n, 0)
     elif sequences.lengths is not None:
         # On a GPU nobody has looked at the values before.
         n = tl.minimum(tl.maximum(tl.load(sequences.lengths + i_seq).to(tl.int32), 0), sequences.longest_n)
         m = tl.where(sequences.longest_m == sequences.longest_n, n, sequences.longest_m)
-    return row, first_m, m, first_n, n
+    return row, first_m, m, stored_m, first_n, n, stored_n
 
 
 @triton.jit
-def place(i_program, n_blocks, n_heads, sequences, ends, PER_TOKEN: tl.constexpr, block):
+def place(i_program, n_blocks, n_heads, sequences, ends, tokens, PER_TOKEN: tl.constexpr, block):
     """(block within its sequence, head, sequence) of a program; programs of one head follow each other.
 
-    In a packed batch, sequence g owns the blocks from ends[g] * PER_TOKEN // block + g on: at least as many as it
-    needs, so the last of them may lie past its end and find nothing to do.
+    In a packed batch, sequence g owns the blocks from (ends[g] - ends[0]) * PER_TOKEN // block + g on: at least as many
+    as it needs, so the last of them may lie past its end and find nothing to do. So do the rows behind the last
+    sequence, up to `tokens`, and after these the rows before the first one.
     """
     i_block = i_program % n_blocks
     i_head = i_program // n_blocks % n_heads
     i_seq = i_program // n_blocks // n_heads
     if sequences.queries is not None:
+        origin = offset(ends, 0, tokens)
         low = i_seq
-        high = i_seq + sequences.n_sequences - 1
+        high = i_seq + sequences.n_sequences
         while low < high:
             middle = (low + high + 1) // 2
-            first = tl.load(ends + middle).to(tl.int32) * PER_TOKEN // block + middle
+            first = (offset(ends, middle, tokens) - origin) * PER_TOKEN // block + middle
             low = tl.where(first <= i_block, middle, low)
             high = tl.where(first <= i_block, high, middle - 1)
-        i_seq = low
-        i_block -= tl.load(ends + low).to(tl.int32) * PER_TOKEN // block + low
+        first = (offset(ends, low, tokens) - origin) * PER_TOKEN // block + low
+        before = (tokens - origin) * PER_TOKEN // block + sequences.n_sequences + 1
+        i_seq = tl.where(before <= i_block, sequences.n_sequences + 1, low)
+        i_block -= tl.where(before <= i_block, before, first)
     return i_block, i_head, i_seq
 
 
@@ -170,7 +199,8 @@ def first_slot(sequences, i_seq, n_blocks, block):
     """The number, among all blocks of keys, of a sequence's first one: the inverse of `place`."""
     first = i_seq * n_blocks
     if sequences.queries is not None:
-        first = tl.load(sequences.keys + i_seq).to(tl.int32) // block + i_seq
+        begin = offset(sequences.keys, tl.minimum(i_seq, sequences.n_sequences), sequences.longest_n)
+        first = (begin - offset(sequences.keys, 0, sequences.longest_n)) // block + i_seq
     return first
 
 

@@ -172,9 +172,8 @@ def prologue_kernel(
 ):  # fmt: skip
     """dX = gate * dO, dGate = X * dO and delta = rowsum(dX * X) of a block of rows, as far as they are wanted."""
     sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
-    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.queries, 1, BM)
-    row, first_m, m, _, _ = bounds(sequences, i_seq)
-    stored = m if sequences.queries is not None else sequences.longest_m
+    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.queries, longest_m, 1, BM)
+    row, first_m, m, stored, _, _, _ = bounds(sequences, i_seq)
     o_query = i_block * BM + tl.arange(0, BM)
     m_row, m_stored = o_query < m, o_query < stored
     b_delta = tl.zeros([BM], tl.float32)

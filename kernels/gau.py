@@ -131,8 +131,8 @@ def lse_kernel(
     """LSE of a block of rows; -inf for a row that sees nothing."""
     sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
     rule = Rule(None, right, number, bias, bias_batch, reach)
-    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.queries, 1, BM)
-    row, first_m, m, first_n, n = bounds(sequences, i_seq)
+    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.queries, longest_m, 1, BM)
+    row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     o_query = i_block * BM + tl.arange(0, BM)
     o_position, m_row = o_query + n - m, o_query < m
     b_q = load_rows(q, row_pointers(q, row, 0, first_m + o_query), m_row, S, BS, False)
@@ -168,8 +168,8 @@ def weights_kernel(
     sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
     rule = Rule(None, right, number, bias, bias_batch, reach)
     i_slot = tl.program_id(0) // n_across
-    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.queries, 1, BM)
-    row, first_m, m, first_n, n = bounds(sequences, i_seq)
+    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.queries, longest_m, 1, BM)
+    row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     last = tl.minimum(i_block * BM + BM, m) - 1
     _, _, _, stop = keys_seen(rule, i_block * BM + n - m, last + n - m, n, BN)
     o_key = tl.program_id(0) % n_across * BN + tl.arange(0, BN)
@@ -200,9 +200,8 @@ def product_kernel(
     n_tiles = tl.cdiv(E, BE)
     i_slot = tl.program_id(0) // n_tiles
     o_column = tl.program_id(0) % n_tiles * BE + tl.arange(0, BE)
-    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.queries, 1, BM)
-    row, first_m, m, first_n, n = bounds(sequences, i_seq)
-    stored = m if sequences.queries is not None else sequences.longest_m  # padding is written too, with zeros
+    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.queries, longest_m, 1, BM)
+    row, first_m, m, stored, first_n, n, _ = bounds(sequences, i_seq)
     if i_block * BM >= stored:
         return
     o_query = i_block * BM + tl.arange(0, BM)
@@ -257,8 +256,8 @@ def gradient_kernel(
     sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
     rule = Rule(None, right, number, bias, bias_batch, reach)
     i_slot = tl.program_id(0) // n_across
-    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.keys, 1, BN)
-    row, first_m, m, first_n, n = bounds(sequences, i_seq)
+    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.keys, longest_n, 1, BN)
+    row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     first_row = tl.program_id(0) % n_across * BM
     start, _, _, stop = rows_seeing(rule, i_block * BN, tl.minimum(i_block * BN + BN, n) - 1, m, n, 1, BM)
     if (first_row < start) | (first_row >= stop):
@@ -298,9 +297,8 @@ def columns_kernel(
     n_tiles = tl.cdiv(E, BE)
     i_slot = tl.program_id(0) // n_tiles
     o_column = tl.program_id(0) % n_tiles * BE + tl.arange(0, BE)
-    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.keys, 1, BN)
-    row, first_m, m, first_n, n = bounds(sequences, i_seq)
-    stored = n if sequences.queries is not None else sequences.longest_n
+    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.keys, longest_n, 1, BN)
+    row, first_m, m, _, first_n, n, stored = bounds(sequences, i_seq)
     if i_block * BN >= stored:
         return
     o_key = i_block * BN + tl.arange(0, BN)
@@ -329,8 +327,8 @@ def dq_kernel(
     """dQ += scale dS K of a block of rows, over the keys of a panel: its blocks first_block..last_block."""
     sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
     rule = Rule(None, right, number, None, 0, 0)
-    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.queries, 1, BM)
-    row, first_m, m, first_n, n = bounds(sequences, i_seq)
+    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.queries, longest_m, 1, BM)
+    row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     last = tl.minimum(i_block * BM + BM, m) - 1
     _, _, _, stop = keys_seen(rule, i_block * BM + n - m, last + n - m, n, BN)
     first = first_slot(sequences, i_seq, n_key_blocks, BN)
@@ -370,8 +368,8 @@ def dbias_kernel(
         high = tl.minimum(last_block, i_batch * n_blocks + n_blocks)
     b_dbias = tl.zeros([BD], tl.float32)
     for i in range(low, high):
-        i_block, _, i_seq = place(i, n_blocks, 1, sequences, sequences.keys, 1, BN)
-        _, _, m, _, n = bounds(sequences, i_seq)
+        i_block, _, i_seq = place(i, n_blocks, 1, sequences, sequences.keys, longest_n, 1, BN)
+        _, _, m, _, _, n, _ = bounds(sequences, i_seq)
         o_key = (i_block * BN + tl.arange(0, BN))[:, None]
         o_position = o_key - (o_bias - reach)[None, :]
         o_query = o_position - (n - m)
@@ -500,7 +498,7 @@ def gau_attention_backward(
         choose(name, call.weights_like, call.width) for name in ("gau_gradient", "gau_dv", "gau_dq")
     )
     bm, bn = config.block_m, config.block_n
-    n_blocks, n_row_blocks = blocks_of(call.sequences, n, 1, bn), blocks_of(call.sequences, m, 1, bm)
+    n_blocks, n_row_blocks = blocks_of(call.sequences, n, 1, bn), blocks_of(call.sequences, m, 1, bm, rest=False)
     total, n_across = n_blocks * call.rows, triton.cdiv(call.longest[0], bm)
     panel_width = n_across * bm
     panel, step = room_for_panel(call.weights_like, 2 * bn * panel_width, total)
@@ -553,7 +551,8 @@ def _call(
         scaling, number = ("number", 1 / float(normalizer)) if not isinstance(normalizer, str) else (normalizer, 1.0)
     longest = q.shape[1], k.shape[1]
     if cu_seqlens is not None:  # the one value that is read on the host: panels as wide as the batch would be many
-        longest = (int(cu_seqlens.diff().max()),) * 2
+        most = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
+        longest = (min(max(most, 1), k.shape[1]),) * 2
     precision, factors, weights_like = precisions(q)
     return _Call(
         sequences=sequences_of(q.shape[0], q.shape[1], k.shape[1], lengths, cu_seqlens, None),
@@ -575,7 +574,7 @@ def _lse(call: _Call, q: Tensor, k: Tensor, choose: Choose) -> Tensor | None:
         return None
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     config: Config = choose("gau_lse", q, call.width)
-    n_blocks = blocks_of(call.sequences, q.shape[1], 1, config.block_m)
+    n_blocks = blocks_of(call.sequences, q.shape[1], 1, config.block_m, rest=False)
     lse_kernel[(n_blocks * call.rows,)](
         rows(q), rows(k), lse, *call.sequences, *call.rule, n_blocks, SCALING=call.scaling, S=q.shape[-1],
         BS=call.width, BM=config.block_m, BN=config.block_n, PRECISION=call.precision, **config.launch(),

@@ -85,12 +85,10 @@ class Chunk(NamedTuple):
 @triton.jit
 def chunk_at(i_slot, n_chunks, sequences, C: tl.constexpr):
     """The chunk in a slot."""
-    i_chunk, _, i_seq = place(i_slot, n_chunks, 1, sequences, sequences.queries, 1, C)
-    row, first, n, _, _ = bounds(sequences, i_seq)
+    i_chunk, _, i_seq = place(i_slot, n_chunks, 1, sequences, sequences.queries, sequences.longest_m, 1, C)
+    row, first, n, stored, _, _, _ = bounds(sequences, i_seq)
     tokens = tl.minimum(tl.maximum(n - i_chunk * C, 0), C)
-    stored = tokens
-    if sequences.queries is None:
-        stored = tl.minimum(sequences.longest_n - i_chunk * C, C)
+    stored = tl.minimum(stored - i_chunk * C, C)
     return Chunk(i_seq, i_chunk, row, first + i_chunk * C, tokens, stored, n)
 
 
@@ -102,7 +100,7 @@ def inverse_divisor(number, closed_tokens, i_seq, i_chunk, n, C: tl.constexpr, C
     elif CAUSAL:
         before = tl.cast(i_chunk * C, tl.int64)
         if closed_tokens is not None:
-            before += tl.load(closed_tokens + i_seq)
+            before += tl.load(closed_tokens + i_seq, mask=n > 0, other=0)
         result = 1.0 / tl.maximum(before, 1).to(tl.float32)
     else:
         result = 1.0 / tl.maximum(n, 1).to(tl.float32)
@@ -154,8 +152,8 @@ def states_kernel(
     n_across = tl.cdiv(E, BE)
     i_tile = tl.program_id(0) % (n_across * tl.cdiv(S, BS))
     i_slot = tl.program_id(0) // (n_across * tl.cdiv(S, BS))
-    i_segment, _, i_seq = place(i_slot, n_segments, 1, sequences, sequences.queries, 1, C * long)
-    row, first, n, _, _ = bounds(sequences, i_seq)
+    i_segment, _, i_seq = place(i_slot, n_segments, 1, sequences, sequences.queries, longest_m, 1, C * long)
+    row, first, n, _, _, _, _ = bounds(sequences, i_seq)
     o_row = i_tile // n_across * BS + tl.arange(0, BS)
     o_column = i_tile % n_across * BE + tl.arange(0, BE)
     m_tile = (o_row < S)[:, None] & (o_column < E)[None, :]
@@ -197,7 +195,7 @@ def carry_kernel(
     i_seq = tl.program_id(0) // tl.cdiv(SIZE, BLOCK)
     o_state = tl.program_id(0) % tl.cdiv(SIZE, BLOCK) * BLOCK + tl.arange(0, BLOCK)
     m_state = o_state < SIZE
-    _, _, n, _, _ = bounds(sequences, i_seq)
+    _, _, n, _, _, _, _ = bounds(sequences, i_seq)
     p_first = totals + tl.cast(first_slot(sequences, i_seq, n_segments, span), tl.int64) * SIZE + o_state
     count = tl.cdiv(n, span)
     b_sum = tl.zeros([BLOCK], tl.float32)
@@ -663,7 +661,7 @@ def mixed_chunk_attention_forward(
     choose: Choose,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Output (B, N, E); the ungated sum of both parts if `save` and there is a gate; KV (G, S, E) of closed chunks."""
-    out = _blank(v, cu_seqlens)
+    out = v.new_empty(v.shape)
     product = v.new_empty(v.shape) if save and gate is not None else None
     call = _call(
         quad_q, v, chunk_size, score, causal, quad_normalizer, lin_normalizer, rel_bias, lengths, cu_seqlens,
@@ -717,8 +715,8 @@ def mixed_chunk_attention_backward(
         quad_q, v, chunk_size, score, causal, quad_normalizer, lin_normalizer, rel_bias, lengths, cu_seqlens,
         initial_kv, closed_tokens, choose,
     )  # fmt: skip
-    dquad_q, dquad_k, dlin_q, dlin_k, dv = (_blank(t, cu_seqlens) for t in (quad_q, quad_k, lin_q, lin_k, v))
-    dgate = _blank(gate, cu_seqlens) if gate is not None else None
+    dquad_q, dquad_k, dlin_q, dlin_k, dv = (t.new_empty(t.shape) for t in (quad_q, quad_k, lin_q, lin_k, v))
+    dgate = gate.new_empty(gate.shape) if gate is not None else None
     if v.numel() == 0:
         dbias = rel_bias.new_zeros(rel_bias.shape) if rel_bias is not None else None
         dinitial = _untouched(call, dkv_final) if initial_kv is not None else None
@@ -843,18 +841,13 @@ def _call(
     long = triton.cdiv(call.slots, wanted)
     if long >= n_chunks:
         long = n // chunk_size + 1
-    return call._replace(segments=(blocks_of(sequences, n, 1, chunk_size * long), long))
+    return call._replace(segments=(blocks_of(sequences, n, 1, chunk_size * long, rest=False), long))
 
 
 def _tiles(call: _Call) -> int:
     """How many programs sum one state."""
     config = call.config("states")
     return triton.cdiv(call.size["S"], config.block_m) * triton.cdiv(call.size["E"], config.block_n)
-
-
-def _blank(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Room for a result; packed sequences may end before their row does, and what is behind them is 0."""
-    return x.new_empty(x.shape) if cu_seqlens is None else x.new_zeros(x.shape)
 
 
 def _untouched(call: _Call, start: Tensor | None) -> Tensor:

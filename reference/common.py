@@ -115,9 +115,10 @@ def assemble(empty: Tensor, places: list[Sequence], pieces: list[Tensor], dim: i
     rows = []
     for b in range(empty.shape[0]):
         mine = [piece for place, piece in zip(places, pieces, strict=True) if place.row == b]
-        filled = sum(piece.shape[dim] for piece in mine)
-        padding = empty[b].narrow(dim, filled, empty[b].shape[dim] - filled)
-        rows.append(torch.cat([*mine, padding], dim=dim))
+        first = min((place.queries.start for place in places if place.row == b), default=0)
+        end = first + sum(piece.shape[dim] for piece in mine)
+        before, behind = empty[b].narrow(dim, 0, first), empty[b].narrow(dim, end, empty[b].shape[dim] - end)
+        rows.append(torch.cat([before, *mine, behind], dim=dim))
     return torch.stack(rows)
 
 

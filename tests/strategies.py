@@ -26,7 +26,7 @@ from flashgau.eager import common as eager_common
 from flashgau.eager import gau as eager_gau
 from flashgau.eager import glu as eager_glu
 from flashgau.eager import mixed_chunk as eager_mixed_chunk
-from flashgau.ops import autograd, dispatch
+from flashgau.ops import autograd, dispatch, validate
 
 # Empty, single, and on both sides of every power-of-two block; odd, so that every block has a ragged end.
 SIZES = (0, 1, 2, 15, 17, 33, 63, 65, 129)
@@ -61,6 +61,7 @@ _BLOCKS = {
 # Gated attention of any width by panels of one block, which Triton takes for wide values only; and all the chunks of
 # a sequence in one segment, where otherwise 16 processors leave one chunk to each.
 PANELS: dict[tuple[Any, str], Any] = {}
+TINY: dict[tuple[Any, str], Any] = {}  # the smallest blocks that kernels may have, so that few rows cross many borders
 if "triton" in [name for name, reason in dispatch.explain("gau_attention", "cpu").items() if reason is None]:
     _gau_kernels = importlib.import_module("flashgau.kernels.gau")
     _gated_kernels = importlib.import_module("flashgau.kernels.gated")
@@ -70,6 +71,11 @@ if "triton" in [name for name, reason in dispatch.explain("gau_attention", "cpu"
         (_gated_kernels, "_PANEL_BYTES"): 1,
         (_mixed_chunk_kernels, "_FUSED_TILES"): 0,
         (_mixed_chunk_kernels, "processors"): lambda device: 1,
+    }
+    _smallest = importlib.import_module("flashgau.kernels.common").Config(16, 16, block_k=16)
+    TINY = {
+        (importlib.import_module("flashgau.tuning"), "choose"): lambda *args, **traits: _smallest,
+        (importlib.import_module("flashgau.kernels.attention"), "processors"): lambda device: 4,
     }
 _SMALL = {"eager": _BLOCKS, "triton": PANELS}
 _OWN_BLOCKS = {place: getattr(*place) for place in _BLOCKS}
@@ -548,6 +554,73 @@ def check_some_gradients(call: Call, needed: list[bool]) -> None:
         if x.requires_grad:
             g = next(found)
             assert g is None or torch.equal(g, full)
+
+
+@contextmanager
+def fresh_memory_is_nan() -> Iterator[None]:
+    """PyTorch fills what it allocates without a value: an element that nobody writes shows in the result."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+# Offsets of packed sequences that leave rows over, and how many rows there are: more than a block of 16 behind the
+# last; more than one before the first, and fewer behind; no sequence at all; more sequences than blocks.
+REST = (([0, 0, 9, 9, 23, 23], 41), ([18, 18, 25], 29), ([0], 17), ([1, 2, 4, 5, 6], 7))
+
+
+def check_rest_is_padding(call: Call, axis: int, ends: dict[str, list[int]], operands: str, results: str) -> None:
+    """Rows in no packed sequence: what they hold, NaN included, does not matter, and they get 0 (an LSE -inf).
+
+    `ends` are the offsets of q(ueries) and k(eys). For each operand, and for each floating result, `operands` and
+    `results` say whose rows it has on `axis`; the others have none. On a CPU such offsets are refused; on a GPU,
+    where looking at them would wait for the device, they are not.
+    """
+    spans = {name: slice(values[0], values[-1]) for name, values in ends.items()}
+    shapes: list[torch.Size] = []
+
+    def inside(x: Tensor, name: str) -> Tensor:
+        return x[(slice(None),) * axis + (spans[name],)] if name in spans else x
+
+    def filled(x: Tensor, name: str) -> Tensor:
+        whole = x.new_full(x.shape, math.nan)
+        inside(whole, name).copy_(inside(x, name))
+        return whole
+
+    def run(cut: Callable[[Tensor, str], Tensor], first: int) -> tuple[list[Tensor], list[Tensor]]:
+        leaves = [cut(x, name).clone() for x, name in zip(call.args, operands, strict=True)]
+        others = {key: x.clone() for key, x in call.kwargs.items() if isinstance(x, Tensor)}
+        offsets = {
+            {"q": "cu_seqlens", "k": "cu_seqlens_k"}[name]: torch.tensor(values) - first * values[0]
+            for name, values in ends.items()
+        }
+        every = [x.requires_grad_() for x in (*leaves, *others.values())]
+        found = outputs(Call(call.name, tuple(leaves), {**call.kwargs, **others, **offsets})())
+        found = [x for x in found if x.is_floating_point()]
+        shapes.extend(x.shape for x in found[len(shapes) :])  # of the first run, whose rows are the other's as well
+        summed = [i for i, x in enumerate(found) if x.requires_grad]
+        weights = [cut(randn(90 + i, *shapes[i]), results[i : i + 1]) for i in summed]
+        grads = torch.autograd.grad([found[i] for i in summed], every, weights, allow_unused=True)
+        return [x.detach() for x in found], [
+            torch.zeros_like(x) if g is None else g for x, g in zip(every, grads, strict=True)
+        ]
+
+    with mock.patch.object(validate, "readable", return_value=False), fresh_memory_is_nan():
+        whole = run(filled, 0)
+    with flashgau.use_backend("eager"):
+        alone = run(inside, 1)
+    for found, expected, names in zip(whole, alone, (results, operands), strict=True):
+        names = names.ljust(len(found), "-")
+        close_gradients([inside(x, name) for x, name in zip(found, names, strict=True)], expected)
+        for x, name in zip(found, names, strict=True):
+            if name in spans:
+                rest = torch.ones(x.shape[axis], dtype=torch.bool)
+                rest[spans[name]] = False
+                left = x[(slice(None),) * axis + (rest,)]
+                assert torch.equal(left, torch.full_like(left, -math.inf if x.dim() == axis + 1 else 0))
 
 
 def check_refuses_second_derivative(call: Call) -> None:

@@ -9,15 +9,19 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import (
     DTYPES,
+    REST,
+    TINY,
     Call,
     attention_calls,
     backend_fixture,
     backends_of,
+    blocks,
     check_agrees,
     check_backward_repeats,
     check_leaves_inputs_alone,
     check_refuses_second_derivative,
     check_repeats_bitwise,
+    check_rest_is_padding,
     check_some_gradients,
     close,
     close_gradients,
@@ -457,6 +461,21 @@ def test_padded_is_alone_and_padding_is_irrelevant(backend, data):
             close(w[i : i + 1, :, :valid], a, ulps=4)
             rest = w[i, :, valid:]
             assert torch.equal(rest, torch.full_like(rest, -math.inf if w is padded[1] else 0))
+
+
+@pytest.mark.parametrize("name", [*backends_of("attention"), "reference"])
+@pytest.mark.parametrize("case", range(len(REST)), ids=lambda case: str(REST[case][0]))
+def test_rows_of_no_sequence_are_padding(name, case):
+    ends, m = REST[case]
+    packed, n = {"q": ends}, m
+    options = {"causal": case != 1, "return_lse": True, "sinks": randn(3, 2)}
+    if case % 2:  # keys that are packed otherwise
+        packed["k"], n = [max(0, 3 * x // 4 - 2) for x in ends], m + 3
+    if case == 1:
+        options["rel_bias"] = randn(4, 2 * n - 1)
+    q, k, v = randn(0, 1, 2, m, 4), randn(1, 1, 1, n, 4), randn(2, 1, 1, n, 3)
+    with flashgau.use_backend(name), blocks(TINY):
+        check_rest_is_padding(Call("attention", (q, k, v), options), 2, packed, "qkk" if case % 2 else "qqq", "qq")
 
 
 # ---------------------------------------------------------------- cost and sizes

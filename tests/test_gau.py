@@ -10,6 +10,8 @@ from strategies import (
     DTYPES,
     GAU_SCORES,
     PANELS,
+    REST,
+    TINY,
     Call,
     backend_fixture,
     backends_of,
@@ -19,6 +21,7 @@ from strategies import (
     check_leaves_inputs_alone,
     check_refuses_second_derivative,
     check_repeats_bitwise,
+    check_rest_is_padding,
     check_some_gradients,
     close,
     close_gradients,
@@ -288,6 +291,16 @@ def test_padded_is_alone_and_padding_is_irrelevant(backend, data):
         for a, w, valid in zip(alone, padded, (rows, *valids[:4]), strict=True):
             close(w[i : i + 1, : valid[i]], a, ulps=4)
             assert not w[i, valid[i] :].any()
+
+
+@pytest.mark.parametrize("name", [*backends_of("gau_attention"), "reference"])
+@pytest.mark.parametrize("case", range(len(REST)), ids=lambda case: str(REST[case][0]))
+def test_rows_of_no_sequence_are_padding(name, case):
+    ends, n = REST[case]
+    operands = tuple(randn(i, 1, n, w) for i, w in enumerate((4, 4, 7, 7)))
+    options = {"score": "softmax" if case else "relu2", "causal": case == 3, "rel_bias": randn(4, 79) / 4}
+    with flashgau.use_backend(name), blocks({**TINY, **(PANELS if case % 2 else {})}):
+        check_rest_is_padding(Call("gau_attention", operands, options), 1, {"q": ends}, "qqqq", "q")
 
 
 # ---------------------------------------------------------------- cost and sizes

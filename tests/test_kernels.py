@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,10 +18,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
+    TINY,
     Call,
     attention_calls,
     backends_of,
+    blocks,
     check_agrees,
+    close_gradients,
     gau_calls,
     glu_calls,
     glu_linear_calls,
@@ -49,6 +53,7 @@ from flashgau.kernels.common import Config
 
 from flashgau import tuning
 from flashgau.eager import projection as eager_projection
+from flashgau.ops import validate
 from flashgau.tuning import ahead, search, shipped
 
 CALLS = {
@@ -290,6 +295,101 @@ def test_packed_halves_are_read_in_place():
     for half, m in zip(packed.chunk(2, -1), glu_kernels.as_matrices(*packed.chunk(2, -1)), strict=True):
         assert m.data_ptr() == half.data_ptr()
         assert m.shape == (6, 7)
+
+
+def test_offsets_that_nobody_looked_at_do_not_leave_the_tensors():
+    """On a GPU they are not read: past the axis, negative or decreasing they give nonsense, but within the results."""
+    ends = torch.tensor([-3, 50, 4, 2**31 - 1])
+    wide, heads = [randn(i, 1, 18, 5) for i in range(6)], [randn(i, 1, 2, 18, 5) for i in range(3)]
+    options = {"cu_seqlens": ends, "causal": True}
+    with mock.patch.object(validate, "readable", return_value=False), blocks(TINY), guarded_results() as guards:
+        gradients(Call("attention", tuple(heads), options), backend="triton")
+        gradients(Call("gau_attention", tuple(wide[:4]), options), backend="triton")
+        gradients(Call("mixed_chunk_attention", tuple(wide), {**options, "chunk_size": 6}), backend="triton")
+    assert all((g == 0.5).all() for g in guards)
+
+
+# ---------------------------------------------------------------- which blocks
+
+
+@triton.jit
+def intervals_kernel(
+    cases, found, WHOSE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PER_TOKEN: tl.constexpr,
+    BLOCK: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """`keys_seen` or `rows_seeing` of many cases (first, last, m, n, left, right) at once."""
+    o_case = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
+    n_cases = tl.num_programs(0) * COUNT
+    first, last = tl.load(cases + o_case), tl.load(cases + n_cases + o_case)
+    m, n = tl.load(cases + 2 * n_cases + o_case), tl.load(cases + 3 * n_cases + o_case)
+    left = None
+    right = None
+    if LEFT:
+        left = tl.load(cases + 4 * n_cases + o_case)
+    if RIGHT:
+        right = tl.load(cases + 5 * n_cases + o_case)
+    visible = gated_kernels.Rule(left, right, 1.0, None, 0, 0)
+    if WHOSE == "keys":
+        a, b, c, d = common.keys_seen(visible, first, last, n, BLOCK)
+    else:
+        a, b, c, d = common.rows_seeing(visible, first, last, m, n, PER_TOKEN, BLOCK)
+    tl.store(found + o_case, a + 0 * first)
+    tl.store(found + n_cases + o_case, b + 0 * first)
+    tl.store(found + 2 * n_cases + o_case, c + 0 * first)
+    tl.store(found + 3 * n_cases + o_case, d + 0 * first)
+
+
+@pytest.mark.parametrize("bounded", [(False, False), (False, True), (True, False), (True, True)], ids=str)
+@pytest.mark.parametrize(("whose", "per_token"), [("keys", 1), ("rows", 1), ("rows", 3)])
+def test_blocks_are_skipped_masked_or_whole_as_the_window_says(whose, per_token, bounded):
+    """Once, if some of the rows (keys) sees some of it, and without a mask if all of them see all of it.
+
+    Windows from nothing to more than a block, fewer queries than keys and more, a last block that is not full.
+    """
+    block, own, generator = 16, 8, random.Random(7)
+    cases = []
+    for _ in range(4096):
+        m, n = generator.choice([1, 2, generator.randint(1, 70)]), generator.randint(1, 97)
+        total = m if whose == "keys" else n
+        start = generator.randrange(0, total, own)
+        first, last = start, min(start + own, total) - 1
+        shift = n - m if whose == "keys" else 0
+        cases.append((first + shift, last + shift, m, n, generator.randint(0, 20), generator.randint(0, 20)))
+    table = torch.tensor(cases, dtype=torch.int32).T.contiguous()
+    found = torch.empty(4, len(cases), dtype=torch.int32)
+    intervals_kernel[(4,)](
+        table, found, WHOSE=whose, LEFT=bounded[0], RIGHT=bounded[1], PER_TOKEN=per_token, BLOCK=block, COUNT=1024
+    )
+    for case, (a, b, c, d) in zip(cases, found.T.tolist(), strict=True):
+        first, last, m, n, left, right = case
+        left, right = (side if there else 200 for side, there in zip((left, right), bounded, strict=True))
+        # Who sees what, from the first of them and from the last: an interval, whose ends grow.
+        if whose == "keys":
+            some = max(0, first - left), min(n, last + right + 1)
+            every = max(0, last - left), min(n, first + right + 1)
+        else:
+            some = max(0, first - right - (n - m)), min(m, last + left - (n - m) + 1)
+            every = max(0, last - right - (n - m)), min(m, first + left - (n - m) + 1)
+        some, every = ([x * per_token for x in ends] for ends in (some, every))
+        visited = [*range(some[0] // block * block, some[1], block)] if some[0] < some[1] else []
+        whole = [x for x in visited if every[0] <= x and x + block <= every[1]]
+        assert [*range(a, b, block), *range(b, c, block), *range(c, d, block)] == visited, (case, (a, b, c, d))
+        assert [*range(b, c, block)] == whole, (case, (a, b, c, d))
+
+
+@pytest.mark.parametrize("window", [(None, 0), (9, 3)], ids=str)
+def test_borders_of_a_window_at_every_place_of_a_block(window):
+    """Sequences of two queries, and as many keys as put the window's ends before and behind every key of a block."""
+    counts = [*range(33, 49)]
+    ends, ends_k = torch.arange(len(counts) + 1) * 2, torch.tensor([0, *counts]).cumsum(0)
+    q = randn(0, 1, 2, 2 * len(counts), 4)
+    k, v = (randn(i, 1, 1, int(ends_k[-1]), 4) for i in (1, 2))
+    options = {"window": window, "cu_seqlens": ends, "cu_seqlens_k": ends_k, "return_lse": True}
+    call = Call("attention", (q, k, v), options)
+    with blocks(TINY):
+        found, expected = (gradients(call, backend=name) for name in ("triton", "eager"))
+    close_gradients(found[0], expected[0])
+    close_gradients(found[1], expected[1])
 
 
 # ---------------------------------------------------------------- configurations

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from strategies import (
     DTYPES,
     PANELS,
+    REST,
+    TINY,
     Call,
     backend_fixture,
     backends_of,
@@ -20,6 +22,7 @@ from strategies import (
     check_leaves_inputs_alone,
     check_refuses_second_derivative,
     check_repeats_bitwise,
+    check_rest_is_padding,
     check_some_gradients,
     close,
     close_gradients,
@@ -444,6 +447,23 @@ def test_what_stands_behind_the_open_chunk_is_irrelevant(backend, data):
     results = (outputs(whole(initial_state=s, return_state=True)) for s in (spoilt, state))
     for a, x in zip(*results, strict=True):
         assert torch.equal(a, x)
+
+
+@pytest.mark.parametrize("name", [*backends_of("mixed_chunk_attention"), "reference"])
+@pytest.mark.parametrize("case", range(len(REST)), ids=lambda case: str(REST[case][0]))
+def test_rows_of_no_sequence_are_padding(name, case):
+    causal = case < 2
+    ends, n = REST[case]
+    operands = tuple(randn(i, 1, n, 3) for i in range(6))
+    options = {"chunk_size": 12, "causal": causal, "return_state": causal, "rel_bias": randn(6, 25)}
+    if causal:  # sequences that go on from some token
+        position = torch.arange(len(ends) - 1) * 7 + 5
+        opened = (torch.arange(12) < position[:, None] % 12)[..., None]
+        kv, *held = (randn(7 + i, len(position), size, 3) for i, size in enumerate((3, 12, 12, 12)))
+        kv = torch.where(position[:, None, None] < 12, 0, kv)
+        options["initial_state"] = flashgau.MixedChunkState(kv, *(torch.where(opened, x, 0) for x in held), position)
+    with flashgau.use_backend(name), blocks({**TINY, **(PANELS if case % 2 else {})}):
+        check_rest_is_padding(Call("mixed_chunk_attention", operands, options), 1, {"q": ends}, "qqqqqq", "q")
 
 
 # ---------------------------------------------------------------- cost and sizes

@@ -152,8 +152,8 @@ class Continuation:
         rows = torch.where(offset < r, own * size + offset, held + token)
         rows = rows.clamp(max=held + n - 1)
         t = torch.arange(n, device=device)
-        own = (torch.searchsorted(starts, t, right=True) - 1).clamp(0, max(count - 1, 0))
-        return cls(None, new_starts.to(cu_seqlens.dtype), rows, t + shift[own + 1], (1, held + n), (1, n))
+        begun = torch.searchsorted(starts, t, right=True).clamp(max=count)  # sequences: none in rows before the first
+        return cls(None, new_starts.to(cu_seqlens.dtype), rows, t + shift[begun], (1, held + n), (1, n))
 
     def extend(self, held: Tensor | None, x: Tensor) -> Tensor:
         """Rows of the open chunks `held` (G, C, .) (zeros if None: queries), then those of x (B, N, .)."""
