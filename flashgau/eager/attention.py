@@ -27,6 +27,7 @@ from .common import (
 Window = tuple[int | None, int | None]
 _BLOCK_ELEMENTS = 2**20  # of the scores of one block, all heads together: a few MB, so that it stays in cache
 _PIECE_ELEMENTS = 2**22  # of queries and keys that are widened to fp32 together
+_TILE = 1024  # queries or keys of a call of PyTorch's kernel on halves: four or two of its largest blocks
 
 
 def attention_forward(
@@ -403,33 +404,28 @@ def _gradients_by_tiles(
 
     Each tile is exact without the others, as the log-sum-exp and delta are those of whole rows.
     """
-    q, k = rows[0], keys[0]
-    tiles = list(_tiles(q.shape[2], k.shape[2], masked))
-    if len(tiles) == 1:
-        return _fused_gradients(rule, masked, q, *keys, *rows[1:])
-    dq, dk, dv = (torch.zeros(x.shape, dtype=accumulator(q.dtype), device=x.device) for x in (q, *keys))
-    for i, j, diagonal in tiles:
+    (q, *others), (k, _) = rows, keys
+    of_rows, of_keys = list(_cuts(q.shape[2])), list(_cuts(k.shape[2]))
+    if len(of_rows) == len(of_keys) == 1:
+        return _fused_gradients(rule, masked, q, *keys, *others)
+    acc = accumulator(q.dtype)  # for what is a sum of several
+    dq = torch.zeros(q.shape, dtype=acc if len(of_keys) > 1 else q.dtype, device=q.device)
+    dk, dv = (torch.zeros(x.shape, dtype=acc if len(of_rows) > 1 else x.dtype, device=x.device) for x in keys)
+    for i, j in product(of_rows, of_keys):
+        if masked and j.start > i.start:
+            continue
         q_tile, *others = (x[:, :, i] for x in rows)
-        tile = _fused_gradients(rule, diagonal, q_tile, *(x[:, :, j] for x in keys), *others)
-        for total, part in zip((dq[:, :, i], dk[:, :, j], dv[:, :, j]), tile, strict=True):
-            total += part
+        grads = _fused_gradients(rule, masked and i == j, q_tile, *(x[:, :, j] for x in keys), *others)
+        for total, grad in zip((dq[:, :, i], dk[:, :, j], dv[:, :, j]), grads, strict=True):
+            total += grad
     return dq, dk, dv
 
 
-def _tiles(m: int, n: int, masked: bool) -> Iterator[tuple[slice, slice, bool]]:
-    """Queries, keys, and whether the causal mask cuts through them: square on the diagonal."""
-    for i in _cuts(m):
-        for j in _cuts(i.start if masked else n):
-            yield i, j, False
-        if masked:
-            yield i, i, True
-
-
 def _cuts(size: int) -> Iterator[slice]:
-    """Equal parts of 768 to 1535: from 768 queries on the kernel takes its largest blocks, 256 of them by 512 keys."""
-    count = max(1, size // 768) if size else 0
+    """Parts of `_TILE`; the last has three to seven quarters of it, as the kernel takes small blocks of fewer rows."""
+    count = 1 + max(0, size - 3 * _TILE // 4) // _TILE if size else 0
     for part in range(count):
-        yield slice(size * part // count, size * (part + 1) // count)
+        yield slice(part * _TILE, size if part == count - 1 else (part + 1) * _TILE)
 
 
 def _fused_gradients(
