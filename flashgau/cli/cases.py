@@ -18,6 +18,7 @@ from torch import Tensor
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # A wide and a narrow one, where the product of all options with all four would take too long.
 PAIR = ("float32", "bfloat16")
+HALVES = ("bfloat16", "float16")
 # One token; just under, just over and several times a block; odd, so that every block has a ragged end.
 LENGTHS = (1, 15, 17, 65, 129)
 THOROUGH_LENGTHS = (1, 2, 17, 64, 65, 129, 300)
@@ -117,6 +118,8 @@ def _attention_cases(thorough: bool) -> Iterator[Case]:
         yield op("no queries", dtype, 5, m=0)
         yield op("D 1, E 1", dtype, 17, d=1, e=1)
         yield op("empty batch", dtype, 17, b=0)
+    for dtype in HALVES:  # sums so long that half precision would lose percents of them
+        yield op("many queries", dtype, 3, m=2**17, b=1, heads=(1, 1), d=4, e=4)
 
     for n, dtype in product(THOROUGH_LENGTHS if thorough else (65,), DTYPES):
         p = 2 * n - 1

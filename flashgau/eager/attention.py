@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..pytorch import cpu_attention, cpu_attention_backward
-from .common import Sequence, accumulator, power_of_two_below, sequences, toeplitz_block, toeplitz_sums
+from .common import (
+    Sequence,
+    accumulator,
+    factor_dtype,
+    power_of_two_below,
+    sequences,
+    toeplitz_block,
+    toeplitz_sums,
+)
 
 Window = tuple[int | None, int | None]
 _BLOCK_ELEMENTS = 2**20  # of the scores of one block, all heads together: a few MB, so that it stays in cache
+_PIECE_ELEMENTS = 2**22  # of queries and keys that are widened to fp32 together
+_TILE = 1024  # queries or keys of a call of PyTorch's kernel on halves: four or two of its largest blocks
 
 
 def attention_forward(
@@ -351,10 +362,79 @@ def _forward_fused(rule: _Rule, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor
 def _backward_fused(
     rule: _Rule, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch's kernel adds up all three gradients in the dtype of its inputs, block of scores by block of scores. So
+    half inputs go through it as fp32, or a few blocks at a time where the processor multiplies halves faster."""
+    masked = _must_mask(rule, q)
+    if q.dtype == accumulator(q.dtype):
+        return _fused_gradients(rule, masked, q, k, v, dout, out, lse)
+    dq, dk, dv = (_room_by_tokens(x, x.shape[-1]) for x in (q, k, v))
+    groups = q.shape[1] // k.shape[1]
+    for batch, heads in _pieces(q, k):
+        shared = slice(heads.start * groups, heads.stop * groups)
+        targets = dq[batch, shared], dk[batch, heads], dv[batch, heads]
+        rows, keys = [x[batch, shared] for x in (q, dout, out, lse)], [x[batch, heads] for x in (k, v)]
+        if factor_dtype(q) == q.dtype:
+            grads = _gradients_by_tiles(rule, masked, rows, keys)
+        else:
+            (q_wide, *others), keys = ([x.to(accumulator(q.dtype)) for x in tensors] for tensors in (rows, keys))
+            grads = _fused_gradients(rule, masked, q_wide, *keys, *others)
+        for target, grad in zip(targets, grads, strict=True):
+            target.copy_(grad)
+    return dq, dk, dv
+
+
+def _pieces(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Batch rows and heads of k, a few at a time: what is made of them in fp32 then takes little memory. Enough for
+    every thread, as the kernel gives each of them whole heads."""
+    batch, heads, *_ = k.shape
+    groups = q.shape[1] // heads
+    size = (q.numel() + k.numel()) // (batch * heads)
+    count = max(_PIECE_ELEMENTS // size, -(-2 * torch.get_num_threads() // groups))
+    rows, step = max(1, count // heads), min(count, heads)
+    for b, h in product(range(0, batch, rows), range(0, heads, step)):
+        yield slice(b, min(b + rows, batch)), slice(h, min(h + step, heads))
+
+
+def _gradients_by_tiles(
+    rule: _Rule, masked: bool, rows: list[Tensor], keys: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of q, dout, out, lse and of k, v: a few of the kernel's blocks at a time, and the sums over those in fp32.
+
+    Each tile is exact without the others, as the log-sum-exp and delta are those of whole rows.
+    """
+    (q, *others), (k, _) = rows, keys
+    of_rows, of_keys = list(_cuts(q.shape[2])), list(_cuts(k.shape[2]))
+    if len(of_rows) == len(of_keys) == 1:
+        return _fused_gradients(rule, masked, q, *keys, *others)
+    acc = accumulator(q.dtype)  # for what is a sum of several
+    dq = torch.zeros(q.shape, dtype=acc if len(of_keys) > 1 else q.dtype, device=q.device)
+    dk, dv = (torch.zeros(x.shape, dtype=acc if len(of_rows) > 1 else x.dtype, device=x.device) for x in keys)
+    for i, j in product(of_rows, of_keys):
+        if masked and j.start > i.start:
+            continue
+        q_tile, *others = (x[:, :, i] for x in rows)
+        grads = _fused_gradients(rule, masked and i == j, q_tile, *(x[:, :, j] for x in keys), *others)
+        for total, grad in zip((dq[:, :, i], dk[:, :, j], dv[:, :, j]), grads, strict=True):
+            total += grad
+    return dq, dk, dv
+
+
+def _cuts(size: int) -> Iterator[slice]:
+    """Parts of `_TILE`; the last has three to seven quarters of it, as the kernel takes small blocks of fewer rows."""
+    count = 1 + max(0, size - 3 * _TILE // 4) // _TILE if size else 0
+    for part in range(count):
+        yield slice(part * _TILE, size if part == count - 1 else (part + 1) * _TILE)
+
+
+def _fused_gradients(
+    rule: _Rule, masked: bool, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One call of the kernel; dk and dv of heads that share keys are added up in fp32."""
     operands = _last_contiguous(dout), *_fused_inputs(q, k, v), out, lse
-    dq, dk, dv = cpu_attention_backward(*operands, 0.0, _must_mask(rule, q), scale=rule.scale)
+    dq, dk, dv = cpu_attention_backward(*operands, 0.0, masked, scale=rule.scale)
     if k.shape[1] != q.shape[1]:
-        dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
+        acc = accumulator(q.dtype)
+        dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2, dtype=acc) for x in (dk, dv))
     return dq, dk, dv
 
 
