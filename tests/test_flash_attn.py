@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import flashgau
 from flashgau.integrations import flash_attn as fa
 
 SIZES = st.sampled_from((0, 1, 2, 5, 9))
@@ -315,3 +318,299 @@ def test_bad_calls_are_refused_by_name(call: Any, error: type[Exception], words:
     with pytest.raises(error, match=words):
         call()
     assert torch.equal(C, before)
+
+
+# Every function with arguments that are right.
+
+HELD, NEW, TABLES = torch.tensor([2, 5]), draw(2, 1, 2, 8, seed=5), (draw(9, 4).cos(), draw(9, 4).sin())
+PAGES = torch.tensor([[0, 1, 2], [3, 4, 5]])
+
+
+def right() -> dict[str, dict[str, Any]]:
+    q, kv = draw(3, 4, 8), draw(3, 2, 2, 8)
+    k, v = kv.unbind(1)
+    packed = {"cu_seqlens_q": CU, "cu_seqlens_k": CU, "max_seqlen_q": 2, "max_seqlen_k": 2}
+    batch = {"alibi_slopes": torch.rand(4).double(), "window_size": (1, 0), "softcap": 2.0, "softmax_scale": 0.5}
+    cache = {
+        "k_cache": C.clone(), "v_cache": C.clone(), "k": NEW, "v": NEW, "cache_seqlens": HELD,
+        "cache_leftpad": torch.tensor([0, 1]), "rotary_cos": TABLES[0], "rotary_sin": TABLES[1],
+    }  # fmt: skip
+    return {
+        "flash_attn_func": {"q": Q, "k": C, "v": C, **batch, "dropout_p": 0.1, "deterministic": True},
+        "flash_attn_kvpacked_func": {"q": Q, "kv": torch.stack((C, C), 2), **batch},
+        "flash_attn_qkvpacked_func": {"qkv": torch.stack((Q, Q, Q), 2), **batch},
+        "flash_attn_varlen_func": {"q": q, "k": k, "v": v, **packed, **batch},
+        "flash_attn_varlen_kvpacked_func": {"q": q, "kv": kv, **packed, **batch},
+        "flash_attn_varlen_qkvpacked_func": {
+            "qkv": torch.stack((q, q, q), 1), "cu_seqlens": CU, "max_seqlen": 2, **batch,
+        },
+        "flash_attn_with_kvcache": {"q": Q[:, :2], **cache, "cache_batch_idx": torch.tensor([1, 0]), **batch},
+    }  # fmt: skip
+
+
+WRONG: tuple[Any, ...] = (
+    "text", None, -3, 2.5, 10**9, (1,), (-2, 0), torch.tensor(7.0), torch.zeros(2, 2), torch.full((3,), 5),
+    torch.tensor([1, 2, 3], dtype=torch.int32), torch.tensor([0, 9, 3], dtype=torch.int32), torch.tensor([-1, 3]),
+)  # fmt: skip
+
+
+def changed(x: Any) -> list[Any]:
+    """The same argument, wrong in one thing."""
+    if not isinstance(x, Tensor):
+        return []
+    return [x.to(torch.complex64), x[..., :-1], x[None], x.to("meta"), x.half() if x.is_floating_point() else x.float()]
+
+
+def complaint(call: Any) -> str | None:
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", right())
+def test_errors_name_the_function_that_was_called_and_its_own_arguments(name: str) -> None:
+    """Whatever is wrong, the message has only words of the caller's signature, and the cache is as it was."""
+    call = getattr(fa, name)
+    own, refused = set(inspect.signature(call).parameters), set()
+    call(**right()[name])
+    for argument, value in right()[name].items():
+        for wrong in (*WRONG, *changed(value)):
+            arguments = {**right()[name], argument: wrong}
+            caches = [x for x in (arguments.get("k_cache"), arguments.get("v_cache")) if isinstance(x, Tensor)]
+            before = [x.clone() for x in caches]
+            message = complaint(lambda arguments=arguments: call(**arguments))
+            if message is None:  # another right value
+                continue
+            assert re.match(rf"{name}: `\w", message), (argument, wrong, message)
+            assert set(re.findall(r"`(\w+)", message)) <= own, (argument, wrong, message)
+            refused.add(argument)
+            for cache, untouched in zip(caches, before, strict=True):
+                assert cache.is_meta or torch.equal(cache, untouched), (argument, wrong)
+    assert refused == set(right()[name]), "some argument takes anything"
+
+
+@pytest.mark.parametrize("name", right())
+def test_a_backend_that_cannot_run_is_refused_in_the_name_of_the_function(name: str, monkeypatch: Any) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    arguments = right()[name]
+    caches = [arguments[x].clone() for x in ("k_cache", "v_cache") if x in arguments]
+    with pytest.raises(RuntimeError, match=rf'^{name}: use_backend\("triton"\) cannot'), flashgau.use_backend("triton"):
+        getattr(fa, name)(**arguments)
+    assert all(torch.equal(arguments[x], y) for x, y in zip(("k_cache", "v_cache"), caches, strict=False))
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_the_other_is() -> None:
+    arguments = {**right()["flash_attn_with_kvcache"], "v_cache": C[:1].expand(2, -1, -1, -1)}
+    with pytest.raises(ValueError, match="`v_cache` has strides"):
+        fa.flash_attn_with_kvcache(**arguments)
+    with torch.inference_mode():
+        arguments["v_cache"] = C.clone()
+    with pytest.raises(ValueError, match="`v_cache` was made in inference mode"):
+        fa.flash_attn_with_kvcache(**arguments)
+    assert torch.equal(arguments["k_cache"], C)
+    arguments = right()["flash_attn_with_kvcache"]
+    del arguments["cache_batch_idx"], arguments["cache_leftpad"]
+    arguments |= {x: arguments[x].view(6, 2, 2, 8) for x in ("k_cache", "v_cache")}
+    with pytest.raises(ValueError, match=r"`block_table` is \[\[0, 1, 2\], \[3, 4, 6\]\]"):
+        fa.flash_attn_with_kvcache(**arguments, block_table=PAGES + (PAGES == 5))
+    assert torch.equal(arguments["k_cache"], C.view(6, 2, 2, 8))
+
+
+@pytest.mark.parametrize("name", right())
+def test_mixed_dtypes_under_autocast_are_cast_as_attention_casts_them(name: str) -> None:
+    """The first tensor in fp32, the others in bf16, or the reverse: as all in bf16."""
+    low = {x: y.bfloat16() if isinstance(y, Tensor) and y.is_floating_point() else y for x, y in right()[name].items()}
+    low |= {x: low[x].float() for x in ("alibi_slopes", "rotary_cos", "rotary_sin") if x in low}
+    low |= {"dropout_p": 0.0} if "dropout_p" in low else {}
+    wanted = getattr(fa, name)(**{x: y.clone() if x.endswith("cache") else y for x, y in low.items()})
+    tensors = [x for x in ("q", "k", "v", "kv", "qkv", "k_cache", "v_cache") if x in low]
+    for wide in (tensors[:1], tensors[1:2], tensors[2:]):
+        mixed = {x: y.clone() if x.endswith("cache") else y for x, y in low.items()}
+        mixed |= {x: mixed[x].float() for x in wide}
+        dtypes = {x: mixed[x].dtype for x in tensors}
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = getattr(fa, name)(**mixed)
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out, wanted, rtol=2e-2, atol=2e-2)
+        assert {x: mixed[x].dtype for x in tensors} == dtypes
+    if len(tensors) > 1:
+        with pytest.raises(TypeError, match="has dtype"):
+            getattr(fa, name)(**{**low, tensors[-1]: low[tensors[-1]].float()})
+
+
+def test_max_seqlen_as_a_tensor_and_as_a_number_of_a_graph() -> None:
+    q, slopes = draw(12, 2, 16), torch.tensor([0.5, 0.25]).double()
+    cu = torch.tensor([0, 5, 12], dtype=torch.int32)
+
+    def read(q: Tensor, cu: Tensor, n: Any) -> Tensor:
+        return fa.flash_attn_varlen_func(q, q, q, cu, cu, n, n, causal=True, alibi_slopes=slopes)
+
+    def item(q: Tensor, cu: Tensor) -> Tensor:
+        return read(q, cu, cu.diff().max().item())
+
+    wanted = read(q, cu, 7)
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        same(read(q, cu, torch.tensor(7, dtype=dtype)), wanted)
+    torch._dynamo.reset()
+    same(torch.compile(read, backend="eager", fullgraph=True)(q, cu, cu.diff().max()), wanted)
+    same(torch.compile(item, backend="eager", fullgraph=True)(q, cu), wanted)
+    with pytest.raises(ValueError, match="`max_seqlen_q` is 6; expected at least 7"):
+        read(q, cu, torch.tensor(6))
+    for wrong in (torch.tensor(7.0), torch.tensor([7, 7]), 7.0, True):
+        with pytest.raises(TypeError, match="`max_seqlen_q`"):
+            read(q, cu, wrong)
+
+
+NARROW = (torch.uint8, torch.int8, torch.int16, torch.int32)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_narrow_integers_do_not_wrap(dtype: torch.dtype) -> None:
+    """Lengths near the type's end, whose sums and products are past it."""
+    n = 100  # of int8's 127: with 30 new tokens, and as 100 pages of 3 tokens, past it and past 255
+    cache, new, q = draw(2, 140, 1, 4), draw(2, 30, 1, 4, seed=1), draw(2, 1, 1, 4, seed=2)
+    held, pads = torch.tensor([n, 3]), torch.tensor([n - 1, 0])
+    results = []
+    for kind in (torch.int64, dtype):
+        caches = cache.clone(), cache.clone()
+        out = fa.flash_attn_with_kvcache(
+            q, *caches, new, new, cache_seqlens=held.to(kind), cache_leftpad=pads.to(kind),
+            cache_batch_idx=torch.tensor([1, 0]).to(kind),
+        )  # fmt: skip
+        pool = draw(100, 3, 1, 4, seed=3)
+        table = torch.arange(100).flip(0).view(1, 100)
+        paged = fa.flash_attn_with_kvcache(q[:1], pool, pool, cache_seqlens=290, block_table=table.to(kind))
+        cu = torch.tensor([0, 20, 120])
+        row = draw(120, 1, 4, seed=4)
+        packed = fa.flash_attn_varlen_func(row, row, row, cu.to(kind), cu.to(kind), n, n, causal=True)
+        ends = torch.tensor([0, 100])
+        pages = fa.flash_attn_varlen_func(
+            row[:n], pool, pool, ends.to(kind), ends.to(kind), n, n, block_table=table.to(kind)
+        )
+        angle = draw(300, 2)
+        turned = fa.apply_rotary_emb(row[None], angle.cos(), angle.sin(), seqlen_offsets=torch.tensor([n]).to(kind))
+        apart = fa.apply_rotary_emb(
+            row, angle.cos(), angle.sin(), seqlen_offsets=torch.tensor([n, 5]).to(kind), cu_seqlens=cu.to(kind)
+        )
+        mask = torch.ones(3, 300, dtype=torch.int64).to(kind)
+        tokens, _, offsets, longest, used = fa.unpad_input(torch.zeros(3, 300, 1), mask, mask)
+        assert (longest, offsets.tolist(), used.tolist(), len(tokens)) == (300, [0, 300, 600, 900], [300] * 3, 900)
+        chosen = fa.index_first_axis(row, torch.tensor([n, 3]).to(kind))
+        padded = fa.pad_input(row[:2], torch.tensor([n, 3]).to(kind), 3, 100)
+        results.append((out, *caches, paged, packed, pages, turned, apart, chosen, padded))
+    for wanted, got in zip(*results, strict=True):
+        assert torch.equal(wanted, got)
+
+
+# What code around flash-attn imports beside attention.
+
+
+@given(
+    lengths=st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=3),
+    unused=st.booleans(),
+    width=st.sampled_from(((), (3,), (2, 3))),
+)
+def test_padding_is_taken_out_and_put_back(lengths: list[list[bool]], unused: bool, width: tuple[int, ...]) -> None:
+    mask = torch.tensor(lengths)
+    other = mask.roll(1, 1) & ~mask if unused else None
+    kept = mask if other is None else mask | other
+    x = draw(*mask.shape, *width).requires_grad_()
+    tokens, places, cu, longest, used = fa.unpad_input(x, mask.int(), None if other is None else other.to(torch.uint8))
+    same(tokens, x[kept])
+    assert cu.dtype == used.dtype == torch.int32
+    assert cu.tolist() == [0, *kept.sum(1).cumsum(0).tolist()]
+    assert used.tolist() == mask.sum(1).tolist()
+    assert longest == max(kept.sum(1).tolist())
+    same(fa.index_first_axis(x.flatten(0, 1), places), tokens)
+    back = fa.pad_input(tokens, places, *mask.shape)
+    shape = (*mask.shape, *[1] * len(width))
+    same(back, torch.where(kept.view(shape), x, 0))
+    weight = draw(*x.shape, seed=1)
+    (gradient,) = torch.autograd.grad((back * weight).sum(), x)
+    same(gradient, torch.where(kept.view(shape), weight, 0))
+
+
+def test_unpadded_attention_equals_attention_of_the_padded_batch() -> None:
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    qkv = draw(2, 4, 3, 2, 8)
+    rows, places, cu, longest, _ = fa.unpad_input(qkv, mask)
+    out = fa.pad_input(fa.flash_attn_varlen_qkvpacked_func(rows, cu, longest, causal=True), places, 2, 4)
+    wanted = flashgau.attention(*qkv.permute(2, 0, 3, 1, 4), causal=True, lengths=mask.sum(1))
+    assert isinstance(wanted, Tensor)
+    same(out, wanted.transpose(1, 2))
+
+
+@given(
+    offsets=st.sampled_from((0, 3, "rows")),
+    packed=st.booleans(),
+    interleaved=st.booleans(),
+    pairs=st.integers(1, 3),
+    inplace=st.booleans(),
+)
+def test_rotary(offsets: Any, packed: bool, interleaved: bool, pairs: int, inplace: bool) -> None:
+    """Against complex numbers turned one by one, and its gradient, which is the turn back."""
+    lengths = (2, 0, 3) if packed else (4, 4)
+    start = torch.tensor([1, 4, 2][: len(lengths)]) if offsets == "rows" else offsets
+    starts = start.tolist() if isinstance(start, Tensor) else [offsets] * len(lengths)
+    rows = [draw(n, 2, 7, seed=i) for i, n in enumerate(lengths)]
+    x = torch.cat(rows) if packed else torch.stack(rows)
+    cu = torch.tensor([0, *lengths]).cumsum(0).int() if packed else None
+    angle = draw(12, pairs)
+
+    def turned(row: Tensor, first: int, sign: int) -> Tensor:
+        row, positions = row.clone(), torch.arange(len(row)) + first
+        for i in range(pairs):
+            a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + pairs)
+            turn = torch.polar(torch.ones(()).double(), sign * angle[positions, i])[:, None]
+            z = torch.complex(row[..., a], row[..., b]) * turn
+            row[..., a], row[..., b] = z.real, z.imag
+        return row
+
+    leaf = x.clone().requires_grad_()
+    given_x = leaf.clone() if inplace else leaf
+    got = fa.apply_rotary_emb(given_x, angle.cos(), angle.sin(), interleaved, inplace, start, cu, max_seqlen=4)
+    assert (got is given_x) == inplace
+    join = torch.cat if packed else torch.stack
+    same(got, join([turned(row, first, 1) for row, first in zip(rows, starts, strict=True)]))
+    weight = draw(*x.shape, seed=8)
+    parts = weight.split(list(lengths)) if packed else weight.unbind(0)
+    (gradient,) = torch.autograd.grad((got * weight).sum(), leaf)
+    same(gradient, join([turned(row, first, -1) for row, first in zip(parts, starts, strict=True)]))
+
+
+X, T = draw(2, 3, 4), draw(9, 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: fa.index_first_axis([1], CU), TypeError, "index_first_axis: `input` is a list"),
+        (lambda: fa.index_first_axis(X, CU.float()), TypeError, "index_first_axis: `indices` has dtype"),
+        (lambda: fa.index_first_axis(X, CU), ValueError, r"`indices` is \[0, 2, 3\]; expected rows of `input`, 0 to 1"),
+        (lambda: fa.index_first_axis(X, CU[None]), ValueError, "`indices` has shape"),
+        (lambda: fa.unpad_input(X[0, 0], X), ValueError, r"unpad_input: `hidden_states` has shape \(4,\)"),
+        (lambda: fa.unpad_input(X, X[..., 0]), TypeError, "`attention_mask` has dtype torch.float64"),
+        (lambda: fa.unpad_input(X, X[..., 1] > 0, CU), ValueError, r"`unused_mask` has shape \(3,\)"),
+        (lambda: fa.unpad_input(X, None), TypeError, "`attention_mask` is a NoneType"),
+        (lambda: fa.pad_input(X, CU, 2, 3), ValueError, "pad_input: `indices` has shape"),
+        (lambda: fa.pad_input(X, CU[:2] + 5, 2, 3), ValueError, r"`indices` is \[5, 7\]; expected .* 0 to 5"),
+        (lambda: fa.pad_input(X, CU[:2], 2.0, 3), TypeError, "`batch` is 2.0"),
+        (lambda: fa.pad_input(X, CU[:2], 2, -3), ValueError, "`seqlen` is -3"),
+        (lambda: fa.apply_rotary_emb(X, T, T), ValueError, r"apply_rotary_emb: `x` has shape \(2, 3, 4\)"),
+        (lambda: fa.apply_rotary_emb(X[None], T, T[:5]), ValueError, "`sin` has shape"),
+        (lambda: fa.apply_rotary_emb(X[None], T, T.half()), TypeError, "`sin` has dtype"),
+        (lambda: fa.apply_rotary_emb(X[None], T.expand(9, 3), T.expand(9, 3)), ValueError, "`cos` has shape"),
+        (lambda: fa.apply_rotary_emb(X[None], T, T, False, False, 8), ValueError, "at least 10 positions"),
+        (lambda: fa.apply_rotary_emb(X[None], T, T, seqlen_offsets=CU[1:]), ValueError, "`seqlen_offsets` has shape"),
+        (lambda: fa.apply_rotary_emb(X[None], T, T, seqlen_offsets=-CU[1:2]), ValueError, r"`seqlen_offsets` is"),
+        (lambda: fa.apply_rotary_emb(X, T, T, cu_seqlens=CU), ValueError, r"`cu_seqlens` is \[0, 2, 3\]"),
+        (lambda: fa.apply_rotary_emb(X[None], T, T, 1), TypeError, "`interleaved` is 1"),
+    ],
+)  # fmt: skip
+def test_bad_calls_beside_attention_are_refused_by_name(call: Any, error: type[Exception], words: str) -> None:
+    before = X.clone()
+    with pytest.raises(error, match=words):
+        call()
+    assert torch.equal(X, before)

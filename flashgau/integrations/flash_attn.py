@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgau.nn.rotary import rotate
-from flashgau.ops.attention import attention
+from flashgau.ops.attention import attend
 from flashgau.ops.bias import alibi_bias
-from flashgau.ops.validate import Arguments, readable
+from flashgau.ops.dispatch import resolve
+from flashgau.ops.validate import Arguments, autocast, readable
 
+from .flash_attn_helpers import apply_rotary_emb, index_first_axis, pad_input, rotary_tables, turn, unpad_input, within
 from .packing import end_to_end
 
 __all__ = [
+    "apply_rotary_emb",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
@@ -28,7 +30,19 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "index_first_axis",
+    "pad_input",
+    "unpad_input",
 ]
+
+# What `flashgau.attention` calls the arguments of these functions.
+_THEIRS = {
+    "cu_seqlens": "cu_seqlens_q",
+    "lengths": "cache_seqlens",
+    "rel_bias": "alibi_slopes",
+    "scale": "softmax_scale",
+    "window": "window_size",
+}
 
 
 def flash_attn_func(
@@ -76,24 +90,41 @@ def flash_attn_func(
         torch.Size([2, 5, 4, 8])
     """
     args = Arguments("flash_attn_func")
+    q, k, v = autocast(q, k, v)
     args.tensor("q", q, "B M Hq D")
     args.tensor("k", k, "B N Hkv D")
     args.tensor("v", v, "B N Hkv E")
-    options = _options(args, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs)
-    bias = _alibi(args, alibi_slopes, max(args.sizes["M"], args.sizes["N"]), "B")
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse = attention(q, k, v, rel_bias=bias, dropout_p=dropout_p, return_lse=True, **options)
-    return _result(out.transpose(1, 2), lse, return_attn_probs)
+    return _batch(
+        args, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
 
 
-def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Any:
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
     """`flash_attn_func` with keys and values in one tensor.
 
     Args:
         q: queries (B, M, Hq, D).
         kv: keys and values (B, N, 2, Hkv, D), read in place.
-        args: the other arguments of `flash_attn_func`, in its order.
-        kwargs: the same by name.
+        dropout_p: as in `flash_attn_func`.
+        softmax_scale: as in `flash_attn_func`.
+        causal: as in `flash_attn_func`.
+        window_size: as in `flash_attn_func`.
+        softcap: as in `flash_attn_func`.
+        alibi_slopes: as in `flash_attn_func`.
+        deterministic: as in `flash_attn_func`.
+        return_attn_probs: as in `flash_attn_func`.
 
     Returns:
         As `flash_attn_func`.
@@ -106,17 +137,39 @@ def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -
         >>> flash_attn_kvpacked_func(torch.randn(1, 5, 4, 8), torch.randn(1, 9, 2, 2, 8)).shape
         torch.Size([1, 5, 4, 8])
     """
-    k, v = _unpacked("flash_attn_kvpacked_func", "kv", kv, "B N 2 Hkv D")
-    return flash_attn_func(q, k, v, *args, **kwargs)
+    args = Arguments("flash_attn_kvpacked_func")
+    q, kv = autocast(q, kv)
+    args.tensor("q", q, "B M Hq D")
+    k, v = _unpacked(args, "kv", kv, "B N 2 Hkv D")
+    return _batch(
+        args, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
 
 
-def flash_attn_qkvpacked_func(qkv: Tensor, *args: Any, **kwargs: Any) -> Any:
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
     """`flash_attn_func` with queries, keys and values in one tensor.
 
     Args:
         qkv: (B, N, 3, H, D), read in place.
-        args: the other arguments of `flash_attn_func`, in its order.
-        kwargs: the same by name.
+        dropout_p: as in `flash_attn_func`.
+        softmax_scale: as in `flash_attn_func`.
+        causal: as in `flash_attn_func`.
+        window_size: as in `flash_attn_func`.
+        softcap: as in `flash_attn_func`.
+        alibi_slopes: as in `flash_attn_func`.
+        deterministic: as in `flash_attn_func`.
+        return_attn_probs: as in `flash_attn_func`.
 
     Returns:
         As `flash_attn_func`.
@@ -129,8 +182,12 @@ def flash_attn_qkvpacked_func(qkv: Tensor, *args: Any, **kwargs: Any) -> Any:
         >>> flash_attn_qkvpacked_func(torch.randn(1, 9, 3, 2, 8), causal=True).shape
         torch.Size([1, 9, 2, 8])
     """
-    q, k, v = _unpacked("flash_attn_qkvpacked_func", "qkv", qkv, "B N 3 H D")
-    return flash_attn_func(q, k, v, *args, **kwargs)
+    args = Arguments("flash_attn_qkvpacked_func", {"q": "qkv"})
+    q, k, v = _unpacked(args, "qkv", *autocast(qkv), "B N 3 Hq D")
+    return _batch(
+        args, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
 
 
 def flash_attn_varlen_func(
@@ -139,8 +196,8 @@ def flash_attn_varlen_func(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -157,9 +214,10 @@ def flash_attn_varlen_func(
         q: queries (total queries, Hq, D).
         k: keys (total keys, Hkv, D), or with `block_table` pages (pages, tokens of a page, Hkv, D).
         v: values, likewise with E.
-        cu_seqlens_q: (G+1,) int32, the ends of the sequences of queries after a leading 0.
+        cu_seqlens_q: (G+1,) integers, the ends of the sequences of queries after a leading 0.
         cu_seqlens_k: the same for keys; with `block_table` their differences are the lengths.
-        max_seqlen_q: the longest sequence of queries; used for the size of the ALiBi bias.
+        max_seqlen_q: the longest sequence of queries, an int or a tensor of one. Only the size of the ALiBi bias
+            follows from it; a tensor that is not on the CPU is not read.
         max_seqlen_k: the longest sequence of keys, likewise.
         dropout_p: as in `flash_attn_func`.
         softmax_scale: as in `flash_attn_func`.
@@ -188,41 +246,49 @@ def flash_attn_varlen_func(
         torch.Size([7, 4, 8])
     """
     args = Arguments("flash_attn_varlen_func")
+    q, k, v = autocast(q, k, v)
     args.tensor("q", q, "M Hq D")
     args.tensor("k", k, "N Hkv D" if block_table is None else "pages page Hkv D")
     args.tensor("v", v, "N Hkv E" if block_table is None else "pages page Hkv E")
-    options = _options(args, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs)
-    longest = 0
-    for side, cu, given in (("q", cu_seqlens_q, max_seqlen_q), ("k", cu_seqlens_k, max_seqlen_k)):
-        args.indices(f"cu_seqlens_{side}", cu, "G+1")
-        args.integer(f"max_seqlen_{side}", given, 0, "a whole number >= 0")
-        if readable(cu) and (actual := int(cu.diff().max()) if len(cu) > 1 else 0) > given:
-            args.fail(f"max_seqlen_{side}", f"is {given}", f"at least {actual}, the longest sequence")
-        longest = max(longest, int(given))
-    args.sizes["G"] = cu_seqlens_q.shape[0] - 1
-    capacity = 0 if block_table is None else _pages(args, block_table, "G")
-    bias = _alibi(args, alibi_slopes, max(longest, capacity), "G")
-    if block_table is not None:
-        lengths = cu_seqlens_k.diff().long()
-        if readable(lengths) and len(lengths) and (most := int(lengths.max())) > capacity:
-            got = f"holds {args.sizes['width']} pages of {args.sizes['page']} tokens a sequence"
-            args.fail("block_table", got, f"room for {most} tokens")
-        k, v = (x[block_table.long()].flatten(0, 2) for x in (k, v))
-        begin = torch.zeros_like(lengths)
-        cu_seqlens_q, cu_seqlens_k = _segments(cu_seqlens_q.diff().long(), begin, lengths, capacity)
-        bias = _of_segments(bias)
-    out, lse = _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, bias, dropout_p=dropout_p, **options)
-    return _result(out, lse, return_attn_probs)
+    return _varlen(
+        args, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs, block_table,
+    )  # fmt: skip
 
 
-def flash_attn_varlen_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Any:
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
     """`flash_attn_varlen_func` with keys and values in one tensor.
 
     Args:
         q: queries (total queries, Hq, D).
         kv: keys and values (total keys, 2, Hkv, D), read in place.
-        args: the other arguments of `flash_attn_varlen_func`, in its order.
-        kwargs: the same by name.
+        cu_seqlens_q: as in `flash_attn_varlen_func`.
+        cu_seqlens_k: as in `flash_attn_varlen_func`.
+        max_seqlen_q: as in `flash_attn_varlen_func`.
+        max_seqlen_k: as in `flash_attn_varlen_func`.
+        dropout_p: as in `flash_attn_varlen_func`.
+        softmax_scale: as in `flash_attn_varlen_func`.
+        causal: as in `flash_attn_varlen_func`.
+        window_size: as in `flash_attn_varlen_func`.
+        softcap: as in `flash_attn_varlen_func`.
+        alibi_slopes: as in `flash_attn_varlen_func`.
+        deterministic: as in `flash_attn_varlen_func`.
+        return_attn_probs: as in `flash_attn_varlen_func`.
 
     Returns:
         As `flash_attn_varlen_func`.
@@ -236,21 +302,43 @@ def flash_attn_varlen_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs:
         >>> flash_attn_varlen_kvpacked_func(q, kv, cu, cu, 5, 5).shape
         torch.Size([7, 4, 8])
     """
-    k, v = _unpacked("flash_attn_varlen_kvpacked_func", "kv", kv, "N 2 Hkv D")
-    return flash_attn_varlen_func(q, k, v, *args, **kwargs)
+    args = Arguments("flash_attn_varlen_kvpacked_func")
+    q, kv = autocast(q, kv)
+    args.tensor("q", q, "M Hq D")
+    k, v = _unpacked(args, "kv", kv, "N 2 Hkv D")
+    return _varlen(
+        args, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs, None,
+    )  # fmt: skip
 
 
 def flash_attn_varlen_qkvpacked_func(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *args: Any, **kwargs: Any
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
 ) -> Any:
     """`flash_attn_varlen_func` with queries, keys and values in one tensor.
 
     Args:
         qkv: (total tokens, 3, H, D), read in place.
-        cu_seqlens: (G+1,) int32, the ends of the sequences after a leading 0.
-        max_seqlen: the longest sequence.
-        args: the other arguments of `flash_attn_varlen_func`, in its order.
-        kwargs: the same by name.
+        cu_seqlens: (G+1,) integers, the ends of the sequences after a leading 0.
+        max_seqlen: the longest sequence, an int or a tensor of one.
+        dropout_p: as in `flash_attn_varlen_func`.
+        softmax_scale: as in `flash_attn_varlen_func`.
+        causal: as in `flash_attn_varlen_func`.
+        window_size: as in `flash_attn_varlen_func`.
+        softcap: as in `flash_attn_varlen_func`.
+        alibi_slopes: as in `flash_attn_varlen_func`.
+        deterministic: as in `flash_attn_varlen_func`.
+        return_attn_probs: as in `flash_attn_varlen_func`.
 
     Returns:
         As `flash_attn_varlen_func`.
@@ -263,8 +351,18 @@ def flash_attn_varlen_qkvpacked_func(
         >>> flash_attn_varlen_qkvpacked_func(torch.randn(7, 3, 2, 8), torch.tensor([0, 2, 7]), 5).shape
         torch.Size([7, 2, 8])
     """
-    q, k, v = _unpacked("flash_attn_varlen_qkvpacked_func", "qkv", qkv, "N 3 H D")
-    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *args, **kwargs)
+    args = Arguments(
+        "flash_attn_varlen_qkvpacked_func",
+        {
+            "q": "qkv", "cu_seqlens_q": "cu_seqlens", "cu_seqlens_k": "cu_seqlens", "max_seqlen_q": "max_seqlen",
+            "max_seqlen_k": "max_seqlen",
+        },
+    )  # fmt: skip
+    q, k, v = _unpacked(args, "qkv", *autocast(qkv), "N 3 Hq D")
+    return _varlen(
+        args, q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs, None,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -335,74 +433,175 @@ def flash_attn_with_kvcache(
         True
     """
     args = Arguments("flash_attn_with_kvcache")
+    (q,) = autocast(q)
     args.tensor("q", q, "B M Hq D")
     cached = "rows capacity" if block_table is None else "pages page"
-    args.tensor("k_cache", k_cache, f"{cached} Hkv D")
-    args.tensor("v_cache", v_cache, f"{cached} Hkv E")
+    args.tensor("k_cache", _as_cast(k_cache), f"{cached} Hkv D")
+    args.tensor("v_cache", _as_cast(v_cache), f"{cached} Hkv E")
+    args.at_least_one("D", "E")
     options = _options(args, softmax_scale, causal, window_size, softcap, False, return_softmax_lse)
     args.integer("num_splits", num_splits, 0, "a whole number >= 0")
     args.flag("rotary_interleaved", rotary_interleaved)
     if (k is None) != (v is None):
         args.fail("v" if v is None else "k", "is missing", "both `k` and `v`, or neither")
     if k is not None:
-        args.tensor("k", k, "B T Hkv D")
-        args.tensor("v", v, "B T Hkv E")
+        args.tensor("k", _as_cast(k), "B T Hkv D")
+        args.tensor("v", _as_cast(v), "B T Hkv E")
+        _writable(args, "k_cache", k_cache)
+        _writable(args, "v_cache", v_cache)
     batch, new = q.shape[0], 0 if k is None else k.shape[1]
-    capacity = _capacity(args, k_cache, block_table, cache_batch_idx)
+    capacity, block_table, cache_batch_idx = _capacity(args, k_cache, block_table, cache_batch_idx)
     begin, held = _extent(args, q, cache_seqlens, cache_leftpad, new, capacity, k is not None)
     if rotary_cos is not None or rotary_sin is not None:
         _check_rotary(args, rotary_cos, rotary_sin, held, max(new, q.shape[1]), k is not None)
     bias = _alibi(args, alibi_slopes, max(q.shape[1], capacity), "B")
+    # All checks of `attend` are among these, and the last of them is whether a backend can run: then it is written.
+    backend = resolve("attention", None, q.device, q.dtype, max(args.sizes["D"], args.sizes["E"]), args.op)
 
     if k is not None and v is not None:
         place = held[:, None] + torch.arange(new, device=q.device)  # (B, T)
         if rotary_cos is not None and rotary_sin is not None:
             standing = causal or tuple(window_size) != (-1, -1)
             steps = torch.arange(q.shape[1], device=q.device) * int(standing)
-            q = _turn(q, rotary_cos, rotary_sin, held[:, None] + steps, rotary_interleaved)
-            k = _turn(k, rotary_cos, rotary_sin, place, rotary_interleaved)
+            q = turn(q, rotary_cos, rotary_sin, held[:, None] + steps, rotary_interleaved)
+            k = turn(k, rotary_cos, rotary_sin, place, rotary_interleaved)
         if block_table is not None:
             size = k_cache.shape[1]
-            where = block_table.long().gather(1, place // size), place % size
+            where = block_table.gather(1, place // size), place % size
         else:
-            rows = torch.arange(batch, device=q.device) if cache_batch_idx is None else cache_batch_idx.long()
+            rows = torch.arange(batch, device=q.device) if cache_batch_idx is None else cache_batch_idx
             where = rows[:, None].expand_as(place), place
-        k_cache[where], v_cache[where] = k, v
+        k_cache[where], v_cache[where] = k.to(k_cache.dtype), v.to(v_cache.dtype)
 
     if block_table is not None:
-        keys, values = (x[block_table.long()].flatten(1, 2) for x in (k_cache, v_cache))
+        keys, values = (x[block_table].flatten(1, 2) for x in (k_cache, v_cache))
     elif cache_batch_idx is not None:
-        keys, values = (x[cache_batch_idx.long()] for x in (k_cache, v_cache))
+        keys, values = (x[cache_batch_idx] for x in (k_cache, v_cache))
     else:
         keys, values = k_cache, v_cache
     end = held + new
     if cache_leftpad is None and q.shape[1] != capacity:  # where they are equal, `lengths` would cut the queries too
         heads_first = (x.transpose(1, 2) for x in (q, keys, values))
-        out, lse = attention(*heads_first, lengths=end, rel_bias=bias, return_lse=True, **options)
+        out, lse = _attend(args, *heads_first, lengths=end, rel_bias=bias, backend=backend, **options)
         out = out.transpose(1, 2)
     else:
         cu_q, cu_k = _segments(torch.full_like(end, q.shape[1]), begin, end, capacity)
         queries, keys, values = (x.reshape(-1, *x.shape[2:]) for x in (q, keys, values))
-        out, lse = _packed(queries, keys, values, cu_q, cu_k, _of_segments(bias), **options)
+        out, lse = _packed(args, queries, keys, values, cu_q, cu_k, _of_segments(bias), backend=backend, **options)
         out, lse = out.unflatten(0, q.shape[:2]), lse.unflatten(1, q.shape[:2]).transpose(0, 1)
     return (out, lse) if return_softmax_lse else out
 
 
+def _batch(
+    args: Arguments,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    scale: float | None,
+    causal: bool,
+    window: tuple[int, int],
+    softcap: float,
+    slopes: Tensor | None,
+    deterministic: bool,
+    more: bool,
+) -> Any:
+    """A batch of sequences, (B, ., H, .), whose tensors were checked."""
+    options = _options(args, scale, causal, window, softcap, deterministic, more)
+    bias = _alibi(args, slopes, max(args.sizes["M"], args.sizes["N"]), "B")
+    out, lse = _attend(args, *(x.transpose(1, 2) for x in (q, k, v)), rel_bias=bias, dropout_p=dropout_p, **options)
+    return _result(out.transpose(1, 2), lse, more)
+
+
+def _varlen(
+    args: Arguments,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int | Tensor,
+    max_k: int | Tensor,
+    dropout_p: float,
+    scale: float | None,
+    causal: bool,
+    window: tuple[int, int],
+    softcap: float,
+    slopes: Tensor | None,
+    deterministic: bool,
+    more: bool,
+    table: Tensor | None,
+) -> Any:
+    """Sequences packed end to end, (., H, .), whose tensors were checked."""
+    options = _options(args, scale, causal, window, softcap, deterministic, more)
+    cu_q, cu_k = args.indices("cu_seqlens_q", cu_q, "G+1"), args.indices("cu_seqlens_k", cu_k, "G+1")
+    args.sizes["G"] = args.sizes["G+1"] - 1
+    capacity = 0
+    if table is not None:
+        table, capacity = _pages(args, table, "G")
+    total_k = args.sizes["N"] if table is None else int(cu_k[-1]) if readable(cu_k) and len(cu_k) else 0
+    longest = max(
+        _longest(args, "q", cu_q, max_q, args.sizes["M"], "M" if "M" in args.sizes else "N"),
+        _longest(args, "k", cu_k, max_k, total_k, "N"),
+        capacity,
+    )
+    bias = _alibi(args, slopes, longest, "G")
+    if table is not None:
+        lengths = cu_k.diff().long()
+        if readable(lengths) and len(lengths) and (most := int(lengths.max())) > capacity:
+            got = f"holds {args.sizes['width']} pages of {args.sizes['page']} tokens a sequence"
+            args.fail("block_table", got, f"room for {most} tokens")
+        k, v = (x[table].flatten(0, 2) for x in (k, v))
+        cu_q, cu_k = _segments(cu_q.diff().long(), torch.zeros_like(lengths), lengths, capacity)
+        bias = _of_segments(bias)
+    out, lse = _packed(args, q, k, v, cu_q, cu_k, bias, dropout_p=dropout_p, **options)
+    return _result(out, lse, more)
+
+
+def _attend(
+    args: Arguments,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None,
+    causal: bool,
+    window: tuple[int | None, int | None] | None,
+    softcap: float | None,
+    rel_bias: Tensor | None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`flashgau.attention` and its log-sum-exp; what it refuses, it refuses in the words of the caller."""
+    names = dict(args.names or {})
+    names |= {ours: names.get(theirs, theirs) for ours, theirs in _THEIRS.items()}
+    out, lse = attend(
+        Arguments(args.op, names), q, k, v, causal, scale, window, softcap, rel_bias, None, lengths, cu_seqlens,
+        cu_seqlens_k, dropout_p, None, True, backend,
+    )  # fmt: skip
+    return out, lse
+
+
 def _packed(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, bias: Tensor | None, **options: Any
+    args: Arguments, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, bias: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed sequences (tokens, H, .): (tokens, H, E) and the log-sum-exp (H, tokens)."""
     if bias is not None and bias.ndim == 3:  # one packed row has one bias: sequence by sequence
         ends = list(zip(cu_q.tolist(), cu_q.tolist()[1:], cu_k.tolist(), cu_k.tolist()[1:], strict=False))
         parts = [
-            _packed(q[a:b], k[c:d], v[c:d], cu_q.new_tensor([0, b - a]), cu_k.new_tensor([0, d - c]), own, **options)
+            _packed(
+                args, q[a:b], k[c:d], v[c:d], cu_q.new_tensor([0, b - a]), cu_k.new_tensor([0, d - c]), own, **options
+            )
             for (a, b, c, d), own in zip(ends, bias, strict=True)
         ]
         if not parts:
             return q.new_zeros(*q.shape[:2], v.shape[-1]), q.new_zeros(q.shape[1], 0)
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], dim=1)
     rows = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out, lse = attention(*rows, cu_seqlens=cu_q, cu_seqlens_k=cu_k, rel_bias=bias, return_lse=True, **options)
+    out, lse = _attend(args, *rows, cu_seqlens=cu_q, cu_seqlens_k=cu_k, rel_bias=bias, **options)
     return out[0].transpose(0, 1), lse[0]
 
 
@@ -417,23 +616,33 @@ def _of_segments(bias: Tensor | None) -> Tensor | None:
     return bias.repeat_interleave(3, dim=0) if bias is not None and bias.ndim == 3 else bias
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
-    """Rotate x (B, T, H, D) by the tables' rows at `positions` (B, T), in fp32 (fp64 for fp64 tables)."""
-    kind = torch.promote_types(cos.dtype, torch.float32)
-    cos, sin = (table[positions][:, :, None].to(kind) for table in (cos, sin))
-    return rotate(x, cos, sin, interleaved=interleaved)
-
-
-def _unpacked(op: str, name: str, x: Any, axes: str) -> tuple[Tensor, ...]:
+def _unpacked(args: Arguments, name: str, x: Any, axes: str) -> tuple[Tensor, ...]:
+    """The parts of a packed tensor, (B, N, 2 or 3, H, D) or without B."""
     letters = axes.split()
     place = next(i for i, letter in enumerate(letters) if letter.isdigit())
-    expected = f"a torch.Tensor of shape ({', '.join(letters)})"
-    args = Arguments(op)
-    if not isinstance(x, Tensor):
-        args.fail(name, f"is a {type(x).__name__}", expected, TypeError)
-    if x.ndim != len(letters) or x.shape[place] != int(letters[place]):
-        args.fail(name, f"has shape {tuple(x.shape)}", expected.removeprefix("a torch.Tensor of shape "))
+    args.sizes[letters[place]] = int(letters[place])
+    args.tensor(name, x, axes)
+    sizes = args.sizes
+    sizes["E"] = sizes["D"]
+    sizes.setdefault("M", sizes["N"])
+    sizes.setdefault("Hkv", sizes.get("Hq", 0))
     return x.unbind(place)
+
+
+def _as_cast(x: Any) -> Any:
+    """What autocast will make of x, but for the values: a cache is not copied to be looked at."""
+    if not isinstance(x, Tensor) or x.layout != torch.strided:
+        return x
+    (cast,) = autocast(x.new_empty(()))
+    return x if cast.dtype == x.dtype else cast.expand(x.shape)
+
+
+def _writable(args: Arguments, name: str, cache: Tensor) -> None:
+    """Rows of a cache that share their memory cannot be written one by one."""
+    if any(size > 1 and stride == 0 for size, stride in zip(cache.shape, cache.stride(), strict=True)):
+        args.fail(name, f"has strides {cache.stride()}", "memory of its own for every token, as new ones are written")
+    if cache.is_inference() and not torch.is_inference_mode_enabled():
+        args.fail(name, "was made in inference mode", "a call in inference mode, as PyTorch lets no other write it")
 
 
 def _options(
@@ -471,33 +680,51 @@ def _alibi(args: Arguments, slopes: Any, longest: int, rows: str) -> Tensor | No
     return alibi_bias(slopes.flatten(), max(longest, 1)).unflatten(0, slopes.shape) if slopes.numel() else None
 
 
-def _within(args: Arguments, name: str, x: Tensor, low: Any, high: Any, expected: str) -> None:
-    """Check the values, where reading them costs nothing."""
-    if readable(x) and bool(((x < low) | (x > high)).any()):
-        args.fail(name, f"is {x.tolist()}", expected)
+def _longest(args: Arguments, side: str, cu: Tensor, given: Any, total: int, letter: str) -> int:
+    """Check offsets and `max_seqlen`, and return a length that no sequence exceeds.
+
+    Only ALiBi needs it. What would have to be waited for, a tensor on a GPU or a number inside a traced graph, is not
+    read: the number of all tokens serves as well.
+    """
+    name, expected = f"max_seqlen_{side}", "a whole number >= 0, or a tensor of one"
+    actual = args.offsets(f"cu_seqlens_{side}", cu, total, letter)
+    if isinstance(given, Tensor):
+        if given.numel() != 1 or given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+            args.fail(name, f"has shape {tuple(given.shape)} and dtype {given.dtype}", expected, TypeError)
+        if not readable(given):
+            return total
+        given = int(given)
+    if torch.compiler.is_compiling() or isinstance(given, torch.SymInt):
+        return total
+    args.integer(name, given, 0, expected)
+    if actual > given:
+        args.fail(name, f"is {given}", f"at least {actual}, the longest sequence")
+    return min(int(given), total)
 
 
-def _pages(args: Arguments, table: Any, rows: str) -> int:
-    """Check a table of pages, and return how many tokens a row of it may hold."""
-    args.indices("block_table", table, f"{rows} width")
+def _pages(args: Arguments, table: Any, rows: str) -> tuple[Tensor, int]:
+    """Check a table of pages; the table, and how many tokens a row of it may hold."""
+    table = args.indices("block_table", table, f"{rows} width")
     last = args.sizes["pages"] - 1
-    _within(args, "block_table", table, 0, last, f"numbers of pages, 0 to {last}")
-    return args.sizes["width"] * args.sizes["page"]
+    within(args, "block_table", table, 0, last, f"numbers of pages, 0 to {last}")
+    return table.long(), args.sizes["width"] * args.sizes["page"]
 
 
-def _capacity(args: Arguments, cache: Tensor, table: Any, index: Any) -> int:
-    """How many tokens a row of the cache may hold."""
+def _capacity(args: Arguments, cache: Tensor, table: Any, index: Any) -> tuple[int, Tensor | None, Tensor | None]:
+    """How many tokens a row of the cache may hold, and the checked table of pages and rows."""
     batch = args.sizes["B"]
     if table is not None:
         if index is not None:
             args.fail("cache_batch_idx", "was given together with `block_table`", "at most one of them")
-        return _pages(args, table, "B")
+        table, capacity = _pages(args, table, "B")
+        return capacity, table, None
     if index is not None:
-        args.indices("cache_batch_idx", index, "B")
-        _within(args, "cache_batch_idx", index, 0, cache.shape[0] - 1, f"rows of the cache, 0 to {cache.shape[0] - 1}")
+        index = args.indices("cache_batch_idx", index, "B")
+        within(args, "cache_batch_idx", index, 0, cache.shape[0] - 1, f"rows of the cache, 0 to {cache.shape[0] - 1}")
+        index = index.long()
     elif cache.shape[0] != batch:
         args.fail("k_cache", f"has {cache.shape[0]} rows", f"{batch} as `q` has, or `cache_batch_idx`")
-    return cache.shape[1]
+    return cache.shape[1], None, index
 
 
 def _extent(
@@ -515,15 +742,15 @@ def _extent(
             args.fail("cache_seqlens", f"is {seqlens}", room)
         held = torch.full((q.shape[0],), int(seqlens), device=q.device)
     else:
-        args.indices("cache_seqlens", seqlens, "B")
+        seqlens = args.indices("cache_seqlens", seqlens, "B")
         expected = f"values from 0 to {capacity - new}: the cache has room for {capacity} tokens, and {new} are new"
-        _within(args, "cache_seqlens", seqlens, 0, capacity - new, expected)
+        within(args, "cache_seqlens", seqlens, 0, capacity - new, expected)
         held = seqlens.long()
     if leftpad is None:
         return torch.zeros_like(held), held
-    args.indices("cache_leftpad", leftpad, "B")
+    leftpad = args.indices("cache_leftpad", leftpad, "B")
     if readable(held):
-        _within(args, "cache_leftpad", leftpad, 0, held, f"values from 0 to `cache_seqlens`, {held.tolist()}")
+        within(args, "cache_leftpad", leftpad, 0, held, f"values from 0 to `cache_seqlens`, {held.tolist()}")
     return leftpad.long(), held
 
 
@@ -532,11 +759,7 @@ def _check_rotary(args: Arguments, cos: Any, sin: Any, held: Tensor, tokens: int
         args.fail("rotary_cos" if cos is None else "rotary_sin", "is missing", "both tables or neither")
     if not writes:
         args.fail("rotary_cos", "was given without `k` and `v`", "new keys to turn: cached ones are taken as they are")
-    args.per_head("rotary_cos", cos, "positions pairs")
-    args.per_head("rotary_sin", sin, "positions pairs")
-    if 2 * cos.shape[1] > args.sizes["D"]:
-        got = f"has shape {tuple(cos.shape)}"
-        args.fail("rotary_cos", got, f"at most D / 2 = {args.sizes['D'] // 2} pairs of channels")
+    rotary_tables(args, ("rotary_cos", "rotary_sin"), cos, sin)
     if readable(held) and len(held) and int(held.max()) + tokens > cos.shape[0]:
         needed = int(held.max()) + tokens
         args.fail("rotary_cos", f"has shape {tuple(cos.shape)}", f"at least {needed} positions")

@@ -16,7 +16,7 @@ import re
 import types
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,8 @@ def register_attention(name: str = "FlashGAU") -> str:
     if (name in attention() or name in mask()) and attention().get(name) is not _attention_forward:
         raise ValueError(f"register_attention: `name` is {name!r}, which is registered already; expected another name")
     attention.register(name, _attention_forward)
-    mask.register(name, torch.compiler.disable(_attention_mask))
+    reason = "flashgau finds the sequences of a mask in its values; torch.export needs strict=False"
+    mask.register(name, torch.compiler.disable(_attention_mask, reason=reason))
     return name
 
 
@@ -142,7 +143,8 @@ def _attention_mask(
     """The mask function that `register_attention` registers: called by transformers, once per forward.
 
     Finds the sequences and the window of which `mask_function` and the padding consist. transformers' own patterns
-    are known by comparing functions; all others are evaluated in blocks and compared to what flashgau would compute.
+    are known by comparing functions; all others are evaluated in blocks, and what they let every query see decides,
+    whichever function made them.
 
     Args:
         batch_size: rows of the batch, B.
@@ -165,34 +167,37 @@ def _attention_mask(
     """
     masking = importlib.import_module("transformers.masking_utils")
     function = masking.causal_mask_function if mask_function is None else mask_function
-    window = [local_size] if isinstance(local_size, int) and local_size >= 1 else []
-    patterns = {
-        # First the one that is compared at every query: the others may match for want of queries that are tokens.
-        _Pattern(None, None): masking.bidirectional_mask_function,
-        _Pattern(None, 0): masking.causal_mask_function,
-        **{_Pattern(w - 1, 0): masking.sliding_window_causal_mask_function(w) for w in window},
-        **{_Pattern(w, w): masking.sliding_window_bidirectional_mask_function(w) for w in window},
-    }
     if isinstance(q_offset, Tensor):
         q_offset = q_offset.reshape(())  # (1,) in older versions of transformers
     shift = q_offset - kv_offset  # query i stands where key i + shift does
     place = _Place(batch_size, q_length, kv_length, shift, device)
+    if torch.compiler.is_exporting():
+        return _describe(*_traced(masking, function, local_size, attention_mask, kv_offset, place), None, place)
     if local_size == 0 and _same(function, masking.sliding_window_causal_mask_function(0)):
         # Qwen2-MoE without windows makes such masks, for layers that it does not have. Nothing is seen, all gives 0.
         return _encode(_LENGTHS, _Pattern(None, 0), place, torch.zeros(batch_size, dtype=torch.int64, device=device))
     runs = _runs(attention_mask, q_offset, kv_offset, place)
-    pattern, borders = next((p for p, theirs in patterns.items() if _same(function, theirs)), None), None
+    pattern, borders = _known(masking, function, local_size), None
     if pattern is None:
-        if attention_mask is None and isinstance(shift, int) and shift == 0 and q_length == kv_length:
-            borders = _borders(function, kv_offset, place)
         theirs = functools.partial(
             masking.sdpa_mask, batch_size, kv_length=kv_length, kv_offset=kv_offset, mask_function=function,
             attention_mask=attention_mask, allow_is_causal_skip=False, use_vmap=use_vmap, device=device,
         )  # fmt: skip
-        pattern = _matching(
-            list(patterns), lambda i, n: theirs(q_length=n, q_offset=q_offset + i)[:, 0], runs, borders, place
-        )
+        packable = attention_mask is None and isinstance(shift, int) and shift == 0 and q_length == kv_length
+        pattern, borders = _measured(lambda i, n: theirs(q_length=n, q_offset=q_offset + i)[:, 0], runs, packable, place)
     return _describe(pattern, runs, borders, place)
+
+
+def _known(masking: Any, function: Any, size: int | None) -> _Pattern | None:
+    """The pattern of a function that transformers makes itself, with the window that it names; None for others."""
+    patterns = {
+        _Pattern(None, None): masking.bidirectional_mask_function,
+        _Pattern(None, 0): masking.causal_mask_function,
+    }
+    if isinstance(size, int) and size >= 1:
+        patterns[_Pattern(size - 1, 0)] = masking.sliding_window_causal_mask_function(size)
+        patterns[_Pattern(size, size)] = masking.sliding_window_bidirectional_mask_function(size)
+    return next((pattern for pattern, theirs in patterns.items() if _same(function, theirs)), None)
 
 
 class _Place(NamedTuple):
@@ -228,21 +233,28 @@ def _runs(mask: Tensor | None, q_offset: int | Tensor, kv_offset: int, place: _P
     zero = torch.zeros(place.batch, dtype=torch.int64, device=place.device)
     if mask is None or not mask.numel() or not place.keys:
         return _Runs(zero, zero + place.keys, False, True, False)
-    valid = mask[:, kv_offset : kv_offset + place.keys].bool()
-    valid = nn.functional.pad(valid, (0, place.keys - valid.shape[1]))  # slots of the cache that are not used yet
-    first = valid.int().argmax(1)
-    end = first + valid.sum(1)
-    key = torch.arange(place.keys, device=valid.device)
-    holes = (valid != (key >= first[:, None]) & (key < end[:, None])).any(1)
-    short = torch.as_tensor(q_offset + place.queries > mask.shape[1], device=valid.device)
-    told = torch.stack([holes.any(), ~valid.all(), (first == 0).all(), short]).tolist()  # the one wait
+    runs, holes = _extents(mask, kv_offset, place)
+    short = torch.as_tensor(q_offset + place.queries > mask.shape[1], device=mask.device)
+    padded = (runs.end - runs.first < place.keys).any()
+    told = torch.stack([holes.any(), padded, (runs.first == 0).all(), short]).tolist()  # the one wait
     if told[0]:
         row = int(holes.int().argmax())
         raise ValueError(
             f"flashgau: `attention_mask` is {_short(mask[row].int().tolist())} in row {row}, with a hole; expected one "
             "run of valid tokens in every row, padded on the left, on the right or on both sides"
         )
-    return _Runs(first, end, *told[1:])
+    return _Runs(runs.first, runs.end, *told[1:])
+
+
+def _extents(mask: Tensor, kv_offset: int, place: _Place) -> tuple[_Runs, Tensor]:
+    """The runs of tokens without what the host would have to wait for, and which rows have holes."""
+    valid = mask[:, kv_offset : kv_offset + place.keys].bool()
+    valid = nn.functional.pad(valid, (0, place.keys - valid.shape[1]))  # slots of the cache that are not used yet
+    first = valid.int().argmax(1)
+    end = first + valid.sum(1)
+    key = torch.arange(place.keys, device=valid.device)
+    holes = (valid != (key >= first[:, None]) & (key < end[:, None])).any(1)
+    return _Runs(first, end, True, False, False), holes
 
 
 def _same(f: Any, g: Any) -> bool:
@@ -261,69 +273,183 @@ def _same(f: Any, g: Any) -> bool:
     return f is g or (type(f) is int and type(g) is int and f == g)
 
 
-def _borders(function: Callable[..., Tensor], offset: int, place: _Place) -> Tensor | None:
-    """(B, M), whether a packed sequence begins there: at tokens that do not see the one before them.
+def _traced(
+    masking: Any, function: Any, size: int | None, mask: Tensor | None, kv_offset: int, place: _Place
+) -> tuple[_Pattern, _Runs]:
+    """The pattern and the tokens of a mask inside torch.export, which has no values.
 
-    A guess, to be verified: of functions that do not take index tensors it may be anything.
+    What an exported model does is fixed, so what would be looked at becomes an assertion of the exported graph: that
+    `position_ids` are those of one sequence (transformers cannot tell either, and makes a mask for packed ones), and
+    that padding leaves one run of tokens.
+
+    Raises:
+        ValueError: for a mask function that only its values could tell.
     """
-    if place.queries < 2:
-        return None
-    q = torch.arange(1, place.queries, device=place.device)[None] + offset
-    rows = torch.arange(place.batch, device=place.device)[:, None]
-    try:
-        sees = function(rows, rows.new_zeros(()), q, q - 1).expand(place.batch, place.queries - 1)
-    except (RuntimeError, TypeError, IndexError, AttributeError):
-        return None  # verification will find out whether that matters
-    borders = nn.functional.pad(~sees, (1, 0), value=True)
-    return borders if bool(borders[:, 1:].any()) else None
+    pattern = _known(masking, function, size)
+    if pattern is None:
+        function, sequence = _unpacked(masking, function)
+        pattern = _known(masking, function, size)
+        if pattern is not None:
+            _assert((sequence == sequence[:, :1]).all(), "`position_ids` pack several sequences into a row")
+    if pattern is None:
+        raise ValueError(
+            "flashgau: torch.export has no values, by which alone this model's mask could be told; expected a causal, "
+            "bidirectional or windowed mask as transformers makes it. attn_implementation='sdpa' can be exported"
+        )
+    zero = torch.zeros(place.batch, dtype=torch.int64, device=place.device)
+    if mask is None:
+        return pattern, _Runs(zero, zero + place.keys, False, True, False)
+    runs, holes = _extents(mask, kv_offset, place)
+    _assert(~holes.any(), "`attention_mask` has a hole between valid tokens")
+    return pattern, runs
 
 
-def _matching(
-    patterns: list[_Pattern],
-    theirs: Callable[[int, int], Tensor],
-    runs: _Runs,
-    borders: Tensor | None,
-    place: _Place,
-) -> _Pattern:
-    """The pattern that equals the mask `theirs(first query, number)` wherever the query is a token."""
+def _unpacked(masking: Any, function: Any) -> tuple[Any, Any]:
+    """The mask function within one that also separates sequences packed by `position_ids`, and their numbers."""
+    packed, both = masking.packed_sequence_mask_function(None), masking.and_masks(abs)
+    parts = _cells(function).get("mask_functions", ()) if _code(function) is both.__code__ else ()
+    numbers = [_cells(part)["packed_sequence_mask"] for part in parts if _code(part) is packed.__code__]
+    others = [part for part in parts if _code(part) is not packed.__code__]
+    if len(numbers) != 1 or len(others) != 1:
+        return None, None
+    remap = getattr(masking, "remap_positions_for_packed_sequence", None)  # not in older versions
+    if remap is not None and _code(others[0]) is remap(None, None).__code__:
+        others = [_cells(others[0])["mask_function"]]
+    return others[0], numbers[0]
+
+
+def _code(function: Any) -> Any:
+    return getattr(function, "__code__", None)
+
+
+def _cells(function: Any) -> dict[str, Any]:
+    """What a function has kept from the one that made it."""
+    cells = function.__closure__ or ()
+    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
+
+
+def _assert(condition: Tensor, what: str) -> None:
+    """Let the exported graph stop where this is not so."""
+    torch.ops.aten._assert_async.msg(
+        condition, f"flashgau: {what}; the model was exported without: expected the kind of input it was exported for"
+    )
+
+
+class _Seen(NamedTuple):
+    """What every query sees of its row, (B, M) each: keys first .. end - 1, and whether that is without gaps."""
+
+    first: Tensor
+    end: Tensor
+    whole: Tensor
+
+
+def _measured(
+    theirs: Callable[[int, int], Tensor], runs: _Runs, packable: bool, place: _Place
+) -> tuple[_Pattern, Tensor | None]:
+    """The window and the sequences of a mask, found in what it says: `theirs(first query, number)` is (B, number, N).
+
+    What a query sees is an interval, or flashgau cannot compute it. Its ends tell where sequences meet (at tokens that
+    do not see each other), and how far the window reaches; both are then held against every interval, so that nothing
+    is taken on trust. Queries that are padding count only where positions do not matter.
+
+    Returns:
+        The pattern, and (B, M), whether a packed sequence begins there; None without packing.
+
+    Raises:
+        ValueError: for a mask that is not of this kind.
+    """
+    seen = _intervals(theirs, place)
+    at = torch.arange(place.queries, device=place.device) + place.shift
+    start, stop = (x[:, None].expand(-1, place.queries) for x in (runs.first, runs.end))
+    token = (at >= start) & (at < stop)
+    borders = torch.zeros_like(token)
+    if packable and place.queries > 1:
+        back = (seen.first[:, 1:] < at[1:]) & (at[:-1] < seen.end[:, 1:])  # a token sees the one before it
+        ahead = (seen.first[:, :-1] < at[1:]) & (at[1:] < seen.end[:, :-1])
+        borders = nn.functional.pad(~(back | ahead), (1, 0), value=True)
+        start = torch.where(borders, at, 0).cummax(1).values
+        behind = nn.functional.pad(borders[:, 1:], (0, 1), value=True)  # the next token begins a sequence
+        stop = torch.where(behind, at + 1, place.keys).flip(1).cummin(1).values.flip(1)
+
+    def reach(distance: Tensor) -> Tensor:
+        return torch.where(token, distance, 0).flatten().max().clamp(min=0) if token.numel() else at.new_zeros(())
+
+    reaches = {"open": None, "none": at.new_zeros(()), "left": reach(at - seen.first), "right": reach(seen.end - 1 - at)}
+    sides = [("open", "open"), ("open", "none"), ("left", "none"), ("left", "open"), ("open", "right"), ("left", "right")]
+    fits = []
+    for left, right in ((reaches[x], reaches[y]) for x, y in sides):
+        first = start if left is None else torch.maximum(start, at - left)
+        end = stop if right is None else torch.minimum(stop, at + right + 1)
+        fit = seen.whole & (seen.first == first) & (seen.end == end)
+        # Where positions do not matter a query need not be a token.
+        fits.append((fit if left is None and right is None else fit | ~token).all())
+    told = torch.stack([reaches["left"], reaches["right"], borders[:, 1:].any(), *fits]).tolist()  # the one wait
+    numbers = {"open": None, "none": 0, "left": told[0], "right": told[1]}
+    patterns = [_Pattern(numbers[x], numbers[y]) for x, y in sides]
+    packing = borders if told[2] else None
+    for pattern, fit in zip(patterns, told[3:], strict=True):
+        if fit:
+            return pattern, packing
+    choices = [(pattern, cut) for cut in ((None,) if packing is None else (packing, None)) for pattern in patterns]
+    _refuse(choices, theirs, runs, place)
+
+
+def _intervals(theirs: Callable[[int, int], Tensor], place: _Place) -> _Seen:
+    """The intervals of keys that a mask lets its queries see, in blocks of queries."""
+    parts = []
+    rows = max(1, _BLOCK // max(1, place.batch * place.keys))
+    for i in range(0, place.queries if place.keys else 0, rows):
+        visible = theirs(i, min(rows, place.queries - i)).to(torch.uint8)
+        number, first = visible.sum(-1), visible.argmax(-1)
+        end = torch.where(number > 0, place.keys - visible.flip(-1).argmax(-1), 0)
+        parts.append((first, end, number == end - first))
+    if not parts:
+        none = torch.zeros(place.batch, place.queries, dtype=torch.int64, device=place.device)
+        return _Seen(none, none, none == 0)
+    return _Seen(*(torch.cat(x, 1) for x in zip(*parts, strict=True)))
+
+
+def _refuse(
+    choices: list[tuple[_Pattern, Tensor | None]], theirs: Callable[[int, int], Tensor], runs: _Runs, place: _Place
+) -> NoReturn:
+    """Say how the mask differs from the nearest that flashgau has, and where first."""
     key = torch.arange(place.keys, device=place.device)
     first, end = runs.first[:, None, None], runs.end[:, None, None]
-    sequence = None if borders is None else borders.cumsum(1)
     rows = max(1, _BLOCK // max(1, place.batch * place.keys))
 
-    def differences(pattern: _Pattern, i: int, visible: Tensor) -> Tensor:
+    def differences(choice: tuple[_Pattern, Tensor | None], i: int, visible: Tensor) -> Tensor:
+        pattern, borders = choice
         at = torch.arange(i, i + visible.shape[1], device=place.device)[:, None] + place.shift
         ours = (key >= first) & (key < end)
         if pattern.left is not None:
             ours = ours & (key >= at - pattern.left)
         if pattern.right is not None:
             ours = ours & (key <= at + pattern.right)
-        if sequence is not None:
+        if borders is not None:
+            sequence = borders.cumsum(1)
             ours = ours & (sequence[:, i : i + visible.shape[1], None] == sequence[:, None])
         differs = ours != visible
         return differs & (at >= first) & (at < end) if pattern.self_attention else differs
 
-    wrong = torch.zeros(len(patterns), dtype=torch.int64, device=place.device)
+    wrong = torch.zeros(len(choices), dtype=torch.int64, device=place.device)
     for i in range(0, place.queries, rows):
         visible = theirs(i, min(rows, place.queries - i))
-        wrong += torch.stack([differences(pattern, i, visible).sum() for pattern in patterns])
+        wrong += torch.stack([differences(choice, i, visible).sum() for choice in choices])
     numbers = wrong.tolist()
-    nearest = patterns[numbers.index(min(numbers))]
-    if min(numbers):
-        for i in range(0, place.queries, rows):
-            visible = theirs(i, min(rows, place.queries - i))
-            found = differences(nearest, i, visible).nonzero()
-            if len(found):
-                row, query, seen = found[0].tolist()
-                sees = "sees" if bool(visible[row, query, seen]) else "does not see"
-                break
-        raise ValueError(
-            f"flashgau: the model's mask is not one of sequences and a window: as {nearest} attention it would differ "
-            f"at {min(numbers)} places, first in row {row}, where query {i + query} {sees} key {seen}. Expected "
-            "causal, bidirectional, windowed or packed sequences, without blocks of another kind (images, prefixes, "
-            "chunks, mask functions of your own); attn_implementation='sdpa' or 'eager' can compute it"
-        )
-    return nearest
+    nearest = choices[numbers.index(min(numbers))]
+    for i in range(0, place.queries, rows):
+        visible = theirs(i, min(rows, place.queries - i))
+        found = differences(nearest, i, visible).nonzero()
+        if len(found):
+            row, query, seen = found[0].tolist()
+            sees = "sees" if bool(visible[row, query, seen]) else "does not see"
+            break
+    raise ValueError(
+        f"flashgau: the model's mask is not one of sequences and a window: as {nearest[0]} attention it would differ "
+        f"at {min(numbers)} places, first in row {row}, where query {i + query} {sees} key {seen}. Expected "
+        "causal, bidirectional, windowed or packed sequences, without blocks of another kind (images, prefixes, "
+        "chunks, mask functions of your own); attn_implementation='sdpa' or 'eager' can compute it"
+    )
 
 
 def _describe(pattern: _Pattern, runs: _Runs, borders: Tensor | None, place: _Place) -> Tensor:
@@ -347,7 +473,7 @@ def _describe(pattern: _Pattern, runs: _Runs, borders: Tensor | None, place: _Pl
         raise ValueError(
             "flashgau: `attention_mask` ends before the last query; expected it to cover the new tokens, too"
         )
-    if pattern.right and not place.aligned:
+    if pattern.right != 0 and not place.aligned:
         raise ValueError(
             f"flashgau: {place.queries} queries beside {place.keys} keys in a mask that is {pattern}; expected the "
             "last query to stand at the last key"
@@ -383,7 +509,7 @@ def _packed(skipped: Tensor, number: Tensor, first: Tensor, seen: Tensor, place:
 def _encode(kind: int, pattern: _Pattern, place: _Place, *data: Tensor) -> Tensor:
     """Facts and data in one tensor, so that whatever moves or keeps the mask moves and keeps them all."""
     left, right = (_UNBOUNDED if side is None else side for side in pattern)
-    sequences = len(data[0]) if data else 0
+    sequences = data[0].shape[0] if data else 0
     facts = _Facts(kind, left, right, place.batch, place.queries, place.keys, sequences)
     header = torch.tensor([_MAGIC, *facts], dtype=torch.int64).to(place.device)
     numbers = torch.cat([header, *(x.to(torch.int64) for x in data)])

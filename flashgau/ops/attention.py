@@ -74,8 +74,33 @@ def attention(
         >>> flashgau.attention(q, k, v, causal=True, lengths=torch.tensor([100, 37])).shape
         torch.Size([2, 8, 100, 64])
     """
+    return attend(
+        Arguments("attention"), q, k, v, causal, scale, window, softcap, rel_bias, sinks, lengths, cu_seqlens,
+        cu_seqlens_k, dropout_p, dropout_seed, return_lse, backend,
+    )  # fmt: skip
+
+
+def attend(
+    args: Arguments,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float | None,
+    window: tuple[int | None, int | None] | None,
+    softcap: float | None,
+    rel_bias: Tensor | None,
+    sinks: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    dropout_p: float,
+    dropout_seed: int | Tensor | None,
+    return_lse: bool,
+    backend: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` for a function with a name and names of arguments of its own, which `args` has."""
     q, k, v = autocast(q, k, v)
-    args = Arguments("attention")
     args.tensor("q", q, "B Hq M D")
     args.tensor("k", k, "B Hkv N D")
     args.tensor("v", v, "B Hkv N E")
@@ -97,7 +122,8 @@ def attention(
     args.number("dropout_p", dropout_p, "a probability in [0, 1]", 0, 1)
     seed = _seed(args, dropout_p, dropout_seed, q.device)
 
-    name = dispatch.resolve("attention", backend, q.device, q.dtype, max(args.sizes["D"], args.sizes["E"]))
+    width = max(args.sizes["D"], args.sizes["E"])
+    name = dispatch.resolve("attention", backend, q.device, q.dtype, width, args.op)
     if name == "reference":
         return autograd.run(
             "attention", name, "attention", q, k, v,

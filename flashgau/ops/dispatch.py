@@ -83,19 +83,26 @@ def default_backend(op: str, device: torch.device | str, dtype: torch.dtype = to
     return "triton" if _why_not_triton(op, device, dtype, width) is None else "eager"
 
 
-def resolve(op: str, requested: str | None, device: torch.device, dtype: torch.dtype, width: int = 0) -> str:
-    """The backend for this call; a request that cannot be met is refused with the reason."""
+def resolve(
+    op: str,
+    requested: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int = 0,
+    caller: str | None = None,
+) -> str:
+    """The backend for this call; a request that cannot be met is refused with the reason, in the caller's name."""
     if requested is not None:
-        name, source = _known(op, "backend", requested), f'backend="{requested}"'
+        name, source = _known(caller or op, "backend", requested), f'backend="{requested}"'
     elif (chosen := _selected.name) is not None:
         name, source = chosen, f'use_backend("{chosen}")'
     elif (chosen := os.environ.get("FLASHGAU_BACKEND")) is not None:
-        name, source = _known(op, "FLASHGAU_BACKEND", chosen), f"FLASHGAU_BACKEND={chosen}"
+        name, source = _known(caller or op, "FLASHGAU_BACKEND", chosen), f"FLASHGAU_BACKEND={chosen}"
     else:
         return default_backend(op, device, dtype, width)
     reason = _why_not_triton(op, device, dtype, width) if name == "triton" else None  # the others always can
     if reason is not None:
-        raise RuntimeError(f"{op}: {source} cannot run this call: {reason}")
+        raise RuntimeError(f"{caller or op}: {source} cannot run this call: {reason}")
     return name
 
 

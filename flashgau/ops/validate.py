@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
+import re
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +16,8 @@ from .. import pytorch
 
 _DENSE = torch.strided
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_OFFSETS = (torch.int32, torch.int64)
+_INTEGERS = (*_OFFSETS, torch.int16, torch.uint8, torch.int8)
 
 
 class Arguments:
@@ -27,15 +31,19 @@ class Arguments:
     ValueError: attention: `k` has shape (2, 2, 9, 6); expected (B, Hkv, N, D) with B = 2 and D = 8 as in `q`
     """
 
-    def __init__(self, op: str) -> None:
+    def __init__(self, op: str, names: Mapping[str, str] | None = None) -> None:
         self.op = op
+        self.names = names  # what the caller calls an argument that has another name here
         self.sizes: dict[str, int] = {}
         self._origin: dict[str, str] = {}
         self._first: tuple[str, Tensor] | None = None
 
     def fail(self, argument: str, got: str, expected: str, error: type[Exception] = ValueError) -> NoReturn:
         """Raise the one kind of message there is."""
-        raise error(f"{self.op}: `{argument}` {got}; expected {expected}")
+        message = f"`{argument}` {got}; expected {expected}"
+        if self.names:
+            message = re.sub(r"`(\w+)", lambda found: f"`{self.names.get(found[1], found[1])}", message)
+        raise error(f"{self.op}: {message}")
 
     def tensor(self, name: str, x: Any, axes: str) -> None:
         """A floating tensor whose axes have these names; `...` first stands for any number of leading axes.
@@ -118,7 +126,7 @@ class Arguments:
         if cu_seqlens_k is not None and cu_seqlens is None:
             self.fail("cu_seqlens_k", "was given without `cu_seqlens`", "both or neither")
         if lengths is not None:
-            self._integers("lengths", lengths, (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8))
+            self._integers("lengths", lengths, _INTEGERS)
             self._shape("lengths", lengths, "B")
             if readable(lengths):
                 values = lengths.tolist()
@@ -136,13 +144,25 @@ class Arguments:
                     "M = N or `cu_seqlens_k`",
                 )
             longest = max(
-                self._packing("cu_seqlens", cu_seqlens, queries, "M" if "M" in self.sizes else "N"),
-                self._packing("cu_seqlens_k", cu_seqlens_k, self.sizes["N"], "N") if cu_seqlens_k is not None else 0,
+                self.offsets("cu_seqlens", cu_seqlens, queries, "M" if "M" in self.sizes else "N"),
+                self.offsets("cu_seqlens_k", cu_seqlens_k, self.sizes["N"], "N") if cu_seqlens_k is not None else 0,
             )
             if cu_seqlens_k is not None and cu_seqlens_k.shape != cu_seqlens.shape:
                 got = f"has shape {tuple(cu_seqlens_k.shape)}"
                 self.fail("cu_seqlens_k", got, f"{tuple(cu_seqlens.shape)} as `cu_seqlens` has")
         return longest
+
+    def offsets(self, name: str, cu: Any, total: int, letter: str) -> int:
+        """Ends of packed sequences after a leading 0; the length of the longest, 0 where values are not read."""
+        self._integers(name, cu, _OFFSETS)
+        if cu.dim() != 1 or cu.shape[0] < 1:
+            self.fail(name, f"has shape {tuple(cu.shape)}", "(G+1,), the G sequences' ends after a leading 0")
+        if not readable(cu):
+            return 0
+        values = cu.tolist()
+        if values[0] != 0 or values[-1] != total or any(a > b for a, b in itertools.pairwise(values)):
+            self.fail(name, f"is {_short(values)}", f"non-decreasing offsets from 0 to {letter} = {total}")
+        return max((b - a for a, b in itertools.pairwise(values)), default=0)
 
     def relative_bias(self, bias: Any, leading: str, longest: int, what: str = "the longest sequence") -> None:
         """A Toeplitz vector (..., 2P-1), broadcastable to the leading axes, with P >= `longest`."""
@@ -172,10 +192,11 @@ class Arguments:
         self._floating_beside(name, x, _spelled(axes))
         self._shape(name, x, axes)
 
-    def indices(self, name: str, x: Any, axes: str) -> None:
-        """A tensor of int32 or int64 whose axes have these names."""
-        self._integers(name, x, (torch.int32, torch.int64))
+    def indices(self, name: str, x: Any, axes: str) -> Tensor:
+        """A tensor of integers whose axes have these names; narrow ones are widened, so that sums do not wrap."""
+        self._integers(name, x, _INTEGERS)
         self._shape(name, x, axes)
+        return x if x.dtype in _OFFSETS else x.long()
 
     def _floating_beside(self, name: str, x: Any, expected: str) -> None:
         assert self._first is not None
@@ -190,19 +211,9 @@ class Arguments:
         if not isinstance(x, Tensor):
             self.fail(name, f"is a {type(x).__name__}", "an integer torch.Tensor", TypeError)
         if x.dtype not in dtypes:
-            self.fail(name, f"has dtype {x.dtype}", "an integer dtype such as int32", TypeError)
+            expected = "an integer dtype" + (", int32 or int64" if dtypes is _OFFSETS else " such as int32")
+            self.fail(name, f"has dtype {x.dtype}", expected, TypeError)
         self._same_device(name, x)
-
-    def _packing(self, name: str, cu: Any, total: int, letter: str) -> int:
-        self._integers(name, cu, (torch.int32, torch.int64))
-        if cu.dim() != 1 or cu.shape[0] < 1:
-            self.fail(name, f"has shape {tuple(cu.shape)}", "(G+1,), the G sequences' ends after a leading 0")
-        if not readable(cu):
-            return 0
-        values = cu.tolist()
-        if values[0] != 0 or values[-1] != total or any(a > b for a, b in itertools.pairwise(values)):
-            self.fail(name, f"is {_short(values)}", f"non-decreasing offsets from 0 to {letter} = {total}")
-        return max((b - a for a, b in itertools.pairwise(values)), default=0)
 
     def _same_device(self, name: str, x: Tensor) -> None:
         if self._first is not None and x.device != self._first[1].device:
