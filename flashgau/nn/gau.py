@@ -192,9 +192,8 @@ class GAU(GatedUnit):
         Returns:
             (B, N, d), or that and the state. Rows of padding hold x plus the output's bias.
         """
-        recurrent = return_state or state is not None
-        self._check(x, cu_seqlens, recurrent)
-        if recurrent and self.normalizer == "keys" and self.score in ("relu2", "laplace"):
+        self._check(x, cu_seqlens, state, return_state, KeyValueCache)
+        if (return_state or state is not None) and self.normalizer == "keys" and self.score in ("relu2", "laplace"):
             raise ValueError(
                 'GAU: normalizer "keys" divides by the full length, so no prefix has a state; use "row" or a number'
             )
@@ -225,10 +224,6 @@ class GAU(GatedUnit):
         )
         y = self._finish(x, out)
         return (y, UnitState(memory, last_shifted(moving, lengths))) if return_state else y
-
-    def step(self, x: Tensor, state: UnitState[KeyValueCache]) -> tuple[Tensor, UnitState[KeyValueCache]]:
-        """The next token: x (B, 1, d) -> (B, 1, d), and the state (its cache is written in place)."""
-        return self.forward(x, state=state, return_state=True)
 
     def _bias(self, length: int, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
         bias = bias_vector(self.rel_bias, length, cu_seqlens)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import attention
 from .biases import bias_vector, make_bias
-from .cache import KeyValueCache
+from .cache import KeyValueCache, check_memory, check_one_token
 from .initialise import linear
 from .rotary import RotaryEmbedding, packed_positions
 
@@ -115,6 +115,8 @@ class MultiHeadAttention(nn.Module):
             )
         if state is not None and lengths is not None:
             raise ValueError("MultiHeadAttention: `lengths` and `state` together; a cache knows each row's length")
+        if state is not None:
+            check_memory("MultiHeadAttention", "state", state, KeyValueCache, x.shape[0], x)
         start: int | Tensor = 0 if state is None else state.start
         qk, v = self._project(x, start, cu_seqlens)
         q, k = qk.split((self.heads, self.kv_heads), dim=1)
@@ -138,7 +140,9 @@ class MultiHeadAttention(nn.Module):
 
     def step(self, x: Tensor, state: KeyValueCache) -> tuple[Tensor, KeyValueCache]:
         """The next token: x (B, 1, d) -> (B, 1, d), and the cache (written in place)."""
-        return self.forward(x, state=state, return_state=True)
+        check_one_token("MultiHeadAttention", x)
+        y, after = self(x, state=state, return_state=True)
+        return y, after
 
     def _project(self, x: Tensor, start: int | Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, Hq + Hkv, N, D), turned by RoPE, and values (B, Hkv, N, D)."""

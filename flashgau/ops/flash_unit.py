@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, dispatch
-from .validate import Arguments, autocast
+from .validate import Arguments, autocast, widened
 
 
 def runs_whole(x: Tensor) -> bool:
@@ -44,6 +44,7 @@ def flash_unit(
     args = Arguments("FLASH")
     args.tensor("x", x, "B N d")
     args.sequences(lengths, cu_seqlens)
+    lengths = widened(lengths)
     args.relative_bias(rel_bias, "B", chunk_size, "the chunk size")
     cos, sin = (angles.cos(), angles.sin()) if angles is not None else (None, None)
     inside = residual if residual is not None and residual.dtype == x.dtype else None

@@ -7,7 +7,7 @@ from typing import Any, Optional
 from torch import Tensor
 
 from . import autograd, dispatch
-from .validate import Arguments, autocast
+from .validate import Arguments, autocast, widened
 
 SCORES = ("relu2", "laplace", "softmax", "softmax_plus")
 
@@ -79,7 +79,7 @@ def gau_attention(
     args.choice("score", score, SCORES)
     fixed = _normalizer(args, score, normalizer)
     args.flag("causal", causal)
-    longest = args.sequences(lengths, cu_seqlens)
+    longest, lengths = args.sequences(lengths, cu_seqlens), widened(lengths)
     args.relative_bias(rel_bias, "B", longest)
 
     name = dispatch.resolve("gau_attention", backend, q.device, q.dtype, q.shape[-1])
