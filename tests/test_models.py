@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import safetensors.torch as safetensors
@@ -151,7 +152,152 @@ def test_sample_limits():
     assert kept(top_p=1.0) == [0, 1, 2, 3]
 
 
+# --- states ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_state_of_another_type_continues_to_its_rounding(kind):
+    model, text = causal(kind), tokens(2, 8)
+    expected = model(text)[:, 6:]
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4), (torch.float16, 0.05)):
+        for parts in (1, 2):  # tokens at once
+            _, state = model(text[:, :6], return_state=True)
+            moved = state.to(dtype)
+            pieces = []
+            for part in text[:, 6:].split(parts, dim=1):
+                logits, moved = model(part, state=moved, return_state=True)
+                pieces.append(logits)
+            assert (torch.cat(pieces, 1) - expected).abs().max() < tolerance
+            assert moved.position.tolist() == [8, 8]
+            # The first state is not used up by what was done with its copy.
+            again, _ = model(text[:, 6:], state=state, return_state=True)
+            torch.testing.assert_close(again, expected, **TIGHT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_state_that_does_not_fit_is_refused_and_left_alone(kind):
+    model, text = causal(kind), tokens(2, 5)
+    expected, _ = model(text, return_state=True)
+    _, state = model(text[:, :4], return_state=True)
+    _, other = causal(kind, depth=1)(text, return_state=True)
+    for part, given, error, message in (
+        (text[:, 4:], state.to("meta"), ValueError, "meta; expected .*cpu"),
+        (text[:, 4:], replace(state, layers=state.to(device="meta").layers), ValueError, "on meta; expected .*cpu"),
+        (text[:1, 4:], state, ValueError, r"`state.position` has shape \(2,\)"),
+        (text[:1, 4:], replace(state, position=state.position[:1]), ValueError, r"cache has 2|shape \((2|8),\)"),
+        (text[:, 4:], other, ValueError, "`state` has 1 layers; expected 2"),
+        (text[:, 4:], [state], TypeError, "`state` is a list; expected a ModelState"),
+        (text[:, 4:], replace(state, layers=[3, 3]), TypeError, "is a int; expected a"),
+        (text[:, 4:].expand(-1, 2), state.to("meta"), ValueError, "meta"),
+    ):
+        with pytest.raises(error, match=message):
+            model(part, state=given, return_state=True)
+    logits, _ = model(text[:, 4:], state=state, return_state=True)
+    torch.testing.assert_close(logits, expected[:, 4:], **TIGHT)
+    for dtype in (torch.int64, torch.bool):
+        with pytest.raises(TypeError, match="ModelState.to: `dtype` is .*; expected float16"):
+            state.to(dtype)
+
+
 # --- loss ----------------------------------------------------------------------------------------------------------
+
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_lengths_and_tokens_of_every_integer_type(kind):
+    """An empty row among long ones: in uint8 its length less one is 255."""
+    model, text = causal(kind), tokens(2, 280)
+    for long in (100, 120):
+        lengths, results = torch.tensor([long, 0]), []
+        for dtype in INTEGERS:
+            loss = model.loss(text.to(dtype), lengths.to(dtype))
+            new = model.generate(text[:, :9].to(dtype), 2, lengths=torch.tensor([9, 1]).to(dtype), temperature=0)
+            _, state = model(text[:, :9].to(dtype), torch.tensor([9, 0]).to(dtype), return_state=True)
+            results.append((loss.item(), new.tolist(), state.position.tolist()))
+        torch.testing.assert_close(results[0][0], model.loss(text[:1, :long]).item(), **TIGHT)
+        assert results[0][2] == [9, 0]
+        for loss, *decoded in results:
+            assert decoded == [*results[0][1:]]
+            torch.testing.assert_close(loss, results[0][0], **TIGHT)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_masking_tokens_of_every_integer_type(dtype):
+    drawn = [
+        mask_tokens(text, 256, 257, lengths=torch.tensor([300, 0, 7]).to(kind), generator=torch.Generator().manual_seed(1))
+        for text, kind in ((tokens(3, 300).to(dtype), torch.int64), (tokens(3, 300), torch.int16))
+    ]
+    for found, expected in zip(*drawn, strict=True):
+        assert found.tolist() == expected.tolist()
+
+
+def test_lengths_are_refused_by_name():
+    model, text = causal("flash"), tokens(2, 9)
+    for call in (lambda x: model.loss(text, x), lambda x: model(text, x), lambda x: mask_tokens(text, 22, 22, lengths=x)):
+        for lengths, error, message in (
+            (torch.tensor([9, 10]), ValueError, "`lengths` holds 10; expected values from 0 to N = 9"),
+            (torch.tensor([9, -1]), ValueError, "`lengths` holds -1"),
+            (torch.tensor([9.0, 1.0]), TypeError, "`lengths` has dtype torch.float32; expected an integer"),
+            (torch.tensor([9]), ValueError, r"`lengths` has shape \(1,\)"),
+            ([9, 1], TypeError, "`lengths` is a list"),
+        ):
+            with pytest.raises(error, match=message):
+                call(lengths)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_generate_are_calls_of_the_model_and_its_layers(kind):
+    """So hooks, `compile` and FSDP2 see them, the layers' single steps included."""
+    model, text, seen = causal(kind), tokens(1, 5), []
+    for name, module in (("model", model), *((f"layer {i}", layer) for i, layer in enumerate(model.stack.layers))):
+        module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    once = ["layer 0", "layer 1", "model"]
+    model.loss(text)
+    model.loss(text, torch.tensor([3]))
+    model.loss(text, cu_seqlens=torch.tensor([0, 5]))
+    assert seen == 3 * once
+    model.generate(text, 3)
+    assert seen == 6 * once
+    masked, calls = MaskedLM(config(kind)), []
+    masked.register_forward_hook(lambda *_: calls.append(1))
+    masked.loss(text, text)
+    assert calls == [1]
+
+
+def test_loss_runs_what_was_compiled():
+    model, graphs = CausalLM(config("flash")), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    expected = model.loss(tokens(1, 9))
+    model.compile(backend=backend)
+    torch.testing.assert_close(model.loss(tokens(1, 9)), expected)
+    assert len(graphs) == 1
+
+
+def test_generating_leaves_each_module_in_its_mode():
+    model = causal("flash").train()
+    model.stack.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    model.generate(tokens(1, 3), 2)
+    assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_last_logits_alone_are_those_of_all(kind):
+    model, text, lengths = causal(kind), tokens(3, 9), torch.tensor([9, 1, 4])
+    whole = model(text, lengths)
+    last = model(text, lengths, last_only=True)
+    torch.testing.assert_close(last[:, 0], whole[torch.arange(3), lengths - 1], **TIGHT)
+    torch.testing.assert_close(model(text, last_only=True), model(text)[:, -1:], **TIGHT)
 
 
 @pytest.mark.parametrize("kind", KINDS)
