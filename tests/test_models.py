@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import check_owned
 
 from flashgau.models import KINDS, SIZES, CausalLM, Encoder, MaskedLM, ModelConfig, load, mask_tokens, sample
 
@@ -211,19 +212,16 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torc
 @torch.no_grad()
 def test_lengths_and_tokens_of_every_integer_type(kind):
     """An empty row among long ones: in uint8 its length less one is 255."""
-    model, text = causal(kind), tokens(2, 280)
-    for long in (100, 120):
-        lengths, results = torch.tensor([long, 0]), []
-        for dtype in INTEGERS:
-            loss = model.loss(text.to(dtype), lengths.to(dtype))
-            new = model.generate(text[:, :9].to(dtype), 2, lengths=torch.tensor([9, 1]).to(dtype), temperature=0)
-            _, state = model(text[:, :9].to(dtype), torch.tensor([9, 0]).to(dtype), return_state=True)
-            results.append((loss.item(), new.tolist(), state.position.tolist()))
-        torch.testing.assert_close(results[0][0], model.loss(text[:1, :long]).item(), **TIGHT)
-        assert results[0][2] == [9, 0]
-        for loss, *decoded in results:
-            assert decoded == [*results[0][1:]]
-            torch.testing.assert_close(loss, results[0][0], **TIGHT)
+    model, text, lengths = causal(kind, depth=1), tokens(2, 280), torch.tensor([100, 0])
+    expected = model.loss(text[:1, :100])
+    for dtype in INTEGERS:
+        torch.testing.assert_close(model.loss(text.to(dtype), lengths.to(dtype)), expected, **TIGHT)
+    greedy = model.generate(text[:1, :9], 2, temperature=0)
+    for dtype in INTEGERS:
+        new = model.generate(text[:, :9].to(dtype), 2, lengths=torch.tensor([9, 1]).to(dtype), temperature=0)
+        assert torch.equal(new[:1], greedy)
+        _, state = model(text[:, :9].to(dtype), torch.tensor([9, 0]).to(dtype), return_state=True)
+        assert state.position.tolist() == [9, 0]
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
@@ -270,7 +268,7 @@ def test_loss_and_generate_are_calls_of_the_model_and_its_layers(kind):
 
 
 def test_loss_runs_what_was_compiled():
-    model, graphs = CausalLM(config("flash")), []
+    model, graphs = CausalLM(config("transformer++", depth=1)), []
 
     def backend(graph, _):
         graphs.append(graph)
@@ -460,6 +458,17 @@ def test_a_saved_model_is_the_model(kind, changes, model_class, dtype, tmp_path)
     assert os.listdir(tmp_path) == [path.name]
 
 
+@pytest.mark.parametrize(("kind", "changes"), VARIANTS)
+def test_a_loaded_model_owns_its_memory(kind, changes, tmp_path):
+    model = stirred(CausalLM(config(kind, **changes), dtype=torch.float64))
+    path = tmp_path / "model.safetensors"
+    model.save(path)
+    again = load(path)
+    check_owned([*again.parameters(), *again.buffers()])
+    path.write_bytes(bytes(path.stat().st_size))  # what becomes of the file is nothing to it
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
+
+
 def test_a_model_keeps_a_dtype_per_tensor(tmp_path):
     model = causal("flash").to(torch.bfloat16)
     model.stack.layers[1].float()
@@ -507,6 +516,85 @@ def test_files_that_hold_no_model(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="damaged or not a safetensors file"):
         load(path)
+
+
+def test_a_header_of_another_kind_is_one_line_before_anything_is_made_of_it(tmp_path):
+    """A number in a header costs nothing: neither the memory nor the time of as many layers or channels."""
+    path, model = tmp_path / "x.safetensors", causal("flash")
+    values, weights = model.config.to_dict(), model.state_dict()
+    described = {"class": "CausalLM", "config": values}
+
+    def changed(**changes):
+        return described | {"config": values | changes}
+
+    integers = {name: value.to(torch.int64) for name, value in weights.items()}
+    deep = 0
+    for _ in range(900):
+        deep = [deep]
+    cases = [
+        ("[" * 100_000, "recursion"),
+        ("{", "describes no model of this version"),
+        ("[]", "expected a `class` and its `config`"),
+        ({"config": values}, "expected a `class` and its `config`"),
+        ({"class": "CausalLM"}, "expected a `class` and its `config`"),
+        ({"class": ["CausalLM"], "config": values}, "describes no model of this version"),
+        ({"class": "CausalLM", "config": 3}, "expected values by names of fields"),
+        (changed(dim="a"), "`dim` is 'a'; expected an int"),
+        (changed(dim=True), "`dim` is True; expected an int"),
+        (changed(dim=24.0), "`dim` is 24.0; expected an int"),
+        (changed(hidden=-1), "`hidden` is -1; expected at least 1"),
+        (changed(tied=1), "`tied` is 1; expected True or False"),
+        (changed(spec=None), "`spec` is None; expected a str"),
+        (changed(layer=[1]), "expected a dict of keyword arguments"),
+        (changed(kind="lion"), "`kind` is 'lion'"),
+        (changed(layer={"option_of_2027": 1}), "option_of_2027"),
+        (changed(layer={"score": "relu3"}), "`score` is 'relu3'"),
+        (changed(layer={"lin_normalizer": "words"}), "`lin_normalizer` is 'words'"),
+        (changed(layer={"token_shift": "no"}), "`token_shift` is 'no'; expected True or False"),
+        (changed(layer={"norm": "norm_of_2027"}), "norm_of_2027"),
+        (changed(layer={"rotary_dim": "all"}), "`rotary_dim` is 'all'"),
+        (changed(layer={"qk_dropout": 2.0}), "`qk_dropout` is 2.0"),
+        (changed(layer={"deep": deep}), "deep"),
+        (changed(layer={"device": "cpu"}), "device"),
+        (changed(norm="norm_of_2027"), "norm_of_2027"),
+        (changed(depth=100_000), "`depth` is 100000, and there are 2 layers"),
+        (changed(dim=10**6), r"stack.embedding.weight has shape \(23, 24\), expected \(23, 1000000\)"),
+        (changed(dim=10**9), "describes no model of this version|expected"),
+        (changed(vocab_size=10**12), r"expected \(1000000000000, 24\)"),
+        (changed(hidden=10**18), "describes no model of this version|expected"),
+        (changed(hidden=10**30), "describes no model of this version"),
+        (changed(chunk_size=10**9), r"expected \(1999999999,\)"),
+        (changed(kind="transformer", heads=24, layer={"head_dim": 10**9}), "missing|expected"),
+        (changed(kind="transformer", layer={"device": "cpu", "head_dim": 10**9}), "device"),
+        (changed(kind="transformer++", layer={"bias": "alibi", "head_dim": 10**6, "rotary_dim": 0}), "missing|expected"),
+    ]
+    for description, message in cases:
+        text = description if isinstance(description, str) else json.dumps(description)
+        safetensors.save_file(weights, path, {"flashgau_model": text})
+        with pytest.raises(ValueError, match=message) as caught:
+            load(path)
+        said = str(caught.value)
+        assert said.startswith(f"load: {path} ")
+        assert "\n" not in said
+        assert len(said) < 800 + len(str(path))
+    safetensors.save_file(integers, path, {"flashgau_model": json.dumps(described)})
+    with pytest.raises(ValueError, match=r"in torch\.int64; expected a floating type"):
+        load(path)
+    safetensors.save_file(weights | {"x" * 9000 + "\n": torch.zeros(1)}, path, {"flashgau_model": json.dumps(described)})
+    with pytest.raises(ValueError, match=r"does not fit its own configuration: unexpected xxx.* \.\.\.$"):
+        load(path)
+    safetensors.save_file(weights, path, {"flashgau_model": json.dumps(described)})
+    assert torch.equal(load(path)(tokens(1, 9)), model(tokens(1, 9)))
+
+
+def test_a_model_without_numbers_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="save: `stack.embedding.weight` is on the device 'meta'"):
+        CausalLM(config("flash"), device="meta").save(tmp_path / "x")
+    assert os.listdir(tmp_path) == []
+
+
+def test_files_of_other_models(tmp_path):
+    path, model = tmp_path / "x.safetensors", causal("flash")
     described = {"class": "CausalLM", "config": model.config.to_dict()}
     weights = model.state_dict()
     del weights["stack.norm.weight"]
@@ -575,6 +663,21 @@ def test_cross_entropy_counts_only_the_targets():
     targets[0, 4] = 3
     expected = F.cross_entropy(model(text)[0, 4:5], torch.tensor([3]))
     torch.testing.assert_close(model.loss(text, targets), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dim": "64"}, "`dim` is '64'; expected an int"),
+        ({"depth": True}, "`depth` is True; expected an int"),
+        ({"tied": "no"}, "`tied` is 'no'; expected True or False"),
+        ({"layer": {"x": torch.zeros(1)}}, "`layer` is no JSON object"),
+        ({"layer": "fast"}, "`layer` is 'fast'; expected a dict"),
+    ],
+)
+def test_configurations_of_the_wrong_types_are_refused(changes, message):
+    with pytest.raises(TypeError, match=f"ModelConfig: {message}"):
+        ModelConfig(**changes)
 
 
 one = tokens(1, 4)

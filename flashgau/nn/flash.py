@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..ops import MixedChunkState, mixed_chunk_attention, mixed_chunk_step
 from ..ops.flash_unit import flash_unit, runs_whole
+from ..ops.mixed_chunk import check_options
+from ..ops.validate import Arguments
 from .biases import make_bias
 from .gated_unit import GatedUnit, UnitState, from_preset, last_shifted
 
@@ -143,6 +145,7 @@ class FLASH(GatedUnit):
         )
         if sorted(order) != sorted(HEADS):
             raise ValueError(f"FLASH: `head_order` is {order}; expected an order of {', '.join(HEADS)}")
+        check_options(Arguments("FLASH"), chunk_size, score, lin_normalizer)
         super().__init__(
             dim,
             4,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..ops.projection import gated_projection, projection
 from ..ops.state import destination, moved
+from ..ops.validate import Arguments
 from .cache import check_memory, check_one_token
 from .initialise import linear
 from .norms import make_norm
@@ -95,6 +96,18 @@ class GatedUnit(nn.Module):
     ) -> None:
         super().__init__()
         hidden = 2 * dim if hidden is None else hidden
+        args = Arguments(type(self).__name__)
+        for name, width in (("dim", dim), ("hidden", hidden), ("key_dim", key_dim)):
+            args.integer(name, width, 1, "an int, at least 1")
+        args.integer("rotary_dim", rotary_dim, 0, "an int, at least 0")
+        args.number("qk_dropout", qk_dropout, "a probability in [0, 1]", 0, 1)
+        args.flags(
+            causal=causal,
+            rotary_interleaved=rotary_interleaved,
+            linear_bias=linear_bias,
+            token_shift=token_shift,
+            residual=residual,
+        )
         self.dim, self.hidden, self.key_dim, self.causal = dim, hidden, key_dim, causal
         self.token_shift, self.residual, self.qk_dropout = token_shift, residual, qk_dropout
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..ops import gau_attention
+from ..ops.gau import check_options
+from ..ops.validate import Arguments
 from .biases import bias_vector, make_bias
 from .cache import KeyValueCache
 from .gated_unit import GatedUnit, UnitState, from_preset, last_shifted
@@ -157,6 +159,9 @@ class GAU(GatedUnit):
             dtype=dtype,
             **options,
         )
+        args = Arguments("GAU")
+        check_options(args, score, normalizer)
+        args.flag("bias_over_n", over_n)
         self.score, self.normalizer, self.bias_over_n = score, normalizer, over_n
         if over_n and normalizer == "row":
             raise ValueError('GAU: `bias_over_n` with normalizer "row"; expected "keys" or a number')

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import attention
+from ..ops.validate import Arguments
 from .biases import bias_vector, make_bias
 from .cache import KeyValueCache, check_memory, check_one_token
 from .initialise import linear
@@ -61,6 +62,10 @@ class MultiHeadAttention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
+        args = Arguments("MultiHeadAttention")
+        check_heads(args, dim, heads, kv_heads, head_dim, rotary_dim)
+        args.flags(causal=causal, linear_bias=linear_bias)
+        args.number("dropout", dropout, "a probability in [0, 1]", 0, 1)
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"MultiHeadAttention: `heads` is {heads}; expected a multiple of `kv_heads` = {kv_heads}")
         if head_dim is None and dim % heads:
@@ -158,3 +163,18 @@ class MultiHeadAttention(nn.Module):
         return (
             f"{self.dim}, heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, causal={self.causal}"
         )
+
+
+def check_heads(
+    args: Arguments, dim: int, heads: int, kv_heads: int, head_dim: int | None, rotary_dim: int | None
+) -> None:
+    """Refuse sizes that are no whole numbers; None is chosen by the layer."""
+    for name, size, low in (
+        ("dim", dim, 1),
+        ("heads", heads, 1),
+        ("kv_heads", kv_heads, 1),
+        ("head_dim", head_dim, 1),
+        ("rotary_dim", rotary_dim, 0),
+    ):
+        if size is not None:
+            args.integer(name, size, low, f"an int, at least {low}")

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import MixedChunkState, mixed_chunk_attention, mixed_chunk_step
+from ..ops.mixed_chunk import check_options
+from ..ops.validate import Arguments
 from .biases import make_bias
 from .cache import check_memory, check_one_token
 from .initialise import linear
+from .multi_head_attention import check_heads
 from .rotary import RotaryEmbedding, packed_positions
 
 
@@ -64,6 +67,10 @@ class MultiHeadMixedChunk(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
+        args = Arguments("MultiHeadMixedChunk")
+        check_heads(args, dim, heads, kv_heads, head_dim, rotary_dim)
+        args.flags(causal=causal, linear_bias=linear_bias)
+        check_options(args, chunk_size, score)
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"MultiHeadMixedChunk: `heads` is {heads}; expected a multiple of `kv_heads` = {kv_heads}")
         if head_dim is None and dim % heads:

@@ -83,10 +83,9 @@ def mixed_chunk_attention(
     op = "mixed_chunk_attention"
     quad_q, quad_k, lin_q, lin_k, v, gate = autocast(quad_q, quad_k, lin_q, lin_k, v, gate)
     args = _tensors(op, "N", quad_q, quad_k, lin_q, lin_k, v, gate)
-    args.integer("chunk_size", chunk_size, 1, "a whole number >= 1")
     args.flag("causal", causal)
     args.flag("return_state", return_state)
-    quad, lin = _options(args, score, chunk_size, quad_normalizer, lin_normalizer)
+    quad, lin = check_options(args, chunk_size, score, lin_normalizer, quad_normalizer)
     args.sequences(lengths, cu_seqlens)
     lengths = widened(lengths)
     args.relative_bias(rel_bias, "B", chunk_size, "the chunk size")
@@ -196,7 +195,7 @@ def mixed_chunk_step(
         args.fail("quad_q", f"has shape {tuple(quad_q.shape)}", "(B, 1, S): one token")
     state = _state(args, "state", state, args.sizes["B"], None, quad_q.dtype)
     size = state.chunk_size
-    quad, lin = _options(args, score, size, quad_normalizer, lin_normalizer)
+    quad, lin = check_options(args, size, score, lin_normalizer, quad_normalizer)
     args.relative_bias(rel_bias, "B", size, "the chunk size")
 
     name = dispatch.resolve(op, backend, quad_q.device, quad_q.dtype, width=args.sizes["S"])
@@ -234,10 +233,11 @@ def _tensors(op: str, length: str, *tensors: Any) -> Arguments:
     return args
 
 
-def _options(
-    args: Arguments, score: Any, chunk_size: int, quad_normalizer: Any, lin_normalizer: Any
+def check_options(
+    args: Arguments, chunk_size: Any, score: Any, lin_normalizer: Any = "tokens", quad_normalizer: Any = None
 ) -> tuple[float, float | None]:
-    """Check the score, and return both normalisers; None stands for the number of tokens."""
+    """Check chunk size and score, and return both normalisers; None stands for the number of tokens."""
+    args.integer("chunk_size", chunk_size, 1, "a whole number >= 1")
     args.choice("score", score, SCORES)
     if quad_normalizer is not None:
         args.number("quad_normalizer", quad_normalizer, "a positive number or None", low=0, open_low=True)

@@ -76,6 +76,11 @@ class Arguments:
         if not isinstance(value, bool):
             self.fail(name, f"is {value!r}", "True or False", TypeError)
 
+    def flags(self, **values: Any) -> None:
+        """Several of them."""
+        for name, value in values.items():
+            self.flag(name, value)
+
     def choice(self, name: str, value: Any, options: tuple[str, ...]) -> None:
         """One of a few words."""
         if value not in options:
