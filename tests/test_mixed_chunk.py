@@ -614,7 +614,6 @@ def test_rows_are_chosen_by_numbers_of_every_type(dtype):
             state.truncate(torch.tensor([True, False]))
 
 
-
 @pytest.mark.skipif("triton" not in backends_of("mixed_chunk_attention"), reason="no GPU, and not interpreting")
 def test_a_flash_model_runs_and_decodes_on_triton():
     """Loss, gradients and the continuation of a prompt are those of the reference."""

@@ -1,11 +1,15 @@
 """Language models: loss, decoding, configurations."""
 
+import copy
 import errno
 import io
 import json
 import math
 import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import safetensors.torch as safetensors
@@ -227,7 +231,9 @@ def test_lengths_and_tokens_of_every_integer_type(kind):
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_masking_tokens_of_every_integer_type(dtype):
     drawn = [
-        mask_tokens(text, 256, 257, lengths=torch.tensor([300, 0, 7]).to(kind), generator=torch.Generator().manual_seed(1))
+        mask_tokens(
+            text, 256, 257, lengths=torch.tensor([300, 0, 7]).to(kind), generator=torch.Generator().manual_seed(1)
+        )
         for text, kind in ((tokens(3, 300).to(dtype), torch.int64), (tokens(3, 300), torch.int16))
     ]
     for found, expected in zip(*drawn, strict=True):
@@ -236,7 +242,11 @@ def test_masking_tokens_of_every_integer_type(dtype):
 
 def test_lengths_are_refused_by_name():
     model, text = causal("flash"), tokens(2, 9)
-    for call in (lambda x: model.loss(text, x), lambda x: model(text, x), lambda x: mask_tokens(text, 22, 22, lengths=x)):
+    for call in (
+        lambda x: model.loss(text, x),
+        lambda x: model(text, x),
+        lambda x: mask_tokens(text, 22, 22, lengths=x),
+    ):
         for lengths, error, message in (
             (torch.tensor([9, 10]), ValueError, "`lengths` holds 10; expected values from 0 to N = 9"),
             (torch.tensor([9, -1]), ValueError, "`lengths` holds -1"),
@@ -278,6 +288,60 @@ def test_loss_runs_what_was_compiled():
     model.compile(backend=backend)
     torch.testing.assert_close(model.loss(tokens(1, 9)), expected)
     assert len(graphs) == 1
+
+
+def shard_and_compare(rank, folder):
+    """What each of two processes does: every method of a model sharded by FSDP2 beside the whole one."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    prompt, lengths = tokens(2, 4, seed=rank), torch.tensor([4, 2])
+    for kind in ("flash", "transformer++"):
+        torch.manual_seed(0)  # the same weights in both
+        whole = causal(kind)
+        expected = whole.loss(prompt, lengths), whole.generate(prompt, 6, lengths=lengths, seed=1)
+        # A token of the first process's own text, so that it would stop before the other.
+        stop = [int(expected[1][0, 1]), int(expected[1][1, 1])] if rank == 0 else None
+        stopped = whole.generate(prompt, 6, lengths=lengths, seed=1, stop=stop)
+        for per_layer in (True, False):
+            model = copy.deepcopy(whole)
+            for layer in model.stack.layers if per_layer else ():
+                fully_shard(layer)
+            fully_shard(model)
+            assert torch.equal(model.generate(prompt, 6, lengths=lengths, seed=1), expected[1])
+            loss = model.loss(prompt, lengths)
+            torch.testing.assert_close(loss, expected[0], **TIGHT)
+            found = model.generate(prompt, 6, lengths=lengths, seed=1, stop=stop)
+            assert found.shape == (2, 6)
+            assert torch.equal(found[:, : stopped.shape[1]], stopped)
+            assert (found[:, stopped.shape[1] :] == stopped[:, -1:]).all()
+            with pytest.raises(ValueError, match="generate: `max_new_tokens` is .* another number in another process"):
+                model.generate(prompt, 3 + rank)
+            with pytest.raises(ValueError, match=r"save: `stack.\S+` is sharded, .*expected whole tensors"):
+                model.save(f"{folder}/model")
+    torch.distributed.destroy_process_group()
+
+
+def test_methods_of_a_sharded_model_are_those_of_the_whole(tmp_path):
+    code = (
+        "import sys; sys.path[:0] = [sys.argv[1]]; import test_models; "
+        "test_models.shard_and_compare(int(sys.argv[2]), sys.argv[3])"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True, env=environment)
+        for rank in range(2)
+    ]
+    try:
+        errors = [worker.communicate(timeout=300)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
+    assert not (tmp_path / "model").exists()
 
 
 def test_generating_leaves_each_module_in_its_mode():
@@ -566,7 +630,10 @@ def test_a_header_of_another_kind_is_one_line_before_anything_is_made_of_it(tmp_
         (changed(chunk_size=10**9), r"expected \(1999999999,\)"),
         (changed(kind="transformer", heads=24, layer={"head_dim": 10**9}), "missing|expected"),
         (changed(kind="transformer", layer={"device": "cpu", "head_dim": 10**9}), "device"),
-        (changed(kind="transformer++", layer={"bias": "alibi", "head_dim": 10**6, "rotary_dim": 0}), "missing|expected"),
+        (
+            changed(kind="transformer++", layer={"bias": "alibi", "head_dim": 10**6, "rotary_dim": 0}),
+            "missing|expected",
+        ),
     ]
     for description, message in cases:
         text = description if isinstance(description, str) else json.dumps(description)
@@ -580,7 +647,9 @@ def test_a_header_of_another_kind_is_one_line_before_anything_is_made_of_it(tmp_
     safetensors.save_file(integers, path, {"flashgau_model": json.dumps(described)})
     with pytest.raises(ValueError, match=r"in torch\.int64; expected a floating type"):
         load(path)
-    safetensors.save_file(weights | {"x" * 9000 + "\n": torch.zeros(1)}, path, {"flashgau_model": json.dumps(described)})
+    safetensors.save_file(
+        weights | {"x" * 9000 + "\n": torch.zeros(1)}, path, {"flashgau_model": json.dumps(described)}
+    )
     with pytest.raises(ValueError, match=r"does not fit its own configuration: unexpected xxx.* \.\.\.$"):
         load(path)
     safetensors.save_file(weights, path, {"flashgau_model": json.dumps(described)})

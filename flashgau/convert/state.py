@@ -61,7 +61,9 @@ def _checked(subject: str, found: Any) -> Any:
     tensors = {name: t for name, t in found.items() if isinstance(t, Tensor)} if isinstance(found, Mapping) else {}
     for name, t in tensors.items():
         if t.layout != torch.strided or t.numel() * t.element_size() > t.untyped_storage().nbytes():
-            raise ValueError(f"{subject}: {name} {tuple(t.shape)} is sparse or repeats its numbers; expected dense ones")
+            raise ValueError(
+                f"{subject}: {name} {tuple(t.shape)} is sparse or repeats its numbers; expected dense ones"
+            )
     return found
 
 

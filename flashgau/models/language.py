@@ -289,7 +289,7 @@ class CausalLM(LanguageModel):
                 new.append(token)
                 if stream is not None:
                     stream(token)
-                if len(new) == max_new_tokens or (stops is not None and others.all(bool(done.all()))):
+                if len(new) == max_new_tokens or others.all(stops is not None and bool(done.all())):
                     break
                 logits, state = self(token[:, None], state=state, return_state=True)
         finally:
@@ -302,16 +302,18 @@ class _Others:
     """The processes that hold the other parts of a sharded model. Each call of the model takes all of them."""
 
     def __init__(self, model: nn.Module) -> None:
-        meshes: dict[Any, None] = dict.fromkeys(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh"))
-        self._meshes = list(meshes)
+        # Not parameters(): between calls they may be whole, while a state dict always holds the parts.
+        tensors = model.state_dict().values()
+        self._meshes = list(dict.fromkeys(t.device_mesh for t in tensors if hasattr(t, "device_mesh")))
 
     def agree(self, number: int) -> bool:
         """Whether all have the same number."""
-        return self._largest(number) == number == -self._largest(-number)
+        high, low = self._largest(number), -self._largest(-number)  # both, in every process
+        return high == low
 
     def all(self, done: bool) -> bool:
         """Whether all are done."""
-        return not self._largest(not done)
+        return self._largest(int(not done)) == 0
 
     def _largest(self, number: int) -> int:
         for mesh in self._meshes:

@@ -186,9 +186,7 @@ class Stack(nn.Module):
         position = torch.full((batch,), n, device=tokens.device) if lengths is None else lengths.to(torch.int64)
         return ModelState(states, position if before is None else before.position + position)
 
-    def _check(
-        self, tokens: Tensor, lengths: Tensor | None, state: ModelState | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _check(self, tokens: Tensor, lengths: Tensor | None, state: ModelState | None) -> tuple[Tensor, Tensor | None]:
         """Refuse what is no text, and return tokens and lengths in types that can be computed with."""
         if tokens.ndim != 2:
             raise ValueError(f"model: `tokens` has shape {tuple(tokens.shape)}; expected (B, N)")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops import MixedChunkState
 from ..ops.state import destination, moved
-from ..ops.validate import FLOATING, Arguments, widened
+from ..ops.validate import FLOATING, Arguments
 
 
 class KeyValueCache:
