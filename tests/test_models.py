@@ -187,7 +187,7 @@ def test_a_state_that_does_not_fit_is_refused_and_left_alone(kind):
     expected, _ = model(text, return_state=True)
     _, state = model(text[:, :4], return_state=True)
     _, other = causal(kind, depth=1)(text, return_state=True)
-    for part, given, error, message in (
+    for part, wrong, error, message in (
         (text[:, 4:], state.to("meta"), ValueError, "meta; expected .*cpu"),
         (text[:, 4:], replace(state, layers=state.to(device="meta").layers), ValueError, "on meta; expected .*cpu"),
         (text[:1, 4:], state, ValueError, r"`state.position` has shape \(2,\)"),
@@ -198,11 +198,11 @@ def test_a_state_that_does_not_fit_is_refused_and_left_alone(kind):
         (text[:, 4:].expand(-1, 2), state.to("meta"), ValueError, "meta"),
     ):
         with pytest.raises(error, match=message):
-            model(part, state=given, return_state=True)
+            model(part, state=wrong, return_state=True)
     logits, _ = model(text[:, 4:], state=state, return_state=True)
     torch.testing.assert_close(logits, expected[:, 4:], **TIGHT)
     for dtype in (torch.int64, torch.bool):
-        with pytest.raises(TypeError, match="ModelState.to: `dtype` is .*; expected float16"):
+        with pytest.raises(TypeError, match=r"ModelState\.to: `dtype` is .*; expected float16"):
             state.to(dtype)
 
 
@@ -317,7 +317,7 @@ def shard_and_compare(rank, folder):
             assert found.shape == (2, 6)
             assert torch.equal(found[:, : stopped.shape[1]], stopped)
             assert (found[:, stopped.shape[1] :] == stopped[:, -1:]).all()
-            with pytest.raises(ValueError, match="generate: `max_new_tokens` is .* another number in another process"):
+            with pytest.raises(ValueError, match=r"`max_new_tokens` is .* another number in another process"):
                 model.generate(prompt, 3 + rank)
             with pytest.raises(ValueError, match=r"save: `stack.\S+` is sharded, .*expected whole tensors"):
                 model.save(f"{folder}/model")
@@ -657,7 +657,7 @@ def test_a_header_of_another_kind_is_one_line_before_anything_is_made_of_it(tmp_
 
 
 def test_a_model_without_numbers_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match="save: `stack.embedding.weight` is on the device 'meta'"):
+    with pytest.raises(ValueError, match=r"save: `stack\.embedding\.weight` is on the device 'meta'"):
         CausalLM(config("flash"), device="meta").save(tmp_path / "x")
     assert os.listdir(tmp_path) == []
 

@@ -31,7 +31,7 @@ def write_model(
     for key, value in tensors.items():
         if hasattr(value, "device_mesh"):
             raise ValueError(
-                f"save: `{key}` is sharded, and this process holds a part of it; expected whole tensors: take them with "
+                f"save: `{key}` is sharded, and this process holds a part of it; expected whole tensors: get them with "
                 "torch.distributed.checkpoint.state_dict.get_model_state_dict and its option `full_state_dict`, load "
                 "them into a model of the same configuration, and save that"
             )
