@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -634,3 +634,18 @@ def check_refuses_second_derivative(call: Call) -> None:
     reference = weighted(outputs(call(backend="reference")))
     grads = torch.autograd.grad(reference, leaves, create_graph=True)
     weighted(list(grads)).backward()
+
+
+def check_owned(tensors: Iterable[Tensor]) -> None:
+    """Each tensor in memory of its own on a boundary of 64 bytes, as PyTorch allocates it, and not of a mapped file.
+
+    The last bits of a product may depend on where its factors lie: only so is a loaded model bit for bit the saved one.
+    """
+    held = [t for t in tensors if t.numel()]
+    assert held
+    for t in held:
+        assert t.is_contiguous()
+        assert t.data_ptr() % 64 == 0
+        assert t.untyped_storage().nbytes() == t.numel() * t.element_size()
+        t.detach().add_(0)  # a page that only reads would end the process
+    assert len({t.untyped_storage().data_ptr() for t in held}) == len(held)

@@ -9,6 +9,9 @@ import pytest
 import safetensors.torch as safetensors
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import check_owned
 
 from flashgau import nn
 from flashgau.convert import from_flash_pytorch, to_flash_pytorch
@@ -313,6 +316,45 @@ def test_a_file_is_its_state_dict(save, name, tmp_path):
     for path in (tmp_path / name, str(tmp_path / name)):
         ours = from_flash_pytorch(path, causal=True, group_size=4)
         torch.testing.assert_close(ours(tokens), module(tokens), **TIGHT)
+
+
+@pytest.mark.parametrize(
+    ("save", "name"), [(save_safetensors, "a.safetensors"), (save_clones, "a.safetensors"), (save_pickle, "a.bin")]
+)
+def test_a_converted_model_owns_its_memory(save, name, tmp_path):
+    module = stirred(theirs.FLASHTransformer(dim=DIM, num_tokens=9, depth=2, group_size=4, causal=True))
+    save(module, tmp_path / name)
+    for source in (tmp_path / name, module, module.state_dict()):
+        hints = {} if source is module else {"causal": True, "group_size": 4}
+        ours = from_flash_pytorch(source, **hints)
+        check_owned([*ours.parameters(), *ours.buffers(), *module.parameters()])
+    check_owned([*to_flash_pytorch(ours).parameters(), *ours.parameters()])
+
+
+def test_a_file_cannot_ask_for_more_than_it_holds(tmp_path):
+    """A tensor that repeats one number claims any size, from which a model would be allocated."""
+    state = theirs.GAU(dim=8).state_dict()
+    for wrong in (torch.zeros(1).expand(10**12, 8), torch.zeros(2, 8).to_sparse()):
+        torch.save(state | {"to_hidden.0.weight": wrong}, tmp_path / "a.pt")
+        with pytest.raises(ValueError, match=r"to_hidden\.0\.weight .* is sparse or repeats its numbers") as caught:
+            from_flash_pytorch(tmp_path / "a.pt", causal=True)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(TypeError, match="the name 3 is a int"):
+        from_flash_pytorch({3: torch.zeros(1)}, causal=True)
+
+
+@given(st.data())
+def test_damaged_pickles_are_one_line(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("p") / "a.pt"
+    torch.save({"offsetscale.gamma": torch.zeros(2, 3)}, path, _use_new_zipfile_serialization=data.draw(st.booleans()))
+    whole = path.read_bytes()
+    place = data.draw(st.integers(0, len(whole) - 1))
+    byte = data.draw(st.integers(0, 255))
+    path.write_bytes(data.draw(st.sampled_from([whole[:place], whole[:place] + bytes([byte]) + whole[place + 1 :]])))
+    with pytest.raises((ValueError, TypeError)) as caught:
+        from_flash_pytorch(path, causal=True)
+    assert str(caught.value).startswith("from_flash_pytorch: ")
+    assert "\n" not in str(caught.value)
 
 
 def test_files_that_hold_no_state_dict(tmp_path):

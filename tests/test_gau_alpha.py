@@ -5,6 +5,7 @@ import math
 import pytest
 import safetensors.torch as safetensors
 import torch
+from strategies import check_owned
 
 from flashgau.convert import from_gau_alpha
 from flashgau.models import Encoder, MaskedLM, ModelConfig
@@ -131,7 +132,9 @@ def test_files_and_modules(name, tmp_path):
     state, (tokens, _) = detached(gau_alpha_state()), random_text([20])
     expected = from_gau_alpha(state)(tokens)
     (safetensors.save_file if name.endswith("safetensors") else torch.save)(state, tmp_path / name)
-    assert torch.equal(from_gau_alpha(tmp_path / name)(tokens), expected)
+    model = from_gau_alpha(tmp_path / name)
+    assert torch.equal(model(tokens), expected)
+    check_owned(model.parameters())
 
     module = torch.nn.Module()
     module.state_dict = lambda: state

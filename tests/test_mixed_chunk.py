@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -550,6 +550,88 @@ def test_a_state_is_not_truncated_past_its_open_chunk(tokens, error, message):
     )
     with pytest.raises(error, match=re.escape(message)):
         state.truncate(tokens)
+
+
+TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("kept", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_a_state_is_taken_in_every_type_by_both(backend, dtype, kept):
+    """Attention and step take the same states, make the same of them, and leave theirs in the call's types."""
+    if dtype not in dtypes_of(backend):
+        pytest.skip("no such type on this backend")
+    x, v, token, value = (randn(i, 1, n, 8).to(dtype) for i, n in enumerate((6, 6, 1, 1)))
+    _, first = flashgau.mixed_chunk_attention(x, x, x, x, v, chunk_size=4, causal=True, return_state=True)
+    state = flashgau.MixedChunkState(*(t.to(kept) if t.is_floating_point() else t for t in first.tensors()))
+    operands = (token, token, token, token, value)
+    out, after = flashgau.mixed_chunk_attention(
+        *operands, chunk_size=4, causal=True, initial_state=state, return_state=True
+    )
+    with torch.no_grad():
+        stepped, after_step = flashgau.mixed_chunk_step(*operands, state=state)
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    for found in (after, after_step):
+        assert [t.dtype for t in found.tensors()] == [sums, dtype, dtype, dtype, torch.int64]
+    u = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps * (dtype != torch.float64))
+    exact = flashgau.reference.mixed_chunk_attention(
+        *(t.double() for t in operands), chunk_size=4, causal=True, initial_state=state.to(dtype).to(torch.float64)
+    )
+    for found in (out, stepped):
+        assert (found.double() - exact).abs().max() < 16 * u * exact.abs().max()
+    for one, other in zip(after.tensors(), after_step.tensors(), strict=True):
+        torch.testing.assert_close(one, other, rtol=16 * u, atol=16 * u)
+
+
+def test_states_move_between_types_and_devices():
+    empty = flashgau.MixedChunkState.empty(2, 8, 16, 4)
+    half = empty.to(torch.bfloat16)
+    assert [t.dtype for t in half.tensors()] == [torch.float32, *3 * [torch.bfloat16], torch.int64]
+    assert {t.dtype for t in half.to(dtype=torch.float64).tensors()} == {torch.float64, torch.int64}
+    assert empty.to() is empty.to("cpu", torch.float32) is empty
+    there = empty.to("meta", torch.float16)
+    assert {t.device.type for t in there.tensors()} == {"meta"}
+    assert there.v.dtype == torch.float16
+    assert {t.device.type for t in empty.tensors()} == {"cpu"}
+    for dtype in (torch.int64, "half"):
+        with pytest.raises(TypeError, match=r"MixedChunkState.to: `dtype` is .*; expected float16"):
+            empty.to(dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "error", "message"),
+    [
+        *((name, lambda t: t.to("meta"), ValueError, "is on meta; expected cpu") for name in ("kv", "v", "position")),
+        ("lin_k", lambda t: t.to(torch.int32), TypeError, "has dtype torch.int32; expected float16"),
+        ("kv", lambda t: t.to(torch.complex64), TypeError, "has dtype torch.complex64; expected float16"),
+        ("position", lambda t: t.to(torch.int32), TypeError, "has dtype torch.int32; expected int64"),
+        ("quad_k", lambda t: t.tolist(), TypeError, "is a list; expected a torch.Tensor"),
+        ("v", lambda t: t[:, :, :3], ValueError, "has shape"),
+    ],
+)
+def test_states_that_do_not_fit_are_refused_by_name(backend, field, change, error, message):
+    """One of another device would be read as what its memory happens to hold."""
+    x, v = randn(0, 1, 1, 8), randn(1, 1, 1, 16)
+    state = flashgau.MixedChunkState.empty(1, 8, 16, 4)
+    wrong = replace(state, **{field: change(getattr(state, field))})
+    with pytest.raises(error, match=rf"mixed_chunk_step: `state\.{field}` {message}"):
+        flashgau.mixed_chunk_step(x, x, x, x, v, state=wrong)
+    with pytest.raises(error, match=rf"mixed_chunk_attention: `initial_state\.{field}` {message}"):
+        flashgau.mixed_chunk_attention(x, x, x, x, v, chunk_size=4, causal=True, initial_state=wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.uint16, torch.bool], ids=str)
+def test_rows_are_chosen_by_numbers_of_every_type(dtype):
+    """PyTorch itself takes uint8 for a mask."""
+    state = flashgau.MixedChunkState.empty(2, 8, 16, 4)
+    state = replace(state, position=torch.tensor([5, 7]))
+    expected = [7] if dtype == torch.bool else [5, 7]
+    assert state.select(torch.tensor([0, 1]).to(dtype)).position.tolist() == expected
+    if dtype != torch.bool:
+        assert state.truncate(torch.tensor([1, 0]).to(dtype)).position.tolist() == [4, 7]
+    else:
+        with pytest.raises(TypeError, match=r"truncate: `tokens` is shape \(2,\), torch.bool"):
+            state.truncate(torch.tensor([True, False]))
 
 
 @pytest.mark.skipif("triton" not in backends_of("mixed_chunk_attention"), reason="no GPU, and not interpreting")

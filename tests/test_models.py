@@ -1,10 +1,15 @@
 """Language models: loss, decoding, configurations."""
 
+import copy
 import errno
 import io
 import json
 import math
 import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import safetensors.torch as safetensors
@@ -12,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import check_owned
 
 from flashgau.models import KINDS, SIZES, CausalLM, Encoder, MaskedLM, ModelConfig, load, mask_tokens, sample
 
@@ -151,7 +157,209 @@ def test_sample_limits():
     assert kept(top_p=1.0) == [0, 1, 2, 3]
 
 
+# --- states ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_state_of_another_type_continues_to_its_rounding(kind):
+    model, text = causal(kind), tokens(2, 8)
+    expected = model(text)[:, 6:]
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4), (torch.float16, 0.05)):
+        for parts in (1, 2):  # tokens at once
+            _, state = model(text[:, :6], return_state=True)
+            moved = state.to(dtype)
+            pieces = []
+            for part in text[:, 6:].split(parts, dim=1):
+                logits, moved = model(part, state=moved, return_state=True)
+                pieces.append(logits)
+            assert (torch.cat(pieces, 1) - expected).abs().max() < tolerance
+            assert moved.position.tolist() == [8, 8]
+            # The first state is not used up by what was done with its copy.
+            again, _ = model(text[:, 6:], state=state, return_state=True)
+            torch.testing.assert_close(again, expected, **TIGHT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_state_that_does_not_fit_is_refused_and_left_alone(kind):
+    model, text = causal(kind), tokens(2, 5)
+    expected, _ = model(text, return_state=True)
+    _, state = model(text[:, :4], return_state=True)
+    _, other = causal(kind, depth=1)(text, return_state=True)
+    for part, wrong, error, message in (
+        (text[:, 4:], state.to("meta"), ValueError, "meta; expected .*cpu"),
+        (text[:, 4:], replace(state, layers=state.to(device="meta").layers), ValueError, "on meta; expected .*cpu"),
+        (text[:1, 4:], state, ValueError, r"`state.position` has shape \(2,\)"),
+        (text[:1, 4:], replace(state, position=state.position[:1]), ValueError, r"cache has 2|shape \((2|8),\)"),
+        (text[:, 4:], other, ValueError, "`state` has 1 layers; expected 2"),
+        (text[:, 4:], [state], TypeError, "`state` is a list; expected a ModelState"),
+        (text[:, 4:], replace(state, layers=[3, 3]), TypeError, "is a int; expected a"),
+        (text[:, 4:].expand(-1, 2), state.to("meta"), ValueError, "meta"),
+    ):
+        with pytest.raises(error, match=message):
+            model(part, state=wrong, return_state=True)
+    logits, _ = model(text[:, 4:], state=state, return_state=True)
+    torch.testing.assert_close(logits, expected[:, 4:], **TIGHT)
+    for dtype in (torch.int64, torch.bool):
+        with pytest.raises(TypeError, match=r"ModelState\.to: `dtype` is .*; expected float16"):
+            state.to(dtype)
+
+
 # --- loss ----------------------------------------------------------------------------------------------------------
+
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_lengths_and_tokens_of_every_integer_type(kind):
+    """An empty row among long ones: in uint8 its length less one is 255."""
+    model, text, lengths = causal(kind, depth=1), tokens(2, 280), torch.tensor([100, 0])
+    expected = model.loss(text[:1, :100])
+    for dtype in INTEGERS:
+        torch.testing.assert_close(model.loss(text.to(dtype), lengths.to(dtype)), expected, **TIGHT)
+    greedy = model.generate(text[:1, :9], 2, temperature=0)
+    for dtype in INTEGERS:
+        new = model.generate(text[:, :9].to(dtype), 2, lengths=torch.tensor([9, 1]).to(dtype), temperature=0)
+        assert torch.equal(new[:1], greedy)
+        _, state = model(text[:, :9].to(dtype), torch.tensor([9, 0]).to(dtype), return_state=True)
+        assert state.position.tolist() == [9, 0]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_masking_tokens_of_every_integer_type(dtype):
+    drawn = [
+        mask_tokens(
+            text, 256, 257, lengths=torch.tensor([300, 0, 7]).to(kind), generator=torch.Generator().manual_seed(1)
+        )
+        for text, kind in ((tokens(3, 300).to(dtype), torch.int64), (tokens(3, 300), torch.int16))
+    ]
+    for found, expected in zip(*drawn, strict=True):
+        assert found.tolist() == expected.tolist()
+
+
+def test_lengths_are_refused_by_name():
+    model, text = causal("flash"), tokens(2, 9)
+    for call in (
+        lambda x: model.loss(text, x),
+        lambda x: model(text, x),
+        lambda x: mask_tokens(text, 22, 22, lengths=x),
+    ):
+        for lengths, error, message in (
+            (torch.tensor([9, 10]), ValueError, "`lengths` holds 10; expected values from 0 to N = 9"),
+            (torch.tensor([9, -1]), ValueError, "`lengths` holds -1"),
+            (torch.tensor([9.0, 1.0]), TypeError, "`lengths` has dtype torch.float32; expected an integer"),
+            (torch.tensor([9]), ValueError, r"`lengths` has shape \(1,\)"),
+            ([9, 1], TypeError, "`lengths` is a list"),
+        ):
+            with pytest.raises(error, match=message):
+                call(lengths)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_generate_are_calls_of_the_model_and_its_layers(kind):
+    """So hooks, `compile` and FSDP2 see them, the layers' single steps included."""
+    model, text, seen = causal(kind), tokens(1, 5), []
+    for name, module in (("model", model), *((f"layer {i}", layer) for i, layer in enumerate(model.stack.layers))):
+        module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    once = ["layer 0", "layer 1", "model"]
+    model.loss(text)
+    model.loss(text, torch.tensor([3]))
+    model.loss(text, cu_seqlens=torch.tensor([0, 5]))
+    assert seen == 3 * once
+    model.generate(text, 3)
+    assert seen == 6 * once
+    masked, calls = MaskedLM(config(kind)), []
+    masked.register_forward_hook(lambda *_: calls.append(1))
+    masked.loss(text, text)
+    assert calls == [1]
+
+
+def test_loss_runs_what_was_compiled():
+    model, graphs = CausalLM(config("transformer++", depth=1)), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    expected = model.loss(tokens(1, 9))
+    model.compile(backend=backend)
+    torch.testing.assert_close(model.loss(tokens(1, 9)), expected)
+    assert len(graphs) == 1
+
+
+def shard_and_compare(rank, folder):
+    """What each of two processes does: every method of a model sharded by FSDP2 beside the whole one."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    prompt, lengths = tokens(2, 4, seed=rank), torch.tensor([4, 2])
+    for kind in ("flash", "transformer++"):
+        torch.manual_seed(0)  # the same weights in both
+        whole = causal(kind)
+        expected = whole.loss(prompt, lengths), whole.generate(prompt, 6, lengths=lengths, seed=1)
+        # A token of the first process's own text, so that it would stop before the other.
+        stop = [int(expected[1][0, 1]), int(expected[1][1, 1])] if rank == 0 else None
+        stopped = whole.generate(prompt, 6, lengths=lengths, seed=1, stop=stop)
+        for per_layer in (True, False):
+            model = copy.deepcopy(whole)
+            for layer in model.stack.layers if per_layer else ():
+                fully_shard(layer)
+            fully_shard(model)
+            assert torch.equal(model.generate(prompt, 6, lengths=lengths, seed=1), expected[1])
+            loss = model.loss(prompt, lengths)
+            torch.testing.assert_close(loss, expected[0], **TIGHT)
+            found = model.generate(prompt, 6, lengths=lengths, seed=1, stop=stop)
+            assert found.shape == (2, 6)
+            assert torch.equal(found[:, : stopped.shape[1]], stopped)
+            assert (found[:, stopped.shape[1] :] == stopped[:, -1:]).all()
+            with pytest.raises(ValueError, match=r"`max_new_tokens` is .* another number in another process"):
+                model.generate(prompt, 3 + rank)
+            with pytest.raises(ValueError, match=r"save: `stack.\S+` is sharded, .*expected whole tensors"):
+                model.save(f"{folder}/model")
+    torch.distributed.destroy_process_group()
+
+
+def test_methods_of_a_sharded_model_are_those_of_the_whole(tmp_path):
+    code = (
+        "import sys; sys.path[:0] = [sys.argv[1]]; import test_models; "
+        "test_models.shard_and_compare(int(sys.argv[2]), sys.argv[3])"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True, env=environment)
+        for rank in range(2)
+    ]
+    try:
+        errors = [worker.communicate(timeout=300)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
+    assert not (tmp_path / "model").exists()
+
+
+def test_generating_leaves_each_module_in_its_mode():
+    model = causal("flash").train()
+    model.stack.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    model.generate(tokens(1, 3), 2)
+    assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_last_logits_alone_are_those_of_all(kind):
+    model, text, lengths = causal(kind), tokens(3, 9), torch.tensor([9, 1, 4])
+    whole = model(text, lengths)
+    last = model(text, lengths, last_only=True)
+    torch.testing.assert_close(last[:, 0], whole[torch.arange(3), lengths - 1], **TIGHT)
+    torch.testing.assert_close(model(text, last_only=True), model(text)[:, -1:], **TIGHT)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -314,6 +522,17 @@ def test_a_saved_model_is_the_model(kind, changes, model_class, dtype, tmp_path)
     assert os.listdir(tmp_path) == [path.name]
 
 
+@pytest.mark.parametrize(("kind", "changes"), VARIANTS)
+def test_a_loaded_model_owns_its_memory(kind, changes, tmp_path):
+    model = stirred(CausalLM(config(kind, **changes), dtype=torch.float64))
+    path = tmp_path / "model.safetensors"
+    model.save(path)
+    again = load(path)
+    check_owned([*again.parameters(), *again.buffers()])
+    path.write_bytes(bytes(path.stat().st_size))  # what becomes of the file is nothing to it
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
+
+
 def test_a_model_keeps_a_dtype_per_tensor(tmp_path):
     model = causal("flash").to(torch.bfloat16)
     model.stack.layers[1].float()
@@ -361,6 +580,90 @@ def test_files_that_hold_no_model(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="damaged or not a safetensors file"):
         load(path)
+
+
+def test_a_header_of_another_kind_is_one_line_before_anything_is_made_of_it(tmp_path):
+    """A number in a header costs nothing: neither the memory nor the time of as many layers or channels."""
+    path, model = tmp_path / "x.safetensors", causal("flash")
+    values, weights = model.config.to_dict(), model.state_dict()
+    described = {"class": "CausalLM", "config": values}
+
+    def changed(**changes):
+        return described | {"config": values | changes}
+
+    integers = {name: value.to(torch.int64) for name, value in weights.items()}
+    deep = 0
+    for _ in range(900):
+        deep = [deep]
+    cases = [
+        ("[" * 100_000, "recursion"),
+        ("{", "describes no model of this version"),
+        ("[]", "expected a `class` and its `config`"),
+        ({"config": values}, "expected a `class` and its `config`"),
+        ({"class": "CausalLM"}, "expected a `class` and its `config`"),
+        ({"class": ["CausalLM"], "config": values}, "describes no model of this version"),
+        ({"class": "CausalLM", "config": 3}, "expected values by names of fields"),
+        (changed(dim="a"), "`dim` is 'a'; expected an int"),
+        (changed(dim=True), "`dim` is True; expected an int"),
+        (changed(dim=24.0), "`dim` is 24.0; expected an int"),
+        (changed(hidden=-1), "`hidden` is -1; expected at least 1"),
+        (changed(tied=1), "`tied` is 1; expected True or False"),
+        (changed(spec=None), "`spec` is None; expected a str"),
+        (changed(layer=[1]), "expected a dict of keyword arguments"),
+        (changed(kind="lion"), "`kind` is 'lion'"),
+        (changed(layer={"option_of_2027": 1}), "option_of_2027"),
+        (changed(layer={"score": "relu3"}), "`score` is 'relu3'"),
+        (changed(layer={"lin_normalizer": "words"}), "`lin_normalizer` is 'words'"),
+        (changed(layer={"token_shift": "no"}), "`token_shift` is 'no'; expected True or False"),
+        (changed(layer={"norm": "norm_of_2027"}), "norm_of_2027"),
+        (changed(layer={"rotary_dim": "all"}), "`rotary_dim` is 'all'"),
+        (changed(layer={"qk_dropout": 2.0}), "`qk_dropout` is 2.0"),
+        (changed(layer={"deep": deep}), "deep"),
+        (changed(layer={"device": "cpu"}), "device"),
+        (changed(norm="norm_of_2027"), "norm_of_2027"),
+        (changed(depth=100_000), "`depth` is 100000, and there are 2 layers"),
+        (changed(dim=10**6), r"stack.embedding.weight has shape \(23, 24\), expected \(23, 1000000\)"),
+        (changed(dim=10**9), "describes no model of this version|expected"),
+        (changed(vocab_size=10**12), r"expected \(1000000000000, 24\)"),
+        (changed(hidden=10**18), "describes no model of this version|expected"),
+        (changed(hidden=10**30), "describes no model of this version"),
+        (changed(chunk_size=10**9), r"expected \(1999999999,\)"),
+        (changed(kind="transformer", heads=24, layer={"head_dim": 10**9}), "missing|expected"),
+        (changed(kind="transformer", layer={"device": "cpu", "head_dim": 10**9}), "device"),
+        (
+            changed(kind="transformer++", layer={"bias": "alibi", "head_dim": 10**6, "rotary_dim": 0}),
+            "missing|expected",
+        ),
+    ]
+    for description, message in cases:
+        text = description if isinstance(description, str) else json.dumps(description)
+        safetensors.save_file(weights, path, {"flashgau_model": text})
+        with pytest.raises(ValueError, match=message) as caught:
+            load(path)
+        said = str(caught.value)
+        assert said.startswith(f"load: {path} ")
+        assert "\n" not in said
+        assert len(said) < 800 + len(str(path))
+    safetensors.save_file(integers, path, {"flashgau_model": json.dumps(described)})
+    with pytest.raises(ValueError, match=r"in torch\.int64; expected a floating type"):
+        load(path)
+    safetensors.save_file(
+        weights | {"x" * 9000 + "\n": torch.zeros(1)}, path, {"flashgau_model": json.dumps(described)}
+    )
+    with pytest.raises(ValueError, match=r"does not fit its own configuration: unexpected xxx.* \.\.\.$"):
+        load(path)
+    safetensors.save_file(weights, path, {"flashgau_model": json.dumps(described)})
+    assert torch.equal(load(path)(tokens(1, 9)), model(tokens(1, 9)))
+
+
+def test_a_model_without_numbers_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match=r"save: `stack\.embedding\.weight` is on the device 'meta'"):
+        CausalLM(config("flash"), device="meta").save(tmp_path / "x")
+    assert os.listdir(tmp_path) == []
+
+
+def test_files_of_other_models(tmp_path):
+    path, model = tmp_path / "x.safetensors", causal("flash")
     described = {"class": "CausalLM", "config": model.config.to_dict()}
     weights = model.state_dict()
     del weights["stack.norm.weight"]
@@ -429,6 +732,21 @@ def test_cross_entropy_counts_only_the_targets():
     targets[0, 4] = 3
     expected = F.cross_entropy(model(text)[0, 4:5], torch.tensor([3]))
     torch.testing.assert_close(model.loss(text, targets), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dim": "64"}, "`dim` is '64'; expected an int"),
+        ({"depth": True}, "`depth` is True; expected an int"),
+        ({"tied": "no"}, "`tied` is 'no'; expected True or False"),
+        ({"layer": {"x": torch.zeros(1)}}, "`layer` is no JSON object"),
+        ({"layer": "fast"}, "`layer` is 'fast'; expected a dict"),
+    ],
+)
+def test_configurations_of_the_wrong_types_are_refused(changes, message):
+    with pytest.raises(TypeError, match=f"ModelConfig: {message}"):
+        ModelConfig(**changes)
 
 
 one = tokens(1, 4)

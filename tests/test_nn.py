@@ -407,6 +407,53 @@ def test_flash_state_is_constant_in_size_and_can_be_reused():
     assert torch.equal(first, again)
 
 
+def test_a_cache_is_converted_and_refused_by_name():
+    k, v = torch.randn(2, 1, 2, 3, 4), torch.randn(2, 1, 2, 1, 4)
+    for kept in (torch.float16, torch.float32, torch.float64):
+        for lengths in (None, torch.tensor([2], dtype=torch.uint8)):
+            cache = nn.KeyValueCache(k[0], k[1], lengths)
+            moved = cache.to(kept)
+            assert moved.keys.dtype == kept
+            moved.append(v[0], v[1])
+            cache.append(v[0], v[1])
+            assert moved.keys.dtype == moved.values.dtype == torch.float32
+            torch.testing.assert_close(moved.keys, cache.keys, rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(moved.values, cache.values, rtol=2e-3, atol=2e-3)
+            assert moved.start == cache.start
+    assert cache.to("meta").keys.device.type == "meta"
+    longest, before = cache.longest, cache.keys.clone()
+    for a, b, message in (
+        (v[0].to("meta"), v[1].to("meta"), "the cache's `keys` are on cpu; expected meta"),
+        (v[0][:, :1], v[1], r"`k` has shape \(1, 1, 1, 4\)"),
+        (v[0], v[1][..., :3], r"`v` has shape \(1, 2, 1, 3\)"),
+        (v[0].int(), v[1], "dtype torch.int32; expected .* in a floating type"),
+    ):
+        with pytest.raises(ValueError, match=f"KeyValueCache: .*{message}"):
+            cache.append(a, b)
+    assert cache.longest == longest
+    assert torch.equal(cache.keys, before)
+    for lengths, error in ((torch.tensor([9]), ValueError), (torch.tensor([1.0]), TypeError)):
+        with pytest.raises(error, match="KeyValueCache: `lengths`"):
+            nn.KeyValueCache(k[0], k[1], lengths)
+
+
+@pytest.mark.parametrize("name", ["flash-lucidrains", "gau-row", "mha", "mixed"])
+def test_a_step_takes_one_token_and_a_state_of_its_own_kind(name):
+    layer = CAUSAL[name]()
+    x = torch.zeros(1, 3, DIM, dtype=DOUBLE)
+    _, state = layer(x, return_state=True)
+    for n in (0, 2):
+        with pytest.raises(ValueError, match=rf"step: `x` has shape \(1, {n}, 12\); expected \(B, 1, d\): one token"):
+            layer.step(x[:, :n], state)
+    with pytest.raises(TypeError, match="`state` is a list; expected a"):
+        layer.step(x[:, :1], [state])
+    with pytest.raises(ValueError, match="meta"):
+        layer.step(x[:, :1], state.to("meta"))
+    y, after = layer.step(x[:, :1], state)
+    assert y.shape == (1, 1, DIM)
+    assert type(after) is type(state)
+
+
 def test_cache_grows_by_doubling():
     cache = nn.KeyValueCache(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 3))
     buffers = set()
@@ -519,7 +566,29 @@ ERRORS = {
     "sinusoidal": (lambda: nn.ScaledSinusoidal(3), "`dim` is 3"),
     "scale-norm": (lambda: nn.ScaleNorm(4)(torch.zeros(2, 5)), r"\(2, 5\); expected \(..., 4\)"),
     "toeplitz": (lambda: nn.ToeplitzBias(0), "`max_length` is 0"),
+    "dim": (lambda: nn.GAU(0), "GAU: `dim` is 0; expected an int, at least 1"),
+    "chunk": (lambda: flash(chunk_size=0), "FLASH: `chunk_size` is 0"),
+    "score": (lambda: flash(score="softmax"), "FLASH: `score` is 'softmax'; expected one of 'relu2', 'laplace'"),
+    "score-gau": (lambda: gau(score="relu"), "GAU: `score` is 'relu'"),
+    "normalizer": (lambda: gau(normalizer="columns"), "GAU: `normalizer` is 'columns'; expected 'keys', 'row' or"),
+    "normalizer-softmax": (lambda: gau(score="softmax", normalizer=3.0), "a softmax has its own"),
+    "score-mixed": (lambda: mixed(score="softmax"), "MultiHeadMixedChunk: `score` is 'softmax'"),
+    "dropout": (lambda: mha(dropout=1.5), r"MultiHeadAttention: `dropout` is 1.5; expected a probability in \[0, 1\]"),
+    "qk-dropout": (lambda: gau(qk_dropout=-1.0), "GAU: `qk_dropout` is -1.0"),
 }
+TYPE_ERRORS = {
+    "flag": (lambda: gau(token_shift="no"), "GAU: `token_shift` is 'no'; expected True or False"),
+    "flag-mha": (lambda: mha(causal=1), "MultiHeadAttention: `causal` is 1; expected True or False"),
+    "width": (lambda: mixed(head_dim=2.0), "MultiHeadMixedChunk: `head_dim` is 2.0; expected an int, at least 1"),
+    "rotary": (lambda: flash(rotary_dim=True), "FLASH: `rotary_dim` is True; expected an int, at least 0"),
+}
+
+
+@pytest.mark.parametrize("name", TYPE_ERRORS)
+def test_types_of_options_are_checked(name):
+    call, message = TYPE_ERRORS[name]
+    with pytest.raises(TypeError, match=message):
+        call()
 
 
 @pytest.mark.parametrize("name", ERRORS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -28,6 +29,7 @@ import typer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from strategies import check_owned
 from torch import nn
 from typer.testing import CliRunner
 
@@ -487,6 +489,38 @@ def test_checkpoint_round_trip(
         assert loaded[name].dtype == tensor.dtype
         assert torch.equal(loaded[name], tensor)
     assert os.listdir(path.parent) == [path.name]
+
+
+def test_what_a_checkpoint_gives_owns_its_memory(tmp_path: Path) -> None:
+    """Odd sizes, after which the next tensor of a mapped file lies on a multiple of 8 bytes, or of less."""
+    kinds = itertools.product((torch.float64, torch.float32, torch.bfloat16, torch.uint8), (1, 3, 7))
+    tensors = {f"{i}": torch.arange(n, dtype=dtype) for i, (dtype, n) in enumerate(kinds)}
+    write_checkpoint(tmp_path / "x.safetensors", tensors, {})
+    found, _ = read_checkpoint(tmp_path / "x.safetensors")
+    check_owned(found.values())
+    some, _ = read_checkpoint(tmp_path / "x.safetensors", lambda name: name in "147")
+    assert sorted(some) == ["1", "4", "7"]
+    check_owned([*some.values(), *found.values()])
+
+
+def test_a_resumed_run_owns_its_memory(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters and moments as an uninterrupted run has them: on boundaries of 64 bytes, each for itself."""
+    config = replace(config, size="tiny", steps=2, batch=1, accumulate=1, eval_windows=1)
+    train(config)
+    load, counts = trainer._Run.load, []
+
+    def watched(run: Any, path: Path) -> None:
+        load(run, path)
+        moments = [t for state in run.optimizer.state.values() for t in state.values()]
+        check_owned([*(p.detach() for p in run.model.parameters()), *moments])
+        counts.append((len(moments), len(list(run.model.parameters()))))
+
+    monkeypatch.setattr(trainer._Run, "load", watched)
+    result = train(replace(config, steps=3), resume=True)
+    ((moments, parameters),) = counts
+    assert moments == 3 * parameters
+    loaded = load_model(result.checkpoint)
+    check_owned([*loaded.parameters(), *loaded.buffers()])
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.initialise import STD
+from ..ops.validate import widened
 from .config import ModelConfig
 from .files import read_model, write_model
 from .sampling import sample
-from .stack import ModelState, Stack
+from .stack import ModelState, Stack, valid_lengths
 
 IGNORE = -100  # a target that does not count
 
@@ -162,6 +163,7 @@ class CausalLM(LanguageModel):
         cu_seqlens: Tensor | None = None,
         state: ModelState | None = None,
         return_state: bool = False,
+        last_only: bool = False,
     ) -> Any:
         """Logits of the token after each token.
 
@@ -171,15 +173,21 @@ class CausalLM(LanguageModel):
             cu_seqlens: (G+1,) bounds of G sequences packed in one row (B = 1).
             state: of the tokens before, from an earlier call with `return_state=True`.
             return_state: also give the state after the last valid token of each row.
+            last_only: give the logits after the last valid token of each row only, which has to have one.
 
         Returns:
-            Logits (B, N, vocab_size), or those and a `ModelState`.
+            Logits (B, N, vocab_size), (B, 1, vocab_size) with `last_only`; or those and a `ModelState`.
         """
-        if cu_seqlens is not None and (state is not None or return_state):
-            raise ValueError("CausalLM: `cu_seqlens` and a state together; give each sequence a row and `lengths`")
+        if cu_seqlens is not None and (state is not None or return_state or last_only):
+            what = "`last_only`" if last_only else "a state"
+            raise ValueError(f"CausalLM: `cu_seqlens` and {what} together; give each sequence a row and `lengths`")
         hidden, state = self.stack(
             tokens, lengths=lengths, cu_seqlens=cu_seqlens, state=state, return_state=return_state
         )
+        if last_only and lengths is None:
+            hidden = hidden[:, -1:]
+        elif last_only and lengths is not None:
+            hidden = hidden[torch.arange(len(hidden), device=hidden.device), lengths.long() - 1].unsqueeze(1)
         logits = self.head(hidden)
         return (logits, state) if return_state else logits
 
@@ -196,19 +204,21 @@ class CausalLM(LanguageModel):
         """
         if tokens.ndim != 2 or tokens.shape[1] < 2:
             raise ValueError(f"CausalLM.loss: `tokens` has shape {tuple(tokens.shape)}; expected (B, N), N at least 2")
+        lengths = valid_lengths("CausalLM.loss", lengths, tokens)
         targets = tokens[:, 1:].long()
+        # self(...), here and below, so that hooks, `compile` and whoever shards a model see the call.
         if cu_seqlens is not None:
-            logits = self.forward(tokens, lengths, cu_seqlens=cu_seqlens)[:, :-1]
+            logits = self(tokens, lengths, cu_seqlens=cu_seqlens)[:, :-1]
             place = torch.arange(targets.shape[1], device=tokens.device) + 1
             # The first token of a sequence has nothing before it to predict it from.
             targets = targets.masked_fill(torch.isin(place, cu_seqlens), IGNORE)
         elif lengths is not None:
             shorter = (lengths - 1).clamp(min=0)
-            logits = self.forward(tokens[:, :-1], shorter)
+            logits = self(tokens[:, :-1], shorter)
             valid = torch.arange(targets.shape[1], device=tokens.device) < shorter[:, None]
             targets = targets.masked_fill(~valid, IGNORE)
         else:
-            logits = self.forward(tokens[:, :-1])
+            logits = self(tokens[:, :-1])
         return cross_entropy(logits, targets)
 
     @torch.no_grad()
@@ -230,6 +240,9 @@ class CausalLM(LanguageModel):
         "flash" and "mc-tfm++" decode with a state of constant size, the other kinds with a key/value cache that grows
         by doubling. The logits are those of the parallel `forward` on the whole text.
 
+        Of a model sharded by FSDP2 (`fully_shard`), every process must call it with the same `max_new_tokens`, and
+        gets as many tokens of its own prompts as the process that goes on longest.
+
         Args:
             prompt: (B, N) tokens, N at least 1.
             max_new_tokens: how many to add at most.
@@ -249,35 +262,66 @@ class CausalLM(LanguageModel):
         if prompt.ndim != 2 or prompt.shape[1] == 0:
             raise ValueError(f"generate: `prompt` has shape {tuple(prompt.shape)}; expected (B, N), N at least 1")
         batch, n = prompt.shape
+        lengths = widened(lengths)
         if lengths is not None and (lengths.shape != (batch,) or bool((lengths < 1).any() | (lengths > n).any())):
             raise ValueError(f"generate: `lengths` is {lengths.tolist()}; expected {batch} numbers from 1 to {n}")
         generator = None if seed is None else torch.Generator(prompt.device).manual_seed(seed)
         stops = None if stop is None else torch.tensor([stop] if isinstance(stop, int) else list(stop))
         stops = None if stops is None else stops.to(prompt.device)
-        training = self.training
+        others = _Others(self)
+        if not others.agree(max_new_tokens):
+            raise ValueError(
+                f"generate: `max_new_tokens` is {max_new_tokens} here and another number in another process; expected "
+                "one number for a sharded model"
+            )
+        training = [module for module in self.modules() if module.training]
         self.eval()
         try:
             new: list[Tensor] = []
             done = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
             if max_new_tokens:
-                hidden, state = self.stack(prompt, lengths=lengths, return_state=True)
-                rows = torch.arange(batch, device=prompt.device)
-                last = hidden[:, -1] if lengths is None else hidden[rows, lengths.long() - 1]
+                logits, state = self(prompt, lengths, return_state=True, last_only=True)
             while len(new) < max_new_tokens:
-                token = sample(self.head(last), temperature, top_k, top_p, generator)
+                token = sample(logits[:, 0], temperature, top_k, top_p, generator)
                 if stops is not None:
                     token = torch.where(done, new[-1], token) if new else token
                     done = done | torch.isin(token, stops)
                 new.append(token)
                 if stream is not None:
                     stream(token)
-                if len(new) == max_new_tokens or (stops is not None and bool(done.all())):
+                if len(new) == max_new_tokens or others.all(stops is not None and bool(done.all())):
                     break
-                hidden, state = self.stack(token[:, None], state=state, return_state=True)
-                last = hidden[:, -1]
+                logits, state = self(token[:, None], state=state, return_state=True)
         finally:
-            self.train(training)
+            for module in training:
+                module.training = True
         return torch.stack(new, dim=1) if new else prompt.new_zeros(batch, 0, dtype=torch.int64)
+
+
+class _Others:
+    """The processes that hold the other parts of a sharded model. Each call of the model takes all of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        # Not parameters(): between calls they may be whole, while a state dict always holds the parts.
+        tensors = model.state_dict().values()
+        self._meshes = list(dict.fromkeys(t.device_mesh for t in tensors if hasattr(t, "device_mesh")))
+
+    def agree(self, number: int) -> bool:
+        """Whether all have the same number."""
+        high, low = self._largest(number), -self._largest(-number)  # both, in every process
+        return high == low
+
+    def all(self, done: bool) -> bool:
+        """Whether all are done."""
+        return self._largest(int(not done)) == 0
+
+    def _largest(self, number: int) -> int:
+        for mesh in self._meshes:
+            found = torch.tensor(number, device=mesh.device_type)
+            for group in mesh.get_all_groups():
+                torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group)
+            number = int(found)
+        return number
 
 
 class MaskedLM(LanguageModel):
@@ -341,7 +385,7 @@ class MaskedLM(LanguageModel):
                 f"MaskedLM.loss: `targets` has shape {tuple(targets.shape)}; expected {tuple(tokens.shape)}, "
                 "as `tokens` has"
             )
-        return cross_entropy(self.forward(tokens, lengths, cu_seqlens=cu_seqlens), targets.long())
+        return cross_entropy(self(tokens, lengths, cu_seqlens=cu_seqlens), targets.long())
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> CausalLM | MaskedLM | Encoder:
@@ -365,15 +409,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Ca
         >>> type(again).__name__, again.config == model.config
         ('CausalLM', True)
     """
-    name, config, tensors = read_model(path, device)
-    classes: dict[str, Any] = {c.__name__: c for c in (CausalLM, MaskedLM, Encoder)}
-    if name not in classes:
-        raise ValueError(f"load: {path} holds a {name}; expected one of {', '.join(classes)}")
-    model = classes[name](config, device=device)
-    try:
-        model.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"load: {path} does not fit its own configuration: {error}") from error
+    model: Any = read_model(path, device, {c.__name__: c for c in (CausalLM, MaskedLM, Encoder)})
     return model.eval()
 
 
@@ -405,7 +441,7 @@ def mask_tokens(
         generator: where the random numbers come from.
 
     Returns:
-        tuple: inputs (B, N), and targets (B, N) with -100 where nothing is to be predicted.
+        tuple: inputs (B, N), and targets (B, N) with -100 where nothing is to be predicted, both int64.
 
     Example:
         >>> import torch
@@ -413,6 +449,7 @@ def mask_tokens(
         >>> targets.tolist()
         [[0, 0, 0, 0, 0, 0, 0, 0]]
     """
+    tokens, lengths = tokens.long(), valid_lengths("mask_tokens", lengths, tokens)  # mask_token may be past uint8
     shape, device = tokens.shape, tokens.device
     chosen = torch.rand(shape, generator=generator, device=device) < probability
     if lengths is not None:

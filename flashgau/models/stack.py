@@ -21,6 +21,8 @@ from ..nn import (
 from ..nn.initialise import embedding
 from ..nn.norms import make_norm
 from ..nn.rotary import packed_positions
+from ..ops.state import destination, moved
+from ..ops.validate import Arguments, widened
 from .config import ModelConfig
 
 
@@ -37,6 +39,16 @@ class ModelState:
     layers: list[Any]
     position: Tensor
 
+    def to(
+        self, device: torch.device | str | int | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> ModelState:
+        """The state on another device or in another floating type, which may come first as with tensors.
+
+        Caches are copied, so that the two can be continued apart.
+        """
+        device, dtype = destination("ModelState.to", device, dtype)
+        return ModelState([layer.to(device, dtype) for layer in self.layers], moved(self.position, device, None))
+
 
 class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + feedforward(norm(x)).
@@ -50,14 +62,16 @@ class TransformerBlock(nn.Module):
     def __init__(self, config: ModelConfig, causal: bool, **factory: Any) -> None:
         super().__init__()
         plain = config.kind == "transformer"
-        options: dict[str, Any] = {"kv_heads": config.kv_heads, "causal": causal} | factory
+        options: dict[str, Any] = {"kv_heads": config.kv_heads}
         if plain:
             options |= {"rotary_dim": 0}
         if config.kind == "mc-tfm++":
             options |= {"chunk_size": config.chunk_size}
         mixer = MultiHeadMixedChunk if config.kind == "mc-tfm++" else MultiHeadAttention
         self.attention_norm = make_norm(config.norm, config.dim, **factory)
-        self.attention: Any = mixer(config.dim, config.heads, **(options | config.layer))
+        # Apart, so that `layer` cannot decide them: a model out of a file is put where its caller says.
+        own = {"causal": causal, **factory}
+        self.attention: Any = mixer(config.dim, config.heads, **(options | config.layer), **own)
         self.feedforward_norm = make_norm(config.norm, config.dim, **factory)
         self.feedforward: nn.Module
         if plain:
@@ -77,9 +91,8 @@ class TransformerBlock(nn.Module):
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """The next token: x (B, 1, d) -> (B, 1, d), and the state."""
-        out, state = self.attention.step(self.attention_norm(x), state)
-        x = x + out
-        return x + self.feedforward(self.feedforward_norm(x)), state
+        y, after = self(x, state=state, return_state=True)
+        return y, after
 
 
 def make_layer(config: ModelConfig, causal: bool, **factory: Any) -> nn.Module:
@@ -140,7 +153,7 @@ class Stack(nn.Module):
         return_state: bool = False,
     ) -> tuple[Tensor, ModelState | None]:
         """Tokens (B, N) -> hidden (B, N, d), and the state after them if asked for."""
-        self._check(tokens)
+        tokens, lengths = self._check(tokens, lengths, state)
         x = self.embedding(tokens)
         if self.positions is not None:
             x = x + self.positions(self._positions(tokens, cu_seqlens, state))
@@ -151,10 +164,8 @@ class Stack(nn.Module):
         for i, layer in enumerate(layers):
             if return_state or state is not None:
                 before = None if state is None else state.layers[i]
-                if before is not None and lengths is None and tokens.shape[1] == 1:
-                    x, after = layer.step(x, before)
-                else:
-                    x, after = layer(x, lengths=lengths, state=before, return_state=True)
+                # A call for one token, too: what has hooked itself to a layer (FSDP2, say) sees calls, not `step`.
+                x, after = layer(x, lengths=lengths, state=before, return_state=True)
                 states.append(after)
             elif recompute:
                 x = checkpoint(layer, x, lengths=lengths, cu_seqlens=cu_seqlens, use_reentrant=False)
@@ -172,14 +183,16 @@ class Stack(nn.Module):
     @staticmethod
     def _state(states: list[Any], tokens: Tensor, lengths: Tensor | None, before: ModelState | None) -> ModelState:
         batch, n = tokens.shape
-        position = torch.full((batch,), n, device=tokens.device) if lengths is None else lengths.long()
+        position = torch.full((batch,), n, device=tokens.device) if lengths is None else lengths.to(torch.int64)
         return ModelState(states, position if before is None else before.position + position)
 
-    def _check(self, tokens: Tensor) -> None:
+    def _check(self, tokens: Tensor, lengths: Tensor | None, state: ModelState | None) -> tuple[Tensor, Tensor | None]:
+        """Refuse what is no text, and return tokens and lengths in types that can be computed with."""
         if tokens.ndim != 2:
             raise ValueError(f"model: `tokens` has shape {tuple(tokens.shape)}; expected (B, N)")
-        if tokens.is_floating_point() or tokens.dtype == torch.bool:
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise TypeError(f"model: `tokens` has dtype {tokens.dtype}; expected an integer type")
+        tokens = widened(tokens)
         # Looking at the values would make a GPU wait, and there the embedding reports them itself.
         if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
             low, high = int(tokens.min()), int(tokens.max())
@@ -187,3 +200,28 @@ class Stack(nn.Module):
                 raise ValueError(
                     f"model: `tokens` has values from {low} to {high}; expected 0 to {self.config.vocab_size - 1}"
                 )
+        if state is not None:
+            self._check_state(tokens, state)
+        return tokens, valid_lengths("model", lengths, tokens)
+
+    def _check_state(self, tokens: Tensor, state: ModelState) -> None:
+        if not isinstance(state, ModelState):
+            raise TypeError(f"model: `state` is a {type(state).__name__}; expected a ModelState")
+        if len(state.layers) != len(self.layers):
+            raise ValueError(f"model: `state` has {len(state.layers)} layers; expected {len(self.layers)}")
+        position, rows = state.position, tokens.shape[:1]
+        if position.shape != rows or position.dtype != torch.int64 or position.device != tokens.device:
+            raise ValueError(
+                f"model: `state.position` has shape {tuple(position.shape)}, {position.dtype}, on {position.device}; "
+                f"expected {tuple(rows)}, torch.int64, on {tokens.device}"
+            )
+
+
+def valid_lengths(caller: str, lengths: Tensor | None, tokens: Tensor, low: int = 0) -> Tensor | None:
+    """`lengths` (B,), integers of any type from `low` to N for tokens (B, N), in one that can be computed with."""
+    if lengths is None:
+        return None
+    args = Arguments(caller)
+    args.shaped("tokens", tokens, "B N")
+    args.counts("lengths", lengths, low)
+    return widened(lengths)

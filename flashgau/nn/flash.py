@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..ops import MixedChunkState, mixed_chunk_attention, mixed_chunk_step
 from ..ops.flash_unit import flash_unit, runs_whole
+from ..ops.mixed_chunk import check_options
+from ..ops.validate import Arguments
 from .biases import make_bias
 from .gated_unit import GatedUnit, UnitState, from_preset, last_shifted
 
@@ -143,6 +145,7 @@ class FLASH(GatedUnit):
         )
         if sorted(order) != sorted(HEADS):
             raise ValueError(f"FLASH: `head_order` is {order}; expected an order of {', '.join(HEADS)}")
+        check_options(Arguments("FLASH"), chunk_size, score, lin_normalizer)
         super().__init__(
             dim,
             4,
@@ -189,30 +192,36 @@ class FLASH(GatedUnit):
         Returns:
             (B, N, d), or that and the state. Rows of padding hold x plus the output's bias.
         """
-        self._check(x, cu_seqlens, return_state or state is not None)
+        self._check(x, cu_seqlens, state, return_state, MixedChunkState)
         if state is None and not return_state and not (self.qk_dropout and self.training) and runs_whole(x):
             return self._forward_whole(x, lengths, cu_seqlens)
         start: int | Tensor = 0 if state is None else state.memory.position
         previous = None if state is None else state.previous
         gate, v, heads, moving = self._project(x, start, cu_seqlens, previous)
-        result: Any = mixed_chunk_attention(
+        options: dict[str, Any] = {
             **dict(zip(self.head_order, heads, strict=True)),
-            v=v,
-            gate=gate,
-            chunk_size=self.chunk_size,
-            score=self.score,
-            causal=self.causal,
-            lin_normalizer=self.lin_normalizer,
-            rel_bias=None if self.rel_bias is None else self.rel_bias(self.chunk_size),
-            lengths=lengths,
-            cu_seqlens=cu_seqlens,
-            initial_state=None if state is None else state.memory,
-            return_state=return_state,
-        )
-        if not return_state:
-            return self._finish(x, result)
-        out, memory = result
-        return self._finish(x, out), UnitState(memory, last_shifted(moving, lengths))
+            "v": v,
+            "gate": gate,
+            "score": self.score,
+            "lin_normalizer": self.lin_normalizer,
+            "rel_bias": None if self.rel_bias is None else self.rel_bias(self.chunk_size),
+        }
+        result: Any
+        if state is not None and lengths is None and x.shape[1] == 1:  # in constant time
+            result = mixed_chunk_step(state=state.memory, **options)
+        else:
+            result = mixed_chunk_attention(
+                chunk_size=self.chunk_size,
+                causal=self.causal,
+                lengths=lengths,
+                cu_seqlens=cu_seqlens,
+                initial_state=None if state is None else state.memory,
+                return_state=return_state or state is not None,
+                **options,
+            )
+        out, memory = result if state is not None or return_state else (result, None)
+        y = self._finish(x, out)
+        return (y, UnitState(memory, last_shifted(moving, lengths))) if return_state else y
 
     def _forward_whole(self, x: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         """The same as one operator, which keeps nothing wide but x W + b."""
@@ -236,18 +245,3 @@ class FLASH(GatedUnit):
             cu_seqlens=cu_seqlens,
         )
         return self.post_norm(y)
-
-    def step(self, x: Tensor, state: UnitState[MixedChunkState]) -> tuple[Tensor, UnitState[MixedChunkState]]:
-        """The next token, in constant time and memory: x (B, 1, d) -> (B, 1, d), and the new state."""
-        self._check(x, None, True)
-        gate, v, heads, moving = self._project(x, state.memory.position, None, state.previous)
-        out, memory = mixed_chunk_step(
-            **dict(zip(self.head_order, heads, strict=True)),
-            v=v,
-            gate=gate,
-            state=state.memory,
-            score=self.score,
-            lin_normalizer=self.lin_normalizer,
-            rel_bias=None if self.rel_bias is None else self.rel_bias(self.chunk_size),
-        )
-        return self._finish(x, out), UnitState(memory, last_shifted(moving, None))

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.projection import gated_projection, projection
+from ..ops.state import destination, moved
+from ..ops.validate import Arguments
+from .cache import check_memory, check_one_token
 from .initialise import linear
 from .norms import make_norm
 from .offset_scale import OffsetScale
@@ -30,6 +33,15 @@ class UnitState(Generic[Memory]):
 
     memory: Memory
     previous: Tensor | None = None
+
+    def to(
+        self, device: torch.device | str | int | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> UnitState[Memory]:
+        """The state on another device or in another floating type, which may come first as with tensors."""
+        device, dtype = destination("UnitState.to", device, dtype)
+        memory: Any = self.memory
+        previous = None if self.previous is None else moved(self.previous, device, dtype)
+        return UnitState(memory.to(device, dtype), previous)
 
 
 def from_preset(layer: str, spec: str, presets: Mapping[str, Mapping[str, Any]], **given: Any) -> dict[str, Any]:
@@ -84,6 +96,18 @@ class GatedUnit(nn.Module):
     ) -> None:
         super().__init__()
         hidden = 2 * dim if hidden is None else hidden
+        args = Arguments(type(self).__name__)
+        for name, width in (("dim", dim), ("hidden", hidden), ("key_dim", key_dim)):
+            args.integer(name, width, 1, "an int, at least 1")
+        args.integer("rotary_dim", rotary_dim, 0, "an int, at least 0")
+        args.number("qk_dropout", qk_dropout, "a probability in [0, 1]", 0, 1)
+        args.flags(
+            causal=causal,
+            rotary_interleaved=rotary_interleaved,
+            linear_bias=linear_bias,
+            token_shift=token_shift,
+            residual=residual,
+        )
         self.dim, self.hidden, self.key_dim, self.causal = dim, hidden, key_dim, causal
         self.token_shift, self.residual, self.qk_dropout = token_shift, residual, qk_dropout
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -133,14 +157,31 @@ class GatedUnit(nn.Module):
         residual = x if self.residual else None
         return self.post_norm(projection(out, self.to_out.weight, self.to_out.bias, residual))
 
-    def _check(self, x: Tensor, cu_seqlens: Tensor | None, recurrent: bool) -> None:
-        name = type(self).__name__
+    def _check(self, x: Tensor, cu_seqlens: Tensor | None, state: Any, return_state: bool, memory: type) -> None:
+        name, recurrent = type(self).__name__, return_state or state is not None
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"{name}: `x` has shape {tuple(x.shape)}; expected (B, N, {self.dim})")
         if recurrent and not self.causal:
             raise ValueError(f"{name}: only a causal layer has a state; it was made with `causal=False`")
         if recurrent and cu_seqlens is not None:
             raise ValueError(f"{name}: `cu_seqlens` and a state together; give each sequence a row and `lengths`")
+        if state is None:
+            return
+        if not isinstance(state, UnitState):
+            raise TypeError(f"{name}: `state` is a {type(state).__name__}; expected a UnitState")
+        check_memory(name, "state.memory", state.memory, memory, x.shape[0], x)
+        previous, shape = state.previous, (x.shape[0], 1, -(-self.dim // 2))
+        if previous is not None and (previous.shape != shape or previous.device != x.device):
+            raise ValueError(
+                f"{name}: `state.previous` has shape {tuple(previous.shape)}, on {previous.device}; "
+                f"expected {shape}, on {x.device}"
+            )
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The next token: x (B, 1, d) -> (B, 1, d), and the new state (a cache in it is written in place)."""
+        check_one_token(type(self).__name__, x)
+        y, after = self(x, state=state, return_state=True)
+        return y, after
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..ops import gau_attention
+from ..ops.gau import check_options
+from ..ops.validate import Arguments
 from .biases import bias_vector, make_bias
 from .cache import KeyValueCache
 from .gated_unit import GatedUnit, UnitState, from_preset, last_shifted
@@ -157,6 +159,9 @@ class GAU(GatedUnit):
             dtype=dtype,
             **options,
         )
+        args = Arguments("GAU")
+        check_options(args, score, normalizer)
+        args.flag("bias_over_n", over_n)
         self.score, self.normalizer, self.bias_over_n = score, normalizer, over_n
         if over_n and normalizer == "row":
             raise ValueError('GAU: `bias_over_n` with normalizer "row"; expected "keys" or a number')
@@ -192,9 +197,8 @@ class GAU(GatedUnit):
         Returns:
             (B, N, d), or that and the state. Rows of padding hold x plus the output's bias.
         """
-        recurrent = return_state or state is not None
-        self._check(x, cu_seqlens, recurrent)
-        if recurrent and self.normalizer == "keys" and self.score in ("relu2", "laplace"):
+        self._check(x, cu_seqlens, state, return_state, KeyValueCache)
+        if (return_state or state is not None) and self.normalizer == "keys" and self.score in ("relu2", "laplace"):
             raise ValueError(
                 'GAU: normalizer "keys" divides by the full length, so no prefix has a state; use "row" or a number'
             )
@@ -225,10 +229,6 @@ class GAU(GatedUnit):
         )
         y = self._finish(x, out)
         return (y, UnitState(memory, last_shifted(moving, lengths))) if return_state else y
-
-    def step(self, x: Tensor, state: UnitState[KeyValueCache]) -> tuple[Tensor, UnitState[KeyValueCache]]:
-        """The next token: x (B, 1, d) -> (B, 1, d), and the state (its cache is written in place)."""
-        return self.forward(x, state=state, return_state=True)
 
     def _bias(self, length: int, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
         bias = bias_vector(self.rel_bias, length, cu_seqlens)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import attention
+from ..ops.validate import Arguments
 from .biases import bias_vector, make_bias
-from .cache import KeyValueCache
+from .cache import KeyValueCache, check_memory, check_one_token
 from .initialise import linear
 from .rotary import RotaryEmbedding, packed_positions
 
@@ -61,6 +62,10 @@ class MultiHeadAttention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
+        args = Arguments("MultiHeadAttention")
+        check_heads(args, dim, heads, kv_heads, head_dim, rotary_dim)
+        args.flags(causal=causal, linear_bias=linear_bias)
+        args.number("dropout", dropout, "a probability in [0, 1]", 0, 1)
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"MultiHeadAttention: `heads` is {heads}; expected a multiple of `kv_heads` = {kv_heads}")
         if head_dim is None and dim % heads:
@@ -115,6 +120,8 @@ class MultiHeadAttention(nn.Module):
             )
         if state is not None and lengths is not None:
             raise ValueError("MultiHeadAttention: `lengths` and `state` together; a cache knows each row's length")
+        if state is not None:
+            check_memory("MultiHeadAttention", "state", state, KeyValueCache, x.shape[0], x)
         start: int | Tensor = 0 if state is None else state.start
         qk, v = self._project(x, start, cu_seqlens)
         q, k = qk.split((self.heads, self.kv_heads), dim=1)
@@ -138,7 +145,9 @@ class MultiHeadAttention(nn.Module):
 
     def step(self, x: Tensor, state: KeyValueCache) -> tuple[Tensor, KeyValueCache]:
         """The next token: x (B, 1, d) -> (B, 1, d), and the cache (written in place)."""
-        return self.forward(x, state=state, return_state=True)
+        check_one_token("MultiHeadAttention", x)
+        y, after = self(x, state=state, return_state=True)
+        return y, after
 
     def _project(self, x: Tensor, start: int | Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, Hq + Hkv, N, D), turned by RoPE, and values (B, Hkv, N, D)."""
@@ -154,3 +163,18 @@ class MultiHeadAttention(nn.Module):
         return (
             f"{self.dim}, heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, causal={self.causal}"
         )
+
+
+def check_heads(
+    args: Arguments, dim: int, heads: int, kv_heads: int, head_dim: int | None, rotary_dim: int | None
+) -> None:
+    """Refuse sizes that are no whole numbers; None is chosen by the layer."""
+    for name, size, low in (
+        ("dim", dim, 1),
+        ("heads", heads, 1),
+        ("kv_heads", kv_heads, 1),
+        ("head_dim", head_dim, 1),
+        ("rotary_dim", rotary_dim, 0),
+    ):
+        if size is not None:
+            args.integer(name, size, low, f"an int, at least {low}")

@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import MixedChunkState, mixed_chunk_attention, mixed_chunk_step
+from ..ops.mixed_chunk import check_options
+from ..ops.validate import Arguments
 from .biases import make_bias
+from .cache import check_memory, check_one_token
 from .initialise import linear
+from .multi_head_attention import check_heads
 from .rotary import RotaryEmbedding, packed_positions
 
 
@@ -63,6 +67,10 @@ class MultiHeadMixedChunk(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
+        args = Arguments("MultiHeadMixedChunk")
+        check_heads(args, dim, heads, kv_heads, head_dim, rotary_dim)
+        args.flags(causal=causal, linear_bias=linear_bias)
+        check_options(args, chunk_size, score)
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"MultiHeadMixedChunk: `heads` is {heads}; expected a multiple of `kv_heads` = {kv_heads}")
         if head_dim is None and dim % heads:
@@ -109,37 +117,34 @@ class MultiHeadMixedChunk(nn.Module):
                 "MultiHeadMixedChunk: `cu_seqlens` and a state together; give each sequence a row and `lengths`"
             )
         batch, n, _ = x.shape
+        if state is not None:
+            check_memory("MultiHeadMixedChunk", "state", state, MixedChunkState, batch * self.heads, x)
         q, k, v = self._project(x, state, cu_seqlens)
-        if cu_seqlens is not None:
-            # The heads' sequences follow one another in one row.
-            q, k, v = (t.reshape(1, self.heads * n, self.head_dim) for t in (q, k, v))
-            first = torch.arange(self.heads, device=x.device)[:, None] * n + cu_seqlens[:-1]
-            bounds = torch.cat((first.flatten(), first.new_full((1,), self.heads * n)))
-        result: Any = mixed_chunk_attention(
-            q,
-            k,
-            q,
-            k,
-            v,
-            chunk_size=self.chunk_size,
-            score=self.score,
-            causal=self.causal,
-            rel_bias=None if self.rel_bias is None else self.rel_bias(self.chunk_size),
-            lengths=None if lengths is None else lengths.repeat_interleave(self.heads),
-            cu_seqlens=None if cu_seqlens is None else bounds,
-            initial_state=state,
-            return_state=return_state,
-        )
-        out, state = result if return_state else (result, None)
+        bias = None if self.rel_bias is None else self.rel_bias(self.chunk_size)
+        options: dict[str, Any] = {"score": self.score, "rel_bias": bias}
+        result: Any
+        if state is not None and lengths is None and n == 1:  # in constant time
+            result = mixed_chunk_step(q, k, q, k, v, state=state, **options)
+        else:
+            bounds = None
+            if cu_seqlens is not None:
+                # The heads' sequences follow one another in one row.
+                q, k, v = (t.reshape(1, self.heads * n, self.head_dim) for t in (q, k, v))
+                first = torch.arange(self.heads, device=x.device)[:, None] * n + cu_seqlens[:-1]
+                bounds = torch.cat((first.flatten(), first.new_full((1,), self.heads * n)))
+            options |= {"lengths": None if lengths is None else lengths.repeat_interleave(self.heads)}
+            options |= {"cu_seqlens": bounds, "initial_state": state, "return_state": recurrent}
+            options |= {"chunk_size": self.chunk_size, "causal": self.causal}
+            result = mixed_chunk_attention(q, k, q, k, v, **options)
+        out, after = result if recurrent else (result, None)
         y = self._merge(out, batch, n)
-        return (y, state) if return_state else y
+        return (y, after) if return_state else y
 
     def step(self, x: Tensor, state: MixedChunkState) -> tuple[Tensor, MixedChunkState]:
         """The next token, in constant time and memory: x (B, 1, d) -> (B, 1, d), and the new state."""
-        q, k, v = self._project(x, state, None)
-        bias = None if self.rel_bias is None else self.rel_bias(self.chunk_size)
-        out, state = mixed_chunk_step(q, k, q, k, v, state=state, score=self.score, rel_bias=bias)
-        return self._merge(out, x.shape[0], 1), state
+        check_one_token("MultiHeadMixedChunk", x)
+        y, after = self(x, state=state, return_state=True)
+        return y, after
 
     def _project(
         self, x: Tensor, state: MixedChunkState | None, cu_seqlens: Tensor | None

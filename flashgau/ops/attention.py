@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, dispatch
-from .validate import Arguments, autocast
+from .validate import Arguments, autocast, widened
 
 
 def attention(
@@ -115,7 +115,7 @@ def attend(
     if softcap is not None:
         args.number("softcap", softcap, "a positive number or None", low=0, open_low=True)
     left, right = _window(args, window, causal)
-    longest = args.sequences(lengths, cu_seqlens, cu_seqlens_k)
+    longest, lengths = args.sequences(lengths, cu_seqlens, cu_seqlens_k), widened(lengths)
     args.relative_bias(rel_bias, "B Hq", longest)
     if sinks is not None:
         args.per_head("sinks", sinks, "Hq")

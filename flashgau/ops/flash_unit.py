@@ -10,7 +10,7 @@ from torch import Tensor
 from flashgau.eager import flash_unit as flash_unit_eager
 
 from . import autograd, dispatch
-from .validate import Arguments, autocast
+from .validate import Arguments, autocast, widened
 
 
 def runs_whole(x: Tensor) -> bool:
@@ -46,6 +46,7 @@ def flash_unit(
     args = Arguments("FLASH")
     args.tensor("x", x, "B N d")
     args.sequences(lengths, cu_seqlens)
+    lengths = widened(lengths)
     args.relative_bias(rel_bias, "B", chunk_size, "the chunk size")
     cos, sin = (angles.cos(), angles.sin()) if angles is not None else (None, None)
     inside = residual if residual is not None and residual.dtype == x.dtype else None

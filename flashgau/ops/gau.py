@@ -7,7 +7,7 @@ from typing import Any, Optional
 from torch import Tensor
 
 from . import autograd, dispatch
-from .validate import Arguments, autocast
+from .validate import Arguments, autocast, widened
 
 SCORES = ("relu2", "laplace", "softmax", "softmax_plus")
 
@@ -76,10 +76,9 @@ def gau_attention(
     if gate is not None:
         args.tensor("gate", gate, "B M E")
     args.at_least_one("S", "E")
-    args.choice("score", score, SCORES)
-    fixed = _normalizer(args, score, normalizer)
+    fixed = check_options(args, score, normalizer)
     args.flag("causal", causal)
-    longest = args.sequences(lengths, cu_seqlens)
+    longest, lengths = args.sequences(lengths, cu_seqlens), widened(lengths)
     args.relative_bias(rel_bias, "B", longest)
 
     name = dispatch.resolve("gau_attention", backend, q.device, q.dtype, q.shape[-1])
@@ -94,8 +93,9 @@ def gau_attention(
     return _forward(q, k, v, gate, bias, lengths, cu_seqlens, score, rule, fixed or 1.0, causal, save, name)[0]
 
 
-def _normalizer(args: Arguments, score: str, normalizer: Any) -> float | None:
-    """The fixed n, or None for a rule given by name."""
+def check_options(args: Arguments, score: Any, normalizer: Any) -> float | None:
+    """Check score and normaliser, and return the fixed n, or None for a rule given by name."""
+    args.choice("score", score, SCORES)
     expected = "'keys', 'row' or a positive number"
     if isinstance(normalizer, str):
         if normalizer not in ("keys", "row"):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import autograd, dispatch
-from .state import Continuation, MixedChunkState, open_chunk
-from .validate import Arguments, autocast, readable
+from .state import FIELDS, Continuation, MixedChunkState, open_chunk
+from .validate import FLOATING, Arguments, autocast, readable, widened
 
 SCORES = ("relu2", "laplace")
 
@@ -61,7 +61,8 @@ def mixed_chunk_attention(
         lengths: (B,) integers, valid tokens of each right-padded row. Padding may hold anything; its output rows
             and gradients are 0.
         cu_seqlens: (G+1,) int32, G sequences packed end to end in one row (B = 1).
-        initial_state: continue causal sequences (one state row each) from here, at any token of a chunk.
+        initial_state: continue causal sequences (one state row each) from here, at any token of a chunk. A state of
+            another floating type is converted to this call's (`MixedChunkState.to`); another device is refused.
         return_state: also return the state after each sequence's last valid token (causal only).
         backend: "triton", "eager", "reference" or None for the best that can run.
 
@@ -82,18 +83,18 @@ def mixed_chunk_attention(
     op = "mixed_chunk_attention"
     quad_q, quad_k, lin_q, lin_k, v, gate = autocast(quad_q, quad_k, lin_q, lin_k, v, gate)
     args = _tensors(op, "N", quad_q, quad_k, lin_q, lin_k, v, gate)
-    args.integer("chunk_size", chunk_size, 1, "a whole number >= 1")
     args.flag("causal", causal)
     args.flag("return_state", return_state)
-    quad, lin = _options(args, score, chunk_size, quad_normalizer, lin_normalizer)
+    quad, lin = check_options(args, chunk_size, score, lin_normalizer, quad_normalizer)
     args.sequences(lengths, cu_seqlens)
+    lengths = widened(lengths)
     args.relative_bias(rel_bias, "B", chunk_size, "the chunk size")
     if not causal and (initial_state is not None or return_state):
         name = "return_state" if return_state else "initial_state"
         args.fail(name, "was given with causal=False", "causal=True: only causal sequences have a state")
     count = args.sizes["B"] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_state is not None:
-        _check_state(args, "initial_state", initial_state, count, chunk_size)
+        initial_state = _state(args, "initial_state", initial_state, count, chunk_size, quad_q.dtype)
 
     name = dispatch.resolve(op, backend, quad_q.device, quad_q.dtype, width=args.sizes["S"])
     if name == "reference":
@@ -163,7 +164,8 @@ def mixed_chunk_step(
         lin_k: (B, 1, S).
         v: (B, 1, E).
         gate: (B, 1, E) or None.
-        state: what came before; its buffers set the chunk size. `MixedChunkState.empty` starts a sequence.
+        state: what came before; its buffers set the chunk size. `MixedChunkState.empty` starts a sequence. A state
+            of another floating type is converted to this call's, as `mixed_chunk_attention` does.
         score: as in `mixed_chunk_attention`, like the options below.
         quad_normalizer: divisor of the local scores, C unless given.
         lin_normalizer: "tokens" or a number.
@@ -191,9 +193,9 @@ def mixed_chunk_step(
     args = _tensors(op, "1", quad_q, quad_k, lin_q, lin_k, v, gate)
     if quad_q.shape[1] != 1:
         args.fail("quad_q", f"has shape {tuple(quad_q.shape)}", "(B, 1, S): one token")
-    _check_state(args, "state", state, args.sizes["B"], None)
+    state = _state(args, "state", state, args.sizes["B"], None, quad_q.dtype)
     size = state.chunk_size
-    quad, lin = _options(args, score, size, quad_normalizer, lin_normalizer)
+    quad, lin = check_options(args, size, score, lin_normalizer, quad_normalizer)
     args.relative_bias(rel_bias, "B", size, "the chunk size")
 
     name = dispatch.resolve(op, backend, quad_q.device, quad_q.dtype, width=args.sizes["S"])
@@ -231,10 +233,11 @@ def _tensors(op: str, length: str, *tensors: Any) -> Arguments:
     return args
 
 
-def _options(
-    args: Arguments, score: Any, chunk_size: int, quad_normalizer: Any, lin_normalizer: Any
+def check_options(
+    args: Arguments, chunk_size: Any, score: Any, lin_normalizer: Any = "tokens", quad_normalizer: Any = None
 ) -> tuple[float, float | None]:
-    """Check the score, and return both normalisers; None stands for the number of tokens."""
+    """Check chunk size and score, and return both normalisers; None stands for the number of tokens."""
+    args.integer("chunk_size", chunk_size, 1, "a whole number >= 1")
     args.choice("score", score, SCORES)
     if quad_normalizer is not None:
         args.number("quad_normalizer", quad_normalizer, "a positive number or None", low=0, open_low=True)
@@ -247,9 +250,14 @@ def _options(
     return quad, None if lin_normalizer == "tokens" else float(lin_normalizer)
 
 
-def _check_state(args: Arguments, name: str, state: Any, count: int, chunk_size: int | None) -> None:
+def _state(
+    args: Arguments, name: str, state: Any, count: int, chunk_size: int | None, dtype: torch.dtype
+) -> MixedChunkState:
+    """Check a state, and return it in the types that a call in `dtype` computes and leaves its own in."""
     if not isinstance(state, MixedChunkState):
         args.fail(name, f"is a {type(state).__name__}", "a flashgau.MixedChunkState", TypeError)
+    for field, x in zip(FIELDS, state.tensors(), strict=True):
+        args.held(f"{name}.{field}", x)
     size = state.quad_k.shape[1] if state.quad_k.dim() == 3 else None
     if size is None or size != (chunk_size or size):
         got = f"has an open chunk of shape {tuple(state.quad_k.shape)}"
@@ -268,8 +276,12 @@ def _check_state(args: Arguments, name: str, state: Any, count: int, chunk_size:
             args.fail(f"{name}.{field}", f"has shape {given}", f"{shape}: one row for each sequence")
     if state.position.dtype != torch.int64:
         args.fail(f"{name}.position", f"has dtype {state.position.dtype}", "int64", TypeError)
+    for field, x in zip(FIELDS[:4], state.tensors(), strict=False):
+        if x.dtype not in FLOATING:
+            args.fail(f"{name}.{field}", f"has dtype {x.dtype}", "float16, bfloat16, float32 or float64", TypeError)
     if readable(state.position) and bool((state.position < 0).any()):
         args.fail(f"{name}.position", f"holds {int(state.position.min())}", "counts of tokens >= 0")
+    return state.to(dtype=dtype)
 
 
 def _own_state(state: Any) -> MixedChunkState:

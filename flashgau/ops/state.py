@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .validate import FLOATING, widened
+
+FIELDS = ("kv", "quad_k", "lin_k", "v", "position")  # of a state
 
 
 @dataclass(frozen=True)
 class MixedChunkState:
     """What a causal sequence leaves behind: constant in size, however long the sequence was.
+
+    `mixed_chunk_attention` and `mixed_chunk_step` take one of any floating type on their own device, and compute with
+    `state.to(dtype=...)` of their operands' type: so an fp32 state kept in fp16 costs what rounding it costs.
 
     Attributes:
         kv: (B, S, E) sum of lin_k^T v over closed chunks, fp32 (fp64 for fp64 input).
@@ -47,9 +56,8 @@ class MixedChunkState:
         device: torch.device | str | None = None,
     ) -> MixedChunkState:
         """The state before the first token: S = `width`, E = `value_width`, C = `chunk_size`."""
-        sums = torch.float64 if dtype == torch.float64 else torch.float32
         return cls(
-            kv=torch.zeros(batch, width, value_width, dtype=sums, device=device),
+            kv=torch.zeros(batch, width, value_width, dtype=_sums(dtype), device=device),
             quad_k=torch.zeros(batch, chunk_size, width, dtype=dtype, device=device),
             lin_k=torch.zeros(batch, chunk_size, width, dtype=dtype, device=device),
             v=torch.zeros(batch, chunk_size, value_width, dtype=dtype, device=device),
@@ -68,6 +76,7 @@ class MixedChunkState:
 
     def select(self, index: Tensor) -> MixedChunkState:
         """The rows `index` (a 1-D integer or boolean tensor) in that order, repeats allowed: for beam search."""
+        index = widened(index)  # PyTorch takes uint8 for a mask
         return MixedChunkState(*(t[index] for t in self.tensors()))
 
     def truncate(self, tokens: Tensor | int) -> MixedChunkState:
@@ -90,7 +99,9 @@ class MixedChunkState:
         """
         if isinstance(tokens, int) and not isinstance(tokens, bool):
             tokens = torch.full_like(self.position, tokens)
-        if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.shape != self.position.shape:
+        tokens = widened(tokens)
+        whole = isinstance(tokens, Tensor) and tokens.dtype in (torch.int32, torch.int64)
+        if not whole or tokens.shape != self.position.shape:
             got = f"shape {tuple(tokens.shape)}, {tokens.dtype}" if isinstance(tokens, Tensor) else repr(tokens)
             raise TypeError(f"truncate: `tokens` is {got}; expected an int or {tuple(self.position.shape)} integers")
         if bool(((tokens < 0) | (tokens > self.open_tokens)).any()):
@@ -103,6 +114,29 @@ class MixedChunkState:
         quad_k, lin_k, v = (torch.where(kept, t, 0) for t in (self.quad_k, self.lin_k, self.v))
         return MixedChunkState(self.kv, quad_k, lin_k, v, self.position - tokens)
 
+    def to(
+        self, device: torch.device | str | int | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> MixedChunkState:
+        """The state on another device or for operands of another type, or itself where nothing changes.
+
+        `dtype` is that of quad_k, lin_k and v; kv is then fp32, or fp64 for fp64. As with tensors, it may come first.
+        Gradients flow.
+
+        Raises:
+            TypeError: for a dtype that is not fp16, bf16, fp32 or fp64.
+
+        Example:
+            >>> import torch, flashgau
+            >>> state = flashgau.MixedChunkState.empty(1, 8, 16, chunk_size=4).to(torch.bfloat16)
+            >>> state.v.dtype, state.kv.dtype, state.position.dtype
+            (torch.bfloat16, torch.float32, torch.int64)
+        """
+        device, dtype = destination("MixedChunkState.to", device, dtype)
+        sums = None if dtype is None else _sums(dtype)
+        before, types = self.tensors(), (sums, dtype, dtype, dtype, None)
+        after = [moved(t, device, kind) for t, kind in zip(before, types, strict=True)]
+        return self if all(map(operator.is_, after, before)) else MixedChunkState(*after)
+
     def detach(self) -> MixedChunkState:
         """The same values, cut off from the graph: for truncated backpropagation through time."""
         return MixedChunkState(*(t.detach() for t in self.tensors()))
@@ -110,6 +144,27 @@ class MixedChunkState:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """kv, quad_k, lin_k, v, position."""
         return self.kv, self.quad_k, self.lin_k, self.v, self.position
+
+
+def _sums(dtype: torch.dtype) -> torch.dtype:
+    """The type of kv beside keys and values of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def destination(caller: str, device: Any, dtype: Any) -> tuple[torch.device | None, torch.dtype | None]:
+    """The arguments of a state's `to`, of which a dtype may come first."""
+    if isinstance(device, torch.dtype) and dtype is None:
+        device, dtype = None, device
+    if dtype is not None and dtype not in FLOATING:
+        raise TypeError(f"{caller}: `dtype` is {dtype!r}; expected float16, bfloat16, float32 or float64")
+    return None if device is None else torch.device(device), dtype
+
+
+def moved(x: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
+    """x there and in that type; None keeps what it has."""
+    if (dtype is None or x.dtype == dtype) and (device is None or x.device == device):
+        return x  # as x.to would, in a tenth of its time
+    return x.to(device=x.device if device is None else device, dtype=x.dtype if dtype is None else dtype)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 import numbers
 import re
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from .. import pytorch
 _DENSE = torch.strided
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OFFSETS = (torch.int32, torch.int64)
-_INTEGERS = (*_OFFSETS, torch.int16, torch.uint8, torch.int8)
+_NARROW = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32, torch.uint64)
+_INTEGERS = (*_OFFSETS, *_NARROW)
 
 
 class Arguments:
@@ -83,6 +84,11 @@ class Arguments:
         if not isinstance(value, bool):
             self.fail(name, f"is {value!r}", "True or False", TypeError)
 
+    def flags(self, **values: Any) -> None:
+        """Several of them."""
+        for name, value in values.items():
+            self.flag(name, value)
+
     def choice(self, name: str, value: Any, options: tuple[str, ...]) -> None:
         """One of a few words."""
         if value not in options:
@@ -126,13 +132,8 @@ class Arguments:
         if cu_seqlens_k is not None and cu_seqlens is None:
             self.fail("cu_seqlens_k", "was given without `cu_seqlens`", "both or neither")
         if lengths is not None:
-            self._integers("lengths", lengths, _INTEGERS)
-            self._shape("lengths", lengths, "B")
-            if readable(lengths):
-                values = lengths.tolist()
-                wrong = [x for x in values if not 0 <= x <= self.sizes["N"]]
-                if wrong:
-                    self.fail("lengths", f"holds {wrong[0]}", f"values from 0 to N = {self.sizes['N']}")
+            values = self.counts("lengths", lengths)
+            if values is not None:
                 longest = max([*values, 0 if queries == self.sizes["N"] else queries])
         if cu_seqlens is not None:
             if self.sizes["B"] != 1:
@@ -164,6 +165,18 @@ class Arguments:
             self.fail(name, f"is {_short(values)}", f"non-decreasing offsets from 0 to {letter} = {total}")
         return max((b - a for a, b in itertools.pairwise(values)), default=0)
 
+    def counts(self, name: str, x: Any, low: int = 0) -> list[int] | None:
+        """(B,) integers of any type from `low` to N, of whatever has B and N; their values where those are readable."""
+        self._integers(name, x, _INTEGERS)
+        self._shape(name, x, "B")
+        if not readable(x):
+            return None
+        values: list[int] = x.tolist()
+        for value in values:
+            if not low <= value <= self.sizes["N"]:
+                self.fail(name, f"holds {value}", f"values from {low} to N = {self.sizes['N']}")
+        return values
+
     def relative_bias(self, bias: Any, leading: str, longest: int, what: str = "the longest sequence") -> None:
         """A Toeplitz vector (..., 2P-1), broadcastable to the leading axes, with P >= `longest`."""
         if bias is None:
@@ -192,11 +205,21 @@ class Arguments:
         self._floating_beside(name, x, _spelled(axes))
         self._shape(name, x, axes)
 
+    def shaped(self, name: str, x: Tensor, axes: str) -> None:
+        """A tensor of any kind whose axes have these names."""
+        self._shape(name, x, axes)
+
     def indices(self, name: str, x: Any, axes: str) -> Tensor:
         """A tensor of integers whose axes have these names; narrow ones are widened, so that sums do not wrap."""
         self._integers(name, x, _INTEGERS)
         self._shape(name, x, axes)
-        return x if x.dtype in _OFFSETS else x.long()
+        return widened(x)
+
+    def held(self, name: str, x: Any) -> None:
+        """A tensor of a state: on the device of the call's."""
+        if not isinstance(x, Tensor):
+            self.fail(name, f"is a {type(x).__name__}", "a torch.Tensor", TypeError)
+        self._same_device(name, x)
 
     def _floating_beside(self, name: str, x: Any, expected: str) -> None:
         assert self._first is not None
@@ -239,6 +262,14 @@ class Arguments:
             source = " and ".join(f"`{o}`" for o in origins)
             note = f" with {given} as in {source}" if known else ""
             self.fail(name, f"has shape {tuple(x.shape)}", _spelled(axes) + note)
+
+
+Value = TypeVar("Value")
+
+
+def widened(x: Value) -> Value:
+    """Integers too narrow to compute with, as int64: 0 - 1 is 255 in uint8, and uint16 has no arithmetic at all."""
+    return x.to(torch.int64) if isinstance(x, Tensor) and x.dtype in _NARROW else x
 
 
 def readable(x: Tensor) -> bool:
