@@ -21,6 +21,7 @@ from flashgau.cli.console import (
     USAGE,
     dump_json,
     fail,
+    failing,
     make_console,
     mebibytes,
     seconds,
@@ -291,7 +292,7 @@ def demo(
     if not 0 < minutes < math.inf:
         fail("demo", f"--minutes is {minutes}; expected a positive number", USAGE)
     console = make_console(stderr=as_json)
-    try:
+    with failing("demo"):
         moved = fresh_folder(out)
         if moved is not None:
             console.print(f"the older {out} is now {moved}", soft_wrap=True)
@@ -301,8 +302,6 @@ def demo(
         except Interrupted:
             console.print(f"\nstopped; what was done is in {out / REPORT}", soft_wrap=True)
             raise typer.Exit(INTERRUPTED) from None
-    except (OSError, ValueError, FloatingPointError) as error:
-        fail("demo", str(error))
     if as_json:
         print(dump_json(show.facts))
     console.print(f"\n{seconds(show.facts['seconds'])}; the report is {out / REPORT}", soft_wrap=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashgau.cli.console import USAGE, dump_json, fail
+from flashgau.cli.console import USAGE, dump_json, fail, failing, output_lost
 from flashgau.cli.demo import printable
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def open_checkpoint(command: str, path: Path, device: str) -> tuple[Any, TrainCo
     if path.is_dir():
         path = next((path / name for name in ("best.safetensors", "last.safetensors") if (path / name).exists()), path)
     config = None
-    try:
+    with failing(command):
         try:
             model: Any = training.load_model(path, where)
             config = training.load_config(path)
@@ -55,8 +55,6 @@ def open_checkpoint(command: str, path: Path, device: str) -> tuple[Any, TrainCo
                 model = models.load(path, where)
             except (OSError, ValueError):
                 raise error from None  # the file is no model by itself either
-    except (OSError, ValueError) as error:
-        fail(command, str(error))
     tokens = model.config.vocab_size
     if (type(model), tokens) not in ((models.CausalLM, 256), (models.MaskedLM, 257)):
         found = f"{type(model).__name__} with a vocabulary of {tokens}"
@@ -129,11 +127,13 @@ def sample(
         if not as_json:
             sys.stdout.write(pieces[-1])
             sys.stdout.flush()
+            if output_lost():
+                raise typer.Exit()  # nobody reads on
 
     if not as_json and prompt != "\n":
         sys.stdout.write(printable(prompt))
     began = time.perf_counter()
-    try:
+    with failing("sample"):
         new = model.generate(
             torch.tensor([list(os.fsencode(prompt))], device=where),
             max_new,
@@ -144,8 +144,6 @@ def sample(
             stop=stops or None,
             stream=lambda column: show(decoder.decode(bytes(column.tolist()))),
         )
-    except ValueError as error:
-        fail("sample", str(error).removeprefix("sample: "))
     elapsed = time.perf_counter() - began
     show(decoder.decode(b"", final=True))
     count = new.shape[1]
