@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..models import CausalLM, MaskedLM, ModelConfig
 from ..nn import FLASH, GAU, RotaryEmbedding, ScaleNorm, T5Bias
-from .state import Source, State, differences, layer_count, read_state, size_of
+from ..tensors import differences
+from .state import Source, State, layer_count, read_state, shapes_of, size_of
 
 BUCKETS, MAX_DISTANCE = 32, 128  # of its T5 bias; no option of its layers changes them
 HEAD_ORDER = ("quad_q", "lin_q", "quad_k", "lin_k")  # rows of its OffsetScale
@@ -386,7 +387,7 @@ def _our_state(ours: Any, state: State) -> dict[str, Tensor]:
 
 
 def _check_keys(kind: str, given: State, expected: State) -> None:
-    problems = differences(given, {key: tuple(value.shape) for key, value in expected.items()})
+    problems = differences(shapes_of(given), shapes_of(expected))
     for key in expected:
         if key.endswith((FREQUENCY_KEY, "abs_pos_emb.inv_freq")) and key in given:
             theirs, ours = given[key].float(), expected[key].float()

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from ..models import Encoder, MaskedLM, ModelConfig
-from .state import Source, State, differences, layer_count, read_state, size_of
+from ..tensors import differences
+from .state import Source, State, layer_count, read_state, shapes_of, size_of
 
 PREFIX = "gau_alpha."  # of the encoder's keys in a model with a head
 WORDS, TYPES = "embeddings.word_embeddings.weight", "embeddings.token_type_embeddings.weight"
@@ -71,7 +72,7 @@ def from_gau_alpha(source: Source, *, mlm: bool | None = None, token_type: int =
     if DECODER in state:
         expected[DECODER] = ("V", "d")
     known = {key: tuple(sizes.get(axis, axis) for axis in shape) for key, shape in expected.items()}
-    problems = differences(state, known)
+    problems = differences(shapes_of(state), known)
     if problems:
         raise ValueError(f"from_gau_alpha: not the state dict of a GAU-alpha: {'; '.join(problems)}")
     if not isinstance(token_type, int) or not 0 <= token_type < sizes["T"]:

@@ -1,17 +1,17 @@
-"""State dicts of elsewhere: read from modules, mappings and files, and held against what is expected."""
+"""State dicts of elsewhere: read from modules, mappings and files, and what they tell of sizes."""
 
 from __future__ import annotations
 
 import os
-import pickle
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from ..tensors import open_safetensors, read_pickle
 
 State = Mapping[str, Tensor]
 Source = nn.Module | State | str | os.PathLike[str]
@@ -31,69 +31,43 @@ def read_state(caller: str, source: Any) -> State:
     if isinstance(source, nn.Module):
         return source.state_dict()
     if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        source = _read_safetensors(caller, path) if path.suffix == ".safetensors" else _read_pickle(caller, path)
+        source = _read_file(caller, Path(source))
     if not isinstance(source, Mapping):
         raise TypeError(
             f"{caller}: `source` is a {type(source).__name__}; expected a module, a state dict or the path of one"
         )
     others = [f"{key!r} is a {type(value).__name__}" for key, value in source.items() if not isinstance(value, Tensor)]
+    others += [f"the name {key!r} is a {type(key).__name__}" for key in source if not isinstance(key, str)]
     if others:
         raise TypeError(f"{caller}: `source` is no state dict: {'; '.join(others)}; expected tensors by name")
     return source
 
 
-def _read_safetensors(caller: str, path: Path) -> State:
+def _read_file(caller: str, path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{caller}: `source` is {path}, where no file is")
-    try:
-        with safe_open(path, "pt") as file:
-            names = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, UnicodeDecodeError) as error:
-        raise ValueError(f"{caller}: {path} is damaged or not a safetensors file: {error}") from error
+    subject = f"{caller}: {path}"
+    if path.suffix != ".safetensors":
+        return _checked(subject, read_pickle(path, subject))
+    with open_safetensors(path, subject) as file:
+        tensors = {name: file.read(name) for name in file.names}
     # `safetensors.torch.save_model` writes a tensor of several names once, and notes the other names in the metadata.
-    return tensors | {other: tensors[name] for other, name in names.items() if name in tensors and other not in tensors}
+    names = file.metadata.items()
+    return tensors | {other: tensors[name] for other, name in names if name in tensors and other not in tensors}
 
 
-def _read_pickle(caller: str, path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"{caller}: `source` is {path}, where no file is")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{caller}: {path} cannot be read by torch.load with weights_only=True; expected the file of a state dict"
-        ) from error
+def _checked(subject: str, found: Any) -> Any:
+    """What torch.load found, if every tensor has a number of its own for every entry: sizes of layers come from it."""
+    tensors = {name: t for name, t in found.items() if isinstance(t, Tensor)} if isinstance(found, Mapping) else {}
+    for name, t in tensors.items():
+        if t.layout != torch.strided or t.numel() * t.element_size() > t.untyped_storage().nbytes():
+            raise ValueError(f"{subject}: {name} {tuple(t.shape)} is sparse or repeats its numbers; expected dense ones")
+    return found
 
 
-def differences(given: State, expected: Mapping[str, tuple[Any, ...]]) -> list[str]:
-    """Every missing and unexpected key and every other shape, in words.
-
-    Args:
-        given: the state dict.
-        expected: shapes by name; an axis whose size nothing tells is a letter, and not compared.
-
-    Example:
-        >>> import torch
-        >>> differences({"a": torch.zeros(2, 3), "b": torch.zeros(1)}, {"a": (2, "d"), "c": (4,)})
-        ['missing c (4,)', 'unexpected b']
-    """
-    problems = [f"missing {key} {_shown(shape)}" for key, shape in expected.items() if key not in given]
-    problems += [f"unexpected {key}" for key in given if key not in expected]
-    for key, shape in expected.items():
-        if key in given and not _fits(given[key].shape, shape):
-            problems.append(f"{key} has shape {tuple(given[key].shape)}, expected {_shown(shape)}")
-    return problems
-
-
-def _fits(shape: torch.Size, expected: tuple[Any, ...]) -> bool:
-    pairs = zip(shape, expected, strict=False)
-    return len(shape) == len(expected) and all(isinstance(wanted, str) or size == wanted for size, wanted in pairs)
-
-
-def _shown(shape: tuple[Any, ...]) -> str:
-    return f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
+def shapes_of(state: State) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def size_of(state: State, places: Iterable[tuple[str, int, int]]) -> int | None:

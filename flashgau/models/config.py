@@ -10,6 +10,16 @@ from typing import Any
 KINDS = ("flash", "flash-quad", "transformer", "transformer++", "mc-tfm++")
 UNIT_KINDS = ("flash", "flash-quad")  # stacks of gated units, two of which replace attention + feed-forward
 
+# What the annotations below say, for values out of a file.
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "a str"),
+    "str | None": ((str, type(None)), "a str or None"),
+    "int": ((int,), "an int"),
+    "int | None": ((int, type(None)), "an int or None"),
+    "bool": ((bool,), "True or False"),
+    "dict[str, Any]": ((dict,), "a dict of keyword arguments"),
+}
+
 # dim, pairs of attention and feed-forward layer, heads, key_dim, chunk_size, vocab_size. "base" is the paper's.
 SIZES = {
     "tiny": (128, 2, 4, 64, 64, 256),
@@ -72,15 +82,22 @@ class ModelConfig:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            kinds, expected = _TYPES[str(f.type)]
+            value = getattr(self, f.name)
+            if type(value) not in kinds:
+                raise TypeError(f"ModelConfig: `{f.name}` is {value!r}; expected {expected}")
+            if type(value) is int and value < 1:
+                raise ValueError(f"ModelConfig: `{f.name}` is {value}; expected at least 1")
         if self.kind not in KINDS:
             raise ValueError(f"ModelConfig: `kind` is {self.kind!r}; expected one of {', '.join(KINDS)}")
-        for name in ("vocab_size", "dim", "depth", "heads", "key_dim", "chunk_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ModelConfig: `{name}` is {getattr(self, name)}; expected at least 1")
         if self.positions not in (None, "none", "scaled_sin"):
             raise ValueError(f"ModelConfig: `positions` is {self.positions!r}; expected 'none' or 'scaled_sin'")
-        # What JSON makes of it (tuples become lists), so that a configuration equals its own copy on disk.
-        object.__setattr__(self, "layer", json.loads(json.dumps(self.layer)))
+        try:
+            # What JSON makes of it (tuples become lists), so that a configuration equals its own copy on disk.
+            object.__setattr__(self, "layer", json.loads(json.dumps(self.layer)))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TypeError(f"ModelConfig: `layer` is no JSON object ({error}); expected plain values") from error
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> ModelConfig:
@@ -108,9 +125,16 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """The configuration with these fields; the others have their defaults."""
+        """The configuration with these fields; the others have their defaults.
+
+        Raises:
+            ValueError: there is no such field, or its value is not possible.
+            TypeError: a value is of another type, or `values` are none by name.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"ModelConfig: `values` is a {type(values).__name__}; expected values by names of fields")
         known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(map(str, set(values) - known))
         if unknown:
             raise ValueError(
                 f"ModelConfig: no field is called {', '.join(unknown)}; fields: {', '.join(sorted(known))}"
@@ -123,8 +147,12 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, text: str) -> ModelConfig:
-        """Read what `to_json` wrote."""
-        return cls.from_dict(json.loads(text))
+        """Read what `to_json` wrote; errors are those of `from_dict`, and ValueError for what is no JSON."""
+        try:
+            values = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("ModelConfig: `text` is nested too deeply; expected what `to_json` wrote") from error
+        return cls.from_dict(values)
 
     def to_json(self) -> str:
         """All fields as a JSON object."""

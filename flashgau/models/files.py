@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..files import atomic_write
+from ..tensors import TensorFile, differences, open_safetensors
 from .config import ModelConfig
 
 KEY = "flashgau_model"  # of the header's metadata
+_LAYER = re.compile(r"stack\.layers\.(\d+)\.")
+_SHOWN = 400  # characters of a reason, which may quote the file
 
 
 def write_model(
@@ -26,27 +29,82 @@ def write_model(
     path = Path(path)
     if path.exists() and not overwrite:
         raise FileExistsError(f"save: `path` is {path}, which exists; expected a new name, or `overwrite=True`")
+    for key, value in tensors.items():
+        if hasattr(value, "device_mesh"):
+            raise ValueError(
+                f"save: `{key}` is sharded, and this process holds a part of it; expected whole tensors: take them with "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict and its option `full_state_dict`, load "
+                "them into a model of the same configuration, and save that"
+            )
+        if value.is_meta:
+            raise ValueError(f"save: `{key}` is on the device 'meta', which holds no numbers; expected a real device")
     description = json.dumps({"class": name, "config": config.to_dict()})
     content = to_bytes({key: value.contiguous() for key, value in tensors.items()}, {"format": "pt", KEY: description})
     with atomic_write(path) as stream:
         stream.write(content)
 
 
-def read_model(path: str | os.PathLike[str], device: torch.device | str) -> tuple[str, ModelConfig, dict[str, Tensor]]:
-    """The class name, configuration and tensors that `write_model` wrote."""
+def read_model(
+    path: str | os.PathLike[str], device: torch.device | str, classes: Mapping[str, Callable[..., nn.Module]]
+) -> nn.Module:
+    """The model, one of `classes` by name, that `write_model` wrote.
+
+    Nothing is allocated from the numbers in its configuration before names and shapes of the tensors it implies have
+    been found equal to those in the file.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"load: `path` is {path}, where no file is; expected one that a model's `save` wrote")
+    with open_safetensors(path, f"load: {path}") as file:
+        make, config = _described(path, file, classes)
+        _check_shapes(path, file, make, config)
+        tensors = {name: file.read(name, device) for name in file.names}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"load: {path} holds {name} in {tensor.dtype}; expected a floating type")
+    model = make(config, device=device)
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def _described(
+    path: Path, file: TensorFile, classes: Mapping[str, Callable[..., nn.Module]]
+) -> tuple[Callable[..., nn.Module], ModelConfig]:
+    """Class and configuration that the header names."""
+    if KEY not in file.metadata:
+        raise ValueError(
+            f"load: {path} holds no model's configuration; expected a file that a model's `save` wrote "
+            "(`flashgau.training.load_model` reads checkpoints of a training run)"
+        )
     try:
-        with safe_open(path, "pt", device=str(device)) as file:
-            description = (file.metadata() or {}).get(KEY)
-            if description is None:
-                raise ValueError(
-                    f"load: {path} holds no model's configuration; expected a file that a model's `save` wrote "
-                    "(`flashgau.training.load_model` reads checkpoints of a training run)"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, UnicodeDecodeError) as error:
-        raise ValueError(f"load: {path} is damaged or not a safetensors file: {error}") from error
-    described: dict[str, Any] = json.loads(description)
-    return described["class"], ModelConfig.from_dict(described["config"]), tensors
+        described = json.loads(file.metadata[KEY])
+        if not isinstance(described, dict) or not {"class", "config"} <= described.keys():
+            raise ValueError("expected a `class` and its `config`")
+        if described["class"] not in classes:
+            raise ValueError(f"it holds a {described['class']}; expected one of {', '.join(classes)}")
+        return classes[described["class"]], ModelConfig.from_dict(described["config"])
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"load: {path} describes no model of this version: {_short(error)}") from error
+
+
+def _check_shapes(path: Path, file: TensorFile, make: Callable[..., nn.Module], config: ModelConfig) -> None:
+    """Refuse a file whose tensors are not those of its configuration."""
+    numbers = {match[1] for match in map(_LAYER.match, file.names) if match}
+    if config.depth != len(numbers):  # which bounds the number of modules
+        problems = [f"`depth` is {config.depth}, and there are {len(numbers)} layers"]
+    else:
+        try:
+            expected = make(config, device="meta").state_dict()
+        except Exception as error:  # whatever a number or option out of a file makes of the layers
+            raise ValueError(f"load: {path} describes no model of this version: {_short(error)}") from error
+        problems = differences(file.shapes(), {name: tuple(value.shape) for name, value in expected.items()})
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        found = _short("; ".join(problems[:4]))
+        raise ValueError(f"load: {path} does not fit its own configuration: {found}{more}")
+
+
+def _short(reason: BaseException | str) -> str:
+    """A reason in one line of bounded length."""
+    text = " ".join(str(reason).split()) or type(reason).__name__
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."

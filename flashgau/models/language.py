@@ -365,15 +365,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Ca
         >>> type(again).__name__, again.config == model.config
         ('CausalLM', True)
     """
-    name, config, tensors = read_model(path, device)
-    classes: dict[str, Any] = {c.__name__: c for c in (CausalLM, MaskedLM, Encoder)}
-    if name not in classes:
-        raise ValueError(f"load: {path} holds a {name}; expected one of {', '.join(classes)}")
-    model = classes[name](config, device=device)
-    try:
-        model.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"load: {path} does not fit its own configuration: {error}") from error
+    model: Any = read_model(path, device, {c.__name__: c for c in (CausalLM, MaskedLM, Encoder)})
     return model.eval()
 
 

@@ -50,14 +50,16 @@ class TransformerBlock(nn.Module):
     def __init__(self, config: ModelConfig, causal: bool, **factory: Any) -> None:
         super().__init__()
         plain = config.kind == "transformer"
-        options: dict[str, Any] = {"kv_heads": config.kv_heads, "causal": causal} | factory
+        options: dict[str, Any] = {"kv_heads": config.kv_heads}
         if plain:
             options |= {"rotary_dim": 0}
         if config.kind == "mc-tfm++":
             options |= {"chunk_size": config.chunk_size}
         mixer = MultiHeadMixedChunk if config.kind == "mc-tfm++" else MultiHeadAttention
         self.attention_norm = make_norm(config.norm, config.dim, **factory)
-        self.attention: Any = mixer(config.dim, config.heads, **(options | config.layer))
+        # Apart, so that `layer` cannot decide them: a model out of a file is put where its caller says.
+        own = {"causal": causal, **factory}
+        self.attention: Any = mixer(config.dim, config.heads, **(options | config.layer), **own)
         self.feedforward_norm = make_norm(config.norm, config.dim, **factory)
         self.feedforward: nn.Module
         if plain:

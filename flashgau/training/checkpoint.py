@@ -12,15 +12,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..files import atomic_write
+from ..tensors import TensorFile, open_safetensors
 
 FORMAT = 1
 _KEY = "flashgau"
@@ -54,11 +54,10 @@ def _raw(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Hash of names, types, shapes and contents: a safetensors file alone does not notice a changed byte."""
+def _tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash of names (in order), types, shapes and contents: a safetensors file does not notice a changed byte."""
     state = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for name, tensor in tensors:
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         state.update(_raw(tensor))
     return state.hexdigest()
@@ -78,7 +77,7 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
     # Wide elements first: every tensor then begins at a multiple of its element size.
     order = sorted(held, key=lambda name: (-held[name].element_size(), name))
     # The header vouches for the metadata, and the metadata for the tensors.
-    content = {"format": FORMAT, "tensors_digest": _tensors_digest(held), **metadata}
+    content = {"format": FORMAT, "tensors_digest": _tensors_digest(sorted(held.items())), **metadata}
     text = json.dumps(content, sort_keys=True, allow_nan=False)
     header: dict[str, Any] = {"__metadata__": {_KEY: text, "digest": _text_digest(text)}}
     end = 0
@@ -106,47 +105,52 @@ def read_metadata(path: Path) -> dict[str, Any]:
         CheckpointError: the file is not a checkpoint of flashgau.
     """
     with _opened(path) as file:
-        return _metadata(path, file)
+        return _metadata(path, file.metadata)
 
 
 def read_checkpoint(
     path: Path, wanted: Callable[[str], bool] = lambda name: True
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (on the CPU) and metadata of a checkpoint.
+    """Tensors (on the CPU, each in memory of its own) and metadata of a checkpoint.
 
     Args:
         path: the file.
-        wanted: which tensors to return, by name. All of them are read, to verify the contents.
+        wanted: which tensors to return, by name. All of them are read, one by one, to verify the contents.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: the file is damaged, or is not a checkpoint of flashgau.
     """
+    tensors: dict[str, Tensor] = {}
+
+    def read(file: TensorFile) -> Iterator[tuple[str, Tensor]]:
+        for name in sorted(file.names):
+            tensor = file.read(name)
+            if wanted(name):
+                tensors[name] = tensor
+            yield name, tensor
+
     with _opened(path) as file:
-        metadata = _metadata(path, file)
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    if metadata["tensors_digest"] != _tensors_digest(tensors):
+        metadata = _metadata(path, file.metadata)
+        digest = _tensors_digest(read(file))
+    if metadata["tensors_digest"] != digest:
         raise CheckpointError(f"checkpoint {path} is damaged: its contents do not match their checksum")
-    return {name: tensor for name, tensor in tensors.items() if wanted(name)}, metadata
+    return tensors, metadata
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[TensorFile]:
     """The safetensors file at `path`, with every way of being unreadable turned into a CheckpointError."""
     if not path.exists():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} is not a file")
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged or not a safetensors file: {error}") from error
+    with open_safetensors(path, f"checkpoint {path}", CheckpointError) as file:
+        yield file
 
 
-def _metadata(path: Path, file: Any) -> dict[str, Any]:
+def _metadata(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     """The JSON value in the header, verified."""
-    header = file.metadata() or {}
     if _KEY not in header or "digest" not in header:
         raise CheckpointError(f"checkpoint {path} was not written by `flashgau train`: it has no training state")
     if header["digest"] != _text_digest(header[_KEY]):
