@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import typer
 
@@ -27,66 +27,65 @@ USAGE = 2
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 
-class Outlet(io.RawIOBase):
-    """The bottom of a standard stream: what can no longer be written is dropped, and the reason is kept in `lost`.
+class Output(io.TextIOBase):
+    """A standard stream whose reader may go away: what can no longer be written is dropped, and `lost` says why.
+
+    It has no `buffer`, so that nobody writes past it.
 
     Args:
-        sink: what takes the bytes; None in a process that was started without this stream.
+        stream: where the text goes; None in a process that was started without it.
     """
 
-    def __init__(self, sink: Any) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         super().__init__()
-        self.sink = sink
+        self.stream = stream
         self.lost: OSError | None = None
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self.stream, "encoding", None) or "utf-8"
 
     def writable(self) -> bool:
         return True
 
     def isatty(self) -> bool:
-        return self.sink is not None and self.sink.isatty()
+        return self.stream is not None and self.stream.isatty()
 
     def fileno(self) -> int:
-        if self.sink is None:
+        if self.stream is None:
             raise io.UnsupportedOperation("fileno")
-        return self.sink.fileno()
+        return self.stream.fileno()
 
-    def write(self, data: Any) -> int:
-        if self.lost is None:
-            try:
-                if self.sink is None:
-                    raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-                return self.sink.write(data)
-            except OSError as error:
-                self.lost = error
-        return len(data)
+    def write(self, text: str) -> int:
+        self._attempt(lambda stream: stream.write(text))
+        return len(text)
 
+    def flush(self) -> None:
+        self._attempt(lambda stream: stream.flush())
 
-class Output(io.TextIOWrapper):
-    """A standard stream to which any text can be written in any encoding, whatever becomes of its reader.
-
-    Args:
-        stream: what it stands for; None if there is none.
-        errors: what becomes of a character that its encoding lacks: "replace" writes a question mark.
-    """
-
-    def __init__(self, stream: Any, errors: str) -> None:
-        buffer = None if stream is None else stream.buffer
-        # Past the stream's own buffer, which would keep what it cannot write, and fail with it once more at the end.
-        self.outlet = Outlet(getattr(buffer, "raw", buffer))
-        super().__init__(
-            io.BufferedWriter(self.outlet),
-            encoding=getattr(stream, "encoding", "utf-8"),
-            errors=errors,
-            line_buffering=getattr(stream, "line_buffering", True),
-        )
+    def _attempt(self, action: Callable[[TextIO], object]) -> None:
+        if self.lost is not None:
+            return
+        try:
+            if self.stream is None:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            action(self.stream)
+        except OSError as error:
+            self.lost = error
+            if self.stream is not None:
+                # It keeps what it could not write, and would fail with it once more when Python ends.
+                with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+                    os.dup2(nowhere.fileno(), self.stream.fileno())
+                    self.stream.flush()
 
 
 def with_outputs(program: str, action: Callable[[], int]) -> int:
     """The exit status of `action`, which prints whatever it likes and is never ended by that.
 
-    Inside, standard output and error are `Output`s. If some of the output could not be written, a line on standard
-    error says so, and a success becomes a failure. Only a reader that went away (`| head`) has had what it wanted: then
-    the status stays. What is lost of standard error is not missed. Warnings are one line too.
+    Inside, standard output and error are `Output`s, and a character that the encoding of standard output lacks becomes
+    a question mark. If some of the output could not be written, a line on standard error says so, and a success becomes
+    a failure. Only a reader that went away (`| head`) has had what it wanted: then the status stays. What is lost of
+    standard error is not missed. Warnings are one line too.
 
     Args:
         program: begins the line.
@@ -99,38 +98,45 @@ def with_outputs(program: str, action: Callable[[], int]) -> int:
         while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass
         os.close(number)
-    for stream in standard:
-        if stream is not None:
-            with contextlib.suppress(OSError):
-                stream.flush()
-    replaced = [stream is None or hasattr(stream, "buffer") for stream in standard]
-    out, err = (
-        Output(stream, errors) if wanted else stream
-        for stream, errors, wanted in zip(standard, ("replace", "backslashreplace"), replaced, strict=True)
-    )
+    out, err = Output(standard[0]), Output(standard[1])
     usual = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_: f"{program}: {' '.join(str(message).split())}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"{program}: {' '.join(str(message).split())}\n"
     sys.stdout, sys.stderr = out, err
     try:
-        status = action()
-        out.flush()
-        lost = out.outlet.lost if isinstance(out, Output) else None
-        if lost is not None:
-            print(f"{program}: cannot write to standard output: {lost.strerror}", file=err)
-            if not isinstance(lost, BrokenPipeError):
+        with _replacing(standard[0]):
+            status = action()
+            out.flush()
+        if out.lost is not None:
+            print(f"{program}: cannot write to standard output: {out.lost.strerror}", file=err)
+            if not isinstance(out.lost, BrokenPipeError):
                 status = status or FAILURE
         return status
     finally:
-        with contextlib.suppress(OSError):
-            out.flush()
-            err.flush()
+        out.flush()
+        err.flush()
         sys.stdout, sys.stderr = standard
         warnings.formatwarning = usual
 
 
+@contextlib.contextmanager
+def _replacing(stream: TextIO | None) -> Iterator[None]:
+    """Inside, `stream` replaces what its encoding lacks. (Standard error does so by itself.)"""
+    if not isinstance(stream, io.TextIOWrapper):
+        yield
+        return
+    usual = stream.errors
+    with contextlib.suppress(OSError):  # which it may have had before
+        stream.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            stream.reconfigure(errors=usual)
+
+
 def output_lost() -> bool:
     """Whether what is written to standard output from now on is lost."""
-    return isinstance(sys.stdout, Output) and sys.stdout.outlet.lost is not None
+    return isinstance(sys.stdout, Output) and sys.stdout.lost is not None
 
 
 def make_console(stderr: bool = False) -> Console:
@@ -159,8 +165,18 @@ def make_table(*columns: str, right: tuple[str, ...] = (), fixed: tuple[str, ...
 
 def fail(command: str, message: str, code: int = FAILURE) -> NoReturn:
     """End `command` with one line on standard error and an exit status (1 failure, 2 wrong use)."""
-    print(f"flashgau {command}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"flashgau {command}: {printable(' '.join(message.split()))}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, which a young model does write, shown as the replacement character.
+
+    Example:
+        >>> printable("def f():\\n\\treturn\\x1b[2J")
+        'def f():\\n\\treturn\\ufffd[2J'
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 @contextlib.contextmanager
@@ -210,6 +226,8 @@ def seconds(value: float) -> str:
         >>> seconds(0.00042), seconds(0.0321), seconds(7.25), seconds(143.4)
         ('0.42 ms', '32.1 ms', '7.2 s', '2 min 23 s')
     """
+    if not value < 1e10:
+        return "centuries"
     if value < 1e-3:
         return f"{value * 1e3:.2f} ms"
     if value < 1:

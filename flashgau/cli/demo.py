@@ -24,6 +24,7 @@ from flashgau.cli.console import (
     failing,
     make_console,
     mebibytes,
+    printable,
     seconds,
 )
 
@@ -239,16 +240,6 @@ class Demo:
             memory_limit=None if available is None else available // 2,
             on_point=tell,
         )
-
-
-def printable(text: str) -> str:
-    """`text` with control characters, which a young model does write, shown as the replacement character.
-
-    Example:
-        >>> printable("def f():\\n\\treturn\\x1b[2J")
-        'def f():\\n\\treturn\\ufffd[2J'
-    """
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def state_bytes(model: Any, tokens: Tensor) -> int:

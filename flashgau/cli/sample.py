@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashgau.cli.console import USAGE, dump_json, fail, failing, output_lost
-from flashgau.cli.demo import printable
+from flashgau.cli.console import USAGE, dump_json, fail, failing, output_lost, printable
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +54,8 @@ def open_checkpoint(command: str, path: Path, device: str) -> tuple[Any, TrainCo
                 model = models.load(path, where)
             except (OSError, ValueError):
                 raise error from None  # the file is no model by itself either
+    if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
+        fail(command, f"{path} holds weights that are infinite or no numbers")
     tokens = model.config.vocab_size
     if (type(model), tokens) not in ((models.CausalLM, 256), (models.MaskedLM, 257)):
         found = f"{type(model).__name__} with a vocabulary of {tokens}"
@@ -123,15 +124,14 @@ def sample(
     pieces: list[str] = []
 
     def show(text: str) -> None:
+        head = printable(prompt) if not pieces and prompt != "\n" else ""
         pieces.append(printable(text))
         if not as_json:
-            sys.stdout.write(pieces[-1])
+            sys.stdout.write(head + pieces[-1])
             sys.stdout.flush()
             if output_lost():
                 raise typer.Exit()  # nobody reads on
 
-    if not as_json and prompt != "\n":
-        sys.stdout.write(printable(prompt))
     began = time.perf_counter()
     with failing("sample"):
         new = model.generate(
