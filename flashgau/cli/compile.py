@@ -17,7 +17,7 @@ def compile(
         str, typer.Option(metavar="NAMES", help="Architectures, separated by commas, such as sm_90 or gfx942.")
     ] = TARGETS,
     processes: Annotated[
-        int, typer.Option(metavar="N", min=0, help="How many compile at once; 0 for one per processor.")
+        int, typer.Option(metavar="N", min=0, max=1024, help="How many compile at once; 0 for one per processor.")
     ] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> int:

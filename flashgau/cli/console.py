@@ -43,24 +43,30 @@ class Output(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
+        """The stream's own."""
         return getattr(self.stream, "encoding", None) or "utf-8"
 
     def writable(self) -> bool:
+        """It always looks so."""
         return True
 
     def isatty(self) -> bool:
+        """Whether the stream is a terminal."""
         return self.stream is not None and self.stream.isatty()
 
     def fileno(self) -> int:
+        """The stream's number, for those who ask a terminal for its size."""
         if self.stream is None:
             raise io.UnsupportedOperation("fileno")
         return self.stream.fileno()
 
     def write(self, text: str) -> int:
+        """Write `text`, or drop it."""
         self._attempt(lambda stream: stream.write(text))
         return len(text)
 
     def flush(self) -> None:
+        """Let the stream write what it still holds."""
         self._attempt(lambda stream: stream.flush())
 
     def _attempt(self, action: Callable[[TextIO], object]) -> None:

@@ -90,7 +90,8 @@ def sample(
         float | None, typer.Option(help="Draw among the fewest bytes that have this probability.", min=0.0, max=1.0)
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Draw the same text again. [default: a new one]", metavar="N", min=0, max=2**64 - 1)
+        int | None,
+        typer.Option(help="Draw the same text again. [default: a new one]", metavar="N", min=0, max=2**64 - 1),
     ] = None,
     stop: Annotated[
         list[str] | None,

@@ -164,7 +164,8 @@ def train(
                     result = training.train(config, resume=resume, callbacks=[progress])
             except Exception as error:
                 if isinstance(error.__cause__, training.Elsewhere):
-                    raise typer.Exit() from None  # the process that met it says so, and fails: to torchrun it is the cause
+                    # The process that met it says so, and fails: to torchrun it is the cause.
+                    raise typer.Exit() from None
                 raise
         if processes.first and json:
             print(dump_json(result.to_dict()))

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..models import CausalLM, MaskedLM, ModelConfig, mask_tokens
+from ..models import CausalLM, MaskedLM, mask_tokens
 from ..models.language import IGNORE
 from .data import MASKS, VOCABULARY, Bytes, random_words, windows
 

@@ -279,8 +279,8 @@ class _State:
         for name, least in _AT_LEAST.items():
             value, kind = values[name], int if isinstance(least, int) else float
             none = name.startswith("best_") and values["best_loss"] is None and values["best_step"] is None
-            fits = value is None if none else type(value) is kind and least <= value < (2**63 if kind is int else math.inf)
-            if not fits:
+            most = 2**63 if kind is int else math.inf
+            if not (value is None if none else type(value) is kind and least <= value < most):
                 reason = f"`{name}` is {value!r:.60}; expected a finite {kind.__name__}, at least {least}"
                 raise _unusable(path, "state", ValueError(reason))
         return cls(**values)
@@ -644,8 +644,8 @@ class _Run:
             ours, theirs = self.corpus.summary(), section(path, metadata, "data")
             ours["source"] = theirs.get("source", "")  # the text may have moved
             _check_same("data", path, ours, theirs)
-            given = metadata.get("model", {})
-            _check_same("model", path, self.description or {}, {} if given is None else section(path, metadata, "model"))
+            own = "model" in metadata and metadata["model"] is None  # it was given to `train`
+            _check_same("model", path, self.description or {}, {} if own else section(path, metadata, "model"))
             _check_tensors(path, self.model, found)
             state = _State.stored(path, section(path, metadata, "state"))
             if state.step and not any(name.startswith("optimizer.") for name in found):
@@ -790,7 +790,7 @@ def _unusable(path: Path, name: str, error: Exception) -> CheckpointError:
     """What is wrong with the section `name` of a checkpoint, as its own error, unless it is one already."""
     if isinstance(error, CheckpointError):
         return error
-    return CheckpointError(f"checkpoint {path} cannot be used: its `{name}`: {str(error):.400}")
+    return CheckpointError(f"checkpoint {path} cannot be used: its `{name}`: {error!s:.400}")
 
 
 def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, str]:

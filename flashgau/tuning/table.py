@@ -110,7 +110,7 @@ def parse(text: str, where: str) -> Table:
         ValueError: t.json: entry 0: `kernel` is missing; expected a kernel's name
     """
     read = Fields(parse_json(text, where), where)
-    read("format", f"the number {FORMAT}, which this version reads", lambda x: type(x) is int and x == FORMAT)
+    read("format", f"{FORMAT}, which this version reads", lambda x: type(x) is int and x == FORMAT)
     header: dict[str, Any] = {
         "gpu": read("gpu", "a name or null", lambda x: x is None or (isinstance(x, str) and x != "")),
         "architecture": read("architecture", "a name such as sm_90", lambda x: isinstance(x, str) and x != ""),
@@ -138,6 +138,7 @@ class Fields:
         self.data, self.where, self.seen = data, where, set[str]()
 
     def __call__(self, name: str, expected: str, fits: Callable[[Any], bool], *default: Any) -> Any:
+        """The value of the field `name`; the default, if there is one, of a field that is not there."""
         self.seen.add(name)
         if name not in self.data:
             if default:
@@ -148,6 +149,7 @@ class Fields:
         return self.data[name]
 
     def nothing_else(self) -> None:
+        """Complain of a field that has not been read."""
         if unknown := sorted(self.data.keys() - self.seen):
             expected = ", ".join(sorted(self.seen))
             raise ValueError(f"{self.where}: `{_shown(unknown[0])[1:-1]}` is no field; expected {expected}")
