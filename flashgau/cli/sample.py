@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 import os
 import secrets
 import sys
@@ -116,6 +117,8 @@ def sample(
 
     if not prompt:
         fail("sample", "--prompt is empty; expected at least one character", USAGE)
+    if not math.isfinite(temperature):
+        fail("sample", f"--temperature is {temperature}; expected a finite number", USAGE)
     stops = [stop_byte(text) for text in stop or ()]
     model, _, where = open_checkpoint("sample", checkpoint, device)
     if isinstance(model, MaskedLM):
