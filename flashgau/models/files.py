@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..files import atomic_write
 from ..tensors import TensorFile, differences, open_safetensors
@@ -106,7 +107,8 @@ def check_shapes(
         problems = [f"`depth` is {config.depth}, and there are {len(numbers)} layers"]
     else:
         try:
-            expected = make(config, device="meta").state_dict()
+            with _Undrawn():
+                expected = make(config, device="meta").state_dict()
         except Exception as error:  # whatever a number or option out of a file makes of the layers
             raise ValueError(f"{subject} describes no model of this version: {_short(error)}") from error
         problems = differences(shapes, {name: tuple(value.shape) for name, value in expected.items()})
@@ -114,6 +116,18 @@ def check_shapes(
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
         found = _short("; ".join(problems[:4]))
         raise ValueError(f"{subject} does not fit its own configuration: {found}{more}")
+
+
+class _Undrawn(TorchFunctionMode):
+    """Inside, no normal numbers are drawn: for weights without memory PyTorch would load 900 modules to draw none."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _short(reason: BaseException | str) -> str:
