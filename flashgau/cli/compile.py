@@ -47,7 +47,8 @@ def compile(
     except ValueError as error:
         fail("compile", str(error).removeprefix("compile: "), USAGE)
     rows = []
-    with Progress(console=make_console(stderr=True), transient=True) as progress:
+    errors = make_console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task("compiling", total=len(jobs))
         for row in ahead.compile_all(jobs, processes or None):
             rows.append(row)

@@ -201,7 +201,8 @@ def run_search(search: Search, limit: float, stop: Callable[[], bool]) -> bool:
 
     total, began = len(search.candidates()), time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=make_console(stderr=True), transient=True) as progress:
+    console = make_console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("compiling", total=total)
         try:
             for done, (job, what) in enumerate(steps(), 1):
