@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench import harness, page, report, suite
 from bench.cases import OPERATIONS, load
+from flashgau.cli.console import with_outputs
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -59,6 +60,10 @@ def settings_from(options: argparse.Namespace) -> harness.Settings:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 measured; 1 a provider of ours is wrong or failed; 2 a bad request; 130 interrupted."""
+    return with_outputs("bench", lambda: _run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
     options = parse(arguments)
     errors = Console(stderr=True)
     if options.device == "cuda" and not torch.cuda.is_available():

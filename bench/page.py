@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from bench import report
 from bench.cases import FORWARD, PASSES, TRAINING
 from bench.harness import SCHEMA, SCHEMA_VERSION
+from flashgau.files import parse_json, read_text
 
 ASSETS = Path("assets") / "performance"
 HEAD = """# Performance
@@ -24,7 +24,7 @@ def records(results: Path) -> list[tuple[Path, dict[str, Any]]]:
     found = []
     for path in sorted(results.rglob("*.json")):
         try:
-            record = json.loads(path.read_text())
+            record = parse_json(read_text(path), str(path))
         except (OSError, ValueError):
             continue
         if isinstance(record, dict) and (record.get("schema"), record.get("schema_version")) == (
@@ -39,11 +39,17 @@ def write(results: Path, docs: Path) -> list[Path]:
     """Write `docs/performance.md` and its plots; return what was written.
 
     Raises:
-        ValueError: if there is no record.
+        ValueError: if there is no record, or one lacks something; then nothing is written.
     """
     found = records(results)
     if not found:
         raise ValueError(f"no results of a benchmark under {results}")
+    for path, record in found:
+        try:
+            section(record, {}, path.parent.name)
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path} is no record of a benchmark of this version: {reason}") from error
     text, written = [HEAD], []
     for machine in dict.fromkeys(_machine(record) for _, record in found):
         text.append(f"\n## {machine}\n")

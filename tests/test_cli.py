@@ -1,22 +1,30 @@
 """The command line: help, JSON, exit statuses, and the parts of the demo and its report."""
 
 import base64
+import contextlib
 import html.parser
+import io
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import flashgau
 from flashgau.cli import app, check, demo, doctor, main, measure, report
 from flashgau.cli.cases import ACTIVATIONS, all_cases
+from flashgau.cli.console import with_outputs
 from flashgau.cli.doctor import OPERATIONS
+from flashgau.tuning import table
 
 runner = CliRunner()
 COMMANDS = ("doctor", "check", "train", "sample", "eval", "demo")
@@ -84,6 +92,247 @@ def test_wrong_use_is_one_line_and_status_2(arguments, words, capsys):
 def test_no_command_shows_the_help(capsys):
     assert main([]) == 0
     assert "Commands:" in capsys.readouterr().out
+
+
+# what becomes of the output ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, a text, and names that few encodings have."""
+    from flashgau.models import CausalLM, ModelConfig
+
+    place = tmp_path_factory.mktemp("\u2264\u00e9")
+    CausalLM(ModelConfig(dim=8, depth=1, key_dim=4, chunk_size=4)).save(place / "\u00e9.safetensors")
+    (place / "\u00d7.txt").write_text("\u00e9" * 500, encoding="utf-8")
+    return place
+
+
+@pytest.fixture
+def small(monkeypatch, folder):
+    """Every command does little."""
+    from flashgau.models import CausalLM, ModelConfig
+    from flashgau.training import trainer
+
+    tiny = ModelConfig(dim=8, depth=1, key_dim=4, chunk_size=4)
+    few_cases(monkeypatch, "glu")
+    monkeypatch.setattr(trainer, "_build", lambda config: (CausalLM(tiny), tiny.to_dict()))
+    monkeypatch.setattr(trainer, "loss_plot", lambda rows, path, title: path.write_bytes(b"plot"))
+    monkeypatch.setattr(demo.Demo, "train", lambda self: self.say("\u2264\u00d7\ufffd"))
+    monkeypatch.setattr(demo.Demo, "sample", lambda self: None)
+    monkeypatch.setattr(demo.Demo, "measure", lambda self: None)
+    monkeypatch.setattr("flashgau.tuning.ahead.compile_all", lambda jobs, processes: iter(()))
+    monkeypatch.chdir(folder)
+
+
+TRAIN = ["train", "--data", "\u00d7.txt", "--steps", "3", "--length", "8", "--batch", "1", "--log-every", "1"]
+TRAIN += ["--eval-windows", "1", "--validation-fraction", "0.2", "--device", "cpu"]
+PRINTING = {
+    "help": ["--help"],
+    "version": ["--version"],
+    "doctor": ["doctor"],
+    "doctor-json": ["doctor", "--json"],
+    "check": ["check", "--op", "glu"],
+    "compile": ["compile", "--target", "sm_90"],
+    "tune": ["tune", "--show", "--device", "cpu"],
+    "sample": ["sample", "\u00e9.safetensors", "--max-new", "60", "--seed", "1", "--prompt", "\u2264"],
+    "sample-json": ["sample", "\u00e9.safetensors", "--max-new", "3", "--json"],
+    "eval": ["eval", "\u00e9.safetensors", "--data", "\u00d7.txt", "--context", "100"],
+    "train": TRAIN,
+    "train-json": [*TRAIN, "--json"],
+    "demo": ["demo"],
+    "demo-json": ["demo", "--json"],
+}
+
+
+def in_a_new_folder(arguments, tmp_path):
+    """The command line, with what it writes in `tmp_path`."""
+    writes = arguments[0] in ("train", "demo")
+    return [*arguments, "--out", str(tmp_path / "\u2264\u00d7")] if writes else arguments
+
+
+def what_is_kept(name, tmp_path):
+    """The run or demo that a command has written is there, to its end."""
+    out = tmp_path / "\u2264\u00d7"
+    if name.startswith("train"):
+        steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+        assert steps == [0, 1, 2, 3, 3]
+        assert {"last.safetensors", "best.safetensors"} <= {path.name for path in out.iterdir()}
+    elif name.startswith("demo"):
+        assert json.loads((out / demo.FACTS).read_text())["finished"] is True
+        assert (out / demo.REPORT).exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("name", PRINTING)
+def test_every_command_prints_in_any_encoding(name, encoding, small, tmp_path):
+    """PYTHONIOENCODING makes such streams: strict for the output; of errors what is lacking is escaped."""
+    if name in ("compile", "tune"):
+        pytest.importorskip("triton")
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
+    err = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace")
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(in_a_new_folder(PRINTING[name], tmp_path))
+    text = out.buffer.getvalue().decode(encoding)
+    assert status == 0, (text, err.buffer.getvalue())
+    assert text.strip()
+    if name.endswith("json"):
+        json.loads(text)
+    if name == "sample":
+        assert text.startswith("?")  # U+2264 is in neither
+    what_is_kept(name, tmp_path)
+
+
+@contextlib.contextmanager
+def outputs(kind, both):
+    """Standard output (and standard error, if `both`) that cannot be written; gives what is written to the latter."""
+    if kind == "reader gone":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open("/dev/full", os.O_WRONLY)
+    found = io.StringIO()
+    with (
+        os.fdopen(writer, "w", encoding="utf-8") as out,
+        os.fdopen(os.dup(writer), "w", encoding="utf-8") as err,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err if both else found),
+    ):
+        yield found
+
+
+needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device is always full here")
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("kind", ["reader gone", pytest.param("full", marks=needs_full)])
+@pytest.mark.parametrize("name", PRINTING)
+def test_every_command_survives_its_output(name, kind, both, small, tmp_path):
+    """One line tells of it, if that can be told; a run goes on to its end; only a full output is a failure."""
+    if name in ("compile", "tune"):
+        pytest.importorskip("triton")
+    with outputs(kind, both) as errors:
+        status = main(in_a_new_folder(PRINTING[name], tmp_path))
+    assert status == (1 if kind == "full" else 0)
+    if not both:
+        lines = errors.getvalue().splitlines()
+        reason = "No space left on device" if kind == "full" else "Broken pipe"
+        assert lines[-1] == f"flashgau: cannot write to standard output: {reason}"
+        assert "Traceback" not in errors.getvalue()
+        if not name.startswith(("train", "demo")):
+            assert len(lines) == 1
+    what_is_kept(name, tmp_path)
+
+
+def test_a_sample_ends_with_its_reader(small, monkeypatch):
+    from flashgau.models import language
+
+    drawn = []
+    draw = language.sample
+    monkeypatch.setattr(language, "sample", lambda *arguments: drawn.append(1) or draw(*arguments))
+    with outputs("reader gone", both=False):
+        assert main(["sample", "\u00e9.safetensors", "--max-new", "100000"]) == 0
+    assert len(drawn) < 5
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "line"),
+    [
+        (None, 0, "Broken pipe"),
+        (">&-", 1, "Bad file descriptor"),
+        pytest.param(">/dev/full", 1, "No space left on device", marks=needs_full),
+    ],
+)
+def test_a_process_ends_in_peace_without_its_output(redirection, status, line):
+    """Neither does Python complain when it ends. None: a pipe that nobody reads."""
+    help_ = [sys.executable, "-c", "import sys; from flashgau.cli import main; sys.exit(main(['--help']))"]
+    if redirection is None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer) as out:
+            done = subprocess.run(help_, stdout=out, stderr=subprocess.PIPE, text=True)
+    else:
+        shell = ["sh", "-c", f'exec "$@" {redirection}', "sh"]
+        done = subprocess.run([*shell, *help_], stderr=subprocess.PIPE, text=True)
+    assert done.stderr.splitlines() == [f"flashgau: cannot write to standard output: {line}"]
+    assert done.returncode == status
+
+
+def test_warnings_are_one_line_and_all_is_restored(capsys):
+    def action():
+        warnings.warn("a table\nis skipped", RuntimeWarning, stacklevel=1)
+        return 3
+
+    before = sys.stdout, sys.stderr, sys.stdout.errors, warnings.formatwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_, **__: sys.stderr.write(warnings.formatwarning(message, *_))
+        assert with_outputs("program", action) == 3
+    assert capsys.readouterr().err == "program: a table is skipped\n"
+    assert (sys.stdout, sys.stderr, sys.stdout.errors, warnings.formatwarning) == before
+
+
+# tables of launch configurations -----------------------------------------------------------------------------
+
+ODD = [None, True, -1, 0, 3, 2**40, 10**400, 1e30, 0.5, "", "a", "\ud800", [], [[1]], {}, {"a": 1}]
+TABLE = {
+    "format": 1, "gpu": "g", "architecture": "sm_90", "measured": True, "versions": {"torch": "2"}, "date": "",
+    "entries": [{
+        "kernel": "attention_dq", "itemsize": 2, "width": 64, "few_rows": False, "options": False,
+        "config": {"block_m": 64, "block_n": 64, "block_k": 16, "num_warps": 4, "num_stages": 2},
+        "ms": 1.5, "default_ms": 2.0,
+    }],
+}  # fmt: skip
+
+
+@given(data=st.data())
+def test_a_table_of_any_form_is_a_table_or_refused(data, tmp_path_factory):
+    changed = json.loads(json.dumps(TABLE))
+    places = [changed, changed["entries"][0], changed["entries"][0]["config"]]
+    place = data.draw(st.sampled_from(places))
+    key = data.draw(st.sampled_from([*sorted(place), "new", "new\nline"]))
+    if data.draw(st.booleans()):
+        place[key] = data.draw(st.sampled_from(ODD))
+    else:
+        place.pop(key, None)
+    path = tmp_path_factory.mktemp("t") / "t.json"
+    path.write_text(json.dumps(changed))
+    try:
+        found = table.read(path)
+    except ValueError as error:
+        message = str(error)
+    else:
+        message = f"{path}: "
+        assert table.parse(table.dump(found), "again") == found
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b'{"format": ' + b"1" * 5000 + b"}", b"NaN", b"\xff\xfe1"])
+def test_files_that_are_no_json_are_refused_by_name(content, tmp_path):
+    path = tmp_path / "t.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"t\.json: (not JSON|not UTF-8)"):
+        table.read(path)
+    with pytest.raises(ValueError, match="not a file"):
+        table.read(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe: not a file"):
+        table.read(tmp_path / "pipe")
+
+
+def test_lines_of_a_journal_of_any_form_count_for_nothing(tmp_path):
+    pytest.importorskip("triton")
+    from flashgau.tuning.search import Journal
+
+    row = {"key": {"kernel": "attention_dq", "itemsize": 2, "width": 64}, "versions": {"torch": "2"}}
+    row |= {"config": TABLE["entries"][0]["config"], "ms": 1.5, "reason": None}
+    odd = [{**row, name: value} for name in row for value in ODD if value is not None and (name, value) != ("ms", 0.5)]
+    odd = [other for other in odd if not (isinstance(other["reason"], str) or type(other["ms"]) is int)]
+    path = tmp_path / "j.jsonl"
+    path.write_text("\n".join(["[" * 100_000, "7", *(json.dumps(other) for other in odd), json.dumps(row)]))
+    found = Journal(path, {"torch": "2"}).read()
+    assert [(key.kernel, outcome.ms) for (key, _), outcome in found.items()] == [("attention_dq", 1.5)]
 
 
 # doctor ---------------------------------------------------------------------------------------------------
@@ -255,7 +504,10 @@ def test_peak_memory_is_exact():
     assert measure.peak_memory(run, torch.device("cpu")) == pytest.approx(8_000_000, rel=0.001)
 
 
-def test_measure_covers_all_and_stops_when_it_takes_too_long():
+def test_measure_covers_all_and_stops_when_it_takes_too_long(monkeypatch):
+    """By a clock that goes on by a millisecond whenever it is read."""
+    now = iter(range(10**6))
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: 1e-3 * next(now)))
     sizes = measure.Sizes(width=16, heads=2, narrow=8, chunk=16)
     points = measure.measure([32, 64], budget=30.0, rounds=3, sizes=sizes)
     assert [(point.provider, point.length) for point in points] == [

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -21,6 +22,21 @@ from flashgau.models import KINDS, CausalLM, Encoder, MaskedLM, ModelConfig, sam
 from flashgau.training import TrainConfig, evaluate, load_model, load_text, train, trainer
 from flashgau.training.objective import examples, fixed_mask_seeds
 from flashgau.training.trainer import BEST, LAST
+
+WRONG_MODELS: dict[str, str] = {
+    "option_of_2027": json.dumps({"class": "CausalLM", "config": {"layer": {"option_of_2027": 1}}}),
+    "no_class": json.dumps({"config": {}}),
+    "no_object": "7",
+    "not_json": "{",
+    "wrong_type": json.dumps({"class": "CausalLM", "config": {"dim": "a"}}),
+    "unhashable": json.dumps({"class": [], "config": {}}),
+    "nested": "[" * 100_000,
+    "digits": '{"class": "CausalLM", "config": {"dim": ' + "9" * 5000 + "}}",
+    "wide": json.dumps({"class": "CausalLM", "config": {"dim": 10**9, "depth": 1}}),
+    "wider": json.dumps({"class": "CausalLM", "config": {"dim": 10**30, "depth": 1}}),
+    "deep": json.dumps({"class": "CausalLM", "config": {"depth": 100_000}}),
+    "colour": json.dumps({"class": "\x1b[31m\n", "config": {}}),
+}
 
 SENTENCE = "one potato, two potato, three potato, four; "
 
@@ -53,6 +69,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     CausalLM(small).save(folder / "saved.safetensors")
     Encoder(small).save(folder / "encoder.safetensors")
     CausalLM(ModelConfig(dim=8, depth=1, key_dim=4, chunk_size=4, vocab_size=300)).save(folder / "words.safetensors")
+    lost = CausalLM(small)
+    with torch.no_grad():
+        lost.stack.embedding.weight[3, 4] = math.nan
+    lost.save(folder / "nan.safetensors")
+    for name, description in WRONG_MODELS.items():
+        save_file({"stack.layers.0.a": torch.zeros(1)}, folder / f"wrong_{name}", {"flashgau_model": description})
     return folder
 
 
@@ -94,6 +116,70 @@ def test_generation_draws_from_the_parallel_forward(
     assert torch.equal(model.generate(prompt, new, lengths=lengths, seed=seed, **options), expected)
 
 
+def drawn(logits: list[float], **options: Any) -> set[int]:
+    """The tokens that 4000 draws give: all that can be drawn, if they are few and about equally likely."""
+    rows = torch.tensor([logits]).expand(4000, len(logits))
+    return set(sample(rows, generator=torch.Generator().manual_seed(1), **options).tolist())
+
+
+@pytest.mark.parametrize("temperature", [0, 5e-324, 1e-320, 1e-40, 1e-38])
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e38])
+def test_the_coldest_draw_is_the_most_likely_token(temperature: float, scale: float) -> None:
+    logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(2)).mul(scale)
+    logits[:, 3] = -torch.inf
+    assert torch.equal(sample(logits, temperature), logits.argmax(-1))
+    assert drawn([-1e30, 2.0, -torch.inf, 2.0], temperature=temperature) <= {1, 3}
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e300, 1.7e308])
+def test_the_hottest_draw_is_any_token_that_can_be_drawn(temperature: float) -> None:
+    assert drawn([5.0, -torch.inf, -1e3, 0.0], temperature=temperature) == {0, 2, 3}
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_the_fewest_tokens_that_reach_a_probability(count: int) -> None:
+    """Of eight tokens of 1/8 each, k reach k/8 exactly, and not one more is taken; k - 1 do not reach it."""
+    assert len(drawn([0.0] * 8, top_p=count / 8)) == count
+    assert len(drawn([0.0] * 8 + [-torch.inf] * 5, top_p=count / 8)) == count
+    assert len(drawn([0.0] * 8, top_p=(count - 0.5) / 8)) == count
+    assert len(drawn([0.0] * 16 + [-1.0], top_k=8, top_p=count / 8)) == count
+    assert len(drawn([0.0] * 9, top_k=count)) == count  # of equally likely ones too
+    assert drawn([0.0, 4.0, 4.0, 9.0], top_p=1e-320) == {3}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"temperature": value}, f"`temperature` is {value}") for value in (math.inf, math.nan, -1.0)),
+        ({"top_k": 0}, "`top_k` is 0; expected at least 1"),
+        *(({"top_p": value}, f"`top_p` is {value}; expected more than 0") for value in (0.0, 1.5, math.nan)),
+    ],
+)
+def test_sampling_refuses_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"sample: {message}"):
+        sample(torch.zeros(1, 4), **options)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_no_numbers_are_refused(wrong: float, temperature: float) -> None:
+    for row in ([0.0, wrong, 1.0], [-math.inf] * 3):
+        with pytest.raises(ValueError, match="sample: `logits` are NaN or infinite"):
+            sample(torch.tensor([[0.0, 1.0, 2.0], row]), temperature)
+
+
+def test_seeds_are_those_of_64_bits() -> None:
+    model = CausalLM(ModelConfig(dim=8, depth=1, key_dim=4, chunk_size=4)).eval()
+    prompt = torch.zeros(1, 3, dtype=torch.long)
+    texts = [model.generate(prompt, 30, seed=seed) for seed in (0, 2**63 + 1, 2**64 - 1, np.uint64(2**64 - 1))]
+    assert not torch.equal(texts[0], texts[1])
+    assert not torch.equal(texts[1], texts[2])
+    assert torch.equal(texts[2], texts[3])
+    for seed in (-1, 2**64, 10**20):
+        with pytest.raises(ValueError, match=rf"generate: `seed` is {seed}; expected an integer from 0 to 2\^64 - 1"):
+            model.generate(prompt, 3, seed=seed)
+
+
 # --- sample ----------------------------------------------------------------------------------------------------------
 
 
@@ -126,6 +212,13 @@ def test_sample_stops_and_draws_anew(runs: Path) -> None:
     assert stopped["stopped"]
     assert stopped["text"] == whole[: whole.index(letter) + 1]
     assert json.loads(run(*command[:-1], 0, "--json").stdout)["new_bytes"] == 0
+
+
+def test_sample_at_any_temperature_and_seed(runs: Path) -> None:
+    command = ("sample", runs / "saved.safetensors", "--max-new", 20, "--prompt", "one", "--temperature")
+    cold = [run(*command, temperature, "--seed", 2**64 - 1).stdout for temperature in ("0", "1e-40", "1e-320")]
+    assert cold[0] == cold[1] == cold[2] != ""
+    assert run(*command, "1e30").exit_code == 0
 
 
 def test_sample_takes_a_saved_model(runs: Path) -> None:
@@ -256,6 +349,13 @@ FAILURES: list[tuple[list[str], int, str]] = [
     (["sample", "clm", "--stop", "é"], 2, "expected one character of one byte"),
     (["sample", "clm", "--top-p", "0"], 1, "`top_p` is 0.0; expected more than 0"),
     (["sample", "clm", "--temperature", "-1"], 2, "--temperature"),
+    (["sample", "saved.safetensors", "--prompt", "a", "--temperature", "inf"], 2, "--temperature is inf"),
+    (["sample", "saved.safetensors", "--prompt", "a", "--temperature", "nan"], 2, "--temperature"),
+    (["sample", "saved.safetensors", "--seed", "99999999999999999999"], 2, "'--seed'"),
+    (["check", "--seed", "99999999999999999999"], 2, "'--seed'"),
+    (["sample", "nan.safetensors"], 1, "nan.safetensors holds weights that are infinite or no numbers"),
+    *((["sample", f"wrong_{name}"], 1, f"wrong_{name} ") for name in WRONG_MODELS),
+    (["eval", "wrong_deep", "--data", "text"], 1, "wrong_deep "),
     (["sample", "clm", "--device", "abacus"], 2, "device 'abacus' cannot be used"),
     (["sample"], 2, "CHECKPOINT"),
     (["eval", "clm"], 2, "--data"),

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from flashgau.cli import check, compile, demo, doctor, eval, sample, train, tune
-from flashgau.cli.console import INTERRUPTED, USAGE
+from flashgau.cli.console import INTERRUPTED, USAGE, with_outputs
 
 __all__ = ["app", "main"]
 
@@ -69,6 +69,10 @@ app.command(short_help="All of it in five minutes, with a report.")(demo.demo)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status: 0, 1 failure, 2 wrong use, 130 interrupted."""
+    return with_outputs("flashgau", lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         status = app(args=None if arguments is None else list(arguments), prog_name="flashgau", standalone_mode=False)
     except UsageError as error:

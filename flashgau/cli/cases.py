@@ -31,7 +31,7 @@ class Draw:
 
     def __init__(self, key: str, dtype: torch.dtype, device: torch.device, seed: int) -> None:
         self.dtype, self.device = dtype, device
-        self.generator = torch.Generator().manual_seed(zlib.crc32(key.encode()) + seed)
+        self.generator = torch.Generator().manual_seed((zlib.crc32(key.encode()) + seed) % 2**64)
 
     def __call__(self, *shape: int) -> Tensor:
         """Normal values of `shape`."""

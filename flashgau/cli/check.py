@@ -228,7 +228,7 @@ def check(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
     thorough: Annotated[bool, typer.Option("--thorough", help="Every option at many lengths.")] = False,
-    seed: Annotated[int, typer.Option(help="Draw other values.", metavar="N", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Draw other values.", metavar="N", min=0, max=2**64 - 1)] = 0,
 ) -> None:
     """Hold every operation and option to the fp64 reference on this machine.
 

@@ -17,7 +17,7 @@ def compile(
         str, typer.Option(metavar="NAMES", help="Architectures, separated by commas, such as sm_90 or gfx942.")
     ] = TARGETS,
     processes: Annotated[
-        int, typer.Option(metavar="N", min=0, help="How many compile at once; 0 for one per processor.")
+        int, typer.Option(metavar="N", min=0, max=1024, help="How many compile at once; 0 for one per processor.")
     ] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> int:
@@ -47,7 +47,8 @@ def compile(
     except ValueError as error:
         fail("compile", str(error).removeprefix("compile: "), USAGE)
     rows = []
-    with Progress(console=make_console(stderr=True), transient=True) as progress:
+    errors = make_console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task("compiling", total=len(jobs))
         for row in ahead.compile_all(jobs, processes or None):
             rows.append(row)

@@ -21,8 +21,10 @@ from flashgau.cli.console import (
     USAGE,
     dump_json,
     fail,
+    failing,
     make_console,
     mebibytes,
+    printable,
     seconds,
 )
 
@@ -240,16 +242,6 @@ class Demo:
         )
 
 
-def printable(text: str) -> str:
-    """`text` with control characters, which a young model does write, shown as the replacement character.
-
-    Example:
-        >>> printable("def f():\\n\\treturn\\x1b[2J")
-        'def f():\\n\\treturn\\ufffd[2J'
-    """
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 def state_bytes(model: Any, tokens: Tensor) -> int:
     """Bytes of what `model` remembers of `tokens` (1, N) to go on decoding."""
     import torch
@@ -291,7 +283,7 @@ def demo(
     if not 0 < minutes < math.inf:
         fail("demo", f"--minutes is {minutes}; expected a positive number", USAGE)
     console = make_console(stderr=as_json)
-    try:
+    with failing("demo"):
         moved = fresh_folder(out)
         if moved is not None:
             console.print(f"the older {out} is now {moved}", soft_wrap=True)
@@ -301,8 +293,6 @@ def demo(
         except Interrupted:
             console.print(f"\nstopped; what was done is in {out / REPORT}", soft_wrap=True)
             raise typer.Exit(INTERRUPTED) from None
-    except (OSError, ValueError, FloatingPointError) as error:
-        fail("demo", str(error))
     if as_json:
         print(dump_json(show.facts))
     console.print(f"\n{seconds(show.facts['seconds'])}; the report is {out / REPORT}", soft_wrap=True)

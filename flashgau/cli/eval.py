@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from flashgau.cli.console import dump_json, fail, make_console, seconds
+from flashgau.cli.console import dump_json, fail, failing, make_console, seconds
 from flashgau.cli.sample import open_checkpoint
 
 
@@ -49,7 +49,7 @@ def evaluate(
     console = make_console(stderr=True)
     columns = (BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
     began = time.perf_counter()
-    try:
+    with failing("eval", "out of memory; try a smaller --batch"):
         text = training.load_text(data)
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("eval", total=text.size)
@@ -62,8 +62,6 @@ def evaluate(
                 bf16=config is not None and config.bf16,
                 told=lambda done: progress.update(task, completed=done),
             )
-    except (OSError, ValueError) as error:
-        fail("eval", str(error))
     elapsed = time.perf_counter() - began
     if as_json:
         facts = {"checkpoint": str(checkpoint), "data": str(data), "objective": objective, **asdict(found)}

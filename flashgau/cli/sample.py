@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 import os
 import secrets
 import sys
@@ -12,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashgau.cli.console import USAGE, dump_json, fail
-from flashgau.cli.demo import printable
+from flashgau.cli.console import USAGE, dump_json, fail, failing, output_lost, printable
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ def open_checkpoint(command: str, path: Path, device: str) -> tuple[Any, TrainCo
     if path.is_dir():
         path = next((path / name for name in ("best.safetensors", "last.safetensors") if (path / name).exists()), path)
     config = None
-    try:
+    with failing(command):
         try:
             model: Any = training.load_model(path, where)
             config = training.load_config(path)
@@ -55,8 +55,8 @@ def open_checkpoint(command: str, path: Path, device: str) -> tuple[Any, TrainCo
                 model = models.load(path, where)
             except (OSError, ValueError):
                 raise error from None  # the file is no model by itself either
-    except (OSError, ValueError) as error:
-        fail(command, str(error))
+    if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
+        fail(command, f"{path} holds weights that are infinite or no numbers")
     tokens = model.config.vocab_size
     if (type(model), tokens) not in ((models.CausalLM, 256), (models.MaskedLM, 257)):
         found = f"{type(model).__name__} with a vocabulary of {tokens}"
@@ -91,7 +91,8 @@ def sample(
         float | None, typer.Option(help="Draw among the fewest bytes that have this probability.", min=0.0, max=1.0)
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Draw the same text again. [default: a new one]", metavar="N", min=0)
+        int | None,
+        typer.Option(help="Draw the same text again. [default: a new one]", metavar="N", min=0, max=2**64 - 1),
     ] = None,
     stop: Annotated[
         list[str] | None,
@@ -116,6 +117,8 @@ def sample(
 
     if not prompt:
         fail("sample", "--prompt is empty; expected at least one character", USAGE)
+    if not math.isfinite(temperature):
+        fail("sample", f"--temperature is {temperature}; expected a finite number", USAGE)
     stops = [stop_byte(text) for text in stop or ()]
     model, _, where = open_checkpoint("sample", checkpoint, device)
     if isinstance(model, MaskedLM):
@@ -125,15 +128,16 @@ def sample(
     pieces: list[str] = []
 
     def show(text: str) -> None:
+        head = printable(prompt) if not pieces and prompt != "\n" else ""
         pieces.append(printable(text))
         if not as_json:
-            sys.stdout.write(pieces[-1])
+            sys.stdout.write(head + pieces[-1])
             sys.stdout.flush()
+            if output_lost():
+                raise typer.Exit()  # nobody reads on
 
-    if not as_json and prompt != "\n":
-        sys.stdout.write(printable(prompt))
     began = time.perf_counter()
-    try:
+    with failing("sample"):
         new = model.generate(
             torch.tensor([list(os.fsencode(prompt))], device=where),
             max_new,
@@ -144,8 +148,6 @@ def sample(
             stop=stops or None,
             stream=lambda column: show(decoder.decode(bytes(column.tolist()))),
         )
-    except ValueError as error:
-        fail("sample", str(error).removeprefix("sample: "))
     elapsed = time.perf_counter() - began
     show(decoder.decode(b"", final=True))
     count = new.shape[1]

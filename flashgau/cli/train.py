@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashgau.cli.console import dump_json, fail, make_console, seconds
+from flashgau.cli.console import dump_json, failing, make_console, seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -157,37 +157,22 @@ def train(
 
     progress = ProgressDisplay(make_console(stderr=True))
     with training.launched() as processes:
-        try:
-            config = processes.everywhere(configure)
-            with progress:
-                result = training.train(config, resume=resume, callbacks=[progress])
-        except (OSError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
-            if isinstance(error.__cause__, training.Elsewhere):
-                raise typer.Exit() from None  # the process that met it says so, and fails: to torchrun it is the cause
-            fail("train", _one_line(error))
-        except RuntimeError as error:
-            if not _out_of_memory(error):
+        with failing("train", "out of memory; try a smaller --batch with a larger --accumulate, or --checkpointing"):
+            try:
+                config = processes.everywhere(configure)
+                with progress:
+                    result = training.train(config, resume=resume, callbacks=[progress])
+            except Exception as error:
+                if isinstance(error.__cause__, training.Elsewhere):
+                    # The process that met it says so, and fails: to torchrun it is the cause.
+                    raise typer.Exit() from None
                 raise
-            fail("train", "out of memory; try a smaller --batch with a larger --accumulate, or --checkpointing")
         if processes.first and json:
             print(dump_json(result.to_dict()))
         elif processes.first:
             _report(result)
     if result.signal is not None:
         raise typer.Exit(128 + result.signal)
-
-
-def _one_line(error: BaseException) -> str:
-    """What went wrong, without Python's decoration of system errors."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return str(error) or type(error).__name__
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _report(result: TrainResult) -> None:

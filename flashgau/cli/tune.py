@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashgau.cli.console import INTERRUPTED, USAGE, dump_json, fail, make_console, make_table, seconds
+from flashgau.cli.console import INTERRUPTED, USAGE, dump_json, fail, failing, make_console, make_table, seconds
 from flashgau.cli.doctor import OPERATIONS
 
 if TYPE_CHECKING:
@@ -201,7 +201,8 @@ def run_search(search: Search, limit: float, stop: Callable[[], bool]) -> bool:
 
     total, began = len(search.candidates()), time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=make_console(stderr=True), transient=True) as progress:
+    console = make_console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("compiling", total=total)
         try:
             for done, (job, what) in enumerate(steps(), 1):
@@ -262,7 +263,20 @@ def tune(
         fail("tune", f"--minutes is {minutes:g}; expected a positive number", USAGE)
     ops = _names(op)
     widths = _widths(shapes)
+    with failing("tune"):
+        return _tune(where, ops, widths, minutes, show_only, export, as_json)
 
+
+def _tune(
+    where: torch.device,
+    ops: set[str],
+    widths: list[int] | None,
+    minutes: float,
+    show_only: bool,
+    export: Path | None,
+    as_json: bool,
+) -> int:
+    """What `flashgau tune` does with options that are right."""
     from flashgau import tuning
 
     if export is not None:
@@ -270,7 +284,7 @@ def tune(
     if show_only:
         rows = show(where)
         if as_json:
-            print(dump_json({"schema": "flashgau-tuning", "schema_version": 1, "device": device, "rows": rows}))
+            print(dump_json({"schema": "flashgau-tuning", "schema_version": 1, "device": str(where), "rows": rows}))
         else:
             _print_choices(rows)
         return 0

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..files import atomic_write
 from ..tensors import TensorFile, differences, open_safetensors
@@ -56,7 +57,7 @@ def read_model(
         raise FileNotFoundError(f"load: `path` is {path}, where no file is; expected one that a model's `save` wrote")
     with open_safetensors(path, f"load: {path}") as file:
         make, config = _described(path, file, classes)
-        _check_shapes(path, file, make, config)
+        check_shapes(f"load: {path}", file.shapes(), make, config)
         tensors = {name: file.read(name, device) for name in file.names}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
@@ -86,21 +87,46 @@ def _described(
         raise ValueError(f"load: {path} describes no model of this version: {_short(error)}") from error
 
 
-def _check_shapes(path: Path, file: TensorFile, make: Callable[..., nn.Module], config: ModelConfig) -> None:
-    """Refuse a file whose tensors are not those of its configuration."""
-    numbers = {match[1] for match in map(_LAYER.match, file.names) if match}
+def check_shapes(
+    subject: str, shapes: Mapping[str, tuple[int, ...]], make: Callable[..., nn.Module], config: ModelConfig
+) -> None:
+    """Refuse tensors that are not those of their configuration; nothing is allocated from its numbers.
+
+    Args:
+        subject: what holds them, as a message names it.
+        shapes: by name.
+        make: the class of the model.
+        config: its configuration.
+
+    Raises:
+        ValueError: they are not, or there is no such model.
+    """
+    numbers = {match[1] for match in map(_LAYER.match, shapes) if match}
     if config.depth != len(numbers):  # which bounds the number of modules
         problems = [f"`depth` is {config.depth}, and there are {len(numbers)} layers"]
     else:
         try:
-            expected = make(config, device="meta").state_dict()
+            with _Undrawn():
+                expected = make(config, device="meta").state_dict()
         except Exception as error:  # whatever a number or option out of a file makes of the layers
-            raise ValueError(f"load: {path} describes no model of this version: {_short(error)}") from error
-        problems = differences(file.shapes(), {name: tuple(value.shape) for name, value in expected.items()})
+            raise ValueError(f"{subject} describes no model of this version: {_short(error)}") from error
+        problems = differences(shapes, {name: tuple(value.shape) for name, value in expected.items()})
     if problems:
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
         found = _short("; ".join(problems[:4]))
-        raise ValueError(f"load: {path} does not fit its own configuration: {found}{more}")
+        raise ValueError(f"{subject} does not fit its own configuration: {found}{more}")
+
+
+class _Undrawn(TorchFunctionMode):
+    """Inside, no normal numbers are drawn: for weights without memory PyTorch would load 900 modules to draw none."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _short(reason: BaseException | str) -> str:

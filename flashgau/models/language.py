@@ -14,7 +14,7 @@ from ..nn.initialise import STD
 from ..ops.validate import widened
 from .config import ModelConfig
 from .files import read_model, write_model
-from .sampling import sample
+from .sampling import sample, seeded
 from .stack import ModelState, Stack, valid_lengths
 
 IGNORE = -100  # a target that does not count
@@ -249,8 +249,8 @@ class CausalLM(LanguageModel):
             lengths: (B,) valid tokens of each right-padded prompt, each at least 1; None if all N are.
             temperature: logits are divided by it; 0 takes the most likely token.
             top_k: draw among the k most likely only.
-            top_p: draw among the fewest tokens that together have this probability.
-            seed: of the drawing; None takes torch's default generator.
+            top_p: draw among the fewest tokens that together have at least this probability.
+            seed: of the drawing, 0 to 2^64 - 1; None takes torch's default generator.
             stop: a row ends with the first of these tokens, and is filled with it from there on.
             stream: called with every new column of tokens (B,), as soon as it is drawn.
 
@@ -265,7 +265,7 @@ class CausalLM(LanguageModel):
         lengths = widened(lengths)
         if lengths is not None and (lengths.shape != (batch,) or bool((lengths < 1).any() | (lengths > n).any())):
             raise ValueError(f"generate: `lengths` is {lengths.tolist()}; expected {batch} numbers from 1 to {n}")
-        generator = None if seed is None else torch.Generator(prompt.device).manual_seed(seed)
+        generator = seeded(seed, prompt.device)
         stops = None if stop is None else torch.tensor([stop] if isinstance(stop, int) else list(stop))
         stops = None if stops is None else stops.to(prompt.device)
         others = _Others(self)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import atomic_write
+from ..files import atomic_write, parse_json
 from ..tensors import TensorFile, open_safetensors
 
 FORMAT = 1
@@ -133,7 +133,7 @@ def read_checkpoint(
     with _opened(path) as file:
         metadata = _metadata(path, file.metadata)
         digest = _tensors_digest(read(file))
-    if metadata["tensors_digest"] != digest:
+    if metadata.get("tensors_digest") != digest:
         raise CheckpointError(f"checkpoint {path} is damaged: its contents do not match their checksum")
     return tensors, metadata
 
@@ -155,12 +155,32 @@ def _metadata(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path} was not written by `flashgau train`: it has no training state")
     if header["digest"] != _text_digest(header[_KEY]):
         raise CheckpointError(f"checkpoint {path} is damaged: its header does not match its checksum")
-    metadata: dict[str, Any] = json.loads(header[_KEY])
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(
-            f"checkpoint {path} has format {metadata.get('format')}; this version of flashgau reads {FORMAT}"
-        )
+    try:
+        metadata = parse_json(header[_KEY], "its header")
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        found = metadata.get("format") if isinstance(metadata, dict) else "none"
+        raise CheckpointError(f"checkpoint {path} has format {_shown(found)}; this version of flashgau reads {FORMAT}")
     return metadata
+
+
+def section(path: Path, metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The object called `name` in the metadata of the checkpoint at `path`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = metadata.get(name)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"checkpoint {path} cannot be used: its `{name}` is {_shown(found)}; expected an object")
+    return found
+
+
+def _shown(value: Any) -> str:
+    """A value out of a file in few words."""
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:100]} ..."
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], limit: int = 4) -> str:
@@ -173,10 +193,10 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], limit: int =
     found = []
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in theirs:
-            found.append(f"{name} is not in the checkpoint")
+            found.append(f"{_shown(name)} is not in the checkpoint")
         elif name not in ours:
-            found.append(f"{name} is only in the checkpoint")
+            found.append(f"{_shown(name)} is only in the checkpoint")
         elif ours[name] != theirs[name]:
-            found.append(f"{name} is {theirs[name]} in the checkpoint, {ours[name]} here")
+            found.append(f"{name} is {_shown(theirs[name])} in the checkpoint, {_shown(ours[name])} here")
     more = f"; and {len(found) - limit} more" if len(found) > limit else ""
     return "; ".join(found[:limit]) + more

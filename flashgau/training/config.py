@@ -17,6 +17,9 @@ FREE = frozenset(
 
 OBJECTIVES = ("clm", "mlm")
 
+MOST_BYTES = 2**32
+"""Of the windows of one step, which are all in memory at once, 17 bytes for each: far more than anybody trains on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -94,12 +97,22 @@ class TrainConfig:
             value, hint = getattr(self, field.name), hints[field.name]
             if value is None and hint in (int | None, float | None, str | None):
                 continue
+            if type(value) is int and not -(2**63) <= value < 2**63:  # which no tensor or counter holds
+                raise ValueError(f"TrainConfig: `{field.name}` is {_shown(value)}; expected a number within 64 bits")
             if hint in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
                 object.__setattr__(self, field.name, value := float(value))
             kind = {int | None: int, float | None: float, str | None: str}.get(hint, hint)
             if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-                raise TypeError(f"TrainConfig: `{field.name}` is {value!r}; expected {kind.__name__}")
+                raise TypeError(f"TrainConfig: `{field.name}` is {_shown(repr(value))}; expected {kind.__name__}")
             self._check_range(field.name, value)
+        for name in ("batch", "accumulate", "length"):
+            if getattr(self, name) > MOST_BYTES:
+                raise ValueError(f"TrainConfig: `{name}` is {getattr(self, name)}; expected at most {MOST_BYTES}")
+        if self.bytes_per_step > MOST_BYTES:
+            raise ValueError(
+                f"TrainConfig: `batch` is {self.batch}, `accumulate` {self.accumulate} and `length` {self.length}, "
+                f"together {self.bytes_per_step} bytes in a step; expected at most {MOST_BYTES}"
+            )
 
     @staticmethod
     def _check_range(name: str, value: Any) -> None:
@@ -117,7 +130,7 @@ class TrainConfig:
         if name == "seed" and not 0 <= value < 2**63:
             raise ValueError(f"TrainConfig: `{name}` is {value}; expected an integer from 0 to 2^63 - 1")
         if name == "objective" and value not in OBJECTIVES:
-            raise ValueError(f"TrainConfig: `{name}` is {value!r}; expected one of {', '.join(OBJECTIVES)}")
+            raise ValueError(f"TrainConfig: `{name}` is {_shown(repr(value))}; expected one of {', '.join(OBJECTIVES)}")
         if name == "out" and not value:
             raise ValueError("TrainConfig: `out` is empty; expected the name of a folder")
 
@@ -143,6 +156,7 @@ class TrainConfig:
 
         Raises:
             ValueError: a field does not exist, or has an impossible value.
+            TypeError: a field has a value of another type.
 
         Example:
             >>> TrainConfig.from_dict(TrainConfig(steps=5).to_dict()) == TrainConfig(steps=5)
@@ -150,8 +164,14 @@ class TrainConfig:
         """
         unknown = sorted(values.keys() - {field.name for field in fields(cls)})
         if unknown:
-            raise ValueError(f"TrainConfig: no field named {', '.join(unknown)}")
+            raise ValueError(f"TrainConfig: no field named {_shown(', '.join(unknown))}")
         return cls(**values)
+
+
+def _shown(value: Any) -> str:
+    """A value out of a file, in few words."""
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:100]} ..."
 
 
 _POSITIVE = frozenset(

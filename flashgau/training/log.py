@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..files import atomic_write
+from ..files import atomic_write, parse_json
 
 
 class Log:
@@ -45,15 +46,25 @@ class Log:
 
     def rewind(self, step: int, validated: int) -> list[dict[str, Any]]:
         """The rows up to `step`; what a stopped run wrote after it, half a line included, leaves the file."""
-        kept = []
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"{self.path}: not a file; expected the log of the run")
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if row["step"] < step or (row["step"] == step and (row["kind"] == "train" or validated == step)):
-                kept.append(row)
+        rows = [row for line in lines if (row := _row(line)) is not None]
+        kept = [
+            row
+            for row in rows
+            if row["step"] < step or (row["step"] == step and (row["kind"] == "train" or validated == step))
+        ]
         with atomic_write(self.path) as stream:
             stream.write("".join(json.dumps(row) + "\n" for row in kept).encode())
         return kept
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """The row in a line of the file; None if that is no row, as after a power cut."""
+    try:
+        row: dict[str, Any] = parse_json(line, "row")
+    except ValueError:
+        return None
+    fits = isinstance(row, dict) and row.get("kind") in ("train", "validation") and type(row.get("step")) is int
+    return row if fits and type(row.get("loss")) is float and math.isfinite(row["loss"]) else None

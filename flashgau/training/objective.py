@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..models import CausalLM, MaskedLM, ModelConfig, mask_tokens
+from ..models import CausalLM, MaskedLM, mask_tokens
 from ..models.language import IGNORE
 from .data import MASKS, VOCABULARY, Bytes, random_words, windows
 
@@ -20,9 +20,9 @@ def vocabulary(objective: str) -> int:
     return VOCABULARY + 1 if objective == "mlm" else VOCABULARY
 
 
-def build(objective: str, description: ModelConfig) -> CausalLM | MaskedLM:
-    """A new model with this objective."""
-    return MaskedLM(description) if objective == "mlm" else CausalLM(description)
+def model_class(objective: str) -> type[CausalLM] | type[MaskedLM]:
+    """What models with this objective are."""
+    return MaskedLM if objective == "mlm" else CausalLM
 
 
 def mask_seeds(seed: int, step: int, count: int) -> npt.NDArray[np.uint64]:

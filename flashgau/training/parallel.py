@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .processes import Processes
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def distribute(model: nn.Module, processes: Processes, device: torch.device, shard: bool) -> nn.Module:
@@ -116,7 +116,7 @@ def scatter(
     start = "optimizer.step."
     moved = processes.at_first(lambda: {name.removeprefix(start) for name in tensors if name.startswith(start)})
     moments = {
-        name: {key: tensors[f"optimizer.{key}.{name}"] for key in _MOMENTS}
+        name: {key: tensors[f"optimizer.{key}.{name}"] for key in MOMENTS}
         for name in (moved if processes.first else ())
     }
     groups = optimizer.param_groups

@@ -16,6 +16,7 @@ class StopSignals:
     def __init__(self, told: Callable[[int], None]) -> None:
         self.signal: int | None = None
         self.told = told
+        self.reported = False  # whether `told` has been called
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -32,6 +33,7 @@ class StopSignals:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        # Printing may refuse to be interrupted by itself (RuntimeError: reentrant call); no message then.
+        # Printing may refuse to be interrupted by itself (RuntimeError: reentrant call); the loop tells of it then.
         with contextlib.suppress(RuntimeError):
             self.told(number)
+            self.reported = True

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 
 from ..files import atomic_write
 from ..models import CausalLM, MaskedLM, ModelConfig
+from ..models.files import check_shapes
 from . import checkpoint as files
 from . import parallel
-from .checkpoint import CheckpointError, differences
+from .checkpoint import CheckpointError, differences, section
 from .config import FREE, TrainConfig, learning_rate
 from .data import DROPOUT, Corpus, load_corpus, random_words, sample_starts, validation_starts
 from .evaluation import batch_losses, loss_sum
 from .log import Log
-from .objective import build, count_targets, examples, mask_seeds, vocabulary
+from .objective import count_targets, examples, mask_seeds, model_class, vocabulary
 from .plots import loss_plot
 from .processes import Processes, launched
 from .signals import StopSignals
@@ -198,7 +199,7 @@ def resume_config(out: str | os.PathLike[str], **changes: Any) -> TrainConfig:
     path = Path(out) / LAST
     if not path.exists():
         raise FileNotFoundError(f"nothing to resume in {Path(out)}: it has no {LAST}")
-    stored = TrainConfig.from_dict(files.read_metadata(path)["config"])
+    stored = _stored_config(path, files.read_metadata(path))
     wanted = replace(stored, **{**changes, "out": os.fspath(out)})
     _check_same("configuration", path, _fixed(wanted), _fixed(stored))
     return wanted
@@ -211,7 +212,7 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
         FileNotFoundError: there is no such file.
         CheckpointError: it is damaged.
     """
-    return TrainConfig.from_dict(files.read_metadata(Path(path))["config"])
+    return _stored_config(Path(path), files.read_metadata(Path(path)))
 
 
 def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> CausalLM | MaskedLM:
@@ -221,13 +222,20 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
         FileNotFoundError: there is no such file.
         CheckpointError: it is damaged, or holds a model that was given to `train` as a module.
     """
-    tensors, metadata = files.read_checkpoint(Path(path), lambda name: name.startswith("model."))
-    if metadata["model"] is None:
+    path = Path(path)
+    tensors, metadata = files.read_checkpoint(path, lambda name: name.startswith("model."))
+    if "model" in metadata and metadata["model"] is None:
         raise CheckpointError(f"checkpoint {path} holds a model of the caller's own, not one of flashgau.models")
-    objective = TrainConfig.from_dict(metadata["config"]).objective
-    model = build(objective, ModelConfig.from_dict(metadata["model"]))
-    _check_weights(Path(path), model, tensors)
-    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items()})
+    make = model_class(_stored_config(path, metadata).objective)
+    weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    try:
+        description = ModelConfig.from_dict(section(path, metadata, "model"))
+        check_shapes("it", {name: tuple(t.shape) for name, t in weights.items()}, make, description)
+    except (TypeError, ValueError) as error:
+        raise _unusable(path, "model", error) from error
+    model = make(description)
+    _check_same("model", path, _kinds(model.state_dict()), _kinds(weights))
+    model.load_state_dict(weights)
     return model.to(device).eval()
 
 
@@ -259,6 +267,27 @@ class _State:
     loss_sum: float = 0.0  # since the last row of the log
     loss_steps: int = 0
     norm_max: float = 0.0
+
+    @classmethod
+    def stored(cls, path: Path, values: Mapping[str, Any]) -> _State:
+        """The state in the checkpoint at `path`.
+
+        Raises:
+            CheckpointError: `values` are not those of a state.
+        """
+        _check_same("state", path, dict.fromkeys(_AT_LEAST, ""), dict.fromkeys(values, ""))
+        for name, least in _AT_LEAST.items():
+            value, kind = values[name], int if isinstance(least, int) else float
+            none = name.startswith("best_") and values["best_loss"] is None and values["best_step"] is None
+            most = 2**63 if kind is int else math.inf
+            if not (value is None if none else type(value) is kind and least <= value < most):
+                reason = f"`{name}` is {value!r:.60}; expected a finite {kind.__name__}, at least {least}"
+                raise _unusable(path, "state", ValueError(reason))
+        return cls(**values)
+
+
+_AT_LEAST = {"step": 0, "elapsed": 0.0, "validated": -1, "best_loss": 0.0, "best_step": 0, "loss_sum": 0.0}
+_AT_LEAST |= {"loss_steps": 0, "norm_max": 0.0}
 
 
 class _Run:
@@ -472,8 +501,8 @@ class _Run:
     def _heed_signals(self) -> None:
         """Take note of a signal that came to any of the processes. All call this at the same points."""
         number = int(self.processes.largest(self.stop.signal or 0))
-        if number and self.processes.first and not self.stop.signal and not self.signal:
-            self._on_signal(number)  # it came to another process alone
+        if number and self.processes.first and not self.stop.reported and not self.signal:
+            self._on_signal(number)  # it came to another process alone, or while this one was printing
         self.signal = number or self.signal
 
     # ---- time and progress
@@ -611,13 +640,14 @@ class _Run:
         def read() -> tuple[_State, list[dict[str, Any]]]:
             """The state and the rows of the log. The tensors stay in this process until it scatters them."""
             found, metadata = files.read_checkpoint(path)
-            _check_same("configuration", path, _fixed(self.config), _fixed(TrainConfig.from_dict(metadata["config"])))
-            ours, theirs = self.corpus.summary(), dict(metadata["data"])
-            del ours["source"], theirs["source"]  # the text may have moved
+            _check_same("configuration", path, _fixed(self.config), _fixed(_stored_config(path, metadata)))
+            ours, theirs = self.corpus.summary(), section(path, metadata, "data")
+            ours["source"] = theirs.get("source", "")  # the text may have moved
             _check_same("data", path, ours, theirs)
-            _check_same("model", path, self.description or {}, metadata["model"] or {})
-            _check_weights(path, self.model, found)
-            state = _State(**metadata["state"])
+            own = "model" in metadata and metadata["model"] is None  # it was given to `train`
+            _check_same("model", path, self.description or {}, {} if own else section(path, metadata, "model"))
+            _check_tensors(path, self.model, found)
+            state = _State.stored(path, section(path, metadata, "state"))
             if state.step and not any(name.startswith("optimizer.") for name in found):
                 raise CheckpointError(f"checkpoint {path} holds weights alone, as {BEST} does; it cannot be resumed")
             tensors.update(found)
@@ -676,7 +706,7 @@ def _locked(out: Path) -> Iterator[None]:
 def _build(config: TrainConfig) -> tuple[nn.Module, dict[str, Any]]:
     """The model that `config` names, and its configuration as JSON values."""
     description = ModelConfig.named(f"{config.model}-{config.size}", vocab_size=vocabulary(config.objective))
-    model = build(config.objective, replace(description, checkpointing=config.checkpointing))
+    model = model_class(config.objective)(replace(description, checkpointing=config.checkpointing))
     return model, description.to_dict()  # what the model computes does not depend on `checkpointing`
 
 
@@ -748,11 +778,41 @@ def _check_same(what: str, path: Path, ours: Mapping[str, Any], theirs: Mapping[
         raise CheckpointError(f"checkpoint {path} has another {what}: {found}")
 
 
-def _check_weights(path: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Make sure that the `model.` tensors of a checkpoint have the names, shapes and dtypes of those of `model`."""
-    weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-    ours, theirs = (
-        {name: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in state.items()}
-        for state in (model.state_dict(), weights)
-    )
-    _check_same("model", path, ours, theirs)
+def _stored_config(path: Path, metadata: Mapping[str, Any]) -> TrainConfig:
+    """The configuration in the metadata of the checkpoint at `path`."""
+    try:
+        return TrainConfig.from_dict(section(path, metadata, "config"))
+    except (TypeError, ValueError) as error:
+        raise _unusable(path, "config", error) from error
+
+
+def _unusable(path: Path, name: str, error: Exception) -> CheckpointError:
+    """What is wrong with the section `name` of a checkpoint, as its own error, unless it is one already."""
+    if isinstance(error, CheckpointError):
+        return error
+    return CheckpointError(f"checkpoint {path} cannot be used: its `{name}`: {error!s:.400}")
+
+
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Dtype and shape of tensors, by name; of the optimizer's counts of steps any floating type will do."""
+    return {
+        name: f"{'float' if _is_count(name, t) else str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}"
+        for name, t in tensors.items()
+    }
+
+
+def _is_count(name: str, tensor: Tensor) -> bool:
+    return name.startswith("optimizer.step.") and tensor.is_floating_point()
+
+
+def _check_tensors(path: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Make sure that the tensors of a checkpoint have the names, shapes and dtypes of those of `model` and of AdamW.
+
+    A parameter that no gradient has reached yet has no moments.
+    """
+    expected = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        names = {key: f"optimizer.{key}.{name}" for key in parallel.MOMENTS}
+        if parameter.requires_grad and not tensors.keys().isdisjoint(names.values()):
+            expected |= {where: torch.empty(()) if key == "step" else parameter for key, where in names.items()}
+    _check_same("model", path, _kinds(expected), _kinds(tensors))

@@ -16,11 +16,12 @@ from dataclasses import asdict, dataclass, replace
 from itertools import groupby, product
 from pathlib import Path
 
+from flashgau.files import parse_json
 from flashgau.kernels.common import Config
 
 from .ahead import Job, Row, op_of
 from .shipped import ENTRIES
-from .table import Entry, Key
+from .table import Entry, Fields, Key, config_of, key_of, time_of
 
 WARPS, STAGES = (4, 8), (1, 2, 3, 4)
 NOISE = 0.02  # a gain below this is none
@@ -124,10 +125,14 @@ class Journal:
         known = {}
         for line in lines:
             try:
-                row = json.loads(line)
-                if row["versions"] == self.versions:
-                    known[Key(**row["key"]), Config(**row["config"])] = Outcome(row["ms"], row["reason"])
-            except (ValueError, KeyError, TypeError):  # a line that was cut short
+                read = Fields(parse_json(line, "line"), "line")
+                if read("versions", "an object", lambda x: isinstance(x, dict)) != self.versions:
+                    continue
+                key = key_of(Fields(read("key", "an object", lambda x: isinstance(x, dict)), "key"))
+                reason = read("reason", "a string or null", lambda x: x is None or isinstance(x, str), None)
+                ms = time_of(read, "ms") if reason is None else None
+                known[key, config_of(read)] = Outcome(ms, reason)
+            except ValueError:  # a line that was cut short
                 continue
         return known
 

@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flashgau.files import atomic_write
+from flashgau.files import atomic_write, parse_json, read_text
 from flashgau.kernels.common import Config
 
 try:
@@ -109,13 +109,8 @@ def parse(text: str, where: str) -> Table:
             ...
         ValueError: t.json: entry 0: `kernel` is missing; expected a kernel's name
     """
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
-    read = _Fields(data, where)
-    if read("format", "the number 1, as written by this version", lambda x: x is not None) != FORMAT:
-        raise ValueError(f"{where}: `format` is {data['format']!r}; expected {FORMAT}, which this version reads")
+    read = Fields(parse_json(text, where), where)
+    read("format", f"{FORMAT}, which this version reads", lambda x: type(x) is int and x == FORMAT)
     header: dict[str, Any] = {
         "gpu": read("gpu", "a name or null", lambda x: x is None or (isinstance(x, str) and x != "")),
         "architecture": read("architecture", "a name such as sm_90", lambda x: isinstance(x, str) and x != ""),
@@ -127,14 +122,14 @@ def parse(text: str, where: str) -> Table:
     read.nothing_else()
     entries: dict[Key, Entry] = {}
     for place, row in enumerate(rows):
-        key, entry = _entry(_Fields(row, f"{where}: entry {place}"))
+        key, entry = _entry(Fields(row, f"{where}: entry {place}"))
         if key in entries:
             raise ValueError(f"{where}: entry {place}: {key} is there twice; expected each key once")
         entries[key] = entry
     return Table(**header, entries=entries)
 
 
-class _Fields:
+class Fields:
     """Reads the fields of a JSON object, each once; `where` begins every complaint."""
 
     def __init__(self, data: Any, where: str) -> None:
@@ -143,6 +138,7 @@ class _Fields:
         self.data, self.where, self.seen = data, where, set[str]()
 
     def __call__(self, name: str, expected: str, fits: Callable[[Any], bool], *default: Any) -> Any:
+        """The value of the field `name`; the default, if there is one, of a field that is not there."""
         self.seen.add(name)
         if name not in self.data:
             if default:
@@ -153,8 +149,10 @@ class _Fields:
         return self.data[name]
 
     def nothing_else(self) -> None:
+        """Complain of a field that has not been read."""
         if unknown := sorted(self.data.keys() - self.seen):
-            raise ValueError(f"{self.where}: `{unknown[0]}` is no field; expected {', '.join(sorted(self.seen))}")
+            expected = ", ".join(sorted(self.seen))
+            raise ValueError(f"{self.where}: `{_shown(unknown[0])[1:-1]}` is no field; expected {expected}")
 
 
 def _shown(value: Any) -> str:
@@ -170,32 +168,41 @@ def _is_power(x: Any, most: int) -> bool:
 
 
 def _is_time(x: Any) -> bool:
-    return type(x) in (int, float) and 0 < x < float("inf")
+    return type(x) in (int, float) and 0 < x <= 1e9
 
 
 def _is_versions(x: Any) -> bool:
     return isinstance(x, dict) and all(isinstance(v, str) for v in x.values())
 
 
-def _entry(read: _Fields) -> tuple[Key, Entry]:
-    key = Key(
+def key_of(read: Fields) -> Key:
+    """The key in a row of a file, or a complaint."""
+    return Key(
         kernel=read("kernel", "a kernel's name", lambda x: isinstance(x, str) and x.isidentifier()),
         itemsize=read("itemsize", "1, 2, 4 or 8 bytes", lambda x: _is_power(x, 8)),
         width=read("width", "a power of two, or 0", lambda x: type(x) is int and (x == 0 or _is_power(x, 2**30))),
         few_rows=read("few_rows", "true or false", _is_bool, False),
         options=read("options", "true or false", _is_bool, False),
     )
-    if key.kernel == FUSED:
-        choice: Config | bool = read("fused", "true or false", _is_bool)
-    else:
-        choice = _config(_Fields(read("config", "an object", lambda x: isinstance(x, dict)), f"{read.where}: config"))
-    times = (read(name, "milliseconds above 0", _is_time, None) for name in ("ms", "default_ms"))
-    entry = Entry(choice, *times)
+
+
+def time_of(read: Fields, name: str) -> float | None:
+    """The time in a row of a file, None if there is none, or a complaint."""
+    time: float | None = read(name, "milliseconds above 0, up to 1e9", _is_time, None)
+    return time
+
+
+def _entry(read: Fields) -> tuple[Key, Entry]:
+    key = key_of(read)
+    choice: Config | bool = read("fused", "true or false", _is_bool) if key.kernel == FUSED else config_of(read)
+    entry = Entry(choice, time_of(read, "ms"), time_of(read, "default_ms"))
     read.nothing_else()
     return key, entry
 
 
-def _config(read: _Fields) -> Config:
+def config_of(row: Fields) -> Config:
+    """The configuration in a row of a file, or a complaint."""
+    read = Fields(row("config", "an object", lambda x: isinstance(x, dict)), f"{row.where}: config")
     block = "a power of two up to 65536"
     config = Config(
         block_m=read("block_m", block, lambda x: _is_power(x, 65536)),
@@ -234,10 +241,7 @@ def read(path: Path) -> Table:
         OSError: if it cannot be read.
         ValueError: if it holds no valid table.
     """
-    try:
-        return parse(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error}") from None
+    return parse(read_text(path), str(path))
 
 
 @cache
