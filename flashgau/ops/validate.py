@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 
 _DENSE = torch.strided
+_PLAIN = (Tensor, torch.nn.Parameter)
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -41,8 +42,8 @@ class Arguments:
 
         The first tensor of the call sets the device and dtype of the others.
         """
-        if not isinstance(x, Tensor):
-            self.fail(name, f"is a {type(x).__name__}", f"a torch.Tensor of shape {_spelled(axes)}", TypeError)
+        if type(x) not in _PLAIN:
+            self._refuse_kind(name, x, f"a torch.Tensor of shape {_spelled(axes)}")
         dtype = x.dtype
         if dtype not in FLOATING:
             self.fail(name, f"has dtype {dtype}", "float16, bfloat16, float32 or float64", TypeError)
@@ -176,18 +177,26 @@ class Arguments:
         self._integers(name, x, (torch.int32, torch.int64))
         self._shape(name, x, axes)
 
+    def _refuse_kind(self, name: str, x: Any, expected: str) -> None:
+        """Refuse what is no tensor, and a DTensor, whose numbers are in several processes."""
+        if not isinstance(x, Tensor):
+            self.fail(name, f"is a {type(x).__name__}", expected, TypeError)
+        if hasattr(x, "to_local"):  # rather than ask for the class, which takes a second to import
+            expected = "a plain tensor: x.to_local(), this process's part, or x.full_tensor(), the whole"
+            self.fail(name, f"is a {type(x).__name__}", expected, TypeError)
+
     def _floating_beside(self, name: str, x: Any, expected: str) -> None:
         assert self._first is not None
-        if not isinstance(x, Tensor):
-            self.fail(name, f"is a {type(x).__name__}", f"a torch.Tensor of shape {expected}", TypeError)
+        if type(x) not in _PLAIN:
+            self._refuse_kind(name, x, f"a torch.Tensor of shape {expected}")
         dtype = self._first[1].dtype
         if x.dtype != dtype and x.dtype != torch.float32:
             self.fail(name, f"has dtype {x.dtype}", f"{dtype} as `{self._first[0]}` has, or float32", TypeError)
         self._same_device(name, x)
 
     def _integers(self, name: str, x: Any, dtypes: tuple[torch.dtype, ...]) -> None:
-        if not isinstance(x, Tensor):
-            self.fail(name, f"is a {type(x).__name__}", "an integer torch.Tensor", TypeError)
+        if type(x) not in _PLAIN:
+            self._refuse_kind(name, x, "an integer torch.Tensor")
         if x.dtype not in dtypes:
             self.fail(name, f"has dtype {x.dtype}", "an integer dtype such as int32", TypeError)
         self._same_device(name, x)
@@ -231,7 +240,7 @@ class Arguments:
 
 def readable(x: Tensor) -> bool:
     """Whether the values can be looked at for free: on the CPU, and real rather than traced, mapped or fake."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) not in _PLAIN:
         return False
     while is_functorch_wrapped_tensor(x):
         if is_batchedtensor(x):
