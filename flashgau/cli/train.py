@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashgau.cli.console import dump_json, fail, make_console, seconds
+from flashgau.cli.console import FAILURE, dump_json, fail, make_console, seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,6 +96,13 @@ def train(
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. [default: 200]")] = None,
     log_every: Annotated[int | None, typer.Option(help="Steps between rows of the log. [default: 10]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... [default: auto]")] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds that a process of torchrun waits for another before the run ends. [default: 600]",
+            metavar="SECONDS",
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -156,11 +165,12 @@ def train(
         return training.resume_config(out, **given) if resume else training.TrainConfig(out=str(out), **given)
 
     progress = ProgressDisplay(make_console(stderr=True))
-    with training.launched() as processes:
+    limit = {} if timeout is None else {"timeout": timeout}
+    with _reported(), training.launched(**limit) as processes:
         try:
             config = processes.everywhere(configure)
             with progress:
-                result = training.train(config, resume=resume, callbacks=[progress])
+                result = training.train(config, resume=resume, callbacks=[progress], **limit)
         except (OSError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
             if isinstance(error.__cause__, training.Elsewhere):
                 raise typer.Exit() from None  # the process that met it says so, and fails: to torchrun it is the cause
@@ -175,6 +185,19 @@ def train(
             _report(result)
     if result.signal is not None:
         raise typer.Exit(128 + result.signal)
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    """Around the processes of a run: a timeout that cannot be, or one that has passed, in one line of one process."""
+    try:
+        yield
+    except (TimeoutError, ValueError) as error:
+        from flashgau.training import Elsewhere
+
+        if isinstance(error.__cause__, Elsewhere):
+            raise typer.Exit(FAILURE) from None
+        fail("train", _one_line(error))
 
 
 def _one_line(error: BaseException) -> str:
