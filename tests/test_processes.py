@@ -319,8 +319,8 @@ LOST = RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by pe
     ("others", "error", "message", "elsewhere"),
     [
         ([None, "lost", None], LOST, "processes 1, 3 do not answer, and stand still or have ended; the others", False),
-        (["lost", "left", "lost"], LOST, "process 2 ended early", True),
-        (["lost", "lost", "lost"], LOST, "lost each other; one may be slower than 0 seconds: .*peer", False),
+        (["lost", "failed", "done"], LOST, "process 2 failed", True),
+        (["lost", "done", "lost"], LOST, "lost each other; one may be slower than 0 seconds: .*peer", False),
         ([None, None, None], dist.DistStoreError("wait timeout"), "processes 1, 2, 3 do not answer", False),
         ([None, None, None], RuntimeError("a shape is wrong"), None, False),
         ([None, None, None], KeyboardInterrupt(), None, False),
@@ -331,7 +331,7 @@ def test_what_those_that_are_left_say_of_the_others(
 ) -> None:
     """An error that is no other process's fault stays as it is, and waits for nobody."""
     store = dist.HashStore()
-    store.set("flashgau/0", "left")  # in an earlier run
+    store.set("flashgau/0", "done")  # in an earlier run
 
     def run(rank: int, count: int, words: list[Any], error: BaseException) -> None:
         with processes._RollCall(store, rank, count, 0.0):
@@ -343,7 +343,7 @@ def test_what_those_that_are_left_say_of_the_others(
     with pytest.raises(TimeoutError if message else type(error), match=message) as caught:
         run(0, 4, others, error)
     assert isinstance(caught.value.__cause__, Elsewhere) == elsewhere
-    assert store.get("flashgau/0") == (b"lost" if message else b"left")
+    assert store.get("flashgau/0") == (b"lost" if message else b"failed")
     with pytest.raises(TimeoutError) as caught:
         run(4, 6, [], LOST)  # the first process is there, and reports
     assert isinstance(caught.value.__cause__, Elsewhere)

@@ -183,7 +183,7 @@ class _RollCall:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         lost = error is not None and _lost_contact(error)
         with contextlib.suppress(RuntimeError):  # the store may have ended with its process
-            self.store.set(str(self.rank), "lost" if lost else "left")
+            self.store.set(str(self.rank), "done" if error is None else "lost" if lost else "failed")
         if not lost:
             return
         present = self._present()
@@ -195,11 +195,11 @@ class _RollCall:
                 f"{names} {'do' if several else 'does'} not answer, and {'stand' if several else 'stands'} still "
                 f"or {'have' if several else 'has'} ended; the others waited up to {self.timeout:g} seconds"
             )
-        elif set(present.values()) == {"lost"}:
-            message = f"the processes lost each other; one may be slower than {self.timeout:g} seconds: {error}"
+        elif "failed" in present.values():
+            failed = next(rank for rank, word in present.items() if word == "failed")
+            raise TimeoutError(f"process {failed} failed") from Elsewhere(f"in process {failed}")
         else:
-            ended = next(rank for rank, word in present.items() if word == "left")
-            raise TimeoutError(f"process {ended} ended early") from Elsewhere(f"in process {ended}")
+            message = f"the processes lost each other; one may be slower than {self.timeout:g} seconds: {error}"
         raise TimeoutError(message) from (error if self.rank == min(present) else Elsewhere("in another process"))
 
     def _present(self) -> dict[int, str]:
