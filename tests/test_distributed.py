@@ -26,7 +26,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import Call, attention_calls, close, close_gradients, gau_calls, mixed_chunk_calls, outputs, randn
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import flashgau
 from flashgau.distributed import (
@@ -44,6 +46,7 @@ FUNCTIONS: dict[str, Any] = {
     "gau_attention": context_parallel_gau,
     "mixed_chunk_attention": context_parallel_mixed_chunk,
 }
+NAMES = tuple(FUNCTIONS)
 # The token axis of each argument, and whether its tokens are queries or keys.
 AXES = {
     "attention": (2, "qkk"),
@@ -51,6 +54,56 @@ AXES = {
     "mixed_chunk_attention": (1, "qqqqqq"),
 }
 Outcome = tuple[list[Tensor], list[Any]]  # results, and gradients: a tensor or None
+
+
+def several(*calls: Any, backwards: str, group: Any, checkpointed: str = "") -> list[Tensor]:
+    """The gradients of calls after backwards in this order, a digit for each; "+" is one more call.
+
+    Activation checkpointing makes the "call" again, or "more" than that.
+    """
+    totals: list[Tensor] = []
+    leaves: list[Tensor] = []
+
+    def result(name: str, options: dict[str, Any], *own: Tensor) -> Any:
+        return FUNCTIONS[name](*own, **options, group=group)
+
+    def total(name: str, options: dict[str, Any], *own: Tensor) -> Tensor:
+        made = (
+            checkpoint(result, name, options, *own, use_reentrant=False)  # type: ignore[arg-type]
+            if checkpointed == "call"
+            else result(name, options, *own)
+        )
+        return sum((torch.where(torch.isfinite(x), x, 0).double().sin().sum() for x in outputs(made)), torch.zeros(()))
+
+    for name, args, options in calls:
+        own = [x.detach().requires_grad_() for x in args]
+        leaves += own
+        if checkpointed == "more":
+            totals.append(checkpoint(total, name, options, *own, use_reentrant=False))  # type: ignore[arg-type]
+        else:
+            totals.append(total(name, options, *own))
+    for place in backwards:
+        if place == "+":
+            name, args, options = calls[0]
+            total(name, options, *args)
+        else:
+            totals[int(place)].backward(retain_graph=True)
+    return [x.grad if x.grad is not None else torch.zeros(()) for x in leaves]
+
+
+def seeded(*args: Tensor, seed: int, **options: Any) -> Any:
+    """Attention in a process whose generator stands anywhere."""
+    torch.manual_seed(seed)
+    return context_parallel_attention(*args, **options)
+
+
+def meshed(*args: Tensor, group: Any, **options: Any) -> Any:
+    """Attention over the processes of a device mesh of one dimension."""
+    mesh = DeviceMesh.from_group(group or dist.group.WORLD, "cpu", mesh_dim_names=("context",))
+    return context_parallel_attention(*args, group=mesh, **options)
+
+
+FUNCTIONS |= {"several": several, "seeded": seeded, "meshed": meshed}
 
 
 def answer(function: str, args: list[Any], options: dict[str, Any], weights: list[Tensor] | None) -> Outcome:
@@ -126,7 +179,7 @@ class World:
             request = (name, args[place], options[place], own, group, needed, grad[place] if grad else True)
             tell(self.connections[rank], request)
         for rank in members:
-            if not self.connections[rank].poll(60):
+            if not self.connections[rank].poll(300):
                 for worker in self.workers:  # so that later calls fail at once
                     worker.kill()
                 pytest.fail(f"process {rank} hangs")
@@ -170,7 +223,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield World(connections, workers)
         for connection in connections:
             tell(connection, None)
-        errors = [worker.communicate(timeout=60)[1] for worker in workers]
+        errors = [worker.communicate(timeout=300)[1] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
@@ -213,27 +266,37 @@ def poison(call: Call) -> Call:
 
 
 def spread(
-    world: World, call: Call, cuts: dict[str, list[int]], group: str, seed: int = 0, needs: list[Any] | None = None
+    world: World,
+    call: Call,
+    cuts: dict[str, list[int]],
+    group: str,
+    seed: int = 0,
+    needs: list[Any] | None = None,
+    function: str | None = None,
+    own: list[dict[str, Any]] | None = None,
 ) -> tuple[list[Tensor], list[Any], list[list[Any]]]:
-    """A call in several processes: results and gradients of its arguments put together, and those of each process."""
+    """A call in several processes: results and gradients of its arguments put together, and those of each process.
+
+    `function` is called instead of the call's own, with options `own` for each process.
+    """
     axis, kinds = AXES[call.name]
     members = len(MEMBERS[group])
     single = outputs(call(backend="reference"))
     weights = [pieces(randn(seed + i, *x.shape, dtype=torch.float64), axis, cuts["q"]) for i, x in enumerate(single)]
     args = [pieces(x, axis, cuts[kind]) for x, kind in zip(call.args, kinds, strict=False)]
     found = world.results(
-        call.name,
-        [list(own) for own in zip(*args, strict=True)],
-        [dict(call.kwargs)] * members,
+        function or call.name,
+        [list(parts) for parts in zip(*args, strict=True)],
+        [call.kwargs | more for more in own or [{}] * members],
         group=group,
-        weights=[list(own) for own in zip(*weights, strict=True)],
+        weights=[list(parts) for parts in zip(*weights, strict=True)],
         needs=needs,
     )
     results = [torch.cat(parts, axis) for parts in zip(*(results for results, _ in found), strict=True)]
-    grads = [own for _, own in found]
+    grads = [grad for _, grad in found]
     joined: list[Any] = []
     for place in range(len(call.args)):
-        parts = [own[place] for own in grads]
+        parts = [grad[place] for grad in grads]
         joined.append(torch.cat(parts, axis) if all(x is not None for x in parts) else None)
     return results, joined, grads
 
@@ -331,12 +394,18 @@ def test_a_bias_for_each_of_two_heads_goes_with_its_head(world: World) -> None:
         check_equal(world, call, {"q": [2], "k": [5]}, "pair", None)
 
 
-def test_lengths_that_count_in_bytes(world: World) -> None:
-    """A slice may begin behind the end of a row."""
-    heads = [randn(seed, 2, 256, 3, dtype=torch.float64) for seed in range(5)]
+@pytest.mark.parametrize("name", NAMES)
+def test_lengths_that_count_in_bytes(world: World, name: str) -> None:
+    """Sequences are longer than their type counts, and a slice may begin behind the end of a row."""
+    count = {"attention": 3, "gau_attention": 4, "mixed_chunk_attention": 5}[name]
+    shape = (2, 2, 256, 3) if name == "attention" else (2, 256, 3)
+    args = tuple(randn(seed, *shape, dtype=torch.float64) for seed in range(count))
     for causal in (True, False):
-        options = {"lengths": torch.tensor([100, 200], dtype=torch.uint8), "chunk_size": 64, "causal": causal}
-        check_equal(world, Call("mixed_chunk_attention", tuple(heads), options), {"q": [128]}, "pair", None)
+        for lengths in (torch.tensor([100, 200], dtype=torch.uint8), torch.tensor([127, 3], dtype=torch.int8)):
+            options = {"lengths": lengths, "causal": causal}
+            if name == "mixed_chunk_attention":
+                options |= {"chunk_size": 64}
+            check_equal(world, Call(name, args, options), {"q": [128], "k": [128]}, "pair", None)
 
 
 @given(heads=st.integers(1, 9), group=st.integers(1, 9), data=st.data())
@@ -387,7 +456,7 @@ def example(name: str, dtype: torch.dtype, **options: Any) -> Call:
     return Call(name, (*heads, make(4, 2, 16, 12), make(5, 2, 16, 12)), {**own, **options})
 
 
-VARIANTS = [*((name, True) for name in FUNCTIONS), ("mixed_chunk_attention", False)]
+VARIANTS = [*((name, True) for name in NAMES), ("mixed_chunk_attention", False)]
 
 
 def errors_of(found: list[Any], exact: list[Any]) -> list[float]:
@@ -411,7 +480,7 @@ def test_low_precision_errs_no_more_than_one_process(world: World, name: str, ca
             assert ours <= 2 * theirs + 2 * torch.finfo(dtype).eps * size
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_that_one_process_alone_wants(world: World, name: str) -> None:
     """The others take part in what it needs."""
     call = example(name, torch.float64)
@@ -489,25 +558,53 @@ def test_nothing_as_long_as_the_values_is_made_in_fp32(monkeypatch: pytest.Monke
 # Dropout
 
 
+def dropped(call: Call, common: int) -> Outcome:
+    """Results and gradients of attention in one process, each part of its heads with the seed of a process."""
+    axis = 1
+    weights = [randn(i, *x.shape, dtype=torch.float64) for i, x in enumerate(outputs(call(dropout_seed=0)))]
+    q, k, v = leaves = [x.clone().requires_grad_() for x in call.args]
+    shared = {key: call.kwargs[key].clone().requires_grad_() for key in ("rel_bias", "sinks")}
+    parts = []
+    for rank, ((a, b), (first, last)) in enumerate(zip(*_heads(6, 2, 3), strict=True)):
+        options = call.kwargs | {key: x[a:b].contiguous() for key, x in shared.items()}
+        options["dropout_seed"] = _of_rank(common, rank)
+        parts.append(outputs(flashgau.attention(q[:, a:b], k[:, first:last], v[:, first:last], **options)))
+    results = [torch.cat(own, axis) for own in zip(*parts, strict=True)]
+    total = torch.zeros((), dtype=torch.float64)
+    for x, weight in zip(results, weights, strict=True):
+        total = total + (torch.where(torch.isfinite(x), x, 0).double() * weight).sum()
+    total.backward()
+    return [x.detach() for x in results], [x.grad for x in (*leaves, *shared.values())]
+
+
+def check_dropped(world: World, call: Call, found: Any, common: int) -> None:
+    """What several processes gave is that, and so are the sums of their gradients."""
+    results, grads, own = found
+    expected, expected_grads = dropped(call, common)
+    for x, y in zip(results, expected, strict=True):
+        close(x, y, 64)
+    steepest = max(float(x.abs().max()) for x in expected_grads)
+    shared = [torch.stack([x for x in parts if x is not None]).sum(0) for parts in list(zip(*own, strict=True))[3:5]]
+    for x, y in zip([*grads[:3], *shared], expected_grads, strict=True):
+        close(x, y, 256, steepest)
+
+
 def test_each_process_drops_by_its_own_seed(world: World) -> None:
     """What its heads give is attention with the seed that comes from the common one and its rank."""
     for seed in (5, -7, torch.tensor([2**62 + 1])):
         call = example("attention", torch.float64, dropout_p=0.4, dropout_seed=seed)
-        common = int(seed)
-        results, _, _ = spread(world, call, CUTS["all"], "all")
-        q, k, v = call.args
-        for rank, ((a, b), (first, last)) in enumerate(zip(*_heads(6, 2, 3), strict=True)):
-            expected = flashgau.attention(
-                q[:, a:b], k[:, first:last], v[:, first:last], rel_bias=call.kwargs["rel_bias"][a:b].contiguous(),
-                sinks=call.kwargs["sinks"][a:b], causal=True, lengths=SIXTEEN, dropout_p=0.4,
-                dropout_seed=_of_rank(common, rank),
-            )  # fmt: skip
-            close(results[0][:, a:b], expected)  # type: ignore[arg-type]
+        check_dropped(world, call, spread(world, call, CUTS["all"], "all"), int(seed))
     assert len({_of_rank(seed, rank) for seed in range(100) for rank in range(8)}) == 800
 
 
 def test_a_seed_that_nobody_gave_is_the_first_process_s(world: World) -> None:
-    """One draw for all, so that dropping everything, or the same twice, is possible; and another in every call."""
+    """One draw for all, wherever their generators stand, which is in the heads and gradients of every process."""
+    call = example("attention", torch.float64, dropout_p=0.4)
+    torch.manual_seed(7)
+    drawn = int(torch.randint(2**62, (1,), dtype=torch.int64))
+    found = spread(world, call, CUTS["all"], "all", function="seeded", own=[{"seed": seed} for seed in (7, 8, 9)])
+    check_dropped(world, call, found, drawn)
+    # Dropping everything, or another half in every call.
     call = example("attention", torch.float64, dropout_p=1.0)
     results, grads, _ = spread(world, call, CUTS["all"], "all")
     assert all(not x.any() for x in (results[0], *grads[2:]) if x is not None)
@@ -519,6 +616,81 @@ def test_a_seed_that_nobody_gave_is_the_first_process_s(world: World) -> None:
     plain = Call("attention", (0.1 * q, k, torch.ones(1, 3, 600, 1)), {"dropout_p": 0.3})
     mean = spread(world, plain, {"q": [100, 500], "k": [100, 500]}, "all")[0][0].mean((0, 2, 3))
     assert torch.allclose(mean, torch.ones(3), atol=0.01)
+
+
+# Backwards of several calls
+
+
+def several_calls(group: str, *names: tuple[str, int]) -> list[list[Any]]:
+    """For each process of the group, the arguments of `several`: a call of each name, of this many tokens in all."""
+    processes: list[list[Any]] = [[] for _ in MEMBERS[group]]
+    for place, (name, tokens) in enumerate(names):
+        call = example(name, torch.float64)
+        axis, kinds = AXES[name]
+        options = {key: x for key, x in call.kwargs.items() if key not in ("lengths", "rel_bias")}
+        cuts = CUTS[group]["q"]
+        args = [torch.cat([x] * (tokens // 16), axis) * (place + 1) for x in call.args]
+        for own, parts in zip(
+            processes,
+            zip(*(pieces(x, axis, cuts) for x, _ in zip(args, kinds, strict=False)), strict=True),
+            strict=True,
+        ):
+            own.append((name, list(parts), options))
+    return processes
+
+
+TWICE = [
+    (("attention", 16), ("attention", 16)),
+    (("gau_attention", 16), ("gau_attention", 16)),
+    (("mixed_chunk_attention", 16), ("mixed_chunk_attention", 32)),  # what is sent is of one size
+    (("attention", 16), ("attention", 32)),
+    (("gau_attention", 16), ("mixed_chunk_attention", 16)),
+]
+
+
+@pytest.mark.parametrize(
+    ("calls", "checkpointed"),
+    [
+        *((calls, again) for calls in TWICE for again in ("", "call")),
+        *((calls, "more") for calls in TWICE[:3]),  # others would make calls of each other's sizes again
+    ],
+    ids=lambda x: x if isinstance(x, str) else "-".join(str(part) for call in x for part in call),
+)
+def test_backwards_in_another_order_raise_in_all(world: World, calls: Any, checkpointed: str) -> None:
+    """Or of one call only, or again; and what follows works as if nothing had been."""
+    orders = [["01", "10", "01"], ["01", "10"], ["0", "1"], ["011", "010"]]
+    if not checkpointed:  # which would take the other's call for the one that it makes again
+        orders.append(["1+", "10"])
+    for own_orders in orders:
+        group = "all" if len(own_orders) == 3 else "pair"
+        args = several_calls(group, *calls)
+        options = [{"backwards": order, "checkpointed": checkpointed} for order in own_orders]
+        needs = [([None] * len(own), False) for own in args]
+        found = world.errors("several", args, options, group=group, needs=needs)
+        assert len({said.split(": ", 1)[1] for _, said in found}) == 1
+        for error, said in found:
+            assert error is RuntimeError
+            places = r"is in (part \d of the backward of call \d+, of|a call of) context_parallel_\w+"
+            members = f"process 0 {places}, process {MEMBERS[group][1]} {places}"
+            assert re.match(rf"context_parallel_\w+: {members}; expected the same calls and backwards in the", said)
+
+
+@pytest.mark.parametrize("calls", TWICE, ids=lambda x: "-".join(str(part) for call in x for part in call))
+def test_backwards_in_any_order_that_is_everyone_s(world: World, calls: Any) -> None:
+    """Twice, too, through a graph that is kept, and through calls that checkpointing makes again."""
+    gradients = {}
+    plain = [(order, "") for order in ("01", "10", "0110")]
+    for backwards, checkpointed in (*plain, ("01", "call"), ("10", "call"), ("01", "more"), ("10", "more")):
+        args = several_calls("pair", *calls)
+        options = [{"backwards": backwards, "checkpointed": checkpointed}] * 2
+        needs = [([None] * len(own), False) for own in args]
+        found = world.results("several", args, options, group="pair", needs=needs)
+        gradients[backwards, checkpointed] = [x for results, _ in found for x in results]
+    expected = gradients.pop(("01", ""))
+    twice = gradients.pop(("0110", ""))
+    assert all(torch.equal(x, y) for own in gradients.values() for x, y in zip(own, expected, strict=True))
+    for x, y in zip(twice, expected, strict=True):
+        close(x, 2 * y)
 
 
 # Errors reach every process
@@ -563,6 +735,8 @@ WRONG = [
 @pytest.mark.parametrize("case", WRONG, ids=lambda case: f"{case[0]}-{case[4]}")
 def test_what_is_wrong_in_one_process_raises_in_all(world: World, case: Any, group: str) -> None:
     name, changes, options, kind, message, elsewhere = case
+    wrong = MEMBERS[group][1]
+    message, elsewhere = (x.replace("process 1", f"process {wrong}") for x in (message, elsewhere))
     args, kwargs = slices(name, group)
     for place, x in changes.items():
         args[1][place] = x
@@ -571,10 +745,10 @@ def test_what_is_wrong_in_one_process_raises_in_all(world: World, case: Any, gro
     found = world.errors(name, args, kwargs, group=group, needs=needs)
     for rank, (error, said) in enumerate(found):
         assert error is (kind if rank == 1 else ValueError)
-        assert said.startswith(FUNCTIONS[name].__name__ if rank != 1 else (FUNCTIONS[name].__name__, name))
+        assert said.startswith(f"{FUNCTIONS[name].__name__}: ")
         assert re.search(message if rank == 1 else elsewhere, said)
         if elsewhere == "refused" and rank != 1:
-            assert "process 1 refused" in said
+            assert f"process {wrong} refused" in said
 
 
 BOTH: list[Any] = [  # what is wrong with the whole, in all processes alike
@@ -650,14 +824,15 @@ def test_different_operations_in_different_processes(world: World) -> None:
     (*_, c), (*_, three) = slices("gau_attention", "all")
     found = world.errors(["attention", "attention", "gau_attention"], [a, b, c], [one, two, three])
     assert {said.split(": ")[1] for _, said in found} == {
-        "process 2 called another operation; expected the same in all",
-        "process 0 called another operation; expected the same in all",
+        "process 0 is in a call of context_parallel_attention, process 2 is in a call of context_parallel_gau; "
+        "expected the same calls and backwards in the same order in all"
     }
+    assert {said.split(": ")[0] for _, said in found} == {"context_parallel_attention", "context_parallel_gau"}
 
 
 def test_a_group_must_exist_and_hold_the_process(world: World, alone: None) -> None:
     q = randn(0, 1, 1, 4, 8)
-    with pytest.raises(TypeError, match=r"`group` is a str; expected a torch.distributed.ProcessGroup or None"):
+    with pytest.raises(TypeError, match=r"`group` is a str; expected a torch.distributed.ProcessGroup or None, or a D"):
         context_parallel_attention(q, q, q, group="gloo")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`group` does not hold process 0"):
         context_parallel_attention(q, q, q, group=dist.GroupMember.NON_GROUP_MEMBER)  # type: ignore[arg-type]
@@ -666,6 +841,55 @@ def test_a_group_must_exist_and_hold_the_process(world: World, alone: None) -> N
     elsewhere: Any = SimpleNamespace(device=torch.device("cuda:0"))
     with pytest.raises(ValueError, match="`x` is on cuda:0"):
         Team.of("op", None).check_device("x", elsewhere)
+
+
+@pytest.mark.parametrize("group", MEMBERS)
+def test_a_device_mesh_of_one_dimension_is_a_group(world: World, group: str) -> None:
+    call = example("attention", torch.float64)
+    expected, grads, _ = spread(world, call, CUTS[group], group)
+    found, found_grads, _ = spread(world, call, CUTS[group], group, function="meshed")
+    for x, y in zip([*found, *found_grads], [*expected, *grads], strict=True):
+        assert x is y is None or torch.equal(x, y)
+
+
+def test_a_device_mesh_of_more_dimensions_is_refused(alone: None) -> None:
+    q = randn(0, 1, 1, 4, 8)
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "context"))
+    with pytest.raises(
+        ValueError,
+        match=r"context_parallel_attention: `group` is a DeviceMesh of 2 dimensions \(data, context\); "
+        r'expected one of them, such as mesh\["context"\]',
+    ):
+        context_parallel_attention(q, q, q, group=mesh)
+    assert torch.equal(
+        outputs(context_parallel_attention(q, q, q, group=mesh["context"]))[0], outputs(flashgau.attention(q, q, q))[0]
+    )
+
+
+def test_distributed_tensors_are_refused_by_name(alone: None) -> None:
+    """In the operations of a single process, too, rather than by a shape function, or for mixing the two."""
+    from torch.distributed.tensor import Replicate, distribute_tensor  # a second, which the processes need not wait
+
+    mesh = init_device_mesh("cpu", (1,))
+
+    def whole(x: Tensor) -> Any:
+        return distribute_tensor(x, mesh, [Replicate()])
+
+    q, x, w = randn(0, 1, 1, 4, 8), randn(0, 1, 4, 8), randn(0, 6, 8)
+    calls: list[tuple[Any, str]] = [
+        (lambda: flashgau.attention(q, whole(q), q), "attention: `k`"),
+        (lambda: flashgau.attention(q, q, q, rel_bias=whole(torch.zeros(7))), "attention: `rel_bias`"),
+        (lambda: flashgau.attention(q, q, q, lengths=whole(torch.tensor([4]))), "attention: `lengths`"),
+        (lambda: flashgau.glu(whole(x)), "glu: `gate`"),
+        (lambda: flashgau.glu_linear(x, torch.nn.Parameter(whole(w)), w), "glu_linear: `w_gate`"),
+        (lambda: flashgau.gau_attention(whole(x), x, x), "gau_attention: `q`"),
+        (lambda: flashgau.mixed_chunk_attention(x, x, x, x, whole(x)), "mixed_chunk_attention: `v`"),
+        (lambda: context_parallel_attention(q, whole(q), q), "context_parallel_attention: `k`"),
+        (lambda: context_parallel_gau(x, x, x, rel_bias=whole(torch.zeros(7))), "context_parallel_gau: `rel_bias`"),
+    ]
+    for call, name in calls:
+        with pytest.raises(TypeError, match=rf"^{name} is a DTensor; expected a plain tensor: x.to_local\(\)"):
+            call()
 
 
 def test_without_processes_the_error_says_how_to_start_them() -> None:

@@ -16,9 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from typer.testing import CliRunner
 
+from flashgau.cli import app
 from flashgau.models import CausalLM, MaskedLM, ModelConfig
-from flashgau.training import Elsewhere, Event, Processes, TrainConfig, launched, load_model, train, trainer
+from flashgau.training import Elsewhere, Event, Processes, TrainConfig, launched, load_model, processes, train, trainer
 from flashgau.training.checkpoint import read_checkpoint
 from flashgau.training.trainer import BEST, LAST, LOG
 
@@ -107,8 +109,26 @@ UNBROKEN = [
 ]
 
 
-def work(rank: int, folder: Path) -> None:
-    """One of the two processes: every run in turn, and what became of it as JSON."""
+def stand_still(*ignored: Any) -> None:
+    """Until somebody kills this process."""
+    while True:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def lose_one(rank: int, folder: Path, port: str) -> None:
+    """A run of the command as torchrun starts it, in which the second process stands still; what the first one says."""
+    place = {"RANK": str(rank), "WORLD_SIZE": str(PAIR), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update(place, TORCHELASTIC_RUN_ID="still", TORCHELASTIC_USE_AGENT_STORE="True")
+    if rank:  # in its next step, or if it is so slow that the first one gives up before
+        trainer._Run.take_step = stand_still  # type: ignore[method-assign]
+        processes._RollCall.__exit__ = stand_still  # type: ignore[method-assign]
+    timeout = "1000" if rank else "2"
+    said = CliRunner().invoke(app, ["train", "--resume", "--out", str(folder / "still"), "--timeout", timeout])
+    (folder / "still.json").write_text(json.dumps({"code": said.exit_code, "said": said.stderr}))
+
+
+def work(rank: int, folder: Path, port: str) -> None:
+    """One of the two processes: every run in turn, and what became of it as JSON. The second one does not come back."""
     torch.set_num_threads(1)
     trainer.loss_plot = lambda rows, path, title: path.write_bytes(b"plot")
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=PAIR)
@@ -141,6 +161,8 @@ def work(rank: int, folder: Path) -> None:
             results.append({**result.to_dict(), "events": events, "rows": result.history})
     (folder / f"results{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
+    trainer._Run.take_step = take_step  # type: ignore[method-assign]
+    lose_one(rank, folder, port)
 
 
 @pytest.fixture(scope="module")
@@ -157,13 +179,16 @@ def pair(tmp_path_factory: pytest.TempPathFactory, quick_plots: None) -> tuple[P
     (folder / "text").write_text(" ".join(f"{k} potato, {k + 1} potato" for k in range(200)))
     for out in ("from-one", "from-one-whole"):
         train(configuration(folder, out), model=build("flash clm"), callbacks=[stop_after(3)])
+    train(configuration(folder, "still", size="tiny", accumulate=1, steps=9), callbacks=[stop_after(1)])
+    (folder / "still.safetensors").write_bytes((folder / "still" / LAST).read_bytes())
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # which torchrun would keep
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import test_processes as here;"
-        "here.work(int(sys.argv[2]), here.Path(sys.argv[3]))"
+        "here.work(int(sys.argv[2]), here.Path(sys.argv[3]), sys.argv[4])"
     )
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", code, str(Path(__file__).parent), str(rank), str(folder)],
+            [sys.executable, "-c", code, str(Path(__file__).parent), str(rank), str(folder), str(store.port)],
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -171,11 +196,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory, quick_plots: None) -> tuple[P
         for rank in range(PAIR)
     ]
     try:
-        errors = [worker.communicate(timeout=300)[1] for worker in workers]
+        errors = [workers[0].communicate(timeout=600)[1]]
+        workers[1].kill()  # it stands still
+        errors.append(workers[1].communicate()[1])
     finally:
         for worker in workers:
             worker.kill()
-    assert [worker.returncode for worker in workers] == [0] * PAIR, "\n".join(errors)
+    assert [worker.returncode for worker in workers] == [0, -signal.SIGKILL], "\n".join(errors)
     assert not re.search("Warning|Error", "".join(errors)), errors
     return folder, [json.loads((folder / f"results{rank}.json").read_text()) for rank in range(PAIR)]
 
@@ -270,6 +297,68 @@ def test_errors_are_raised_in_all_processes_and_reported_by_one(out: str, error:
     assert [r["error"] for r in results] == [error] * PAIR
     assert all(re.search(message, r["message"]) for r in results)
     assert sorted(r["elsewhere"] for r in results) == [False, True]
+
+
+def test_a_process_that_stands_still_ends_the_run_with_its_number(pair: Any) -> None:
+    """In one line, and the last checkpoint is what it was."""
+    folder, _ = pair
+    found = json.loads((folder / "still.json").read_text())
+    assert found["code"] == 1
+    *_, last = found["said"].splitlines()
+    assert last == (
+        "flashgau train: process 1 does not answer, and stands still or has ended; the others waited up to 2 seconds"
+    )
+    assert found["said"].count("flashgau train:") == 1
+    assert (folder / "still" / LAST).read_bytes() == (folder / "still.safetensors").read_bytes()
+
+
+LOST = RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+
+@pytest.mark.parametrize(
+    ("others", "error", "message", "elsewhere"),
+    [
+        ([None, "lost", None], LOST, "processes 1, 3 do not answer, and stand still or have ended; the others", False),
+        (["lost", "failed", "done"], LOST, "process 2 failed", True),
+        (["lost", "done", "lost"], LOST, "lost each other; one may be slower than 0 seconds: .*peer", False),
+        ([None, None, None], dist.DistStoreError("wait timeout"), "processes 1, 2, 3 do not answer", False),
+        ([None, None, None], RuntimeError("a shape is wrong"), None, False),
+        ([None, None, None], KeyboardInterrupt(), None, False),
+    ],
+)
+def test_what_those_that_are_left_say_of_the_others(
+    others: list[Any], error: BaseException, message: str | None, elsewhere: bool
+) -> None:
+    """An error that is no other process's fault stays as it is, and waits for nobody."""
+    store = dist.HashStore()
+    store.set("flashgau/0", "done")  # in an earlier run
+
+    def run(rank: int, count: int, words: list[Any], error: BaseException) -> None:
+        with processes._RollCall(store, rank, count, 0.0):
+            for other, word in enumerate(words, 1):
+                if word:
+                    store.set(f"flashgau/{other}", word)
+            raise error
+
+    with pytest.raises(TimeoutError if message else type(error), match=message) as caught:
+        run(0, 4, others, error)
+    assert isinstance(caught.value.__cause__, Elsewhere) == elsewhere
+    assert store.get("flashgau/0") == (b"lost" if message else b"failed")
+    with pytest.raises(TimeoutError) as caught:
+        run(4, 6, [], LOST)  # the first process is there, and reports
+    assert isinstance(caught.value.__cause__, Elsewhere)
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf"), True, "5"])
+def test_no_time_to_wait(timeout: Any, tmp_path: Path) -> None:
+    said = r"timeout: .* is no time to wait; expected a number of seconds from 1 to 1e6"
+    with pytest.raises(ValueError, match=said), launched(timeout):
+        pass
+    if isinstance(timeout, float):
+        done = CliRunner().invoke(app, ["train", "--out", str(tmp_path / "run"), "--timeout", str(timeout)])
+        assert done.exit_code == 1
+        assert re.fullmatch(rf"flashgau train: {said}\n", done.stderr)
+        assert not (tmp_path / "run").exists()
 
 
 def test_alone_everything_is_what_it_was() -> None:

@@ -1508,7 +1508,10 @@ def test_full_disk_is_one_line(command: Callable[..., Any], monkeypatch: pytest.
 
 def test_help_states_the_defaults() -> None:
     options = {option.name: option for option in typer.main.get_command(app).params}
-    assert options.keys() - {"resume", "json"} == {field.name for field in fields(TrainConfig)} - {"beta1", "beta2"}
+    assert options.keys() - {"resume", "json", "timeout"} == {field.name for field in fields(TrainConfig)} - {
+        "beta1",
+        "beta2",
+    }
     assert all(option.help for option in options.values())
     assert f": {', '.join(KINDS)}." in options["model"].help
     assert f": {', '.join(SIZES)}." in options["size"].help

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashgau.cli.console import dump_json, failing, make_console, seconds
+from flashgau.cli.console import FAILURE, dump_json, failing, make_console, seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,6 +94,13 @@ def train(
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. [default: 200]")] = None,
     log_every: Annotated[int | None, typer.Option(help="Steps between rows of the log. [default: 10]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... [default: auto]")] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds that a process of torchrun waits for another before the run ends. [default: 600]",
+            metavar="SECONDS",
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -156,21 +163,27 @@ def train(
         return training.resume_config(out, **given) if resume else training.TrainConfig(out=str(out), **given)
 
     progress = ProgressDisplay(make_console(stderr=True))
-    with training.launched() as processes:
-        with failing("train", "out of memory; try a smaller --batch with a larger --accumulate, or --checkpointing"):
-            try:
-                config = processes.everywhere(configure)
-                with progress:
-                    result = training.train(config, resume=resume, callbacks=[progress])
-            except Exception as error:
-                if isinstance(error.__cause__, training.Elsewhere):
-                    # The process that met it says so, and fails: to torchrun it is the cause.
-                    raise typer.Exit() from None
-                raise
-        if processes.first and json:
-            print(dump_json(result.to_dict()))
-        elif processes.first:
-            _report(result)
+    limit = {} if timeout is None else {"timeout": timeout}
+    with failing("train", "out of memory; try a smaller --batch with a larger --accumulate, or --checkpointing"):
+        try:
+            with training.launched(**limit) as processes:
+                try:
+                    config = processes.everywhere(configure)
+                    with progress:
+                        result = training.train(config, resume=resume, callbacks=[progress], **limit)
+                except Exception as error:
+                    if isinstance(error.__cause__, training.Elsewhere):
+                        # The process that met it says so, and fails: to torchrun it is the cause.
+                        raise typer.Exit() from None
+                    raise
+                if processes.first and json:
+                    print(dump_json(result.to_dict()))
+                elif processes.first:
+                    _report(result)
+        except TimeoutError as error:  # of processes that do not answer: one of the others says which
+            if isinstance(error.__cause__, training.Elsewhere):
+                raise typer.Exit(FAILURE) from None
+            raise
     if result.signal is not None:
         raise typer.Exit(128 + result.signal)
 

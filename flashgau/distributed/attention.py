@@ -8,12 +8,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from flashgau.ops.attention import attention
 from flashgau.ops.validate import Arguments, autocast
 
-from .agreement import Note, Team, checksum, digest, no_tokens, not_compiled, ranges, shares, stand_in, wanted, wanting
-from .exchange import Turn, exchange
+from .agreement import (
+    Note,
+    Team,
+    checking,
+    checksum,
+    digest,
+    no_tokens,
+    not_compiled,
+    ranges,
+    shares,
+    stand_in,
+    wanted,
+    wanting,
+)
+from .exchange import Meeting, Turn, exchange
 
 _OP = "context_parallel_attention"
 
@@ -24,7 +38,7 @@ def context_parallel_attention(
     k: Tensor,
     v: Tensor,
     *,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
     causal: bool = False,
     scale: float | None = None,
     window: tuple[int | None, int | None] | None = None,
@@ -48,8 +62,10 @@ def context_parallel_attention(
     Query heads are divided among the processes in order. With fewer key heads than processes, several processes get
     the same key head, for some of its query heads each.
 
-    Every process of the group must call this, and run the backward if any of them does: a process that does not
-    leaves the others waiting. The host waits once per call, for what the processes say of their arguments.
+    Every process of the group must call this, and run the backward if any of them does, and all in the same order:
+    processes that do different things all raise an error, but one that does nothing leaves the others waiting for the
+    group's timeout. The host waits for what the others say of their arguments in a call, and of where they are in a
+    backward.
 
     Source: Jacobs et al. 2023, "DeepSpeed Ulysses" (arXiv 2309.14509), section 3.
 
@@ -57,7 +73,8 @@ def context_parallel_attention(
         q: this process's queries (B, Hq, m, D), fp16, bf16, fp32 or fp64; M is the sum of m over the processes.
         k: its keys (B, Hkv, n, D); N is the sum of n. Queries and keys may be cut differently.
         v: its values (B, Hkv, n, E).
-        group: the processes, the default group unless given. gloo sends CPU tensors, nccl CUDA tensors.
+        group: the processes, as a group or a `DeviceMesh` of one dimension (`mesh["context"]`); the default group
+            unless given. gloo sends CPU tensors, nccl CUDA tensors.
         causal: as in `flashgau.attention`, like all that follow; the same in every process.
         scale: factor of q k^T, 1/sqrt(D) unless given.
         window: (left, right): only keys in [p - left, p + right] are seen.
@@ -81,7 +98,9 @@ def context_parallel_attention(
         of q, k and v are those of the whole, too.
 
     Raises:
-        RuntimeError: torch.distributed is not initialised, or a backend that was asked for cannot run the call.
+        RuntimeError: torch.distributed is not initialised, a backend that was asked for cannot run the call, or a
+            process has ended, or does not come within the group's timeout. From the backward, in all processes: they
+            run those of different calls, or one is in a call.
         TypeError, ValueError: for wrong arguments by name, for more processes than query heads, and for arguments
             that differ between processes. What is wrong in one process raises an error in all, before any tensor is
             sent; values of rel_bias and sinks are not compared.
@@ -109,7 +128,7 @@ def context_parallel_attention(
         args.tensor("k", k, "B Hkv N D")
         args.tensor("v", v, "B Hkv N E")
         team.check_device("q", q)
-        with torch.no_grad():  # sequences without tokens: all checks of the options, and no work
+        with checking(_OP, "attention"):  # sequences without tokens: all checks of the options, and no work
             attention(
                 q[:, :, :0], k[:, :, :0], v[:, :, :0], rel_bias=rel_bias, sinks=sinks, lengths=no_tokens(lengths),
                 cu_seqlens=no_tokens(cu_seqlens), cu_seqlens_k=no_tokens(cu_seqlens_k),
@@ -134,7 +153,7 @@ def context_parallel_attention(
             },
         )  # fmt: skip
 
-    agreed = team.agree(check)
+    team, agreed = team.agree(check)
     batch, heads, _, width = q.shape
     kv_heads = k.shape[1]
     queries, keys = agreed["M"], agreed["N"]
@@ -153,7 +172,7 @@ def context_parallel_attention(
         Turn(1, slices, 2, tuple(tokens)) for slices, tokens in ((q_heads, queries), (k_heads, keys), (k_heads, keys))
     ]
     needed = wanted(agreed["needs"], 3)
-    given: list[Any] = exchange(team, (q, k, v), turns, needed)
+    given: list[Any] = exchange(Meeting(team, 2), (q, k, v), turns, needed)
     result = attention(
         *given, rel_bias=rel_bias, sinks=None if sinks is None else sinks[start:stop], lengths=lengths,
         cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, dropout_seed=_of_rank(seed, team.rank), **options,
@@ -161,7 +180,7 @@ def context_parallel_attention(
     results = result if isinstance(result, tuple) else (result,)
     back = Turn(2, ranges(queries), 1, tuple(b - a for a, b in q_heads))
     need = any(needed) or any(agreed["shared"])
-    out, *lse = exchange(team, results, [back] * len(results), [need] * len(results))
+    out, *lse = exchange(Meeting(team, 1), results, [back] * len(results), [need] * len(results))
     assert out is not None
     return (out, lse[0]) if lse and lse[0] is not None else out
 

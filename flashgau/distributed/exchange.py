@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .agreement import Team
 
-_EVERYTHING = torch.uint8  # as bytes, any dtype can be sent by any backend
+_ALIGNMENT = 16  # bytes: a piece in a message begins where a tensor of any dtype may, and copies are fast
 
 
 @dataclass(frozen=True)
@@ -37,38 +37,87 @@ class Turn:
     join: int
     sizes: tuple[int, ...]
 
-    def forward(self, team: Team, x: Tensor) -> Tensor:
-        """This process's part of the tensor of all."""
+    def cut_up(self, team: Team, x: Tensor) -> Parcel:
+        """What each process gets of this one's tensor, and what it gets from each."""
         start, stop = self.slices[team.rank]
         shapes = [_resized(x, (self.cut, stop - start), (self.join, size)) for size in self.sizes]
-        pieces = [x.narrow(self.cut, a, b - a) for a, b in self.slices]
-        return torch.cat(_all_to_all(team, pieces, shapes), self.join)
+        return Parcel([x.narrow(self.cut, a, b - a) for a, b in self.slices], shapes)
 
-    def backward(self, team: Team, grad: Tensor, shape: torch.Size) -> Tensor:
-        """From the gradient of `forward`'s result, that of x."""
+    def joined(self, parts: list[Tensor]) -> Tensor:
+        """This process's part of the tensor of all."""
+        return torch.cat(parts, self.join)
+
+    def cut_up_gradient(self, grad: Tensor, shape: torch.Size) -> Parcel:
+        """The same for the gradient of what `joined` gave; `shape` is that of the process's own tensor."""
         x = grad.new_empty(()).expand(shape)
         shapes = [_resized(x, (self.cut, b - a)) for a, b in self.slices]
-        parts = _all_to_all(team, list(grad.split(self.sizes, self.join)), shapes)
+        return Parcel(list(grad.split(self.sizes, self.join)), shapes)
+
+    def joined_gradient(self, parts: list[Tensor], shape: torch.Size) -> Tensor:
+        """The gradient of this process's own tensor."""
         if all(last[1] == first[0] for last, first in zip(self.slices, self.slices[1:], strict=False)):
             return torch.cat(parts, self.cut)
         # In the order of processes, whichever came first, and in fp32 for halves: the same bits in every run.
-        total = grad.new_zeros(shape, dtype=torch.promote_types(grad.dtype, torch.float32))
+        dtype = parts[0].dtype
+        total = parts[0].new_zeros(shape, dtype=torch.promote_types(dtype, torch.float32))
         for part, (a, b) in zip(parts, self.slices, strict=True):
             total.narrow(self.cut, a, b - a).add_(part)
-        return total.to(grad.dtype)
+        return total.to(dtype)
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What goes between processes for one tensor.
+
+    Attributes:
+        pieces: to each process.
+        shapes: of what comes from each, in the dtype of the pieces.
+    """
+
+    pieces: list[Tensor]
+    shapes: list[tuple[int, ...]]
+
+
+class Meeting:
+    """One place of a call's backward, where every process must be before any tensor is sent from there.
+
+    Args:
+        team: the processes, which have agreed on the call.
+        part: the number of the place in the call, from 1.
+    """
+
+    def __init__(self, team: Team, part: int) -> None:
+        self.team, self.part = team, part
+        self._wait: Callable[[], None] | None = None
+
+    def begin(self) -> None:
+        """Tell the others that this process is on its way, so that `wait` need not wait long."""
+        self._wait = self.team.meet(self.part)
+
+    def wait(self) -> None:
+        """Go on when all are here.
+
+        Raises:
+            RuntimeError: in all processes, if one of them is elsewhere.
+        """
+        if self._wait is None:
+            self.begin()
+        assert self._wait is not None
+        wait, self._wait = self._wait, None  # a graph that is kept may be run backwards again
+        wait()
 
 
 def exchange(
-    team: Team, tensors: Sequence[Tensor | None], turns: Sequence[Turn], needed: Sequence[bool]
+    meeting: Meeting, tensors: Sequence[Tensor | None], turns: Sequence[Turn], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Turn tensors over between the processes; differentiable once.
+    """Turn tensors over between the processes, in one message to each; differentiable once.
 
     Every process must call this, with as many tensors (None in all or in none of them), and if any gradient is needed,
     every process must run its backward, which communicates too. All of a call's backward communication is one node of
     the graph, so that its order is the same everywhere, whatever needs gradients in this process.
 
     Args:
-        team: the processes.
+        meeting: of the processes in the backward. (Forward, they have just agreed on the call.)
         tensors: this process's, of any dtypes.
         turns: of each.
         needed: for each, whether any process needs its gradient.
@@ -77,7 +126,7 @@ def exchange(
     needs = [needed[place] for place in given]
     # A process that needs no gradient itself has a part in those of the others.
     anchor = torch.zeros((), requires_grad=torch.is_grad_enabled() and any(needs))
-    results = _Exchange.apply(anchor, team, [turns[place] for place in given], needs, *(tensors[p] for p in given))
+    results = _Exchange.apply(anchor, meeting, [turns[place] for place in given], needs, *(tensors[p] for p in given))
     found: list[Tensor | None] = [None] * len(tensors)
     for place, result in zip(given, results, strict=True):
         found[place] = result
@@ -86,19 +135,30 @@ def exchange(
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, team: Team, turns: list[Turn], needs: list[bool], *tensors: Tensor) -> Any:
-        ctx.team, ctx.turns, ctx.needs, ctx.shapes = team, turns, needs, [x.shape for x in tensors]
-        results = tuple(turn.forward(team, x) for turn, x in zip(turns, tensors, strict=True))
+    def forward(
+        ctx: Any, anchor: Tensor, meeting: Meeting, turns: list[Turn], needs: list[bool], *tensors: Tensor
+    ) -> Any:
+        ctx.meeting, ctx.turns, ctx.needs, ctx.shapes = meeting, turns, needs, [x.shape for x in tensors]
+        team = meeting.team
+        received = _all_to_all(team, [turn.cut_up(team, x) for turn, x in zip(turns, tensors, strict=True)])
+        results = tuple(turn.joined(parts) for turn, parts in zip(turns, received, strict=True))
         ctx.mark_non_differentiable(*(x for x, need in zip(results, needs, strict=True) if not need))
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         def send(*grads: Tensor) -> tuple[Tensor | None, ...]:
-            plan = zip(ctx.turns, ctx.needs, ctx.shapes, grads, strict=True)
-            return tuple(turn.backward(ctx.team, grad, shape) if need else None for turn, need, shape, grad in plan)
+            plan = list(zip(ctx.turns, grads, ctx.shapes, strict=True))
+            wanted = [place for place, need in enumerate(ctx.needs) if need]
+            parcels = [plan[place][0].cut_up_gradient(*plan[place][1:]) for place in wanted]
+            ctx.meeting.wait()
+            found: list[Tensor | None] = [None] * len(grads)
+            for place, parts in zip(wanted, _all_to_all(ctx.meeting.team, parcels), strict=True):
+                turn, _, shape = plan[place]
+                found[place] = turn.joined_gradient(parts, shape)
+            return tuple(found)
 
-        return None, None, None, None, *once(ctx.team.op, send, *grads)
+        return None, None, None, None, *once(ctx.meeting.team.op, send, *grads)
 
 
 def once(op: str, compute: Callable[..., tuple[Tensor | None, ...]], *tensors: Tensor | None) -> Any:
@@ -117,20 +177,26 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(f"{ctx.op}: differentiable once; over several processes there are no second derivatives")
 
 
-def reaching(op: str, result: Tensor, source: Tensor) -> Tensor:
-    """`result`, with `source` among what it comes from: its backward then reaches `source`'s exchange in any case."""
-    return _Reaching.apply(op, result, source)
+def reaching(meeting: Meeting, result: Tensor, source: Tensor) -> Tensor:
+    """`result`, with `source` among what it comes from: its backward then reaches `source`'s exchange in any case.
+
+    The processes begin to meet for that exchange here, while each still computes what it will send.
+    """
+    return _Reaching.apply(meeting, result, source)
 
 
 class _Reaching(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, op: str, result: Tensor, source: Tensor) -> Tensor:
-        ctx.op = op
+    def forward(ctx: Any, meeting: Meeting, result: Tensor, source: Tensor) -> Tensor:
+        ctx.meeting = meeting
+        ctx.save_for_backward(result.new_empty(0))
         return result.view_as(result)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        (own,) = once(ctx.op, lambda x: (x.view_as(x),), grad)
+        _ = ctx.saved_tensors  # activation checkpointing makes the whole call again here, and nothing from here on
+        ctx.meeting.begin()
+        (own,) = once(ctx.meeting.team.op, lambda x: (x.view_as(x),), grad)
         return None, own, None
 
 
@@ -141,18 +207,35 @@ def _resized(x: Tensor, *changes: tuple[int, int]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _all_to_all(team: Team, pieces: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
-    """Send each process its piece, and return what each has sent, of these shapes."""
-    counts, theirs = [x.numel() for x in pieces], [prod(shape) for shape in shapes]
-    sent, received = pieces[0].new_empty(sum(counts)), pieces[0].new_empty(sum(theirs))
-    for place, piece in zip(sent.split(counts), pieces, strict=True):
-        place.view(piece.shape).copy_(piece)
-    size = sent.element_size()
-    dist.all_to_all_single(
-        received.view(_EVERYTHING),
-        sent.view(_EVERYTHING),
-        [size * count for count in theirs],
-        [size * count for count in counts],
-        group=team.group,
-    )
-    return [x.view(shape) for x, shape in zip(received.split(theirs), shapes, strict=True)]
+def _all_to_all(team: Team, parcels: list[Parcel]) -> list[list[Tensor]]:
+    """Send each process its pieces, of all tensors in one message; for each tensor, what came from each process."""
+    device, dtypes = parcels[0].pieces[0].device, [parcel.pieces[0].dtype for parcel in parcels]
+    sent, sizes, places = _messages(device, dtypes, [[tuple(x.shape) for x in parcel.pieces] for parcel in parcels])
+    for parcel, own in zip(parcels, places, strict=True):
+        for piece, place in zip(parcel.pieces, own, strict=True):
+            place.copy_(piece)
+    received, their_sizes, their_places = _messages(device, dtypes, [parcel.shapes for parcel in parcels])
+    with team.waiting():
+        dist.all_to_all_single(received, sent, their_sizes, sizes, group=team.group)
+    return their_places
+
+
+def _messages(
+    device: torch.device, dtypes: list[torch.dtype], shapes: list[list[tuple[int, ...]]]
+) -> tuple[Tensor, list[int], list[list[Tensor]]]:
+    """Memory for a message to or from each process: all of it, the bytes of each, and its pieces by tensor and process.
+
+    They are bytes because so any dtype can be sent by any backend.
+    """
+    sizes = [[prod(shape) * dtype.itemsize for shape in own] for own, dtype in zip(shapes, dtypes, strict=True)]
+    rooms = [[size + -size % _ALIGNMENT for size in own] for own in sizes]
+    counts = [sum(own) for own in zip(*rooms, strict=True)]
+    memory = torch.empty(sum(counts), dtype=torch.uint8, device=device)
+    places: list[list[Tensor]] = [[] for _ in dtypes]
+    start = 0
+    for rank in range(len(counts)):
+        for tensor, dtype in enumerate(dtypes):
+            piece = memory[start : start + sizes[tensor][rank]].view(dtype)
+            places[tensor].append(piece.view(shapes[tensor][rank]))
+            start += rooms[tensor][rank]
+    return memory, counts, places

@@ -7,12 +7,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from flashgau.ops.gau import gau_attention
 from flashgau.ops.validate import Arguments, autocast
 
-from .agreement import Note, Team, checksum, digest, no_tokens, not_compiled, ranges, shares, stand_in, wanted, wanting
-from .exchange import Turn, exchange
+from .agreement import (
+    Note,
+    Team,
+    checking,
+    checksum,
+    digest,
+    no_tokens,
+    not_compiled,
+    ranges,
+    shares,
+    stand_in,
+    wanted,
+    wanting,
+)
+from .exchange import Meeting, Turn, exchange
 
 _OP = "context_parallel_gau"
 _UNIT = 16  # columns: rows of whole units stay aligned, as kernels read them fastest
@@ -25,7 +39,7 @@ def context_parallel_gau(
     v: Tensor,
     gate: Tensor | None = None,
     *,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
     score: str = "relu2",
     normalizer: str | float = "keys",
     causal: bool = False,
@@ -44,8 +58,10 @@ def context_parallel_gau(
     The price: each of R processes computes all scores, N^2 (S + E/R) multiplications where a fair share were
     N^2 (S + E) / R (half of both if causal). With S = 128, E = 2048 and R = 8 that is 1.4 times as much.
 
-    Every process of the group must call this, and run the backward if any of them does: a process that does not
-    leaves the others waiting. The host waits once per call, for what the processes say of their arguments.
+    Every process of the group must call this, and run the backward if any of them does, and all in the same order:
+    processes that do different things all raise an error, but one that does nothing leaves the others waiting for the
+    group's timeout. The host waits for what the others say of their arguments in a call, and of where they are in a
+    backward.
 
     Source: Hua et al. 2022, "Transformer Quality in Linear Time" (arXiv 2202.10447), section 3.1, for the operation.
 
@@ -54,7 +70,8 @@ def context_parallel_gau(
         k: its keys (B, n, S); N is the sum of n. Queries and keys may be cut differently.
         v: its values (B, n, E), with E at least the number of processes.
         gate: (B, m, E) or None for no gate.
-        group: the processes, the default group unless given. gloo sends CPU tensors, nccl CUDA tensors.
+        group: the processes, as a group or a `DeviceMesh` of one dimension (`mesh["context"]`); the default group
+            unless given. gloo sends CPU tensors, nccl CUDA tensors.
         score: as in `flashgau.gau_attention`, like all that follow; the same in every process.
         normalizer: n of the scores "relu2" and "laplace": "keys", "row" or a number.
         causal: hide keys after the query's position.
@@ -69,7 +86,9 @@ def context_parallel_gau(
         whole, too; those of q and k in half precision are sums of R rounded parts.
 
     Raises:
-        RuntimeError: torch.distributed is not initialised, or a backend that was asked for cannot run the call.
+        RuntimeError: torch.distributed is not initialised, a backend that was asked for cannot run the call, or a
+            process has ended, or does not come within the group's timeout. From the backward, in all processes: they
+            run those of different calls, or one is in a call.
         TypeError, ValueError: for wrong arguments by name, for more processes than columns, and for arguments that
             differ between processes. What is wrong in one process raises an error in all, before any tensor is sent;
             values of rel_bias are not compared.
@@ -97,7 +116,7 @@ def context_parallel_gau(
         if gate is not None:
             args.tensor("gate", gate, "B M E")
         team.check_device("q", q)
-        with torch.no_grad():  # sequences without tokens: all checks of the options, and no work
+        with checking(_OP, "gau_attention"):  # sequences without tokens: all checks of the options, and no work
             gau_attention(
                 q[:, :0], k[:, :0], v[:, :0], None if gate is None else gate[:, :0], rel_bias=rel_bias,
                 lengths=no_tokens(lengths), cu_seqlens=no_tokens(cu_seqlens), **options,
@@ -119,7 +138,7 @@ def context_parallel_gau(
             },
         )  # fmt: skip
 
-    agreed = team.agree(check)
+    team, agreed = team.agree(check)
     batch, _, width = q.shape
     queries, keys = agreed["M"], agreed["N"]
     args = Arguments(_OP)  # the whole: alike in all processes, so that they raise alike
@@ -136,9 +155,9 @@ def context_parallel_gau(
         for slices, tokens in ((everything, queries), (everything, keys), (columns, keys), (columns, queries))
     ]
     needed = wanted(agreed["needs"], 4)
-    given: list[Any] = exchange(team, (q, k, v, gate), turns, needed)
+    given: list[Any] = exchange(Meeting(team, 2), (q, k, v, gate), turns, needed)
     result = gau_attention(*given, rel_bias=rel_bias, lengths=lengths, cu_seqlens=cu_seqlens, **options)
     need = any(needed) or any(agreed["shared"])
-    (out,) = exchange(team, (result,), [Turn(1, ranges(queries), 2, tuple(counts))], [need])
+    (out,) = exchange(Meeting(team, 1), (result,), [Turn(1, ranges(queries), 2, tuple(counts))], [need])
     assert out is not None
     return out

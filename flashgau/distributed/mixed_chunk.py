@@ -10,13 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from flashgau.ops.mixed_chunk import mixed_chunk_attention
 from flashgau.ops.state import MixedChunkState
 from flashgau.ops.validate import Arguments, autocast
 
-from .agreement import Note, Team, checksum, digest, no_tokens, not_compiled, stand_in, wanted, wanting
-from .exchange import Turn, exchange, once, reaching
+from .agreement import Note, Team, checking, checksum, digest, no_tokens, not_compiled, stand_in, wanted, wanting
+from .exchange import Meeting, Turn, exchange, once, reaching
 
 _OP = "context_parallel_mixed_chunk"
 _BLOCK_ELEMENTS = 2**22  # of values that are worked on together, in the type of sums
@@ -31,7 +32,7 @@ def context_parallel_mixed_chunk(
     v: Tensor,
     gate: Tensor | None = None,
     *,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
     chunk_size: int = 256,
     score: str = "relu2",
     causal: bool = False,
@@ -49,8 +50,10 @@ def context_parallel_mixed_chunk(
     which `flashgau.mixed_chunk_attention` continues) or of all. So what is sent does not depend on the length, and
     work is shared as the tokens are.
 
-    Every process of the group must call this, and run the backward if any of them does: a process that does not
-    leaves the others waiting. The host waits once per call, for what the processes say of their arguments.
+    Every process of the group must call this, and run the backward if any of them does, and all in the same order:
+    processes that do different things all raise an error, but one that does nothing leaves the others waiting for the
+    group's timeout. The host waits for what the others say of their arguments in a call, and of where they are in a
+    backward.
 
     Packed sequences (`cu_seqlens`) are not offered: give different sequences to different processes instead.
 
@@ -63,7 +66,8 @@ def context_parallel_mixed_chunk(
         lin_k: (B, n, S) its keys.
         v: (B, n, E) values of both.
         gate: (B, n, E) or None for no gate.
-        group: the processes, the default group unless given. gloo sends CPU tensors, nccl CUDA tensors.
+        group: the processes, as a group or a `DeviceMesh` of one dimension (`mesh["context"]`); the default group
+            unless given. gloo sends CPU tensors, nccl CUDA tensors.
         chunk_size: C; as in `flashgau.mixed_chunk_attention`, like all that follow; the same in every process.
         score: "relu2" or "laplace".
         causal: only tokens before, and the token itself, are seen.
@@ -79,7 +83,9 @@ def context_parallel_mixed_chunk(
         whole, too.
 
     Raises:
-        RuntimeError: torch.distributed is not initialised, or a backend that was asked for cannot run the call.
+        RuntimeError: torch.distributed is not initialised, a backend that was asked for cannot run the call, or a
+            process has ended, or does not come within the group's timeout. From the backward, in all processes: they
+            run those of different calls, or one is in a call.
         TypeError, ValueError: for wrong arguments by name, for a slice that ends within a chunk, and for arguments
             that differ between processes. What is wrong in one process raises an error in all, before any tensor is
             sent; values of rel_bias are not compared.
@@ -108,7 +114,7 @@ def context_parallel_mixed_chunk(
             if x is not None or name != "gate":
                 args.tensor(name, x, "B N E" if name in ("v", "gate") else "B N S")
         team.check_device("quad_q", quad_q)
-        with torch.no_grad():  # sequences without tokens: all checks of the options, and no work
+        with checking(_OP, "mixed_chunk_attention"):  # sequences without tokens: all checks of the options, and no work
             none = [x[:, :0] if x is not None else None for x in tensors.values()]
             mixed_chunk_attention(*none, rel_bias=rel_bias, lengths=no_tokens(lengths), **options)  # type: ignore[arg-type]
         return Note(
@@ -122,7 +128,7 @@ def context_parallel_mixed_chunk(
             own={"N": args.sizes["N"], "needs": wanting((lin_k, v))},
         )  # fmt: skip
 
-    agreed = team.agree(check)
+    team, agreed = team.agree(check)
     tokens = agreed["N"]
     args = Arguments(_OP)  # the whole: alike in all processes, so that they raise alike
     args.tensor("quad_q", stand_in(quad_q, quad_q.shape[0], sum(tokens), quad_q.shape[-1]), "B N S")
@@ -130,7 +136,7 @@ def context_parallel_mixed_chunk(
     for rank, count in enumerate(tokens):
         if count % chunk_size and any(tokens[rank + 1 :]):
             expected = f"a multiple of chunk_size = {chunk_size} where tokens follow in later processes"
-            args.fail("quad_q", f"has {count} tokens in process {rank}", expected)
+            args.fail("quad_q", f"has {count} tokens in {team.process(rank)}", expected)
 
     before = list(accumulate(tokens, initial=0))[team.rank]
     own = None if lengths is None else (lengths.to(torch.int64) - before).clamp(0, tokens[team.rank])
@@ -138,7 +144,8 @@ def context_parallel_mixed_chunk(
     sums = _Sums.apply(lin_k, v, own)
     # Everyone gets the sums of all, along a first axis that is not cut.
     turn = Turn(1, ((0, v.shape[0]),) * team.size, 0, (1,) * team.size)
-    (everyone,) = exchange(team, (sums[None],), [turn], [needed])
+    meeting = Meeting(team, 1)
+    (everyone,) = exchange(meeting, (sums[None],), [turn], [needed])
     assert everyone is not None
     options |= {"rel_bias": rel_bias, "lengths": own}
     if causal:
@@ -157,7 +164,7 @@ def context_parallel_mixed_chunk(
         else:
             factor = sums.new_tensor(1 / float(lin_normalizer))
         out = _Joined.apply(local, lin_q, everyone.sum(0), gate, factor, own)
-    return reaching(_OP, out, everyone)
+    return reaching(meeting, out, everyone) if needed else out
 
 
 def _sums_dtype(x: Tensor) -> torch.dtype:

@@ -184,7 +184,9 @@ def _attention_mask(
             attention_mask=attention_mask, allow_is_causal_skip=False, use_vmap=use_vmap, device=device,
         )  # fmt: skip
         packable = attention_mask is None and isinstance(shift, int) and shift == 0 and q_length == kv_length
-        pattern, borders = _measured(lambda i, n: theirs(q_length=n, q_offset=q_offset + i)[:, 0], runs, packable, place)
+        pattern, borders = _measured(
+            lambda i, n: theirs(q_length=n, q_offset=q_offset + i)[:, 0], runs, packable, place
+        )
     return _describe(pattern, runs, borders, place)
 
 
@@ -374,8 +376,20 @@ def _measured(
     def reach(distance: Tensor) -> Tensor:
         return torch.where(token, distance, 0).flatten().max().clamp(min=0) if token.numel() else at.new_zeros(())
 
-    reaches = {"open": None, "none": at.new_zeros(()), "left": reach(at - seen.first), "right": reach(seen.end - 1 - at)}
-    sides = [("open", "open"), ("open", "none"), ("left", "none"), ("left", "open"), ("open", "right"), ("left", "right")]
+    reaches = {
+        "open": None,
+        "none": at.new_zeros(()),
+        "left": reach(at - seen.first),
+        "right": reach(seen.end - 1 - at),
+    }
+    sides = [
+        ("open", "open"),
+        ("open", "none"),
+        ("left", "none"),
+        ("left", "open"),
+        ("open", "right"),
+        ("left", "right"),
+    ]
     fits = []
     for left, right in ((reaches[x], reaches[y]) for x, y in sides):
         first = start if left is None else torch.maximum(start, at - left)

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import pytorch
 
 _DENSE = torch.strided
+_PLAIN = (Tensor, torch.nn.Parameter)
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OFFSETS = (torch.int32, torch.int64)
 _NARROW = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32, torch.uint64)
@@ -51,8 +52,8 @@ class Arguments:
 
         The first tensor of the call sets the device and dtype of the others.
         """
-        if not isinstance(x, Tensor):
-            self.fail(name, f"is a {type(x).__name__}", f"a torch.Tensor of shape {_spelled(axes)}", TypeError)
+        if type(x) not in _PLAIN:
+            self._refuse_kind(name, x, f"a torch.Tensor of shape {_spelled(axes)}")
         dtype = x.dtype
         if dtype not in FLOATING:
             self.fail(name, f"has dtype {dtype}", "float16, bfloat16, float32 or float64", TypeError)
@@ -217,22 +218,30 @@ class Arguments:
 
     def held(self, name: str, x: Any) -> None:
         """A tensor of a state: on the device of the call's."""
-        if not isinstance(x, Tensor):
-            self.fail(name, f"is a {type(x).__name__}", "a torch.Tensor", TypeError)
+        if type(x) not in _PLAIN:
+            self._refuse_kind(name, x, "a torch.Tensor")
         self._same_device(name, x)
+
+    def _refuse_kind(self, name: str, x: Any, expected: str) -> None:
+        """Refuse what is no tensor, and a DTensor, whose numbers are in several processes."""
+        if not isinstance(x, Tensor):
+            self.fail(name, f"is a {type(x).__name__}", expected, TypeError)
+        if hasattr(x, "to_local"):  # rather than ask for the class, which takes a second to import
+            expected = "a plain tensor: x.to_local(), this process's part, or x.full_tensor(), the whole"
+            self.fail(name, f"is a {type(x).__name__}", expected, TypeError)
 
     def _floating_beside(self, name: str, x: Any, expected: str) -> None:
         assert self._first is not None
-        if not isinstance(x, Tensor):
-            self.fail(name, f"is a {type(x).__name__}", f"a torch.Tensor of shape {expected}", TypeError)
+        if type(x) not in _PLAIN:
+            self._refuse_kind(name, x, f"a torch.Tensor of shape {expected}")
         dtype = self._first[1].dtype
         if x.dtype != dtype and x.dtype != torch.float32:
             self.fail(name, f"has dtype {x.dtype}", f"{dtype} as `{self._first[0]}` has, or float32", TypeError)
         self._same_device(name, x)
 
     def _integers(self, name: str, x: Any, dtypes: tuple[torch.dtype, ...]) -> None:
-        if not isinstance(x, Tensor):
-            self.fail(name, f"is a {type(x).__name__}", "an integer torch.Tensor", TypeError)
+        if type(x) not in _PLAIN:
+            self._refuse_kind(name, x, "an integer torch.Tensor")
         if x.dtype not in dtypes:
             expected = "an integer dtype" + (", int32 or int64" if dtypes is _OFFSETS else " such as int32")
             self.fail(name, f"has dtype {x.dtype}", expected, TypeError)
@@ -274,7 +283,7 @@ def widened(x: Value) -> Value:
 
 def readable(x: Tensor) -> bool:
     """Whether the values can be looked at for free: on the CPU, and real rather than traced, mapped or fake."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) not in _PLAIN:
         return False
     return not pytorch.is_mapped(x)
 

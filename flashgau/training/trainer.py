@@ -28,7 +28,7 @@ from .evaluation import batch_losses, loss_sum
 from .log import Log
 from .objective import count_targets, examples, mask_seeds, model_class, vocabulary
 from .plots import loss_plot
-from .processes import Processes, launched
+from .processes import TIMEOUT, Processes, launched
 from .signals import StopSignals
 
 LAST, BEST = "last.safetensors", "best.safetensors"
@@ -120,6 +120,7 @@ def train(
     resume: bool = False,
     model: nn.Module | None = None,
     callbacks: Iterable[Callback] = (),
+    timeout: float = TIMEOUT,
 ) -> TrainResult:
     """Train a byte-level language model, writing checkpoints, a log and a loss curve to `config.out`.
 
@@ -144,6 +145,7 @@ def train(
             257 for both with the objective "mlm", whose mask is 256. It must be the same in every process, and be
             given again to resume.
         callbacks: each is called with every `Event`.
+        timeout: seconds that a process waits for the others of several, whatever they do meanwhile.
 
     Raises:
         FileExistsError: `config.out` holds a run, and `resume` is False.
@@ -154,6 +156,8 @@ def train(
         FloatingPointError: the loss or its gradient became infinite or NaN; the last checkpoint is from
             before.
         OSError: something cannot be read or written; the last checkpoint is intact.
+        TimeoutError: (an OSError) a process that `torchrun` started stands still or has ended, and is named; the last
+            checkpoint is intact.
 
     Example:
         >>> import tempfile
@@ -169,7 +173,7 @@ def train(
     out = Path(config.out)
     if config.checkpointing and model is not None:
         raise ValueError("train: `checkpointing` is for the models of flashgau; expected a `model` that does it itself")
-    with launched() as processes, contextlib.ExitStack() as held:
+    with launched(timeout) as processes, contextlib.ExitStack() as held:
         processes.everywhere(lambda: _check_batch(config, processes))
         device = processes.everywhere(lambda: _device(config, processes))
         processes.at_first(lambda: _check_folder(out, resume))
