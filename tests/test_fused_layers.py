@@ -90,8 +90,8 @@ def test_panels_and_batch_groups_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_bf16_is_near_fp64_with_and_without_native_products(native, monkeypatch):
-    """On processors with matrix tiles products take bf16 factors, elsewhere fp32 ones; both must hold."""
-    monkeypatch.setattr(common, "_multiplies_bf16", lambda kind: native)
+    """On processors that multiply bf16 products take bf16 factors, elsewhere fp32 ones; both must hold."""
+    monkeypatch.setattr(common, "native_halves", lambda kind: common.HALVES if native else frozenset())
     exact = FLASH(32, key_dim=16, chunk_size=16, causal=True, dtype=torch.float64)
     rounded = FLASH(32, key_dim=16, chunk_size=16, causal=True, dtype=torch.bfloat16)
     with torch.no_grad():

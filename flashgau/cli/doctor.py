@@ -75,6 +75,8 @@ def _proc_fields(path: str) -> dict[str, str]:
 def _cpu_facts() -> dict[str, Any]:
     import torch
 
+    from flashgau.eager.common import native_halves
+
     fields = _proc_fields("/proc/cpuinfo")
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     model = fields.get("model name") or platform.processor() or platform.machine()
@@ -95,6 +97,7 @@ def _cpu_facts() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "instruction_sets": known if flags else None,
+        "native_halves": sorted(str(half).removeprefix("torch.") for half in native_halves("cpu")),
     }
 
 
@@ -223,6 +226,10 @@ def facts_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     sets = cpu["instruction_sets"]
     if sets:
         rows.append(("instructions", ", ".join(f"{name} {'yes' if has else 'no'}" for name, has in sets.items())))
+    halves = " and ".join(cpu["native_halves"])
+    rows.append(
+        ("halves", f"{halves} multiplied as they are" if halves else "multiplied as fp32, which is faster here")
+    )
     if memory["total_bytes"] is not None:
         text = mebibytes(memory["total_bytes"])
         if memory["available_bytes"] is not None:

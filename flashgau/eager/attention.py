@@ -23,6 +23,7 @@ from .common import (
     sequences,
     toeplitz_block,
     toeplitz_sums,
+    values_dtype,
 )
 
 Window = tuple[int | None, int | None]
@@ -266,7 +267,7 @@ class _Part:
 
 def _forward_blocked(part: _Part, out: Tensor, lse: Tensor) -> None:
     b, heads, _m, _ = part.q.shape
-    acc = lse.dtype
+    acc, factor = lse.dtype, values_dtype(part.v)
     for i, key_blocks in part.blocks():
         q_blk = part.q[:, :, i].to(acc)
         bm = i.stop - i.start
@@ -288,8 +289,8 @@ def _forward_blocked(part: _Part, out: Tensor, lse: Tensor) -> None:
             kept = part.kept(i, j)
             if kept is not None:
                 p = p * kept
-            v_blk = part.v[:, :, j].to(acc)
-            weighted = weighted.mul_(shrink[..., None]) + (part.fold(p) @ v_blk).view_as(weighted)
+            v_blk = part.v[:, :, j].to(factor)
+            weighted = weighted.mul_(shrink[..., None]) + (part.fold(p).to(factor) @ v_blk).view_as(weighted)
             highest = new
         out[:, :, i] = (weighted / torch.where(total == 0, 1.0, total)[..., None]).to(out.dtype)
         lse[:, :, i] = highest + total.log()
@@ -307,21 +308,21 @@ def _backward_blocked(
     dbias: Tensor | None,
     dsinks: Tensor | None,
 ) -> None:
-    acc = lse.dtype
+    acc, factor = lse.dtype, values_dtype(part.v)
     dk_sum, dv_sum = torch.zeros_like(dk, dtype=acc), torch.zeros_like(dv, dtype=acc)
     for i, key_blocks in part.blocks():
-        q_blk, do_blk = part.q[:, :, i].to(acc), dout[:, :, i].to(acc)
-        lse_blk = lse[:, :, i]
+        q_blk, do_blk, lse_blk = part.q[:, :, i].to(acc), dout[:, :, i].to(acc), lse[:, :, i]
+        q_factor, do_factor = part.fold(q_blk).to(factor), part.fold(do_blk).to(factor)
         # A row that sees nothing has LSE -inf; with +inf in its place every probability below is exp(-inf) = 0.
         lse_blk = torch.where(lse_blk == -math.inf, math.inf, lse_blk)
 
         def terms(
-            j: slice, i: slice = i, q_blk: Tensor = q_blk, do_blk: Tensor = do_blk, lse_blk: Tensor = lse_blk
+            j: slice, i: slice = i, q_blk: Tensor = q_blk, d: Tensor = do_factor, lse_blk: Tensor = lse_blk
         ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
             """P and dP of a block, dropout's factor and the softcap's slope."""
             s, slope = part.scores(q_blk, i, j)
             p = s.sub_(lse_blk[..., None]).exp_()
-            dp = (part.fold(do_blk) @ part.v[:, :, j].to(acc).mT).view_as(p)
+            dp = (d @ part.v[:, :, j].to(factor).mT).to(acc).view_as(p)
             kept = part.kept(i, j)
             return p, dp if kept is None else dp * kept, kept, slope
 
@@ -339,7 +340,7 @@ def _backward_blocked(
         dq_blk = torch.zeros_like(part.fold(q_blk))
         for j in key_blocks:
             p, dp, kept, slope = terms(j)
-            dv_sum[:, :, j] += part.fold(p if kept is None else p * kept).mT @ part.fold(do_blk)
+            dv_sum[:, :, j] += part.fold(p if kept is None else p * kept).to(factor).mT @ do_factor
             ds = dp.sub_(delta[..., None]).mul_(p)
             if dbias is not None:
                 start = part.bias_start(i, j) - (ds.shape[-2] - 1)
@@ -347,9 +348,9 @@ def _backward_blocked(
                 dbias[..., start : start + sums.shape[-1]] += sums
             if slope is not None:
                 ds = ds * slope
-            ds = part.fold(ds.mul_(part.rule.scale))
-            dq_blk += ds @ part.k[:, :, j].to(acc)
-            dk_sum[:, :, j] += ds.mT @ part.fold(q_blk)
+            ds = part.fold(ds.mul_(part.rule.scale)).to(factor)
+            dq_blk += ds @ part.k[:, :, j].to(factor)
+            dk_sum[:, :, j] += ds.mT @ q_factor
         dq[:, :, i] = dq_blk.view_as(q_blk).to(dq.dtype)
     dk.copy_(dk_sum)
     dv.copy_(dv_sum)

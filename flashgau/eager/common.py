@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import pytorch
+
 _PANEL = 2048  # rows: the weights' way through the cache no longer counts
 
 
@@ -63,22 +65,27 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+HALVES = frozenset((torch.float16, torch.bfloat16))
+
+
 @cache
-def _multiplies_bf16(device_type: str) -> bool:
-    # A CPU without matrix tiles multiplies bf16 slower than fp32 (measured: 150 against 260 GFLOP/s on two cores).
-    if device_type != "cpu":
-        return True
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(supported and supported())
+def native_halves(device_type: str) -> frozenset[torch.dtype]:
+    """The half-precision dtypes that a kind of device multiplies faster than fp32: all of them, but for a CPU.
+
+    Two cores of an AMD EPYC with avx512_bf16 multiply 425 GFLOP/s in bf16 and 182 in fp32. Without such instructions
+    PyTorch multiplies bf16 slower than fp32 (150 against 260 on two cores of an Intel Xeon).
+    """
+    return pytorch.cpu_multiplies() if device_type == "cpu" else HALVES
 
 
 def factor_dtype(x: Tensor) -> torch.dtype:
-    """The type in which wide matrix products take their factors: that of `x` where hardware is fast at it."""
-    if x.dtype == torch.float16 and x.device.type == "cpu":
-        return torch.float32
-    if x.dtype in (torch.float16, torch.bfloat16) and not _multiplies_bf16(x.device.type):
-        return torch.float32
-    return x.dtype
+    """The type in which wide products of x with weights take their factors: its own where hardware is fast at it."""
+    return torch.float32 if x.dtype in HALVES - native_halves(x.device.type) else x.dtype
+
+
+def values_dtype(v: Tensor) -> torch.dtype:
+    """The same for products of attention weights, which are too small for fp16: (q k / n)^2 vanishes there."""
+    return torch.float32 if v.dtype == torch.float16 else factor_dtype(v)
 
 
 def panels(rows: Tensor) -> Iterator[slice]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .common import Rooms, accumulator, add_product, factor_dtype
+from .common import Rooms, accumulator, add_product, values_dtype
 from .mixed_chunk import Chunks, Group, Heads, Rule, add_bias_gradient, blank, chunked, chunks_together
 from .projection import turn
 
@@ -55,7 +55,7 @@ class _Weights:
         self, part: Chunks, group: Group, z: Tensor, dheads: Heads, dgamma: Tensor, dbeta: Tensor
     ) -> Tensor:
         """The gradient of z; those of gamma and beta (4, S) are added to."""
-        d = torch.stack(dheads.all()).view(-1, *z.shape)
+        d = torch.stack([x.to(z.dtype) for x in dheads.all()]).view(-1, *z.shape)
         if self.cos is not None and self.sin is not None:
             cos, sin = self.angles(part, group)
             turn(d, cos, -sin, self.interleaved)  # a rotation's gradient turns back
@@ -218,7 +218,7 @@ def _weights(
     order: Order,
     interleaved: bool,
 ) -> _Weights:
-    factor, acc = factor_dtype(x), accumulator(x.dtype)
+    factor, acc = values_dtype(x), accumulator(x.dtype)
 
     def rows(t: Tensor | None) -> Tensor | None:
         return t.to(acc)[order][:, None, None] if t is not None else None

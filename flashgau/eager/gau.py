@@ -15,11 +15,11 @@ from torch import Tensor
 from .common import (
     Sequence,
     accumulator,
-    factor_dtype,
     power_of_two_below,
     sequences,
     toeplitz_block,
     toeplitz_sums,
+    values_dtype,
 )
 from .scores import score as elementwise_score
 from .scores import score_slope
@@ -96,9 +96,9 @@ def gau_attention_backward(
                 start = part.bias_start(i) - (ds.shape[-2] - 1)
                 sums = toeplitz_sums(ds)
                 dbias[seq.batch, start : start + sums.shape[-1]] += sums
-            ds = ds.mul_(scale)
-            dq[seq.batch, rows] = (ds @ part.k[:, seen]).to(dq.dtype)
-            dk_sum[:, seen] += ds.mT @ part.q[:, i]
+            ds = ds.mul_(scale).to(part.factor)
+            dq[seq.batch, rows] = (ds @ part.k[:, seen].to(part.factor)).to(dq.dtype)
+            dk_sum[:, seen] += ds.mT @ part.q[:, i].to(part.factor)
         dk[seq.batch, seq.keys] = dk_sum.to(dk.dtype)
         dv[seq.batch, seq.keys] = dv_sum.to(dv.dtype)
     dbias = dbias.to(rel_bias.dtype) if dbias is not None and rel_bias is not None else None
@@ -120,7 +120,7 @@ class _Part:
         causal: bool,
     ) -> None:
         self.seq, self.score, self.normalizer, self.causal = seq, score, normalizer, causal
-        self.acc, self.factor = accumulator(q.dtype), factor_dtype(v)
+        self.acc, self.factor = accumulator(q.dtype), values_dtype(v)
         self.q, self.k = q[seq.batch, seq.queries].to(self.acc), k[seq.batch, seq.keys].to(self.acc)
         self.v = v[seq.batch, seq.keys].to(self.factor)
         self.bias = bias[seq.batch] if bias is not None else None

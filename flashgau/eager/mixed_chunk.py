@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .common import Rooms, Sequence, accumulator, factor_dtype, sequences, toeplitz_block, toeplitz_sums
+from .common import Rooms, Sequence, accumulator, sequences, toeplitz_block, toeplitz_sums, values_dtype
 from .scores import score as elementwise_score
 from .scores import score_slope
 
@@ -206,8 +206,9 @@ class Chunks:
         if ds_sum is not None:
             size = ds.shape[-1]
             ds_sum[:, :size, :size] += ds.view(self.rows, group.count, size, size).sum(1)
-        ds.mul_(1 / self.rule.quad_normalizer)
-        return Heads(ds @ heads.quad_k, ds.mT @ heads.quad_q, dlin_q, dlin_k), dv
+        ds = ds.mul_(1 / self.rule.quad_normalizer).to(self.factor)
+        dquad_q, dquad_k = ds @ heads.quad_k.to(self.factor), ds.mT @ heads.quad_q.to(self.factor)
+        return Heads(dquad_q, dquad_k, dlin_q, dlin_k), dv
 
 
 def chunks_together(chunk_size: int, narrow: int, wide: int) -> int:
@@ -239,7 +240,7 @@ def chunked(
                 bias = toeplitz_block(rel_bias[rows], rel_bias.shape[-1] // 2, size, size)
                 bias = bias.to(accumulator(v.dtype))
             closed = closed_tokens[seq.states].view(-1, 1) if closed_tokens is not None else None
-            parts.append(Chunks(rule, seq, factor_dtype(v), together, bias, closed))
+            parts.append(Chunks(rule, seq, values_dtype(v), together, bias, closed))
     return parts
 
 

@@ -1,0 +1,92 @@
+"""Half precision on a CPU: by instructions of its own or through fp32, whatever this processor has."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import (
+    attention_calls,
+    check_agrees,
+    gau_calls,
+    glu_calls,
+    glu_linear_calls,
+    mixed_chunk_calls,
+    randn,
+)
+
+import flashgau
+from flashgau import pytorch
+from flashgau.eager import common
+
+CALLS = {
+    "attention": attention_calls,
+    "glu": glu_calls,
+    "glu_linear": glu_linear_calls,
+    "gau_attention": gau_calls,
+    "mixed_chunk_attention": mixed_chunk_calls,
+}
+data = st.data()
+
+
+@pytest.fixture(params=[True, False], ids=["native", "through fp32"])
+def native(request, monkeypatch):
+    halves = common.HALVES if request.param else frozenset()
+    monkeypatch.setattr(common, "native_halves", lambda device: halves)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", CALLS)
+@given(data=data)
+def test_both_ways_agree_with_the_reference(native, op, dtype, data):
+    check_agrees(data.draw(CALLS[op](dtype=dtype)), "eager")
+
+
+@pytest.mark.parametrize("op", ["gau_attention", "mixed_chunk_attention", "attention", "glu_linear"])
+def test_many_tokens_are_summed_in_fp32(native, op):
+    """Sums of thousands of equal terms: of halves they would stand still at 256 (bf16), far below what is right."""
+    n = 4096
+    ones = torch.ones(1, n, 8, dtype=torch.bfloat16)
+    if op == "attention":
+        args, options = [x[None] for x in (ones, ones[:, :4], ones[:, :4])], {"softcap": 1e3}
+    elif op == "glu_linear":
+        args, options = [ones, *randn(0, 2, 5, 8).to(torch.bfloat16)], {"activation": "relu"}
+    else:
+        heads = 2 if op == "gau_attention" else 4
+        args, options = [ones] * (heads + 1), {"causal": True}
+    args = [x.detach().clone().requires_grad_() for x in args]
+    report = flashgau.compare(getattr(flashgau, op), *args, backend="eager", **options)
+    assert report.ok, str(report)
+
+
+def test_the_dtypes_of_products_follow_the_processor(monkeypatch):
+    for halves in (frozenset(), frozenset({torch.bfloat16}), common.HALVES):
+        monkeypatch.setattr(common, "native_halves", lambda device, halves=halves: halves)
+        for dtype in (torch.bfloat16, torch.float16):
+            x = torch.ones(1, dtype=dtype)
+            assert common.factor_dtype(x) == (dtype if dtype in halves else torch.float32)
+        assert common.values_dtype(torch.ones(1, dtype=torch.float16)) == torch.float32
+    for dtype in (torch.float32, torch.float64):
+        assert common.factor_dtype(torch.ones(1, dtype=dtype)) == dtype
+
+
+CPUS = {
+    "neither": ({}, []),
+    "avx512_bf16": ({"avx512_bf16": True, "avx512_f": True}, [torch.bfloat16]),
+    "tiles": ({"amx_tile": True}, [torch.bfloat16]),
+    "both": ({"avx512_fp16": True, "amx_tile": True, "amx_fp16": False}, [torch.bfloat16, torch.float16]),
+}
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_the_processor_is_asked(monkeypatch, cpu):
+    answers, expected = CPUS[cpu]
+    monkeypatch.setattr(pytorch, "_capabilities", lambda: answers)
+    assert pytorch.cpu_multiplies() == frozenset(expected)
+
+
+def test_an_older_pytorch_is_asked_one_by_one(monkeypatch):
+    monkeypatch.setattr(pytorch, "_capabilities", None)
+    asked = {torch.bfloat16: {"a": lambda: False, "b": lambda: True}, torch.float16: {"c": None, "d": lambda: False}}
+    monkeypatch.setattr(pytorch, "_INSTRUCTIONS", asked)
+    assert pytorch.cpu_multiplies() == frozenset({torch.bfloat16})
