@@ -96,9 +96,9 @@ def panels(rows: Tensor) -> Iterator[slice]:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, the sum kept in the total's own type."""
+    """total += a b, matrices or batches of them, the sum kept in the total's own type."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b) if total.dim() == 2 else total.baddbmm_(a, b)
     else:
         total += a @ b
 

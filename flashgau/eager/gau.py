@@ -15,6 +15,7 @@ from torch import Tensor
 from .common import (
     Sequence,
     accumulator,
+    add_product,
     power_of_two_below,
     sequences,
     toeplitz_block,
@@ -89,7 +90,7 @@ def gau_attention_backward(
             s, a, scale = part.weights(i)
             seen = slice(0, a.shape[-1])
             dx = dx.to(part.factor)
-            dv_sum[:, seen] += a.to(part.factor).mT @ dx
+            add_product(dv_sum[:, seen], a.to(part.factor).mT, dx)
             da = (dx @ part.v[:, seen].mT).to(acc)
             ds = part.score_gradient(da, s, a)
             if dbias is not None:
@@ -98,7 +99,7 @@ def gau_attention_backward(
                 dbias[seq.batch, start : start + sums.shape[-1]] += sums
             ds = ds.mul_(scale).to(part.factor)
             dq[seq.batch, rows] = (ds @ part.k[:, seen].to(part.factor)).to(dq.dtype)
-            dk_sum[:, seen] += ds.mT @ part.q[:, i].to(part.factor)
+            add_product(dk_sum[:, seen], ds.mT, part.q[:, i].to(part.factor))
         dk[seq.batch, seq.keys] = dk_sum.to(dk.dtype)
         dv[seq.batch, seq.keys] = dv_sum.to(dv.dtype)
     dbias = dbias.to(rel_bias.dtype) if dbias is not None and rel_bias is not None else None
