@@ -165,7 +165,7 @@ def train(
         return training.resume_config(out, **given) if resume else training.TrainConfig(out=str(out), **given)
 
     progress = ProgressDisplay(make_console(stderr=True))
-    limit = {} if timeout is None else {"timeout": timeout}
+    limit: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
     with _reported(), training.launched(**limit) as processes:
         try:
             config = processes.everywhere(configure)
