@@ -69,7 +69,7 @@ def several(*calls: Any, backwards: str, group: Any, checkpointed: str = "") -> 
 
     def total(name: str, options: dict[str, Any], *own: Tensor) -> Tensor:
         made = (
-            checkpoint(result, name, options, *own, use_reentrant=False)  # type: ignore[arg-type]
+            checkpoint(result, name, options, *own, use_reentrant=False)
             if checkpointed == "call"
             else result(name, options, *own)
         )
@@ -79,7 +79,7 @@ def several(*calls: Any, backwards: str, group: Any, checkpointed: str = "") -> 
         own = [x.detach().requires_grad_() for x in args]
         leaves += own
         if checkpointed == "more":
-            totals.append(checkpoint(total, name, options, *own, use_reentrant=False))  # type: ignore[arg-type]
+            totals.append(checkpoint(total, name, options, *own, use_reentrant=False))
         else:
             totals.append(total(name, options, *own))
     for place in backwards:

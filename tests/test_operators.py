@@ -388,6 +388,17 @@ def test_compiles_for_any_length():
     assert len(graphs) == 1
 
 
+def test_compiles_for_any_length_with_a_bias_for_each_head():
+    """Whose number is fixed where that of the heads is symbolic."""
+    bias = torch.nn.Parameter(randn(3, 3, 17))
+
+    def call(q: torch.Tensor) -> Any:
+        return flashgau.attention(q, q, q, rel_bias=bias)
+
+    q = randn(0, 2, 3, 9, 4)
+    close(torch.compile(call, backend="eager", fullgraph=True, dynamic=True)(q).detach(), call(q).detach())
+
+
 # ---------------------------------------------------------------- autocast
 
 CAST = {

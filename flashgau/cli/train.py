@@ -163,7 +163,7 @@ def train(
         return training.resume_config(out, **given) if resume else training.TrainConfig(out=str(out), **given)
 
     progress = ProgressDisplay(make_console(stderr=True))
-    limit = {} if timeout is None else {"timeout": timeout}
+    limit: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
     with failing("train", "out of memory; try a smaller --batch with a larger --accumulate, or --checkpointing"):
         try:
             with training.launched(**limit) as processes:

@@ -186,8 +186,12 @@ class Arguments:
         self._floating_beside("rel_bias", bias, expected)
         lead = [self.sizes[letter] for letter in leading.split()]
         shape = tuple(bias.shape)
-        fits = 1 <= len(shape) <= len(lead) + 1 and all(
-            size in (1, want) for size, want in zip(reversed(shape[:-1]), reversed(lead), strict=False)
+        fits = (
+            1 <= len(shape) <= len(lead) + 1
+            and all(
+                size == 1 or size == want  # not `in`: symbolic sizes are in no tuple
+                for size, want in zip(reversed(shape[:-1]), reversed(lead), strict=False)
+            )
         )
         if not fits:
             named = " and ".join(f"{letter} = {self.sizes[letter]}" for letter in leading.split())
