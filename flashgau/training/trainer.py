@@ -587,7 +587,7 @@ class _Run:
             best_validation_loss=state.best_loss,
             best_step=state.best_step,
             tokens_per_second=(
-                self.steps_here * self.config.bytes_per_step / self.step_seconds if self.steps_here else None
+                self.steps_here * self.config.bytes_per_step / self.step_seconds if self.step_seconds > 0 else None
             ),
             elapsed_seconds=self._elapsed(),
             parameters=self._parameters(),
