@@ -1351,7 +1351,7 @@ def test_text_shorter_than_a_window(config: TrainConfig, tmp_path: Path) -> None
     assert not Path(config.out).exists()
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "", "cpu:x"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "", "cpu:x", "privateuseone"])
 def test_devices_that_are_not_there(device: str, config: TrainConfig) -> None:
     with pytest.raises(ValueError, match=f"device: '{device}' cannot be used") as caught:
         train(replace(config, device=device), model=bigram())

@@ -751,7 +751,7 @@ def _device(config: TrainConfig, processes: Processes) -> torch.device:
     try:
         device = torch.device(config.device)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"device: {config.device!r} cannot be used: {reason}") from error
     if device.type == "meta":
