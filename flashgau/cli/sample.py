@@ -40,10 +40,11 @@ def open_checkpoint(command: str, path: Path, device: str) -> tuple[Any, TrainCo
 
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     where = usable_device(command, automatic if device == "auto" else device)
-    if path.is_dir():
-        path = next((path / name for name in ("best.safetensors", "last.safetensors") if (path / name).exists()), path)
     config = None
     with failing(command):
+        if path.is_dir():
+            names = ("best.safetensors", "last.safetensors")
+            path = next((path / name for name in names if (path / name).exists()), path)
         try:
             model: Any = training.load_model(path, where)
             config = training.load_config(path)
