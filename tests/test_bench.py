@@ -538,3 +538,16 @@ def test_module_command_measures_time_and_memory(tmp_path: Path) -> None:
     (entry,) = json.loads((tmp_path / "results.json").read_text())["cases"]
     peaks = {name: result["peak_bytes"][TRAINING] for name, result in entry["providers"].items()}
     assert peaks["plain"] >= 2 * 128 * 128 * 4  # at least one matrix of scores for each of two heads
+
+
+@pytest.mark.parametrize("more", [{}, {"machine": 7}, {"machine": {"cpu": "c"}, "title": [], "operation": {}}])
+def test_a_record_that_lacks_something_is_refused_by_name(more: dict[str, Any], tmp_path: Path) -> None:
+    from bench import harness, page
+
+    place = tmp_path / "results" / "op" / "results.json"
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps({"schema": harness.SCHEMA, "schema_version": harness.SCHEMA_VERSION, **more}))
+    (tmp_path / "results" / "nested.json").write_text("[" * 100_000)  # no record: left alone
+    with pytest.raises(ValueError, match=r"op/results\.json is no record of a benchmark of this version"):
+        page.write(tmp_path / "results", tmp_path / "docs")
+    assert not (tmp_path / "docs").exists()

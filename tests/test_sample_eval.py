@@ -340,6 +340,10 @@ def test_help_has_examples_on_lines_of_their_own(command: str) -> None:
 
 FAILURES: list[tuple[list[str], int, str]] = [
     (["sample", "NOWHERE"], 1, "does not exist"),
+    (["sample", "a" * 5000], 1, "File name too long: aaa"),
+    (["eval", "clm", "--data", "a" * 5000], 1, "File name too long: aaa"),
+    (["sample", "."], 1, "checkpoint . is not a file"),
+    (["sample", "/dev/null"], 1, "checkpoint /dev/null is not a file"),
     (["sample", "text"], 1, "damaged or not a safetensors file"),
     (["sample", "mlm"], 1, "holds a masked model, which fills in bytes; expected a causal one"),
     (["sample", "encoder.safetensors"], 1, "holds a Encoder with a vocabulary of 256; expected a CausalLM"),

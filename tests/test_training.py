@@ -1385,7 +1385,7 @@ def test_text_shorter_than_a_window(config: TrainConfig, tmp_path: Path) -> None
     assert not Path(config.out).exists()
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "", "cpu:x"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "", "cpu:x", "privateuseone"])
 def test_devices_that_are_not_there(device: str, config: TrainConfig) -> None:
     with pytest.raises(ValueError, match=f"device: '{device}' cannot be used") as caught:
         train(replace(config, device=device), model=bigram())
@@ -1592,6 +1592,45 @@ def test_ctrl_c_saves_and_the_resumed_run_is_bitwise_uninterrupted(config: Train
     tokens = torch.arange(100)[None]
     with torch.no_grad():
         assert torch.equal(loaded(tokens), whole.model(tokens))
+
+
+ALONE = """
+import os, sys, time, torch
+torch.set_num_threads(1)
+from flashgau.training import trainer
+sys.path.insert(0, sys.argv[1])
+from test_training import bigram
+trainer._build = lambda config: (bigram(), {"kind": config.model})
+trainer.loss_plot = lambda rows, path, title: path.write_bytes(b"plot")
+take_step = trainer._Run.take_step
+def take_step_and_wait(self):
+    take_step(self)
+    while self.state.step == 2 and not os.path.exists(sys.argv[2]):
+        time.sleep(0.01)  # until the reader has gone
+trainer._Run.take_step = take_step_and_wait
+from flashgau.cli import main
+sys.exit(main(["train", *sys.argv[3:]]))
+"""
+
+
+def test_a_reader_that_goes_away_does_not_end_a_training(text: Path, tmp_path: Path) -> None:
+    """`flashgau train 2>&1 | head`: all steps are taken, logged and saved, and the process succeeds."""
+    gone, out = tmp_path / "gone", tmp_path / "run"
+    options = ["--data", str(text), "--out", str(out), "--steps", "9", "--log-every", "1", "--length", "16"]
+    options += ["--save-every", "1000", "--eval-windows", "2", "--batch", "2", "--device", "cpu"]
+    with subprocess.Popen(
+        [sys.executable, "-c", ALONE, str(Path(__file__).parent), str(gone), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        assert process.stdout is not None
+        assert b"on cpu" in process.stdout.readline()
+        process.stdout.close()
+        gone.touch()
+        assert process.wait() == 0
+    assert read_metadata(out / LAST)["state"]["step"] == 9
+    rows = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 10))
 
 
 KILLED = """

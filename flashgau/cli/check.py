@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashgau.cli.console import FAILURE, USAGE, dump_json, fail, make_console, make_table, seconds
+from flashgau.cli.console import FAILURE, USAGE, dump_json, fail, make_console, make_table, seconds, usable_device
 from flashgau.cli.doctor import OPERATIONS
 
 if TYPE_CHECKING:
@@ -249,13 +249,7 @@ def check(
     if backend is not None and backend not in BACKENDS:
         fail("check", f"no backend is called {backend!r}; there are {', '.join(BACKENDS)}", USAGE)
 
-    import torch
-
-    try:
-        where = torch.device(device)
-        torch.empty(1, device=where)
-    except (RuntimeError, AssertionError) as error:
-        fail("check", f"device {device!r} cannot be used: {str(error).splitlines()[0]}", USAGE)
+    where = usable_device("check", device)
     try:
         pairs = select(op, backend, where, thorough)
     except ValueError as error:

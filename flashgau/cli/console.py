@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import typer
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
     from rich.table import Table
 
@@ -173,6 +174,19 @@ def fail(command: str, message: str, code: int = FAILURE) -> NoReturn:
     """End `command` with one line on standard error and an exit status (1 failure, 2 wrong use)."""
     print(f"flashgau {command}: {printable(' '.join(message.split()))}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+def usable_device(command: str, name: str) -> torch.device:
+    """The device called `name`; one that cannot hold a number here ends `command` with the reason."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        fail(command, f"device {name!r} cannot be used: {reason}", USAGE)
+    return device
 
 
 def printable(text: str) -> str:

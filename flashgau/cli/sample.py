@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashgau.cli.console import USAGE, dump_json, fail, failing, output_lost, printable
+from flashgau.cli.console import USAGE, dump_json, fail, failing, output_lost, printable, usable_device
 
 if TYPE_CHECKING:
     import torch
@@ -38,15 +38,13 @@ def open_checkpoint(command: str, path: Path, device: str) -> tuple[Any, TrainCo
 
     from flashgau import models, training
 
-    try:
-        where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        torch.empty(1, device=where).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fail(command, f"device {device!r} cannot be used: {str(error).splitlines()[0]}", USAGE)
-    if path.is_dir():
-        path = next((path / name for name in ("best.safetensors", "last.safetensors") if (path / name).exists()), path)
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    where = usable_device(command, automatic if device == "auto" else device)
     config = None
     with failing(command):
+        if path.is_dir():
+            names = ("best.safetensors", "last.safetensors")
+            path = next((path / name for name in names if (path / name).exists()), path)
         try:
             model: Any = training.load_model(path, where)
             config = training.load_config(path)

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashgau.cli.console import INTERRUPTED, USAGE, dump_json, fail, failing, make_console, make_table, seconds
+from flashgau.cli.console import (
+    INTERRUPTED,
+    USAGE,
+    dump_json,
+    fail,
+    failing,
+    make_console,
+    make_table,
+    seconds,
+    usable_device,
+)
 from flashgau.cli.doctor import OPERATIONS
 
 if TYPE_CHECKING:
@@ -318,11 +328,7 @@ def _device(name: str) -> torch.device:
 
     if find_spec("triton") is None:
         fail("tune", "Triton is not installed")
-    try:
-        where = torch.device(name)
-        torch.empty(1, device=where)
-    except (RuntimeError, AssertionError) as error:
-        fail("tune", f"device {name!r} cannot be used: {str(error).splitlines()[0]}", USAGE)
+    where = usable_device("tune", name)
     reason = dispatch.explain("attention", where, torch.float32)["triton"]
     if reason is not None:
         fail("tune", f"Triton cannot run on {name!r}: {reason}", USAGE)

@@ -591,7 +591,7 @@ class _Run:
             best_validation_loss=state.best_loss,
             best_step=state.best_step,
             tokens_per_second=(
-                self.steps_here * self.config.bytes_per_step / self.step_seconds if self.steps_here else None
+                self.steps_here * self.config.bytes_per_step / self.step_seconds if self.step_seconds > 0 else None
             ),
             elapsed_seconds=self._elapsed(),
             parameters=self._parameters(),
@@ -755,7 +755,7 @@ def _device(config: TrainConfig, processes: Processes) -> torch.device:
     try:
         device = torch.device(config.device)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"device: {config.device!r} cannot be used: {reason}") from error
     if device.type == "meta":
