@@ -310,9 +310,13 @@ def _value(entry: dict[str, Any], who: str, key: str) -> tuple[float, float, flo
 
 
 def roof(record: dict[str, Any], entry: dict[str, Any], run: str) -> float | None:
-    """The rate of work that the hardware allows: by the case's floor of time, or by how fast the GPU copies."""
+    """The rate of work that the hardware allows: by the case's floor of time, by how fast the GPU copies, or the
+    CPU's products: of bf16 as they are or as fp32, whichever is faster."""
     if run in entry.get("floors", {}) and entry["work"].get(run):
         return float(entry["work"][run] / entry["floors"][run])
+    products = record["machine"].get("product_flop_per_second")
+    if products and entry["work_unit"] == "FLOP":
+        return float(max(products.values()) if entry["dtype"] == "bf16" else products["fp32"])
     copied = record["machine"].get("copy_bytes_per_second")
     return float(copied) if copied and entry["work_unit"] == "B" else None
 
