@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -698,6 +699,29 @@ def test_hidden_blocks_and_padding_do_no_products(monkeypatch):
     assert causal < 0.65 * whole
     assert window < 0.3 * whole
     assert products(1024, window=(40, 0)) < 2.2 * window
+
+
+@pytest.mark.parametrize("hidden", ["_patch_builtin", "_get_np_dtype", "is_builtin", None])
+def test_interpreting_needs_none_of_the_names_that_make_it_faster(monkeypatch, hidden):
+    """The tests' patch of Triton's interpreter leaves alone what a version calls otherwise."""
+    from conftest import _patch_the_language_once
+
+    calls = []
+    plain = {"_patch_builtin": lambda *args: calls.append(args), "_get_np_dtype": lambda dtype: np.float32}
+    module = SimpleNamespace(**{name: value for name, value in plain.items() if name != hidden})
+    if hidden == "is_builtin":
+        monkeypatch.delattr(tl.core, "is_builtin")
+    _patch_the_language_once(module)
+    assert hidden is None or not hasattr(module, hidden)
+    replaced = {name for name, value in vars(module).items() if value is not plain[name]}
+    assert replaced == {
+        None: set(plain), "_patch_builtin": {"_get_np_dtype"}, "_get_np_dtype": {"_patch_builtin"},
+        "is_builtin": {"_get_np_dtype"},
+    }[hidden]  # fmt: skip
+    if "_patch_builtin" in replaced:  # with a scope, or as Triton 3.5 without
+        module._patch_builtin(SimpleNamespace(), "builder", "scope")
+        module._patch_builtin(SimpleNamespace(), "builder")
+        assert [args[1:] for args in calls] == [("builder", "scope"), ("builder",)]
 
 
 # ---------------------------------------------------------------- compiled ahead of time
