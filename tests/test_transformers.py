@@ -212,6 +212,17 @@ def test_cu_seq_lens_pack_a_model_that_makes_masks_without_position_ids():
         close(got, torch.cat([eager(input_ids=IDS[:1, a:b]).logits for a, b in ((0, 6), (6, 11))], 1))
 
 
+def test_encoders_pack_by_cu_seq_lens_and_not_by_position_ids():
+    model, eager = build("bert"), build("bert", "eager")
+    position_ids = torch.tensor([[*range(6), *range(5)]])
+    ends = torch.tensor([0, 6, 11], dtype=torch.int32)
+    inputs = {"input_ids": IDS[:1], "position_ids": position_ids}
+    with torch.no_grad():
+        close(model(**inputs).logits, eager(**inputs).logits)
+        alone = [eager(input_ids=IDS[:1, a:b]).logits for a, b in ((0, 6), (6, 11))]
+        close(model(**inputs, cu_seq_lens_q=ends, cu_seq_lens_k=ends).logits, torch.cat(alone, 1))
+
+
 def test_cross_attention_with_as_many_keys_as_queries_keeps_all_queries():
     options = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "vocab_size": 50, "pad_token_id": 0}
     options |= {
