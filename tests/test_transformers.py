@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import re
 import sys
 import warnings
 
@@ -211,6 +212,17 @@ def test_cu_seq_lens_pack_a_model_that_makes_masks_without_position_ids():
         close(got, torch.cat([eager(input_ids=IDS[:1, a:b]).logits for a, b in ((0, 6), (6, 11))], 1))
 
 
+def test_encoders_pack_by_cu_seq_lens_and_not_by_position_ids():
+    model, eager = build("bert"), build("bert", "eager")
+    position_ids = torch.tensor([[*range(6), *range(5)]])
+    ends = torch.tensor([0, 6, 11], dtype=torch.int32)
+    inputs = {"input_ids": IDS[:1], "position_ids": position_ids}
+    with torch.no_grad():
+        close(model(**inputs).logits, eager(**inputs).logits)
+        alone = [eager(input_ids=IDS[:1, a:b]).logits for a, b in ((0, 6), (6, 11))]
+        close(model(**inputs, cu_seq_lens_q=ends, cu_seq_lens_k=ends).logits, torch.cat(alone, 1))
+
+
 def test_cross_attention_with_as_many_keys_as_queries_keeps_all_queries():
     options = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "vocab_size": 50, "pad_token_id": 0}
     options |= {
@@ -389,6 +401,221 @@ def test_any_packing_equals_softmax_with_transformers_own_mask(batch, length, wi
     close(ours._attention_forward(nn.Module(), q, k, v, encoded)[0], wanted.transpose(1, 2), 1e-12)
 
 
+def asymmetric(left, right):
+    """As moonshine, T5Gemma 2 and others make it: `left` keys back, `right` ahead."""
+    return lambda b, h, q, k: ((q >= k) & (q - k <= left)) | ((q < k) & (k - q <= right))
+
+
+@given(
+    st.integers(1, 2), st.integers(1, 8), st.integers(0, 9), st.integers(0, 9), st.sampled_from(("and", "or", "plain")),
+    st.sampled_from(("none", "left", "right", "packed")), st.integers(0, 2**31),
+)  # fmt: skip
+def test_a_window_is_found_in_the_mask_whoever_made_it(batch, length, left, right, how, padding, seed):
+    """Without a word about the window beside the mask."""
+    window = asymmetric(left, right)
+    function = {
+        "and": masking.and_masks(masking.bidirectional_mask_function, window),
+        "or": masking.or_masks(masking.sliding_window_causal_mask_function(left + 1), window),
+        "plain": window,
+    }[how]
+    generator = torch.Generator().manual_seed(seed)
+    mask = None
+    if padding == "packed":
+        numbers = torch.randint(0, 2, (batch, length), generator=generator).cumsum(1)
+        function = masking.and_masks(function, masking.packed_sequence_mask_function(numbers))
+    elif padding != "none":
+        mask = torch.arange(length) < torch.randint(1, length + 1, (batch, 1), generator=generator)
+        mask = mask.flip(1) if padding == "left" else mask
+    call = {"batch_size": batch, "q_length": length, "kv_length": length, "mask_function": function}
+    call |= {"attention_mask": mask, "use_vmap": padding != "packed"}
+    visible, encoded = masking.sdpa_mask(**call, allow_is_causal_skip=False), ours._attention_mask(**call)
+    q, k, v = (torch.randn(batch, 2, length, 4, dtype=torch.float64, generator=generator) for _ in range(3))
+    wanted = ((0.5 * q @ k.mT).masked_fill(~visible, float("-inf")).softmax(-1) @ v).transpose(1, 2)
+    got = ours._attention_forward(nn.Module(), q, k, v, encoded)[0]
+    token = torch.ones(batch, length, dtype=torch.bool) if mask is None else mask
+    close(got[token], wanted[token], 1e-12)
+
+
+@given(st.integers(2, 7), st.integers(0, 2**31))
+def test_any_mask_is_computed_or_refused(length, seed):
+    """Whatever a mask of ones and zeros says: never another one."""
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.rand(1, length, length, generator=generator) < torch.rand((), generator=generator) ** 0.3
+    table = table if seed % 2 else table & torch.ones(length, length).tril().bool()
+    call = {
+        "batch_size": 1,
+        "q_length": length,
+        "kv_length": length,
+        "mask_function": lambda b, h, q, k: table[b, q, k],
+    }
+    q, k, v = (torch.randn(1, 2, length, 4, dtype=torch.float64, generator=generator) for _ in range(3))
+    try:
+        encoded = ours._attention_mask(**call)
+    except ValueError as error:
+        message = str(error)
+    else:
+        wanted = (0.5 * q @ k.mT).masked_fill(~table, float("-inf")).softmax(-1) @ v
+        close(ours._attention_forward(nn.Module(), q, k, v, encoded)[0], wanted.transpose(1, 2), 1e-12)
+        return
+    row, query, sees, key = re.search(
+        r"first in row (\d+), where query (\d+) (sees|does not see) key (\d+)", message
+    ).groups()
+    assert bool(table[int(row), int(query), int(key)]) == (sees == "sees")
+
+
+def gemma3_text(**more):
+    return transformers.Gemma3TextConfig(
+        **{**SIZES, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"], **more}
+    )
+
+
+def gemma3_with_images():
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    tower |= {"image_size": 16, "patch_size": 4}
+    config = transformers.Gemma3Config(
+        text_config=gemma3_text(), vision_config=transformers.SiglipVisionConfig(**tower), mm_tokens_per_image=4,
+        image_token_index=49,
+    )  # fmt: skip
+    return transformers.Gemma3ForConditionalGeneration(config).double().eval()
+
+
+def one_of(model, **inputs):
+    """The first output, of eager attention and of flashgau's."""
+    results = []
+    for implementation in ("eager", NAME):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            results.append(model(**inputs)[0])
+    return results
+
+
+def test_gemma3_with_text_only_is_a_window_and_with_an_image_refused():
+    """Its processor always gives token types, and then the window comes without a word about its size."""
+    torch.manual_seed(0)
+    model, ids = gemma3_with_images(), IDS.clamp(max=48)
+    text = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "use_cache": False}
+    close(*one_of(model, **text))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    alone = one_of(model, input_ids=ids[1:2, 4:], token_type_ids=ids[1:2, 4:] * 0, use_cache=False)[0]
+    with torch.no_grad():  # rotary positions are relative
+        close(model(**text, attention_mask=mask).logits[1:2, 4:], alone)
+        image = torch.zeros_like(ids)
+        image[1, 3:7] = 1
+        with pytest.raises(ValueError, match=r"at 6 places, first in row 1, where query 3 sees key 4"):
+            model(input_ids=ids, token_type_ids=image, use_cache=False)
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("kind", ["embeddinggemma", "llama", "mistral"])
+def test_decoders_that_see_both_ways(kind, padding):
+    torch.manual_seed(0)
+    if kind == "embeddinggemma":
+        model = transformers.Gemma3TextModel(gemma3_text(use_bidirectional_attention=True))
+    else:
+        config = getattr(transformers, KINDS[kind][1])(**KINDS[kind][2])
+        config.is_causal = False
+        model = getattr(transformers, KINDS[kind][0].replace("ForCausalLM", "Model"))(config)
+    mask = torch.ones_like(IDS)
+    if padding != "none":
+        mask[1, :4], mask[2, :9] = 0, 0
+    mask = mask.flip(1) if padding == "right" else mask
+    model.double().eval()
+    alone = [one_of(model, input_ids=row[valid.bool()][None])[0][0] for row, valid in zip(IDS, mask, strict=True)]
+    with torch.no_grad():
+        close(model(input_ids=IDS, attention_mask=mask)[0][mask.bool()], torch.cat(alone))
+
+
+def test_encoders_that_pack_sequences_by_numbers():
+    if not hasattr(transformers, "EsmcModel"):
+        pytest.skip("this transformers has no ESM C")
+    sizes = {k: BERT[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    model = transformers.EsmcModel(transformers.EsmcConfig(**sizes, num_attention_heads=4)).double().eval()
+    numbers = torch.tensor([[0] * 6 + [1] * 5, [0] * 3 + [1] * 4 + [-1] * 4, [0] * 11])
+    close(*one_of(model, input_ids=IDS, attention_mask=None, sequence_id=numbers))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_narrow_integers_of_a_model_do_not_wrap(dtype):
+    ids = torch.randint(1, 50, (1, 300), generator=torch.Generator().manual_seed(1))
+    model = build("llama", max_position_embeddings=512)
+    mask = torch.ones_like(ids)
+    mask[0, 280:] = 0
+    places = (torch.arange(300) % 100)[None]
+    ends = torch.tensor([0, 50, 100])
+    with torch.no_grad():
+        for name, value in (("attention_mask", mask), ("position_ids", places)):
+            inputs = {"input_ids": ids, "use_cache": False}
+            close(model(**inputs, **{name: value.to(dtype)}).logits, model(**inputs, **{name: value}).logits)
+        packed = [{"cu_seq_lens_q": e, "cu_seq_lens_k": e, "use_cache": False} for e in (ends, ends.to(dtype))]
+        results = [model(input_ids=ids[:, :100], **x).logits for x in packed]
+    close(*results)
+
+
+# torch.export
+
+
+def test_a_decoder_is_exported_for_any_batch_and_length():
+    model, auto = build("mistral", num_hidden_layers=2), torch.export.Dim.AUTO
+    shapes = {"input_ids": {0: auto, 1: auto}, "use_cache": None}
+    program = torch.export.export(model, (IDS,), {"use_cache": False}, dynamic_shapes=shapes, strict=False).module()
+    other = torch.randint(1, 50, (2, 17), generator=torch.Generator().manual_seed(1))
+    for ids in (IDS, other):
+        close(program(ids, use_cache=False).logits, model(ids, use_cache=False).logits, 1e-12)
+
+
+def test_an_exported_decoder_takes_padding_and_stops_at_what_it_was_not_exported_for():
+    model = build("llama", num_hidden_layers=2)
+    mask = torch.ones_like(IDS)
+    mask[1, :4], mask[2, 9:] = 0, 0
+    places = torch.arange(11).expand(3, -1)
+    inputs = {"attention_mask": mask, "position_ids": places, "use_cache": False}
+    program = torch.export.export(model, (IDS,), inputs, strict=False).module()
+    for valid in (mask, mask.flip(1)):
+        inputs = {"attention_mask": valid, "position_ids": places, "use_cache": False}
+        close(program(IDS, **inputs).logits[valid.bool()], model(IDS, **inputs).logits[valid.bool()], 1e-12)
+    holes = mask.clone()
+    holes[0, 3] = 0
+    with pytest.raises(RuntimeError, match=r"flashgau: `attention_mask` has a hole"):
+        program(IDS, attention_mask=holes, position_ids=places, use_cache=False)
+    inputs = {"position_ids": places, "use_cache": False}
+    program = torch.export.export(model, (IDS,), inputs, strict=False).module()
+    with pytest.raises(RuntimeError, match=r"flashgau: `position_ids` pack several sequences"):
+        program(IDS, position_ids=places % 6, use_cache=False)
+
+
+def test_an_export_that_cannot_be_says_why():
+    model = build("llama")
+    with pytest.raises(Exception, match=r"flashgau finds the sequences of a mask in its values.*strict=False"):
+        torch.export.export(model, (IDS,), {"use_cache": False}, strict=True)
+    torch.manual_seed(0)
+    model = transformers.Gemma3TextModel(gemma3_text(use_bidirectional_attention=True)).eval()
+    model.set_attn_implementation(NAME)
+    with pytest.raises(ValueError, match=r"flashgau: torch.export has no values.*attn_implementation='sdpa'"):
+        torch.export.export(model, (IDS,), strict=False)
+
+
+def test_models_that_compute_with_their_mask_are_told_so():
+    """Unseen, a matrix of biases was added to a description of sequences, and the shapes did not fit."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    beit = transformers.BeitModel(
+        transformers.BeitConfig(**sizes, image_size=16, patch_size=4, use_relative_position_bias=True)
+    )
+    doge = transformers.DogeModel(transformers.DogeConfig(**sizes, num_key_value_heads=2, vocab_size=50))
+    for model, x in ((beit, torch.randn(1, 3, 16, 16)), (doge, IDS)):
+        model.eval().set_attn_implementation(NAME)
+        with pytest.raises(
+            ValueError, match=r"flashgau: this model computes with its attention mask by itself \((add|ne)\)"
+        ):
+            model(x)
+    mask = ours._attention_mask(2, 3, 3)
+    for call in (lambda: 1.0 - mask, lambda: mask == 0, lambda: torch.zeros(2, 4, 3, 3) + mask[:, :, :, :3]):
+        with pytest.raises(ValueError, match="computes with its attention mask"):
+            call()
+    for same in (mask.clone(), mask.to("cpu"), copy.deepcopy(mask), mask[:, :, :, :3]):
+        assert ours._facts(same) == ours._facts(mask)
+
+
 def test_masks_are_known_by_comparison_and_cheap(monkeypatch):
     def evaluated(*_, **__):
         raise AssertionError("evaluated")
@@ -487,7 +714,7 @@ def test_the_relative_bias_of_t5_is_refused():
     model = transformers.T5EncoderModel._from_config(config, attn_implementation=NAME)
     # Before 5.10 or so T5 adds the mask to its scores by itself, which fails for the shape.
     for length in range(1, 12):
-        with pytest.raises((ValueError, RuntimeError), match=r"'position_bias'|must match the size"):
+        with pytest.raises((ValueError, RuntimeError), match=r"'position_bias'|computes with its attention mask"):
             model(input_ids=IDS[:, :length])
 
 

@@ -38,6 +38,7 @@ _HEADER, _LONGER_THAN_HEADS = 8, 1024
 _MAGIC = 0x666C617368676175  # "flashgau" in ASCII: tells our tensors from a mask that a user made
 _PLAIN, _LENGTHS, _PACKED = range(3)
 _UNBOUNDED = -1
+_OFFSETS = (torch.int32, torch.int64)
 _FACTS, _AGREES = "_flashgau_facts", "_flashgau_agrees"
 
 # The largest number of elements of a block, when a mask is compared to what flashgau would compute.
@@ -520,6 +521,34 @@ def _packed(skipped: Tensor, number: Tensor, first: Tensor, seen: Tensor, place:
     )
 
 
+class _Mask(Tensor):
+    """A mask that says what it is to a model that computes with it: adds it to scores, or asks which keys are 0."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not torch.compiler.is_compiling() and (name := function.__name__.strip("_")) in _ARITHMETIC:
+            raise ValueError(
+                f"flashgau: this model computes with its attention mask by itself ({name}), which is flashgau's own "
+                "description of sequences and no matrix (B, H, M, N); expected a model that hands its mask to the "
+                "attention interface of transformers as it is, and adds no bias to it (relative positions, dynamic "
+                "masks). attn_implementation='sdpa' or 'eager' can compute it"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **(kwargs or {}))
+            # A slice or a copy still is a mask; what is read from it is not.
+            return result.as_subclass(cls) if isinstance(result, Tensor) and result.ndim == 4 else result
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.clone()
+
+
+_ARITHMETIC = {
+    "add", "bitwise_and", "bitwise_not", "bitwise_or", "div", "eq", "floordiv", "ge", "gt", "invert", "le",
+    "logical_and", "logical_not", "logical_or", "lt", "masked_fill", "mul", "ne", "neg", "radd", "rmul", "rsub", "sub",
+    "truediv", "where", "and", "or", "rand", "ror",
+}  # fmt: skip
+
+
 def _encode(kind: int, pattern: _Pattern, place: _Place, *data: Tensor) -> Tensor:
     """Facts and data in one tensor, so that whatever moves or keeps the mask moves and keeps them all."""
     left, right = (_UNBOUNDED if side is None else side for side in pattern)
@@ -528,6 +557,8 @@ def _encode(kind: int, pattern: _Pattern, place: _Place, *data: Tensor) -> Tenso
     header = torch.tensor([_MAGIC, *facts], dtype=torch.int64).to(place.device)
     numbers = torch.cat([header, *(x.to(torch.int64) for x in data)])
     mask = nn.functional.pad(numbers, (0, max(0, _LONGER_THAN_HEADS - len(numbers))))[None, :, None, None]
+    if not torch.compiler.is_exporting():  # which knows tensors of its own kind only
+        mask = mask.as_subclass(_Mask)
     setattr(mask, _FACTS, tuple(facts))
     return mask
 
@@ -664,6 +695,7 @@ def _sequences(
     facts: _Facts, mask: Tensor | None, query: Tensor, cu_q: Tensor | None, cu_k: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`lengths`, `cu_seqlens` and `cu_seqlens_k` for `flashgau.attention`."""
+    cu_q, cu_k = (x.long() if x is not None and x.dtype not in _OFFSETS else x for x in (cu_q, cu_k))
     given = cu_q is not None or cu_k is not None
     if given and (cu_q is None or cu_k is None):
         raise ValueError("flashgau: one of `cu_seq_lens_q` and `cu_seq_lens_k` is None; expected both or neither")
