@@ -147,7 +147,7 @@ def forward_kernel(
     i_block, i_head, i_seq = place(
         tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.queries, longest_m, GROUPS, BM
     )  # fmt: skip
-    row, first_m, m, stored, first_n, n, _ = bounds(sequences, i_seq)
+    row, first_m, m, stored, first_n, n, _stored_n = bounds(sequences, i_seq)
     i_block = (stored * GROUPS + BM - 1) // BM - 1 - i_block  # the longest rows of a causal mask first
     if i_block < 0:
         return
@@ -292,7 +292,7 @@ def dq_kernel(
     i_block, i_head, i_seq = place(
         tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.queries, longest_m, GROUPS, BM
     )  # fmt: skip
-    row, first_m, m, stored, first_n, n, _ = bounds(sequences, i_seq)
+    row, first_m, m, stored, first_n, n, _stored_n = bounds(sequences, i_seq)
     i_block = (stored * GROUPS + BM - 1) // BM - 1 - i_block
     if i_block < 0:
         return
@@ -421,7 +421,7 @@ def dbias_kernel(
     if sequences.queries is not None:
         last_seq = sequences.n_sequences
     for i_seq in range(first_seq, last_seq):
-        row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
+        row, first_m, m, _stored_m, first_n, n, _stored_n = bounds(sequences, i_seq)
         # Queries whose key at one of these distances is there.
         start = tl.maximum(m - n - nearest - BN + 1, 0) // BM * BM
         stop = tl.minimum(m - nearest, m)

@@ -72,9 +72,14 @@ if "triton" in [name for name, reason in dispatch.explain("gau_attention", "cpu"
         (_mixed_chunk_kernels, "_FUSED_TILES"): 0,
         (_mixed_chunk_kernels, "processors"): lambda device: 1,
     }
-    _smallest = importlib.import_module("flashgau.kernels.common").Config(16, 16, block_k=16)
+    _Config = importlib.import_module("flashgau.kernels.common").Config
+
+    def _smallest(kernel: str, *args: Any, **traits: Any) -> Any:
+        """Of chunks more queries than keys, where both need not be as many."""
+        return _Config(32 if kernel.startswith("mixed_chunk") else 16, 16, block_k=16)
+
     TINY = {
-        (importlib.import_module("flashgau.tuning"), "choose"): lambda *args, **traits: _smallest,
+        (importlib.import_module("flashgau.tuning"), "choose"): _smallest,
         (importlib.import_module("flashgau.kernels.attention"), "processors"): lambda device: 4,
     }
 _SMALL = {"eager": _BLOCKS, "triton": PANELS}

@@ -19,6 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
+    PANELS,
     TINY,
     Call,
     attention_calls,
@@ -378,6 +379,14 @@ def test_blocks_are_skipped_masked_or_whole_as_the_window_says(whose, per_token,
         assert [*range(b, c, block)] == whole, (case, (a, b, c, d))
 
 
+def check_is_eagers(call: Call, sizes: dict[Any, Any]) -> None:
+    """Results and gradients in the smallest blocks are those of eager."""
+    with blocks({**TINY, **sizes}):
+        found, expected = (gradients(call, backend=name) for name in ("triton", "eager"))
+    for mine, theirs in zip(found, expected, strict=True):
+        close_gradients([x for x in mine if x.is_floating_point()], [x for x in theirs if x.is_floating_point()])
+
+
 @pytest.mark.parametrize("window", [(None, 0), (9, 3)], ids=str)
 def test_borders_of_a_window_at_every_place_of_a_block(window):
     """Sequences of two queries, and as many keys as put the window's ends before and behind every key of a block."""
@@ -386,11 +395,28 @@ def test_borders_of_a_window_at_every_place_of_a_block(window):
     q = randn(0, 1, 2, 2 * len(counts), 4)
     k, v = (randn(i, 1, 1, int(ends_k[-1]), 4) for i in (1, 2))
     options = {"window": window, "cu_seqlens": ends, "cu_seqlens_k": ends_k, "return_lse": True}
-    call = Call("attention", (q, k, v), options)
-    with blocks(TINY):
-        found, expected = (gradients(call, backend=name) for name in ("triton", "eager"))
-    close_gradients(found[0], expected[0])
-    close_gradients(found[1], expected[1])
+    check_is_eagers(Call("attention", (q, k, v), options), {})
+
+
+@pytest.mark.parametrize(
+    ("m", "score", "normalizer", "sizes"),
+    [(35, "relu2", "row", {}), (18, "softmax_plus", "keys", PANELS)],
+    ids=["fused", "panels"],
+)
+def test_blocks_of_gated_attention_join(m, score, normalizer, sizes):
+    operands = randn(0, 1, m, 5), randn(1, 1, 35, 5), randn(2, 1, 35, 18), randn(3, 1, m, 18)
+    options = {"score": score, "normalizer": normalizer, "causal": True, "rel_bias": randn(4, 69) / 4}
+    check_is_eagers(Call("gau_attention", operands, options), sizes)
+
+
+@pytest.mark.parametrize(
+    ("causal", "sizes"), [(True, {}), (True, PANELS), (False, PANELS)], ids=["causal", "causal, panels", "full, panels"]
+)
+def test_blocks_of_chunks_join(causal, sizes):
+    """Chunks of two blocks, the last one open."""
+    operands = [*(randn(i, 1, 42, 5) for i in range(4)), *(randn(i, 1, 42, 7) for i in (4, 5))]
+    options = {"chunk_size": 19, "causal": causal, "return_state": causal, "rel_bias": randn(6, 37)}
+    check_is_eagers(Call("mixed_chunk_attention", tuple(operands), options), sizes)
 
 
 # ---------------------------------------------------------------- configurations
