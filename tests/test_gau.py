@@ -26,6 +26,7 @@ from strategies import (
     gau_calls,
     gradients,
     largest_storages,
+    needs,
     outputs,
     randn,
     seeds,
@@ -44,8 +45,8 @@ PREFIX_STABLE = [pair for pair in GAU_SCORES if pair[1] != "keys" or pair[0].sta
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(data)
 def test_agrees_with_the_reference(backend, dtype, data):
-    if dtype in dtypes_of(backend):
-        check_agrees(data.draw(gau_calls(dtype=dtype)), backend)
+    needs(backend, dtype)
+    check_agrees(data.draw(gau_calls(dtype=dtype)), backend)
 
 
 @every_score
@@ -89,8 +90,7 @@ def test_second_derivatives_are_refused(backend, score, normalizer):
 @every_score
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_gradients_are_derivatives(backend, score, normalizer, causal):
-    if torch.float64 not in dtypes_of(backend):
-        pytest.skip("no fp64 on this backend")
+    needs(backend, torch.float64)
     shapes = (1, 4, 2), (1, 5, 2), (1, 5, 2), (1, 4, 2), (1, 9)
     inputs = [randn(i, *s, dtype=torch.float64).requires_grad_() for i, s in enumerate(shapes)]
     options = {"score": score, "normalizer": normalizer, "causal": causal}
