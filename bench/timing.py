@@ -118,6 +118,8 @@ def alternate(
 
 
 def speed_ratio(theirs: Sequence[float], ours: Sequence[float]) -> tuple[float, float, float]:
-    """How many times faster `ours` is: ratio of medians, between the quartiles of the rounds' ratios."""
-    low, _, high = quartiles([t / o for t, o in zip(theirs, ours, strict=True)])
-    return low, quartiles(theirs)[1] / quartiles(ours)[1], high
+    """How many times faster `ours` is, round by round: first quartile, median and third quartile of the ratios.
+
+    Not the ratio of the medians, which may lie outside: those two may be of different rounds.
+    """
+    return quartiles([t / o for t, o in zip(theirs, ours, strict=True)])

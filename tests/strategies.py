@@ -52,6 +52,7 @@ sizes = st.sampled_from(SIZES)
 # How the eager floor cuts its work: its own sizes, and the smallest, at which small inputs cross borders.
 _BLOCKS = {
     (eager_attention, "_BLOCK_ELEMENTS"): 1,
+    (eager_attention, "_PIECE_ELEMENTS"): 1,
     (eager_gau, "_PANEL_ELEMENTS"): 1,
     (eager_glu, "_PIECE"): 64,
     (eager_common, "_PANEL"): 4,
@@ -95,6 +96,11 @@ def blocks(sizes: dict[tuple[Any, str], Any]) -> Iterator[None]:
         yield
 
 
+def small_blocks() -> Any:
+    """The eager floor with its smallest blocks."""
+    return blocks(_BLOCKS)
+
+
 def backends_of(op: str) -> list[str]:
     """The optimised backends that can run an operation here."""
     return [name for name, reason in dispatch.explain(op, "cpu").items() if reason is None and name != "reference"]
@@ -119,6 +125,12 @@ def backend_fixture(op: str) -> Any:
 def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
     """What the backend computes here. Triton's interpreter multiplies bf16 wrongly; no kernel takes fp64."""
     return (torch.float32, torch.float16) if backend == "triton" else DTYPES
+
+
+def needs(backend: str, dtype: torch.dtype) -> None:
+    """Skip the test where the backend does not take the dtype."""
+    if dtype not in dtypes_of(backend):
+        pytest.skip(f"no {dtype} on this backend")
 
 
 @dataclass(frozen=True)

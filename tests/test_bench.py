@@ -102,6 +102,23 @@ def test_every_round_has_every_call_once_in_no_fixed_order() -> None:
     assert {"a", "b"} == set(timer.order[8::2])  # who has the first turn of a round
 
 
+@given(st.lists(st.tuples(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3)), min_size=1, max_size=40))
+def test_a_speed_ratio_lies_between_its_quartiles(rounds: list[tuple[float, float]]) -> None:
+    theirs, ours = zip(*rounds, strict=True)
+    low, middle, high = timing.speed_ratio(theirs, ours)
+    assert low <= middle <= high
+    np.testing.assert_allclose(middle, np.median(np.divide(theirs, ours)), rtol=1e-12)
+
+
+def test_the_ratio_of_the_medians_is_no_speed_ratio() -> None:
+    """The two medians are of different rounds, and their ratio outside what any two quartiles hold."""
+    theirs, ours = [1.0, 2.0, 3.0], [0.9, 2.5, 2.1]
+    low, middle, high = timing.speed_ratio(theirs, ours)
+    assert middle == 1.0 / 0.9
+    assert low <= middle <= high
+    assert not low <= 2.0 / 2.1 <= high
+
+
 def test_cpu_timer_reads_the_clock_around_the_call() -> None:
     ticks = iter([10.0, 12.5])
     assert timing.CpuTimer(lambda: next(ticks))(lambda: None) == 2.5

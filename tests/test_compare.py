@@ -8,6 +8,8 @@ import torch
 from strategies import randn
 
 import flashgau
+from flashgau.cli.cases import all_cases
+from flashgau.cli.check import run_cases
 from flashgau.eager import attention as eager_attention
 from flashgau.eager import gau as eager_gau
 from flashgau.eager import glu as eager_glu
@@ -107,6 +109,26 @@ def test_a_missing_scale_in_half_precision_is_a_miss(monkeypatch):
         q, k, v = (randn(i, 2, 2, 65, 16, dtype=dtype) for i in range(3))
         report = flashgau.compare(flashgau.attention, q, k, v, causal=True, backend="eager")
         assert [row.name for row in report.rows if not row.ok] == ["dq"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_sum_that_loses_a_little_at_every_step_is_a_miss(monkeypatch, dtype):
+    """The gradient of values, added up in half precision: `flashgau check` has a case that is long enough to see it."""
+    (case,) = (x for x in all_cases("attention") if x.options == "many queries" and x.dtype == dtype)
+    right = eager_attention.attention_backward
+
+    def lossy(dout, dlse, q, k, v, *rest, **kwargs):
+        dq, dk, dv, *others = right(dout, dlse, q, k, v, *rest, **kwargs)
+        p = torch.softmax(kwargs["scale"] * q.float() @ k.float().mT, -1).to(q.dtype)
+        dv = torch.zeros_like(dv)
+        for p_block, dout_block in zip(p.split(256, 2), dout.split(256, 2), strict=True):
+            dv += p_block.mT @ dout_block
+        return dq, dk, dv, *others
+
+    assert [row.verdict for row in run_cases([(case, "eager")], torch.device("cpu"))] == ["ok"]
+    monkeypatch.setattr(eager_attention, "attention_backward", lossy)
+    (row,) = run_cases([(case, "eager")], torch.device("cpu"))
+    assert [tensor["name"] for tensor in row.tensors if not tensor["ok"]] == ["dv"]
 
 
 def test_the_reference_is_never_what_is_compared(monkeypatch):

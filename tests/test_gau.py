@@ -29,6 +29,7 @@ from strategies import (
     gau_calls,
     gradients,
     largest_storages,
+    needs,
     outputs,
     randn,
     seeds,
@@ -47,8 +48,8 @@ PREFIX_STABLE = [pair for pair in GAU_SCORES if pair[1] != "keys" or pair[0].sta
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(data)
 def test_agrees_with_the_reference(backend, dtype, data):
-    if dtype in dtypes_of(backend):
-        check_agrees(data.draw(gau_calls(dtype=dtype)), backend)
+    needs(backend, dtype)
+    check_agrees(data.draw(gau_calls(dtype=dtype)), backend)
 
 
 @every_score
@@ -61,6 +62,15 @@ def test_every_score_in_every_shape(backend, score, normalizer, causal):
         check_agrees(Call("gau_attention", (q, k, v), options), backend)
         options |= {"rel_bias": randn(4, 2, 81) / 4, "lengths": torch.tensor([n, n // 2])}
         check_agrees(Call("gau_attention", (q, k, v, gate), options), backend)
+
+
+@pytest.mark.parametrize("spare", [0, 1, 6], ids="P = longest + {}".format)
+@pytest.mark.parametrize(("m", "n"), [(17, 17), (5, 34), (34, 20)])
+def test_every_entry_of_the_bias(backend, m, n, spare):
+    """About 0.7 the laplace score is steepest, so that the gradient's first and last entries count."""
+    q, k, v = randn(0, 2, m, 8), randn(1, 2, n, 8), randn(2, 2, n, 12)
+    bias = 0.7 + 0.1 * randn(3, 2 * (max(m, n) + spare) - 1)
+    check_agrees(Call("gau_attention", (q, k, v), {"score": "laplace", "rel_bias": bias}), backend)
 
 
 @given(data)
@@ -92,8 +102,7 @@ def test_second_derivatives_are_refused(backend, score, normalizer):
 @every_score
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_gradients_are_derivatives(backend, score, normalizer, causal):
-    if torch.float64 not in dtypes_of(backend):
-        pytest.skip("no fp64 on this backend")
+    needs(backend, torch.float64)
     shapes = (1, 4, 2), (1, 5, 2), (1, 5, 2), (1, 4, 2), (1, 9)
     inputs = [randn(i, *s, dtype=torch.float64).requires_grad_() for i, s in enumerate(shapes)]
     options = {"score": score, "normalizer": normalizer, "causal": causal}

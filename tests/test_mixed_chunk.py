@@ -30,6 +30,7 @@ from strategies import (
     gradients,
     largest_storages,
     mixed_chunk_calls,
+    needs,
     outputs,
     randn,
     seeds,
@@ -47,8 +48,29 @@ data = st.data()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(data)
 def test_agrees_with_the_reference(backend, dtype, data):
-    if dtype in dtypes_of(backend):
-        check_agrees(data.draw(mixed_chunk_calls(backend, dtype=dtype)), backend)
+    needs(backend, dtype)
+    check_agrees(data.draw(mixed_chunk_calls(backend, dtype=dtype)), backend)
+
+
+@pytest.mark.parametrize("chunk", [64, 65])
+@pytest.mark.parametrize("n", [65, 200])
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+def test_chunks_as_wide_as_they_are_cut(chunk, n, causal):
+    """From 64 tokens on a causal chunk is computed as two blocks, which leave out a quarter of it."""
+    heads, v, gate = [randn(i, 2, n, 8) for i in range(4)], randn(4, 2, n, 12), randn(5, 2, n, 12)
+    bias = randn(6, 2 * chunk - 1)
+    options = {"chunk_size": chunk, "causal": causal, "rel_bias": bias}
+    check_agrees(Call("mixed_chunk_attention", (*heads, v, gate), options), "eager")
+
+
+@pytest.mark.parametrize("spare", [0, 1, 6], ids="P = chunk + {}".format)
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+def test_every_entry_of_the_bias(backend, causal, spare):
+    """About 0.7 the laplace score is steepest, so that the gradient's first and last entries count."""
+    heads, v = [randn(i, 2, 41, 8) for i in range(4)], randn(4, 2, 41, 12)
+    bias = 0.7 + 0.1 * randn(5, 2 * (16 + spare) - 1)
+    options = {"chunk_size": 16, "causal": causal, "score": "laplace", "rel_bias": bias}
+    check_agrees(Call("mixed_chunk_attention", (*heads, v), options), backend)
 
 
 @given(data)
@@ -59,8 +81,8 @@ def test_with_states_agrees_with_the_reference(backend, data):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(data)
 def test_step_agrees_with_the_reference(backend, dtype, data):
-    if dtype in dtypes_of(backend):
-        check_agrees(data.draw(step_calls(dtype=dtype)), backend)
+    needs(backend, dtype)
+    check_agrees(data.draw(step_calls(dtype=dtype)), backend)
 
 
 @given(data)
@@ -116,8 +138,7 @@ def test_second_derivatives_are_refused(backend, causal, score):
     ids=["full", "causal", "lengths", "continued"],
 )
 def test_gradients_are_derivatives(backend, score, options):
-    if torch.float64 not in dtypes_of(backend):
-        pytest.skip("no fp64 on this backend")
+    needs(backend, torch.float64)
     options = {"chunk_size": 2, "score": score, **options}
     double = {"dtype": torch.float64}
     operands = [randn(i, 1, 5, 2, **double).requires_grad_() for i in range(6)]
