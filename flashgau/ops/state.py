@@ -100,8 +100,8 @@ class MixedChunkState:
         if isinstance(tokens, int) and not isinstance(tokens, bool):
             tokens = torch.full_like(self.position, tokens)
         tokens = widened(tokens)
-        whole = isinstance(tokens, Tensor) and tokens.dtype in (torch.int32, torch.int64)
-        if not whole or tokens.shape != self.position.shape:
+        whole = (torch.int32, torch.int64)
+        if not isinstance(tokens, Tensor) or tokens.dtype not in whole or tokens.shape != self.position.shape:
             got = f"shape {tuple(tokens.shape)}, {tokens.dtype}" if isinstance(tokens, Tensor) else repr(tokens)
             raise TypeError(f"truncate: `tokens` is {got}; expected an int or {tuple(self.position.shape)} integers")
         if bool(((tokens < 0) | (tokens > self.open_tokens)).any()):

@@ -282,7 +282,8 @@ Value = TypeVar("Value")
 
 def widened(x: Value) -> Value:
     """Integers too narrow to compute with, as int64: 0 - 1 is 255 in uint8, and uint16 has no arithmetic at all."""
-    return x.to(torch.int64) if isinstance(x, Tensor) and x.dtype in _NARROW else x
+    narrow = isinstance(x, Tensor) and x.dtype in _NARROW
+    return x.to(torch.int64) if narrow else x  # type: ignore[attr-defined]
 
 
 def readable(x: Tensor) -> bool:
