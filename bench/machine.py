@@ -68,7 +68,7 @@ def copy_speed() -> float:
 
 
 def product_speed() -> dict[str, float]:
-    """Operations per second of PyTorch's own product of two 1024 x 1024 matrices on this CPU, median of 15, by dtype."""
+    """Operations per second of PyTorch's own product of two 1024 x 1024 matrices here, median of 15, by dtype."""
     speeds = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a, out = torch.ones(1024, 1024, dtype=dtype), torch.empty(1024, 1024, dtype=dtype)
