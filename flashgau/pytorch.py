@@ -120,7 +120,8 @@ def _is_mapped(x: Tensor) -> bool:
 
 def _refuses_to_be_read(x: Tensor) -> bool:
     try:
-        x.tolist()
+        for value in x.flatten():
+            value.item()
     except RuntimeError:
         return True
     return False

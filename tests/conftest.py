@@ -58,13 +58,13 @@ def _patch_the_language_once() -> None:
             found[name] = find(dtype)
         return found[name]
 
-    def once(package, builder, scope):
+    def once(package, builder, *scope):  # which came with Triton 3.6
         name = first.get(id(package))
         if name is None:
             names = (n for n in dir(package) if interpreter.tl.core.is_builtin(getattr(package, n)))
             first[id(package)] = next(names, None)
         if name is None or interpreter.tl.core.is_builtin(getattr(package, name)):
-            patch(package, builder, scope)
+            patch(package, builder, *scope)
 
     interpreter._patch_builtin = once
     interpreter._get_np_dtype = as_numpy

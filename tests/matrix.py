@@ -28,7 +28,19 @@ PAIRS = {
     "torch-2.14": {"torch": "2.14.1", "triton": "3.8.0", "numpy": "2.4.6"},
 }
 
-FILES = ["operators", "pytorch", "kernels", "attention", "glu", "gau", "mixed_chunk", "fused_layers", "nn", "models"]
+FILES = [
+    "operators",
+    "pytorch",
+    "compile",
+    "kernels",
+    "attention",
+    "glu",
+    "gau",
+    "mixed_chunk",
+    "fused_layers",
+    "nn",
+    "models",
+]
 
 
 def constraints(pins: dict[str, str]) -> str:

@@ -13,6 +13,8 @@ from torch import Tensor
 from .. import pytorch
 
 _DENSE = torch.strided
+# What counts as a number: also one that is only known when a traced program runs.
+_WHOLE, _REAL = (numbers.Integral, torch.SymInt), (numbers.Real, torch.SymInt, torch.SymFloat)
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -91,7 +93,7 @@ class Arguments:
         open_low: bool = False,
     ) -> None:
         """A finite real number within [low, high], or (low, high] for `open_low`."""
-        if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+        if type(value) is not float and (isinstance(value, bool) or not isinstance(value, _REAL)):
             self.fail(name, f"is {value!r}", expected, TypeError)
         x = float(value)
         # Not math.isfinite: it cannot be traced with a symbolic number, as torch.compile(dynamic=True) has.
@@ -100,7 +102,7 @@ class Arguments:
 
     def integer(self, name: str, value: Any, low: int, expected: str) -> None:
         """A whole number of at least `low`."""
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        if isinstance(value, bool) or not isinstance(value, _WHOLE):
             self.fail(name, f"is {value!r}", expected, TypeError)
         if value < low:
             self.fail(name, f"is {value!r}", expected)
@@ -121,7 +123,7 @@ class Arguments:
             self._integers("lengths", lengths, (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8))
             self._shape("lengths", lengths, "B")
             if readable(lengths):
-                values = lengths.tolist()
+                values = _values(lengths)
                 wrong = [x for x in values if not 0 <= x <= self.sizes["N"]]
                 if wrong:
                     self.fail("lengths", f"holds {wrong[0]}", f"values from 0 to N = {self.sizes['N']}")
@@ -153,7 +155,7 @@ class Arguments:
         lead = [self.sizes[letter] for letter in leading.split()]
         shape = tuple(bias.shape)
         fits = 1 <= len(shape) <= len(lead) + 1 and all(
-            size in (1, want) for size, want in zip(reversed(shape[:-1]), reversed(lead), strict=False)
+            size in (1, want) for size, want in zip(shape[:-1], lead[len(lead) + 1 - len(shape) :], strict=True)
         )
         if not fits:
             named = " and ".join(f"{letter} = {self.sizes[letter]}" for letter in leading.split())
@@ -199,7 +201,7 @@ class Arguments:
             self.fail(name, f"has shape {tuple(cu.shape)}", "(G+1,), the G sequences' ends after a leading 0")
         if not readable(cu):
             return 0
-        values = cu.tolist()
+        values = _values(cu)
         if values[0] != 0 or values[-1] != total or any(a > b for a, b in itertools.pairwise(values)):
             self.fail(name, f"is {_short(values)}", f"non-decreasing offsets from 0 to {letter} = {total}")
         return max((b - a for a, b in itertools.pairwise(values)), default=0)
@@ -235,6 +237,13 @@ def readable(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter):
         return False
     return not pytorch.is_mapped(x)
+
+
+def _values(x: Tensor) -> list[int]:
+    try:
+        return x.tolist()
+    except RuntimeError:  # PyTorch 2.9 inside a transform of torch.func
+        return [int(value) for value in x]
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
