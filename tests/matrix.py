@@ -1,5 +1,5 @@
-"""`make matrix`: the operator, kernel and model tests against the oldest and newest PyTorch that are supported, each
-in an environment of its own, and the table of docs/matrix.md.
+"""`make matrix`: the operator, kernel and model tests against the PyTorch and Triton that GPU machines carry and the
+newest that are supported, each in an environment of its own, and the table of docs/matrix.md.
 
 An environment, `.matrix/NAME`, is made once and used again as long as what it should hold is the same. Standard
 library only: whatever python3 runs it makes the environments.
