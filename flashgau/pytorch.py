@@ -120,7 +120,8 @@ def _is_mapped(x: Tensor) -> bool:
 
 def _refuses_to_be_read(x: Tensor) -> bool:
     try:
-        x.tolist()
+        for value in x.flatten():
+            value.item()
     except RuntimeError:
         return True
     return False
@@ -268,28 +269,18 @@ def _gelu(x: Tensor, *, approximate: str = "none", out: Tensor | None = None) ->
 silu = _private("torch._C:_nn.silu") or _silu
 gelu = _private("torch._C:_nn.gelu") or _gelu
 
-# Halves that the CPU multiplies by instructions of its own. PyTorch 2.11 has a public question for it.
-_capabilities = getattr(torch.cpu, "get_capabilities", None)
-_INSTRUCTIONS = {
-    torch.bfloat16: {
-        "avx512_bf16": _private("torch.cpu:_is_avx512_bf16_supported"),
-        "amx_tile": _private("torch.cpu:_is_amx_tile_supported"),
-    },
-    torch.float16: {"avx512_fp16": None, "amx_fp16": _private("torch.cpu:_is_amx_fp16_supported")},
-}
-
-
-def cpu_multiplies() -> frozenset[torch.dtype]:
-    """Which of bf16 and fp16 this processor has products for, as far as PyTorch knows it: on x86."""
-    if _capabilities is not None:
-        known = _capabilities()
-        return frozenset(half for half, names in _INSTRUCTIONS.items() if any(known.get(name) for name in names))
-    return frozenset(half for half, names in _INSTRUCTIONS.items() if any(ask and ask() for ask in names.values()))
-
-
 # PyTorch's fused attention on a CPU, which gives the log-sum-exp that its public function keeps to itself, and its
 # derivative; None without it, where the blocked computation takes every case.
 cpu_attention_backward = _private("torch.ops:aten._scaled_dot_product_flash_attention_for_cpu_backward.default")
 cpu_attention = cpu_attention_backward and _private(
     "torch.ops:aten._scaled_dot_product_flash_attention_for_cpu.default"
 )
+
+
+# ---------------------------------------------------------------- models of others
+
+# Runs what is inside as if no subclass of Tensor had rules of its own; None where there is no such thing.
+without_subclasses = _private("torch._C:DisableTorchFunctionSubclass")
+
+# (condition, message): lets an exported graph stop where the condition, a tensor, is false; None where none can.
+assert_in_graph = _private("torch.ops:aten._assert_async.msg")

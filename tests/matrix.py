@@ -1,5 +1,5 @@
-"""`make matrix`: the operator, kernel and model tests against the oldest and newest PyTorch that are supported, each
-in an environment of its own, and the table of docs/matrix.md.
+"""`make matrix`: the operator, kernel and model tests against the PyTorch and Triton that GPU machines carry and the
+newest that are supported, each in an environment of its own, and the table of docs/matrix.md.
 
 An environment, `.matrix/NAME`, is made once and used again as long as what it should hold is the same. Standard
 library only: whatever python3 runs it makes the environments.
@@ -28,7 +28,19 @@ PAIRS = {
     "torch-2.14": {"torch": "2.14.1", "triton": "3.8.0", "numpy": "2.4.6"},
 }
 
-FILES = ["operators", "pytorch", "kernels", "attention", "glu", "gau", "mixed_chunk", "fused_layers", "nn", "models"]
+FILES = [
+    "operators",
+    "pytorch",
+    "compile",
+    "kernels",
+    "attention",
+    "glu",
+    "gau",
+    "mixed_chunk",
+    "fused_layers",
+    "nn",
+    "models",
+]
 
 
 def constraints(pins: dict[str, str]) -> str:

@@ -15,7 +15,6 @@ from strategies import (
 )
 
 import flashgau
-from flashgau import pytorch
 from flashgau.eager import common
 
 CALLS = {
@@ -71,22 +70,22 @@ def test_the_dtypes_of_products_follow_the_processor(monkeypatch):
 
 
 CPUS = {
-    "neither": ({}, []),
+    "neither": ({"avx512_f": True, "avx512_bf16": False}, []),
     "avx512_bf16": ({"avx512_bf16": True, "avx512_f": True}, [torch.bfloat16]),
-    "tiles": ({"amx_tile": True}, [torch.bfloat16]),
+    "tiles": ({"amx_tile": True, "l2_cache_size": 2**21}, [torch.bfloat16]),
     "both": ({"avx512_fp16": True, "amx_tile": True, "amx_fp16": False}, [torch.bfloat16, torch.float16]),
 }
 
 
 @pytest.mark.parametrize("cpu", CPUS)
-def test_the_processor_is_asked(monkeypatch, cpu):
+@pytest.mark.parametrize("asked", ["PyTorch", "Linux"])
+def test_the_processor_is_asked(monkeypatch, cpu, asked):
     answers, expected = CPUS[cpu]
-    monkeypatch.setattr(pytorch, "_capabilities", lambda: answers)
-    assert pytorch.cpu_multiplies() == frozenset(expected)
-
-
-def test_an_older_pytorch_is_asked_one_by_one(monkeypatch):
-    monkeypatch.setattr(pytorch, "_capabilities", None)
-    asked = {torch.bfloat16: {"a": lambda: False, "b": lambda: True}, torch.float16: {"c": None, "d": lambda: False}}
-    monkeypatch.setattr(pytorch, "_INSTRUCTIONS", asked)
-    assert pytorch.cpu_multiplies() == frozenset({torch.bfloat16})
+    if asked == "PyTorch":
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: answers, raising=False)
+    else:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+        flags = f"model name: a\nflags\t\t: fpu {' '.join(name for name, has in answers.items() if has is True)}\n"
+        monkeypatch.setattr(common.Path, "read_text", lambda path, **options: flags)
+    assert common.native_halves.__wrapped__("cpu") == frozenset(expected)
+    assert common.native_halves.__wrapped__("cuda") == common.HALVES

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from .. import pytorch
 
 _PANEL = 2048  # rows: the weights' way through the cache no longer counts
 
@@ -66,6 +65,19 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 HALVES = frozenset((torch.float16, torch.bfloat16))
+_INSTRUCTIONS = {torch.bfloat16: {"avx512_bf16", "amx_tile"}, torch.float16: {"avx512_fp16", "amx_fp16"}}
+
+
+def instructions() -> set[str]:
+    """Names of the instruction sets of an x86 processor, as PyTorch or Linux tells them; none where neither does."""
+    ask = getattr(torch.cpu, "get_capabilities", None)  # PyTorch 2.11 and later
+    if ask is not None:
+        return {name for name, has in ask().items() if has is True}
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
 @cache
@@ -75,7 +87,10 @@ def native_halves(device_type: str) -> frozenset[torch.dtype]:
     Two cores of an AMD EPYC with avx512_bf16 multiply 425 GFLOP/s in bf16 and 182 in fp32. Without such instructions
     PyTorch multiplies bf16 slower than fp32 (150 against 260 on two cores of an Intel Xeon).
     """
-    return pytorch.cpu_multiplies() if device_type == "cpu" else HALVES
+    if device_type != "cpu":
+        return HALVES
+    has = instructions()
+    return frozenset(half for half, names in _INSTRUCTIONS.items() if names & has)
 
 
 def factor_dtype(x: Tensor) -> torch.dtype:

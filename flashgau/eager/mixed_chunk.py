@@ -414,7 +414,7 @@ def mixed_chunk_step(
     out = weights @ open_v.to(acc) + (lin_q.to(acc) / divisor) @ kv
     out = (out if gate is None else out * gate).to(v.dtype)
     full = (place + 1 == size)[..., None]
-    if bool(full.any()):  # the chunk closes: into the sum with it
+    if torch.compiler.is_compiling() or bool(full.any()):  # the chunk closes: into the sum with it
         kv = torch.where(full, kv + open_lin_k.to(acc).mT @ open_v.to(acc), kv)
         open_quad_k, open_lin_k, open_v = (torch.where(full, 0, x) for x in (open_quad_k, open_lin_k, open_v))
     return out, kv, open_quad_k, open_lin_k, open_v, position + 1

@@ -333,7 +333,9 @@ def _cells(function: Any) -> dict[str, Any]:
 
 def _assert(condition: Tensor, what: str) -> None:
     """Let the exported graph stop where this is not so."""
-    torch.ops.aten._assert_async.msg(
+    if pytorch.assert_in_graph is None:
+        raise ValueError(f"flashgau: {what}; with this PyTorch no exported graph can check that. 'sdpa' exports")
+    pytorch.assert_in_graph(
         condition, f"flashgau: {what}; the model was exported without: expected the kind of input it was exported for"
     )
 
@@ -533,7 +535,7 @@ class _Mask(Tensor):
                 "attention interface of transformers as it is, and adds no bias to it (relative positions, dynamic "
                 "masks). attn_implementation='sdpa' or 'eager' can compute it"
             )
-        with torch._C.DisableTorchFunctionSubclass():
+        with pytorch.without_subclasses():
             result = function(*args, **(kwargs or {}))
             # A slice or a copy still is a mask; what is read from it is not.
             return result.as_subclass(cls) if isinstance(result, Tensor) and result.ndim == 4 else result
@@ -557,7 +559,8 @@ def _encode(kind: int, pattern: _Pattern, place: _Place, *data: Tensor) -> Tenso
     header = torch.tensor([_MAGIC, *facts], dtype=torch.int64).to(place.device)
     numbers = torch.cat([header, *(x.to(torch.int64) for x in data)])
     mask = nn.functional.pad(numbers, (0, max(0, _LONGER_THAN_HEADS - len(numbers))))[None, :, None, None]
-    if not torch.compiler.is_exporting():  # which knows tensors of its own kind only
+    # torch.export knows tensors of its own kind only.
+    if pytorch.without_subclasses is not None and not torch.compiler.is_exporting():
         mask = mask.as_subclass(_Mask)
     setattr(mask, _FACTS, tuple(facts))
     return mask

@@ -168,7 +168,7 @@ def _inner_dtype(x: Tensor) -> torch.dtype:
 
 
 def _check_length(name: str, length: int) -> None:
-    if isinstance(length, bool) or not isinstance(length, int):
+    if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):  # the second: a traced length
         raise TypeError(f"{name}: `length` has type {type(length).__name__}; expected int")
     if length < 1:
         raise ValueError(f"{name}: `length` is {length}; expected at least 1")

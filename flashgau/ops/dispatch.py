@@ -8,7 +8,6 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -31,6 +30,14 @@ FILES = {
 
 # Fused pieces of layers, which no caller asks a backend for.
 _INNER = {"projection": "projection", "flash_unit": "flash_unit"}
+
+# The modules that implement them. Loaded here and not at the first call, which torch.compile may be tracing: it does
+# not trace an import.
+_FLOORS: dict[tuple[str, str], ModuleType] = {
+    (backend, file): importlib.import_module(f"flashgau.{backend}.{file}")
+    for backend, files in (("eager", {**FILES, **_INNER}), ("reference", FILES))
+    for file in files.values()
+}
 
 
 class _Selected(threading.local):
@@ -121,10 +128,11 @@ def _file(op: str) -> str:
     return FILES.get(op) or _INNER[op]
 
 
-@cache
 def _floor(backend: str, file: str) -> ModuleType:
-    package = {"triton": "kernels"}.get(backend, backend)
-    return importlib.import_module(f"flashgau.{package}.{file}")
+    floor = _FLOORS.get((backend, file))
+    if floor is None:  # Triton's, which nobody wants to load who has no use for it
+        floor = _FLOORS[backend, file] = importlib.import_module(f"flashgau.kernels.{file}")
+    return floor
 
 
 def _known(op: str, argument: str, name: object) -> str:

@@ -224,7 +224,7 @@ def mixed_chunk_step(
 def _tensors(op: str, length: str, *tensors: Any) -> Arguments:
     """Check quad_q, quad_k, lin_q, lin_k, v and gate."""
     args = Arguments(op)
-    for name, x in zip(("quad_q", "quad_k", "lin_q", "lin_k"), tensors, strict=False):
+    for name, x in zip(("quad_q", "quad_k", "lin_q", "lin_k"), tensors[:4], strict=True):
         args.tensor(name, x, f"B {length} S")
     args.tensor("v", tensors[4], f"B {length} E")
     if tensors[5] is not None:

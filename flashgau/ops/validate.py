@@ -16,6 +16,8 @@ from .. import pytorch
 
 _DENSE = torch.strided
 _PLAIN = (Tensor, torch.nn.Parameter)
+# What counts as a number: also one that is only known when a traced program runs.
+_WHOLE, _REAL = (numbers.Integral, torch.SymInt), (numbers.Real, torch.SymInt, torch.SymFloat)
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OFFSETS = (torch.int32, torch.int64)
 _NARROW = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32, torch.uint64)
@@ -106,7 +108,7 @@ class Arguments:
         open_low: bool = False,
     ) -> None:
         """A finite real number within [low, high], or (low, high] for `open_low`."""
-        if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+        if type(value) is not float and (isinstance(value, bool) or not isinstance(value, _REAL)):
             self.fail(name, f"is {value!r}", expected, TypeError)
         x = float(value)
         # Not math.isfinite: it cannot be traced with a symbolic number, as torch.compile(dynamic=True) has.
@@ -115,7 +117,7 @@ class Arguments:
 
     def integer(self, name: str, value: Any, low: int, expected: str) -> None:
         """A whole number of at least `low`."""
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        if isinstance(value, bool) or not isinstance(value, _WHOLE):
             self.fail(name, f"is {value!r}", expected, TypeError)
         if value < low:
             self.fail(name, f"is {value!r}", expected)
@@ -161,7 +163,7 @@ class Arguments:
             self.fail(name, f"has shape {tuple(cu.shape)}", "(G+1,), the G sequences' ends after a leading 0")
         if not readable(cu):
             return 0
-        values = cu.tolist()
+        values = _values(cu)
         if values[0] != 0 or values[-1] != total or any(a > b for a, b in itertools.pairwise(values)):
             self.fail(name, f"is {_short(values)}", f"non-decreasing offsets from 0 to {letter} = {total}")
         return max((b - a for a, b in itertools.pairwise(values)), default=0)
@@ -172,7 +174,7 @@ class Arguments:
         self._shape(name, x, "B")
         if not readable(x):
             return None
-        values: list[int] = x.tolist()
+        values = _values(x)
         for value in values:
             if not low <= value <= self.sizes["N"]:
                 self.fail(name, f"holds {value}", f"values from {low} to N = {self.sizes['N']}")
@@ -190,7 +192,7 @@ class Arguments:
             1 <= len(shape) <= len(lead) + 1
             and all(
                 size == 1 or size == want  # not `in`: symbolic sizes are in no tuple
-                for size, want in zip(reversed(shape[:-1]), reversed(lead), strict=False)
+                for size, want in zip(shape[:-1], lead[len(lead) + 1 - len(shape) :], strict=True)
             )
         )
         if not fits:
@@ -291,6 +293,13 @@ def readable(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) not in _PLAIN:
         return False
     return not pytorch.is_mapped(x)
+
+
+def _values(x: Tensor) -> list[int]:
+    try:
+        return x.tolist()
+    except RuntimeError:  # PyTorch 2.9 inside a transform of torch.func
+        return [int(value) for value in x]
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
