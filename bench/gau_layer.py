@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench import layers
-from bench.cases import FORWARD, TRAINING, Case, Operation, Provider, too_large
+from bench.cases import FORWARD, TRAINING, Case, Goal, Operation, Provider, too_large
 
 
 def cases(device: str, quick: bool) -> list[Case]:
@@ -13,18 +13,27 @@ def cases(device: str, quick: bool) -> list[Case]:
         shape = {"B": 4, "d": 1024, "e": 2048, "S": 128}
         return [_case(shape, n, "bf16") for n in (1024, 2048, 4096, 8192, 16384)]
     shape = {"B": 1, "d": 512, "e": 1024, "S": 128}
-    return [_case(shape, n, dtype) for dtype in ("fp32", "bf16") for n in (512, 1024, 2048, 4096, 8192)]
+    return [
+        _case(shape, n, dtype, layers.compiled_goals(dtype, {1024: 1.1, 4096: 1.5}.get(n)))
+        for dtype in ("fp32", "bf16")
+        for n in (512, 1024, 2048, 4096, 8192)
+    ]
 
 
-def _case(shape: dict[str, int], n: int, dtype: str) -> Case:
+def _case(shape: dict[str, int], n: int, dtype: str, goals: tuple[Goal, ...] = ()) -> Case:
     forward = shape["B"] * n * (layers.projection_flops(shape) + n * (shape["S"] + shape["e"]))
     work = {FORWARD: forward, TRAINING: 3 * forward}
-    return Case("causal", n, dtype, shape, 1024, {"layer": "GAU", "causal": True}, (), work)
+    return Case("causal", n, dtype, shape, 1024, {"layer": "GAU", "causal": True}, goals, work)
 
 
 def peer_too_large(case: Case, device: str) -> str | None:
     # Its T5 bias alone holds several N x N matrices of int64 at once.
     return too_large(60.0 * case.length**2 + 12.0 * case.shape["B"] * case.length**2, device)
+
+
+def compiled_unavailable(case: Case, device: str) -> str | None:
+    reason = layers.without_peer() or peer_too_large(case, device)
+    return reason or ("not compiled below N=512, where no goal is set" if case.length < 512 else None)
 
 
 OPERATION = Operation(
@@ -36,6 +45,7 @@ OPERATION = Operation(
     plain=layers.plain,
     providers=(
         *layers.providers(peer_too_large),
+        Provider("flash-pytorch-compiled", layers.compiled_peer, compiled_unavailable),
         Provider("mha-sdpa", layers.attention, devices=("cuda",), other="multi-head attention of this d over SDPA"),
     ),
 )

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import flashgau
 from bench import peers
-from bench.cases import Build, Case, Problem, Provider
+from bench.cases import TRAINING, Build, Case, Goal, Problem, Provider
 from flashgau.convert import from_flash_pytorch
+from flashgau.eager.common import native_halves
 
 T5_TABLE = "rel_pos_bias.relative_attention_bias.weight"
 
@@ -135,6 +136,13 @@ def ours(backend: str) -> Build:
 def plain(case: Case, tensors: dict[str, Tensor]) -> Problem:
     """The peer is plain PyTorch; without it, our layer over the naive reference."""
     return ours("reference")(case, tensors) if without_peer() else peer(case, tensors)
+
+
+def compiled_goals(dtype: str, bound: float | None) -> tuple[Goal, ...]:
+    """Against the peer under `torch.compile`, what a user would take instead; in bf16 if the CPU multiplies that."""
+    if bound is None or (dtype == "bf16" and torch.bfloat16 not in native_halves("cpu")):
+        return ()
+    return (Goal("flashgau-eager", "flash-pytorch-compiled", "speed", TRAINING, bound),)
 
 
 def providers(peer_too_large: Callable[[Case, str], str | None]) -> tuple[Provider, ...]:

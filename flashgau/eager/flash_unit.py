@@ -238,7 +238,7 @@ def _weights(
 
 
 def state_count(
-    shape: tuple[int, int], chunk_size: int, narrow: int, wide: int, causal: bool, cu_seqlens: Tensor | None
+    shape: tuple[int, ...], chunk_size: int, narrow: int, wide: int, causal: bool, cu_seqlens: Tensor | None
 ) -> int:
     """How many states (narrow, wide) are kept for a batch of that shape (B, N), room for any lengths."""
     if not causal:

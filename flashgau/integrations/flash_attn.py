@@ -183,7 +183,8 @@ def flash_attn_qkvpacked_func(
         torch.Size([1, 9, 2, 8])
     """
     args = Arguments("flash_attn_qkvpacked_func", {"q": "qkv"})
-    q, k, v = _unpacked(args, "qkv", *autocast(qkv), "B N 3 Hq D")
+    (qkv,) = autocast(qkv)
+    q, k, v = _unpacked(args, "qkv", qkv, "B N 3 Hq D")
     return _batch(
         args, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs,
@@ -358,7 +359,8 @@ def flash_attn_varlen_qkvpacked_func(
             "max_seqlen_k": "max_seqlen",
         },
     )  # fmt: skip
-    q, k, v = _unpacked(args, "qkv", *autocast(qkv), "N 3 Hq D")
+    (qkv,) = autocast(qkv)
+    q, k, v = _unpacked(args, "qkv", qkv, "N 3 Hq D")
     return _varlen(
         args, q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
         window_size, softcap, alibi_slopes, deterministic, return_attn_probs, None,

@@ -379,7 +379,7 @@ def _measured(
     def reach(distance: Tensor) -> Tensor:
         return torch.where(token, distance, 0).flatten().max().clamp(min=0) if token.numel() else at.new_zeros(())
 
-    reaches = {
+    reaches: dict[str, Any] = {
         "open": None,
         "none": at.new_zeros(()),
         "left": reach(at - seen.first),

@@ -87,7 +87,7 @@ class ModelConfig:
             value = getattr(self, f.name)
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
                 raise TypeError(f"ModelConfig: `{f.name}` is {value!r}; expected {expected}")
-            if int in kinds and value is not None and value < 1:
+            if int in kinds and isinstance(value, int) and value < 1:
                 raise ValueError(f"ModelConfig: `{f.name}` is {value}; expected at least 1")
         if self.kind not in KINDS:
             raise ValueError(f"ModelConfig: `kind` is {self.kind!r}; expected one of {', '.join(KINDS)}")

@@ -45,8 +45,8 @@ class Arguments:
     def fail(self, argument: str, got: str, expected: str, error: type[Exception] = ValueError) -> NoReturn:
         """Raise the one kind of message there is."""
         message = f"`{argument}` {got}; expected {expected}"
-        if self.names:
-            message = re.sub(r"`(\w+)", lambda found: f"`{self.names.get(found[1], found[1])}", message)
+        if names := self.names:
+            message = re.sub(r"`(\w+)", lambda found: f"`{names.get(found[1], found[1])}", message)
         raise error(f"{self.op}: {message}")
 
     def tensor(self, name: str, x: Any, axes: str) -> None:
