@@ -199,6 +199,13 @@ def test_the_tested_version_has_every_name():
 _OBJECTS = (torch.ones(1, 1), torch.nn.Module(), torch.ops.aten.sin.default)
 
 
+def _chain(node: ast.expr) -> list[str]:
+    """The names of a.b.c; of an attribute of something else than a name, "" and the names behind it."""
+    if isinstance(node, ast.Attribute):
+        return [*_chain(node.value), node.attr]
+    return [node.id if isinstance(node, ast.Name) else ""]
+
+
 def private_names(path: Path) -> list[str]:
     """Where a file goes through a name of PyTorch with a leading underscore, or to such an attribute of a tensor, a
     module or an operator."""
@@ -209,7 +216,7 @@ def private_names(path: Path) -> list[str]:
         elif isinstance(node, ast.Import):
             words = [w for alias in node.names if alias.name.split(".")[0] == "torch" for w in alias.name.split(".")]
         elif isinstance(node, ast.Attribute):
-            words = ast.unparse(node).split(".")
+            words = _chain(node)
             if words[0] not in ("torch", "forward_ad", "dist", "F"):
                 words = words[-1:] if any(hasattr(x, words[-1]) for x in _OBJECTS) else []
         else:

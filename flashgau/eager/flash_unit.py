@@ -240,12 +240,16 @@ def _weights(
 def state_count(
     shape: tuple[int, ...], chunk_size: int, narrow: int, wide: int, causal: bool, cu_seqlens: Tensor | None
 ) -> int:
-    """How many states (narrow, wide) are kept for a batch of that shape (B, N), room for any lengths."""
+    """How many states (narrow, wide) are kept for a batch of that shape (B, N), room for any lengths.
+
+    Memory that no state is written to is never touched. Two more than are needed: to a size that may be 0 or 1 a traced
+    program of any length would be bound.
+    """
     if not causal:
         return 0
     (batch, n), together = shape, chunks_together(chunk_size, narrow, wide)
     sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return batch * torch.sym_min(n // chunk_size, n // (together * chunk_size) + sequences)
+    return 2 + batch * torch.sym_min(n // chunk_size, n // (together * chunk_size) + sequences)
 
 
 def _with_starts(parts: list[Chunks], starts: Tensor | None) -> Iterator[tuple[Chunks, list[Tensor | None]]]:

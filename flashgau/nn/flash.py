@@ -224,7 +224,7 @@ class FLASH(GatedUnit):
         return (y, UnitState(memory, last_shifted(moving, lengths))) if return_state else y
 
     def _forward_whole(self, x: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        """The same as one operator, which keeps nothing wide but x W + b."""
+        """The same as one operator, which keeps nothing wide but x W + b and what u multiplies."""
         normed, _ = self._normed(x, cu_seqlens, None)
         y = flash_unit(
             normed,
