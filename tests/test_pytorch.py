@@ -209,14 +209,17 @@ def _chain(node: ast.expr) -> list[str]:
 def private_names(path: Path) -> list[str]:
     """Where a file goes through a name of PyTorch with a leading underscore, or to such an attribute of a tensor, a
     module or an operator."""
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    found, tree = [], ast.parse(path.read_text())
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
             words = [*str(node.module).split("."), *(alias.name for alias in node.names)]
         elif isinstance(node, ast.Import):
             words = [w for alias in node.names if alias.name.split(".")[0] == "torch" for w in alias.name.split(".")]
         elif isinstance(node, ast.Attribute):
             words = _chain(node)
+            if words[0] == "self" and words[1] in own:
+                continue
             if words[0] not in ("torch", "forward_ad", "dist", "F"):
                 words = words[-1:] if any(hasattr(x, words[-1]) for x in _OBJECTS) else []
         else:
