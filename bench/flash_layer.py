@@ -93,7 +93,12 @@ OPERATION = Operation(
     plain=layers.plain,
     providers=(
         *layers.providers(peer_too_large),
-        Provider("flash-pytorch-compiled", layers.compiled_peer, compiled_unavailable),
+        Provider(
+            "flash-pytorch-compiled",
+            layers.compiled_peer,
+            compiled_unavailable,
+            other="the same under torch.compile, whose fp32 sums over tokens are less exact than the check allows",
+        ),
         Provider(
             "transformer++",
             transformer_layer,
