@@ -286,7 +286,9 @@ def _figure(record: dict[str, Any], rows: list[tuple[str, str, float]], path: Pa
     machine = record["machine"]
     origin = f"{_place(machine)}, torch {machine['torch']}, {machine['date'][:10]}"
     figure.suptitle(f"{record['title']}\n{origin}", fontsize=10)
-    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=min(len(drawn), 6), frameon=False)
+    figure.legend(
+        drawn.values(), drawn.keys(), loc="outside lower center", ncols=min(len(drawn), 2 * columns, 6), frameon=False
+    )
     figure.savefig(path, dpi=130)
     return True
 
