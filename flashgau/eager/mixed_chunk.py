@@ -186,13 +186,13 @@ class Chunks:
         `states` are those that the chunks read. `dkv`, the gradient of the state after the group, becomes that of the
         state before it; dS is added to `ds_sum`.
         """
-        causal, lin_q = self.rule.causal, self.scaled(heads.lin_q, group)
+        causal = self.rule.causal
         s, a = self.weights(heads)
         dv = torch.bmm(a.to(self.factor).mT, dx, out=self.rooms.like("dv", v))
         ds = torch.bmm(dx, v.mT).to(s.dtype).mul_(score_slope(self.rule.score, s))
         if causal:
             ds.tril_()
-            parts = self.outer(lin_q, dx)
+            parts = self.outer(self.scaled(heads.lin_q, group), dx)
             after = self.running(dkv, parts, self.rooms.like("dstates", parts, dkv.dtype), reverse=True)
         else:
             after = self.states(group, dkv, heads.lin_k, v)
