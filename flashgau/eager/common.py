@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_PANEL = 2048  # rows: the weights' way through the cache no longer counts
+_PANEL = 2048  # rows of four bytes a number: the weights' way through the cache no longer counts
 
 
 @dataclass(frozen=True)
@@ -104,36 +105,43 @@ def values_dtype(v: Tensor) -> torch.dtype:
 
 
 def panels(rows: Tensor) -> Iterator[slice]:
-    """The rows of a matrix two thousand at a time on a CPU, so that what is made of them takes no memory; else all."""
-    step = _PANEL if rows.device.type == "cpu" else max(1, rows.shape[0])
+    """The rows of a matrix some thousand at a time on a CPU, so that what is made of them takes no memory; else all."""
+    step = _PANEL * max(1, 4 // factor_dtype(rows).itemsize) if rows.device.type == "cpu" else max(1, rows.shape[0])
     for start in range(0, rows.shape[0], step):
         yield slice(start, min(start + step, rows.shape[0]))
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, matrices or batches of them, the sum kept in the total's own type."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b) if total.dim() == 2 else total.baddbmm_(a, b)
-    else:
-        total += a @ b
 
 
 class Rooms:
     """Memory for intermediates of a loop, the same in every turn: fresh pages can cost more than the arithmetic."""
 
     def __init__(self) -> None:
-        self._rooms: dict[str, Tensor] = {}
+        self._rooms: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def of(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The contiguous room of that name and shape; what it held is lost."""
-        room = self._rooms.get(name)
-        if room is None or room.shape != shape:
-            room = self._rooms[name] = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
-        return room
+        """A contiguous tensor of that shape in the room of that name; what the room held is lost."""
+        dtype = dtype or like.dtype
+        count = math.prod(shape)
+        room = self._rooms.get((name, dtype))
+        if room is None or room.numel() < count:
+            room = self._rooms[name, dtype] = torch.empty(count, dtype=dtype, device=like.device)
+        return room[:count].view(shape)
 
     def like(self, name: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The room of that name, shaped as x."""
+        """The same, shaped as x."""
         return self.of(name, x.shape, x, dtype)
+
+    def held(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x in that type: itself, or a copy in the room of that name."""
+        return x if x.dtype == dtype else self.like(name, x, dtype).copy_(x)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, rooms: Rooms) -> None:
+    """total += a b, matrices or batches of them, the sum kept in the total's own type."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b) if total.dim() == 2 else total.baddbmm_(a, b)
+    else:
+        product = torch.matmul(a, b, out=rooms.of("a product", total.shape, a))
+        total += rooms.held("a product", product, total.dtype)
 
 
 def toeplitz_block(vector: Tensor, first: int, rows: int, columns: int) -> Tensor:
@@ -142,12 +150,15 @@ def toeplitz_block(vector: Tensor, first: int, rows: int, columns: int) -> Tenso
     `vector` is (..., L); the result is (..., rows, columns).
     """
     window = vector[..., first - rows + 1 : first + columns]
-    return window.unfold(-1, columns, 1).flip(-2)
+    upwards = torch.arange(rows - 1, -1, -1, device=vector.device)
+    return window.unfold(-1, columns, 1).index_select(-2, upwards)  # `flip` would leave the columns far apart
 
 
 def toeplitz_sums(block: Tensor) -> Tensor:
     """Sum a block (..., rows, columns) along its diagonals: entry t of the result collects c - a = t - (rows - 1)."""
     rows, columns = block.shape[-2:]
+    if rows == 0:
+        return block.new_zeros(*block.shape[:-2], max(0, columns - 1))
     # Reading rows of width columns + rows as if they were one shorter shifts row r to the right by r.
     skewed = F.pad(block.flip(-2), (0, rows)).flatten(-2)[..., : rows * (columns + rows - 1)]
     return skewed.unflatten(-1, (rows, columns + rows - 1)).sum(-2)

@@ -52,15 +52,19 @@ class _Weights:
         return heads.unbind(0)
 
     def heads_backward(
-        self, part: Chunks, group: Group, z: Tensor, dheads: Heads, dgamma: Tensor, dbeta: Tensor
+        self, part: Chunks, group: Group, z: Tensor, dheads: Heads, dgamma: Tensor, dbeta: Tensor, rooms: Rooms
     ) -> Tensor:
         """The gradient of z; those of gamma and beta (4, S) are added to."""
-        d = torch.stack([x.to(z.dtype) for x in dheads.all()]).view(-1, *z.shape)
+        d = rooms.of("dheads", (4, *z.shape), z)
+        for head, dhead in zip(d, dheads.all(), strict=True):
+            head.copy_(dhead.view(z.shape))
         if self.cos is not None and self.sin is not None:
             cos, sin = self.angles(part, group)
             turn(d, cos, -sin, self.interleaved)  # a rotation's gradient turns back
         dbeta += d.sum((1, 2))
-        dz = (d * self.gamma).sum(0)
+        dz = torch.mul(d[0], self.gamma[0], out=rooms.like("dz", z))
+        for head, gamma in zip(d[1:], self.gamma[1:], strict=True):
+            dz.addcmul_(head, gamma)
         dgamma += d.mul_(z).sum((1, 2))
         return dz
 
@@ -102,9 +106,9 @@ def flash_unit_forward(
     p = _weights(x, w, b, gamma, beta, w_out, cos, sin, order, interleaved)
     y = _without_attention(x, b_out, residual)  # which is all that rows of padding have
     rooms, e = Rooms(), w_out.shape[1]
-    together = chunks_together(chunk_size, gamma.shape[1], e)
+    together = chunks_together(chunk_size, gamma.shape[1], e, p.w.dtype)
     before, products = (x.new_empty(*x.shape[:2], width) if save else None for width in (w.shape[0], e))
-    count = state_count(x.shape[:2], chunk_size, gamma.shape[1], e, causal, cu_seqlens)
+    count = state_count(x, chunk_size, gamma.shape[1], e, causal, cu_seqlens)
     starts = p.gamma.new_empty(count, gamma.shape[1], e) if save else None
     rule = Rule(chunk_size, score, causal, float(chunk_size), lin_normalizer)
     parts = chunked(rule, x, together, rel_bias, lengths, cu_seqlens)
@@ -120,10 +124,10 @@ def flash_unit_forward(
                 begin.copy_(kv)
             u, v, z = _activated(_project(part, group, x, p, rooms, before), p, rooms)
             heads, v = p.heads(part, group, z), group.split(v)
-            product = part.product(group, heads, v, part.states(group, kv, heads.lin_k, v)).view(u.shape)
-            if products is not None:
-                part.view(products, group).copy_(product)
-            _add_product(part.view(y, group), product.mul_(u), p.w_out.T)
+            states = part.states(group, kv, heads.lin_k, v)
+            keep = part.view(products, group) if products is not None else None
+            product = part.product(group, heads, v, states, keep).view(u.shape)
+            _add_product(part.view(y, group), u.mul_(product), p.w_out.T, rooms)
     return [y, before, products, starts]
 
 
@@ -160,7 +164,7 @@ def flash_unit_backward(
     dgamma, dbeta = (torch.zeros(gamma.shape, dtype=acc, device=x.device) for _ in range(2))
     db = dw.new_zeros(w.shape[0])
     dbias = rel_bias.new_zeros(rel_bias.shape, dtype=acc) if rel_bias is not None else x.new_empty(0)
-    together = chunks_together(chunk_size, gamma.shape[1], w_out.shape[1])
+    together = chunks_together(chunk_size, gamma.shape[1], w_out.shape[1], p.w.dtype)
     rule = Rule(chunk_size, score, causal, float(chunk_size), lin_normalizer)
     parts = chunked(rule, x, together, rel_bias, lengths, cu_seqlens)
     rooms = Rooms()
@@ -184,22 +188,22 @@ def flash_unit_backward(
             heads, v = p.heads(part, group, z), group.split(v)
             states = part.states(group, kv, heads.lin_k, v)
             dout = torch.matmul(dy_g, p.w_out, out=rooms.like("dout", u))
-            dactive = rooms.like("d[u, v, z]", h)
-            du, dv, dz = dactive.split(p.widths, -1)
-            torch.mul(product, dout, out=du)
-            _add_outer(dw_out, dy_g, torch.mul(product, u, out=rooms.like("out", u)))
-            dheads, dv_c = part.gradients(group, group.split(dout.mul_(u)), heads, v, states, dkv, ds_sum)
-            dv.copy_(dv_c.view(dv.shape))
-            dz.copy_(p.heads_backward(part, group, z, dheads, dgamma, dbeta))
-            dh = torch.ops.aten.silu_backward.grad_input(dactive, h, grad_input=dactive)
-            db += dh.sum((0, 1), dtype=acc)
-            _add_outer(dw, dh, part.view(x, group).to(part.factor))
+            du = torch.mul(product, dout, out=rooms.like("du", u))
+            _add_outer(dw_out, dy_g, torch.mul(product, u, out=rooms.like("out", u)), rooms)
+            dheads, dv = part.gradients(group, group.split(dout.mul_(u)), heads, v, states, dkv, ds_sum)
+            dz = p.heads_backward(part, group, z, dheads, dgamma, dbeta, rooms)
+            dh = rooms.like("d(x W + b)", h)
+            for d, h_part, into in zip((du, dv, dz), h.split(p.widths, -1), dh.split(p.widths, -1), strict=True):
+                d = d.view(h_part.shape).to(part.factor)
+                torch.ops.aten.silu_backward.grad_input(d, h_part, grad_input=into)
+            db += dh.sum((0, 1))
+            _add_outer(dw, dh, part.view(x, group).to(part.factor), rooms)
             _product(dh, p.w, part.view(dx, group))
         if ds_sum is not None:
             add_bias_gradient(dbias, part, ds_sum)
     back = torch.empty_like(dgamma), torch.empty_like(dbeta)
     back[0][order], back[1][order] = dgamma, dbeta
-    db_out = dy.sum((0, 1), dtype=acc)
+    db_out = dy.sum((0, 1))
     grads = (dx, dw, db, *back, dw_out, db_out)
     dtypes = (x, w, w, gamma, gamma, w_out, w_out)
     dbias = dbias if rel_bias is None else dbias.to(rel_bias.dtype)
@@ -237,17 +241,15 @@ def _weights(
     )
 
 
-def state_count(
-    shape: tuple[int, ...], chunk_size: int, narrow: int, wide: int, causal: bool, cu_seqlens: Tensor | None
-) -> int:
-    """How many states (narrow, wide) are kept for a batch of that shape (B, N), room for any lengths.
+def state_count(x: Tensor, chunk_size: int, narrow: int, wide: int, causal: bool, cu_seqlens: Tensor | None) -> int:
+    """How many states (narrow, wide) are kept for a batch x (B, N, d), room for any lengths.
 
     Memory that no state is written to is never touched. Two more than are needed: to a size that may be 0 or 1 a traced
     program of any length would be bound.
     """
     if not causal:
         return 0
-    (batch, n), together = shape, chunks_together(chunk_size, narrow, wide)
+    (batch, n), together = x.shape[:2], chunks_together(chunk_size, narrow, wide, values_dtype(x))
     sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return 2 + batch * torch.sym_min(n // chunk_size, n // (together * chunk_size) + sequences)
 
@@ -290,9 +292,11 @@ def _project(part: Chunks, group: Group, x: Tensor, p: _Weights, rooms: Rooms, b
 
 
 def _activated(h: Tensor, p: _Weights, rooms: Rooms) -> tuple[Tensor, Tensor, Tensor]:
-    """u, v and z = silu(h), z in the type that sums are kept in."""
-    active = torch.ops.aten.silu.out(h, out=rooms.like("[u, v, z]", h))
-    u, v, z = active.split(p.widths, -1)
+    """u, v and z = silu(h), each contiguous, as products of halves want it; z in the type that sums are kept in."""
+    u, v, z = (
+        torch.ops.aten.silu.out(part, out=rooms.like(name, part))
+        for name, part in zip("uvz", h.split(p.widths, -1), strict=True)
+    )
     return u, v, z.to(p.gamma.dtype)
 
 
@@ -305,15 +309,15 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _add_outer(total: Tensor, a: Tensor, b: Tensor) -> None:
+def _add_outer(total: Tensor, a: Tensor, b: Tensor, rooms: Rooms) -> None:
     """total += a^T b over the rows of (b, T, .) tensors."""
-    add_product(total, _flat(a).T, _flat(b))
+    add_product(total, _flat(a).T, _flat(b), rooms)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def _add_product(total: Tensor, a: Tensor, b: Tensor, rooms: Rooms) -> None:
     """total += a b for a (b, T, .) and a matrix b."""
     if total.is_contiguous():
-        add_product(_flat(total), _flat(a), b)
+        add_product(_flat(total), _flat(a), b, rooms)
     else:
         total += a @ b
 

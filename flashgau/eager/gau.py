@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .common import (
+    Rooms,
     Sequence,
     accumulator,
     add_product,
@@ -77,29 +80,29 @@ def gau_attention_backward(
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     dgate = gate.new_zeros(gate.shape) if gate is not None else None
     dbias = torch.zeros(rel_bias.shape, dtype=acc, device=q.device) if rel_bias is not None else None
+    rooms = Rooms()
     for seq in sequences(q.shape[0], q.shape[1], k.shape[1], lengths, cu_seqlens):
         part = _Part(seq, q, k, v, rel_bias, score, normalizer, causal)
         dk_sum = torch.zeros_like(part.k, dtype=acc)
         dv_sum = torch.zeros_like(part.v, dtype=acc)
         for i in part.panels():
             rows = part.absolute(i)
-            dx = dout[seq.batch, rows].to(acc)
+            dx = dout[seq.batch, rows].to(part.factor)
             if gate is not None and dgate is not None and product is not None:
                 dgate[seq.batch, rows] = (dx * product[seq.batch, rows]).to(dgate.dtype)
-                dx = dx * gate[seq.batch, rows]
+                dx = (dx * gate[seq.batch, rows]).to(part.factor)
             s, a, scale = part.weights(i)
-            seen = slice(0, a.shape[-1])
-            dx = dx.to(part.factor)
-            add_product(dv_sum[:, seen], a.to(part.factor).mT, dx)
-            da = (dx @ part.v[:, seen].mT).to(acc)
+            seen = a.shape[-1]
+            add_product(part.keys_seen(dv_sum, seen), a.to(part.factor).mT, dx, rooms)
+            da = part.times_transposed(dx, part.keys_seen(part.v, seen)).to(acc)
             ds = part.score_gradient(da, s, a)
             if dbias is not None:
                 start = part.bias_start(i) - (ds.shape[-2] - 1)
                 sums = toeplitz_sums(ds)
                 dbias[seq.batch, start : start + sums.shape[-1]] += sums
             ds = ds.mul_(scale).to(part.factor)
-            dq[seq.batch, rows] = (ds @ part.k[:, seen].to(part.factor)).to(dq.dtype)
-            add_product(dk_sum[:, seen], ds.mT, part.q[:, i].to(part.factor))
+            dq[seq.batch, rows] = (ds @ part.keys_seen(part.k, seen).to(part.factor)).to(dq.dtype)
+            add_product(part.keys_seen(dk_sum, seen), ds.mT, part.q[:, i].to(part.factor), rooms)
         dk[seq.batch, seq.keys] = dk_sum.to(dk.dtype)
         dv[seq.batch, seq.keys] = dv_sum.to(dv.dtype)
     dbias = dbias.to(rel_bias.dtype) if dbias is not None and rel_bias is not None else None
@@ -126,12 +129,35 @@ class _Part:
         self.v = v[seq.batch, seq.keys].to(self.factor)
         self.bias = bias[seq.batch] if bias is not None else None
         self.m, self.n = seq.sizes
+        self.step = power_of_two_below(_PANEL_ELEMENTS / max(1, self.n * self.q.shape[0]), 16, 256)
+
+    @cached_property
+    def bias_block(self) -> Tensor:
+        """The bias (b, rows, .) of any panel's rows at all distances, the last panel's first: a panel's is a part."""
+        assert self.bias is not None
+        rows = min(self.step, self.m)
+        last = (self.m - 1) // self.step * self.step
+        first = self.bias_start(slice(last, self.m))
+        before = F.pad(self.bias.to(self.acc), (rows - 1, 0))  # read by rows that the last panel may not have
+        return toeplitz_block(before, first + rows - 1, rows, last + self.n)
+
+    def bias_of(self, i: slice, seen: int) -> Tensor:
+        """The bias (b, rows, seen) of a panel."""
+        first = (self.m - 1) // self.step * self.step - i.start
+        return self.bias_block[:, : i.stop - i.start, first : first + seen]
+
+    def keys_seen(self, x: Tensor, seen: int) -> Tensor:
+        """The first rows of keys or values; of a single sequence laid out as a tensor of its own, not to be copied."""
+        return x[:, :seen] if x.shape[0] > 1 else x[0, :seen][None]
+
+    def times_transposed(self, a: Tensor, b: Tensor) -> Tensor:
+        """a b^T. Of halves PyTorch would copy b^T first, but for a product of two matrices."""
+        return a @ b.mT if a.shape[0] > 1 else (a[0] @ b[0].mT)[None]
 
     def panels(self) -> Iterator[slice]:
         """Panels of queries; those in which no query sees any key are left out."""
-        step = power_of_two_below(_PANEL_ELEMENTS / max(1, self.n * self.q.shape[0]), 16, 256)
-        for start in range(0, self.m, step):
-            panel = slice(start, min(start + step, self.m))
+        for start in range(0, self.m, self.step):
+            panel = slice(start, min(start + self.step, self.m))
             if self.seen(panel) > 0:
                 yield panel
 
@@ -165,9 +191,9 @@ class _Part:
         """Scores and weights A (b, rows, keys seen) of a panel, and the scale of its q k^T."""
         offset = self.n - self.m
         seen, scale = self.seen(i), self.scale(i)
-        s = (self.q[:, i] @ self.k[:, :seen].mT).mul_(scale)
+        s = self.times_transposed(self.q[:, i], self.keys_seen(self.k, seen)).mul_(scale)
         if self.bias is not None:
-            s += toeplitz_block(self.bias, self.bias_start(i), i.stop - i.start, seen)
+            s += self.bias_of(i, seen)
         # Keys before `edge` are seen by every row of the panel.
         edge = max(0, min(seen, i.start + offset + 1)) if self.causal else seen
         if edge < seen:
@@ -181,7 +207,7 @@ class _Part:
         return s, a, scale
 
     def times_values(self, a: Tensor) -> Tensor:
-        return a.to(self.factor) @ self.v[:, : a.shape[-1]]
+        return a.to(self.factor) @ self.keys_seen(self.v, a.shape[-1])
 
     def score_gradient(self, da: Tensor, s: Tensor, a: Tensor) -> Tensor:
         """dS from dA: the slope of an elementwise score, or softmax's a * (da - sum a da)."""

@@ -168,15 +168,17 @@ def glu_linear_backward(
             g_r, u_r = _affine(x_r, wg.T, b_gate), _affine(x_r, wu.T, b_up)
         else:
             g_r, u_r = saved[0][r], saved[1][r]
-        d_r, g_r, u_r = (t.to(acc) for t in (d[r], g_r, u_r))
-        dg, du = torch.empty_like(g_r), torch.empty_like(u_r)
+        d_r, g_r, u_r = (t.to(factor) for t in (d[r], g_r, u_r))
+        dg, du = rooms.like("dg", g_r), rooms.like("du", u_r)
         _gated_backward(d_r, g_r, u_r, activation, up_activation, dg, du, rooms)
         dbg += dg.sum(0)
         dbu += du.sum(0)
-        dg, du = dg.to(factor), du.to(factor)
-        add_product(dwg, dg.T, x_r)
-        add_product(dwu, du.T, x_r)
-        dx_rows[r] = torch.addmm(dg @ wg, du, wu)
+        add_product(dwg, dg.T, x_r, rooms)
+        add_product(dwu, du.T, x_r, rooms)
+        dx_r = dx_rows[r] if dx.dtype == factor else rooms.like("dx", x_r)
+        torch.mm(dg, wg, out=dx_r).addmm_(du, wu)
+        if dx.dtype != factor:
+            dx_rows[r] = dx_r
     dt = w_gate.dtype
     return dx, dwg.to(dt), dwu.to(dt), dbg.to(dt), dbu.to(dt)
 

@@ -139,17 +139,23 @@ class Chunks:
         return torch.bmm(lin.to(wide.dtype).mT, wide, out=room)
 
     def accumulate(self, total: Tensor, lin: Tensor, wide: Tensor) -> None:
-        """total (b, S, E) += lin^T wide, summed over the chunks of each row in the total's own type."""
-        total += self.outer(lin, wide).view(self.rows, -1, *total.shape[1:]).sum(1, dtype=total.dtype)
+        """total (b, S, E) += lin^T wide, summed over the chunks of each row, all in the total's own type.
+
+        Products of halves would be rounded to them before they are summed, where one product of all tokens is not.
+        """
+        parts = self.outer(lin, self.rooms.held("wide", wide, total.dtype))
+        total += parts.view(self.rows, -1, *total.shape[1:]).sum(1)
 
     def running(self, total: Tensor, parts: Tensor, into: Tensor, reverse: bool = False) -> Tensor:
         """What `total` (b, S, E) is when the part of each chunk (b * count, S, E) comes to be added to it, `into` that
         memory; `total` ends with all of them."""
+        parts = self.rooms.held("outer", parts, total.dtype)
         by_row = (x.view(self.rows, -1, *total.shape[1:]).unbind(1) for x in (parts, into))
         steps = list(zip(*by_row, strict=True))
-        for part, before in reversed(steps) if reverse else steps:
-            before.copy_(total)
-            total += part
+        steps = steps[::-1] if reverse else steps
+        steps[0][1].copy_(total)
+        for (part, before), after in zip(steps, [*(later for _, later in steps[1:]), total], strict=True):
+            torch.add(before, part, out=after)
         return into
 
     def states(self, group: Group, kv: Tensor, lin_k: Tensor, v: Tensor, keep: bool = False) -> Tensor:
@@ -165,11 +171,19 @@ class Chunks:
         room = torch.empty_like(parts, dtype=kv.dtype) if keep else self.rooms.like("states", parts, kv.dtype)
         return self.running(kv, parts, room)
 
-    def product(self, group: Group, heads: Heads, v: Tensor, states: Tensor) -> Tensor:
-        """local + global: A v + lin_q KV / lin_normalizer; it stays until the next call."""
+    def product(self, group: Group, heads: Heads, v: Tensor, states: Tensor, keep: Tensor | None = None) -> Tensor:
+        """local + global: A v + lin_q KV / lin_normalizer, also written to `keep` (b, T, E).
+
+        It stays until the next call, and is that memory itself where it can be.
+        """
         a = self.weights(heads)[1].to(self.factor)
-        x = torch.bmm(a, v, out=self.rooms.of("product", (*a.shape[:2], v.shape[-1]), v))
-        return x.baddbmm_(self.scaled(heads.lin_q, group).to(self.factor), states.to(self.factor))
+        there = keep if keep is not None and keep.dtype == self.factor and keep.is_contiguous() else None
+        out = self.rooms.of("product", (*a.shape[:2], v.shape[-1]), v) if there is None else group.split(there)
+        x = torch.bmm(a, v, out=out)
+        x.baddbmm_(self.scaled(heads.lin_q, group).to(self.factor), self.rooms.held("read", states, self.factor))
+        if keep is not None and there is None:
+            keep.copy_(x.view(keep.shape))
+        return x
 
     def gradients(
         self,
@@ -197,12 +211,12 @@ class Chunks:
         else:
             after = self.states(group, dkv, heads.lin_k, v)
         if not causal or self.is_closed(group):
-            after = after.to(self.factor)
+            after = self.rooms.held("after", after, self.factor)
             dlin_k = torch.bmm(v, after.mT)
             dv.baddbmm_(heads.lin_k.to(self.factor), after)
         else:
             dlin_k = torch.zeros_like(heads.lin_k)
-        dlin_q = self.scaled(torch.bmm(dx, states.to(self.factor).mT), group)
+        dlin_q = self.scaled(torch.bmm(dx, self.rooms.held("read", states, self.factor).mT), group)
         if ds_sum is not None:
             size = ds.shape[-1]
             ds_sum[:, :size, :size] += ds.view(self.rows, group.count, size, size).sum(1)
@@ -211,10 +225,11 @@ class Chunks:
         return Heads(dquad_q, dquad_k, dlin_q, dlin_k), dv
 
 
-def chunks_together(chunk_size: int, narrow: int, wide: int) -> int:
-    """How many chunks with states (narrow, wide) are multiplied together."""
+def chunks_together(chunk_size: int, narrow: int, wide: int, factor: torch.dtype) -> int:
+    """How many chunks with states (narrow, wide) are multiplied together, as factors of that type."""
     largest = max(chunk_size * chunk_size, chunk_size * wide, narrow * wide)
-    return max(1, min(_GROUP_ELEMENTS // largest, _GROUP_TOKENS // chunk_size))
+    room = max(1, 4 // factor.itemsize)  # halves take half of it, and the units that multiply them want more rows
+    return max(1, room * min(_GROUP_ELEMENTS // largest, _GROUP_TOKENS // chunk_size))
 
 
 def chunked(
@@ -282,7 +297,7 @@ def mixed_chunk_attention_forward(
     continue sequences (causal only) whose chunks so far are closed. KV is what a causal continuation starts from.
     """
     rule = Rule(chunk_size, score, causal, quad_normalizer, lin_normalizer)
-    together = chunks_together(chunk_size, lin_k.shape[-1], v.shape[-1])
+    together = chunks_together(chunk_size, lin_k.shape[-1], v.shape[-1], values_dtype(v))
     begin = blank(lengths, cu_seqlens)
     out = begin(v)
     product = begin(out) if save and gate is not None else None
@@ -294,10 +309,13 @@ def mixed_chunk_attention_forward(
                 part.accumulate(kv, part.split(lin_k, c), part.split(v, c).to(part.factor))
         for c in part.groups():
             heads, v_c = _heads(part, c, quad_q, quad_k, lin_q, lin_k), part.split(v, c).to(part.factor)
-            x = part.product(c, heads, v_c, part.states(c, kv, heads.lin_k, v_c))
-            if product is not None:
-                part.put(product, c, x)
-            part.put(out, c, x if gate is None else x.mul_(part.split(gate, c)))
+            keep = part.view(product, c) if product is not None else None
+            x = part.product(c, heads, v_c, part.states(c, kv, heads.lin_k, v_c), keep)
+            if gate is None:
+                part.put(out, c, x)
+            else:
+                rows = part.view(out, c)
+                torch.mul(x.view(rows.shape), part.view(gate, c), out=rows)
     return out, product, states
 
 
@@ -331,7 +349,8 @@ def mixed_chunk_attention_backward(
     dbias = rel_bias.new_zeros(rel_bias.shape, dtype=accumulator(v.dtype)) if rel_bias is not None else None
     states = _states(v, lin_k.shape[-1], cu_seqlens, initial_kv)
     dstates = _states(v, lin_k.shape[-1], cu_seqlens, dkv_final)
-    rooms, together = Rooms(), chunks_together(chunk_size, lin_k.shape[-1], v.shape[-1])
+    rooms = Rooms()
+    together = chunks_together(chunk_size, lin_k.shape[-1], v.shape[-1], values_dtype(v))
     for part in chunked(rule, v, together, rel_bias, lengths, cu_seqlens, closed_tokens):
         kv, dkv = states[part.seq.states], dstates[part.seq.states]
         ds_sum = torch.zeros_like(part.bias_block) if part.bias_block is not None else None

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .common import accumulator, add_product, factor_dtype, panels
+from .common import Rooms, accumulator, add_product, factor_dtype, panels
 
 
 def gated_projection_forward(
@@ -114,20 +114,20 @@ def parts_backward(
     dx = torch.empty_like(rows, memory_format=torch.contiguous_format)
     flat = [d.reshape(-1, width) for d, width in zip(dparts, widths, strict=True)]
     before = [h.reshape(-1, h.shape[-1]) for h in saved]
+    rooms = Rooms()
     for r in panels(rows):
         panel = rows[r].to(factor)
         dpanel = dx[r] if dx.dtype == factor else torch.empty_like(panel)
         for i, (w, dw, db) in enumerate(zip(weights, dweight.split(widths), dbias.split(widths), strict=True)):
-            d = flat[i][r].to(acc)
+            d = flat[i][r].to(factor)
             if i < silu:
-                d = torch.ops.aten.silu_backward(d, before[i][r].to(acc))
+                d = torch.ops.aten.silu_backward(d, before[i][r].to(factor))
             db += d.sum(0)
-            d = d.to(factor)
             if i == 0:
                 torch.mm(d, w, out=dpanel)
             else:
                 dpanel.addmm_(d, w)
-            add_product(dw, d.T, panel)
+            add_product(dw, d.T, panel, rooms)
         if dx.dtype != factor:
             dx[r] = dpanel
     return dx.view(x.shape), dweight.to(weight.dtype), dbias.to(weight.dtype)

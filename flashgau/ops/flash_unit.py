@@ -119,7 +119,7 @@ def _(
     if not save:
         return [y, None, None, None]
     narrow, wide = gamma.shape[1], w_out.shape[1]
-    count = flash_unit_eager.state_count(x.shape[:2], chunk_size, narrow, wide, causal, cu_seqlens)
+    count = flash_unit_eager.state_count(x, chunk_size, narrow, wide, causal, cu_seqlens)
     states = x.new_empty(count, narrow, wide, dtype=torch.promote_types(x.dtype, torch.float32))
     return [y, x.new_empty(*x.shape[:2], w.shape[0]), x.new_empty(*x.shape[:2], wide), states]
 
