@@ -181,7 +181,6 @@ class Derivative:
     apply: Callable[..., Any]  # (function, *arguments): runs the function, and remembers what `backward` wants
     backward: Callable[..., Any]
     setup_context: Callable[..., Any] | None
-    returns_list: bool
     mapped: Callable[..., Any]
 
 
@@ -215,13 +214,11 @@ def _around_the_dispatcher(library: torch.library.Library, overload: Any, deriva
     torch.library.register_autograd(
         overload.name(), derivative.backward, setup_context=derivative.setup_context, lib=library
     )
-    returns_list = derivative.returns_list
 
     class Node(torch.autograd.Function):
         @staticmethod
         def forward(*args: Any) -> Any:
-            result = overload(*args)
-            return tuple(result) if returns_list else result
+            return tuple(overload(*args))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -230,19 +227,18 @@ def _around_the_dispatcher(library: torch.library.Library, overload: Any, deriva
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            return derivative.backward(ctx, *([list(grads)] if returns_list else grads))
+            return derivative.backward(ctx, list(grads))
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
             results, axes = derivative.mapped(info, in_dims, *args)
-            return (tuple(results), tuple(axes)) if returns_list else (results, axes)
+            return tuple(results), tuple(axes)
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return overload(*args)
         refuse_tangents(overload.name(), args)
-        result = Node.apply(*args)
-        return list(result) if returns_list else result
+        return list(Node.apply(*args))
 
     return call
 

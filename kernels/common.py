@@ -104,9 +104,10 @@ def on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
     """Run a launcher with the GPU of its first tensor (or list of them) as the current one, where Triton launches."""
 
     @wraps(launcher)
-    def launched(first: Any, *args: Any, **kwargs: Any) -> Any:
+    def launched(*args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else next(x for x in kwargs.values() if x is not None)
         with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
-            return launcher(first, *args, **kwargs)
+            return launcher(*args, **kwargs)
 
     return launched
 

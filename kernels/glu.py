@@ -260,7 +260,7 @@ def linear_backward_kernel(
 
 @on_its_device
 def glu_forward(
-    gate: Tensor, up: Tensor | None, *, activation: str, up_activation: str, choose: Choose
+    gate: Tensor, up: Tensor | None, *, activation: str, up_activation: str, save: bool = False, choose: Choose
 ) -> tuple[Tensor, None]:
     """act(gate) * up_act(up); without `up` the last axis of `gate` holds [gate | up], which is read in place.
 
@@ -280,6 +280,7 @@ def glu_backward(
     *,
     activation: str,
     up_activation: str,
+    activated: None = None,
     choose: Choose,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of `gate` and `up`; of the packed tensor and None when they came packed."""

@@ -659,8 +659,8 @@ def mixed_chunk_attention_forward(
     closed_tokens: Tensor | None = None,
     save: bool = False,
     choose: Choose,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Output (B, N, E); the ungated sum of both parts if `save` and there is a gate; KV (G, S, E) of closed chunks."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Output (B, N, E); KV (G, S, E) of closed chunks; the ungated sum of both parts if `save` and there is a gate."""
     out = v.new_empty(v.shape)
     product = v.new_empty(v.shape) if save and gate is not None else None
     call = _call(
@@ -668,11 +668,11 @@ def mixed_chunk_attention_forward(
         initial_kv, closed_tokens, choose,
     )  # fmt: skip
     if v.numel() == 0:
-        return out, product, _untouched(call, initial_kv)
+        return out, _untouched(call, initial_kv), product
     states, kv = _sum_states(call, lin_k, v, initial_kv, backward=False)
     if triton.cdiv(v.shape[-1], call.config("fused").block_n) <= _FUSED_TILES:
         _multiply(call, quad_q, quad_k, lin_q, v, None, states, gate, product, out, 0, call.slots, backward=False)
-        return out, product, kv
+        return out, kv, product
     config, wide = call.config("weights"), call.panel_width
     panel, step = room_for_panel(call.weights, wide * wide, call.slots)
     for first in range(0, call.slots, step):
@@ -683,13 +683,13 @@ def mixed_chunk_attention_forward(
             SCORE=score, PRECISION=call.precision, **config.launch(),
         )  # fmt: skip
         _multiply(call, quad_q, quad_k, lin_q, v, panel, states, gate, product, out, first, count, backward=False)
-    return out, product, kv
+    return out, kv, product
 
 
 @on_its_device
 def mixed_chunk_attention_backward(
     dout: Tensor,
-    dkv_final: Tensor | None,
+    dkv: Tensor | None,
     quad_q: Tensor,
     quad_k: Tensor,
     lin_q: Tensor,
@@ -719,11 +719,11 @@ def mixed_chunk_attention_backward(
     dgate = gate.new_empty(gate.shape) if gate is not None else None
     if v.numel() == 0:
         dbias = rel_bias.new_zeros(rel_bias.shape) if rel_bias is not None else None
-        dinitial = _untouched(call, dkv_final) if initial_kv is not None else None
+        dinitial = _untouched(call, dkv) if initial_kv is not None else None
         return dquad_q, dquad_k, dlin_q, dlin_k, dv, dgate, dbias, dinitial
     dx, _ = prologue(call.sequences, dout, gate, product if gate is not None else None, dgate, choose)
     states, _ = _sum_states(call, lin_k, v, initial_kv, backward=False)
-    dstates, dinitial = _sum_states(call, lin_q, dx, dkv_final, backward=True)
+    dstates, dinitial = _sum_states(call, lin_q, dx, dkv, backward=True)
     _linear(call, dx, states, dlin_q, backward=False)
     _linear(call, v, dstates, dlin_k, backward=True)
 

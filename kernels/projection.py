@@ -150,7 +150,9 @@ def gated_projection_backward(
     dheads: list[Tensor],
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     gamma: Tensor,
+    beta: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
     saved: list[Tensor],
@@ -167,7 +169,7 @@ def gated_projection_backward(
         flat = tuple(t.reshape(-1, t.shape[-1]) for t in (d, half, dhalf))  # a view of the last, which is written to
         elementwise(silu_backward_kernel, "projection", flat, choose)
     dgamma, dbeta = heads_backward(dheads, z, gamma, cos, sin, dz, interleaved=interleaved, choose=choose)
-    return *projection_backward(dwide, x, weight, choose=choose), dgamma, dbeta
+    return *projection_backward(dwide, x, weight, bias, choose=choose), dgamma, dbeta
 
 
 def projection_forward(
@@ -178,7 +180,9 @@ def projection_forward(
     return y if residual is None else y.add_(residual)
 
 
-def projection_backward(dy: Tensor, x: Tensor, weight: Tensor, *, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
+def projection_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *, choose: Choose
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
     flat = dy.reshape(-1, dy.shape[-1])
     return (dy @ weight).view(x.shape), flat.T @ x.reshape(-1, x.shape[-1]), flat.sum(0)

@@ -118,12 +118,13 @@ def test_fused_pieces_refuse_a_second_derivative():
 
 def test_operators_are_what_their_shape_functions_say():
     x, w, b = torch.randn(2, 5, 6), torch.randn(10, 6), torch.randn(10)
-    torch.library.opcheck(projection._projection.overload, tuple(map(_trainable, (x, w, b, None, "eager"))))
+    operator = projection._projection.forward.overload
+    torch.library.opcheck(operator, tuple(map(_trainable, (x, w, b, None, "eager"))))
     gamma, beta, angles = torch.randn(3, 2), torch.randn(3, 2), torch.randn(1, 5, 1)
     for save in (True, False):
-        args = (x, w, b, gamma, beta, angles.cos(), angles.sin(), False, save, "eager")
+        args = (x, w, b, gamma, beta, angles.cos(), angles.sin(), save, False, "eager")
         trainable = tuple(_trainable(t) if save or not isinstance(t, torch.Tensor) else t for t in args)
-        torch.library.opcheck(projection._gated_projection.overload, trainable)
+        torch.library.opcheck(projection._gated_projection.forward.overload, trainable)
 
 
 def _trainable(x):

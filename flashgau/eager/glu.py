@@ -61,9 +61,9 @@ ACTIVATIONS: dict[str, tuple[Forward, Backward]] = {
 
 
 def glu_forward(
-    gate: Tensor, up: Tensor | None, *, activation: str, up_activation: str, keep: bool = False
+    gate: Tensor, up: Tensor | None, *, activation: str, up_activation: str, save: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """act(gate) * up_act(up), and act(gate) if asked to `keep` it, which is for the identity on the up side.
+    """act(gate) * up_act(up), and act(gate) if asked to `save` it, which is for the identity on the up side.
 
     Without `up` the last axis of `gate` holds [gate | up].
     """
@@ -74,7 +74,7 @@ def glu_forward(
         if up_activation != "identity":
             gate, up, activation = up, gate, up_activation  # the sides are alike
         activated = ACTIVATIONS[activation][0](gate, room)
-        if keep:
+        if save:
             return torch.mul(activated, up), activated
         return torch.mul(activated, up, out=room if activated is gate else activated), None
     out = gate.new_empty(gate.shape) if room is None else room

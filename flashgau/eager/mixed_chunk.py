@@ -290,8 +290,8 @@ def mixed_chunk_attention_forward(
     initial_kv: Tensor | None = None,
     closed_tokens: Tensor | None = None,
     save: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Output (B, N, E); the ungated sum of both parts if `save` and there is a gate; KV (G, S, E) of closed chunks.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Output (B, N, E); KV (G, S, E) of closed chunks; the ungated sum of both parts if `save` and there is a gate.
 
     `lin_normalizer` None divides by the number of tokens summed. `initial_kv` (G, S, E) and `closed_tokens` (G,)
     continue sequences (causal only) whose chunks so far are closed. KV is what a causal continuation starts from.
@@ -316,12 +316,12 @@ def mixed_chunk_attention_forward(
             else:
                 rows = part.view(out, c)
                 torch.mul(x.view(rows.shape), part.view(gate, c), out=rows)
-    return out, product, states
+    return out, states, product
 
 
 def mixed_chunk_attention_backward(
     dout: Tensor,
-    dkv_final: Tensor | None,
+    dkv: Tensor | None,
     quad_q: Tensor,
     quad_k: Tensor,
     lin_q: Tensor,
@@ -348,11 +348,11 @@ def mixed_chunk_attention_backward(
     dgate = begin(gate) if gate is not None else None
     dbias = rel_bias.new_zeros(rel_bias.shape, dtype=accumulator(v.dtype)) if rel_bias is not None else None
     states = _states(v, lin_k.shape[-1], cu_seqlens, initial_kv)
-    dstates = _states(v, lin_k.shape[-1], cu_seqlens, dkv_final)
+    dfinal = _states(v, lin_k.shape[-1], cu_seqlens, dkv)
     rooms = Rooms()
     together = chunks_together(chunk_size, lin_k.shape[-1], v.shape[-1], values_dtype(v))
     for part in chunked(rule, v, together, rel_bias, lengths, cu_seqlens, closed_tokens):
-        kv, dkv = states[part.seq.states], dstates[part.seq.states]
+        kv, dkv = states[part.seq.states], dfinal[part.seq.states]
         ds_sum = torch.zeros_like(part.bias_block) if part.bias_block is not None else None
 
         def ungated(c: Group, part: Chunks = part) -> Tensor:
@@ -380,7 +380,7 @@ def mixed_chunk_attention_backward(
         if dbias is not None and ds_sum is not None:
             add_bias_gradient(dbias, part, ds_sum)
     dbias = dbias.to(rel_bias.dtype) if dbias is not None and rel_bias is not None else None
-    dinitial = dstates if initial_kv is not None else None
+    dinitial = dfinal if initial_kv is not None else None
     return dheads.quad_q, dheads.quad_k, dheads.lin_q, dheads.lin_k, dv, dgate, dbias, dinitial
 
 

@@ -40,7 +40,9 @@ def gated_projection_backward(
     dheads: list[Tensor],
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     gamma: Tensor,
+    beta: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
     saved: list[Tensor],
@@ -59,7 +61,7 @@ def projection_forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual:
     return y
 
 
-def projection_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def projection_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
     return parts_backward([dy], x, weight, [], silu=0)
 

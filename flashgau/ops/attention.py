@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from . import autograd, dispatch
+from .operation import Operation
 from .validate import Arguments, autocast, widened
 
 
@@ -132,10 +133,10 @@ def attend(
             dropout_seed=seed, return_lse=return_lse,
         )  # fmt: skip
     bias = rel_bias.expand(q.shape[0], heads, -1) if rel_bias is not None else None
-    out, lse = _forward(
-        q, k, v, bias, sinks, lengths, cu_seqlens, cu_seqlens_k, seed,
-        q.shape[-1] ** -0.5 if scale is None else float(scale), left, right, softcap, float(dropout_p), name,
-    )  # fmt: skip
+    options = AttentionOptions(
+        q.shape[-1] ** -0.5 if scale is None else float(scale), left, right, softcap, float(dropout_p)
+    )
+    out, lse = _attention(q, k, v, bias, sinks, lengths, cu_seqlens, cu_seqlens_k, seed, options=options, backend=name)
     return (out, lse) if return_lse else out
 
 
@@ -168,103 +169,47 @@ def _seed(args: Arguments, p: float, seed: Any, device: torch.device) -> Tensor 
     return torch.full((1,), int(seed), dtype=torch.int64, device=device)  # written there: a copy would wait
 
 
-@autograd.operator("attention_forward")
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rel_bias: Optional[Tensor],
-    sinks: Optional[Tensor],
-    lengths: Optional[Tensor],
-    cu_seqlens: Optional[Tensor],
-    cu_seqlens_k: Optional[Tensor],
-    dropout_seed: Optional[Tensor],
-    scale: float,
-    left: Optional[int],
-    right: Optional[int],
-    softcap: Optional[float],
-    dropout_p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return autograd.run(
-        "attention", backend, "attention_forward", q, k, v,
-        scale=scale, window=(left, right), softcap=softcap, rel_bias=rel_bias, sinks=sinks, lengths=lengths,
-        cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, dropout_p=dropout_p, dropout_seed=dropout_seed,
-    )  # fmt: skip
+class AttentionOptions(NamedTuple):
+    """What a call of attention is computed with, beside its tensors."""
+
+    scale: float
+    left: Optional[int]
+    right: Optional[int]
+    softcap: Optional[float]
+    dropout_p: float
 
 
-@_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _with_window(named: dict[str, Any]) -> None:
+    named["window"] = named.pop("left"), named.pop("right")
+
+
+def _results(q: Tensor, v: Tensor, **_: Any) -> list[Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    b, heads, m, _ = q.shape
+    b, heads, m, _width = q.shape
     if q.transpose(1, 2).is_contiguous():  # as the heads of one projection are: joining them afterwards is a view
         out = q.new_empty(b, m, heads, v.shape[-1]).transpose(1, 2)
     else:
         out = q.new_empty(b, heads, m, v.shape[-1])
-    return out, q.new_empty(q.shape[:3], dtype=lse_dtype)
+    return [out, q.new_empty(q.shape[:3], dtype=lse_dtype)]
 
 
-@autograd.operator("attention_backward")
-def _backward(
-    dout: Tensor,
-    dlse: Optional[Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    rel_bias: Optional[Tensor],
-    sinks: Optional[Tensor],
-    lengths: Optional[Tensor],
-    cu_seqlens: Optional[Tensor],
-    cu_seqlens_k: Optional[Tensor],
-    dropout_seed: Optional[Tensor],
-    scale: float,
-    left: Optional[int],
-    right: Optional[int],
-    softcap: Optional[float],
-    dropout_p: float,
-    backend: str,
-) -> list[Tensor]:
-    return autograd.run(
-        "attention", backend, "attention_backward", dout, dlse, q, k, v, out, lse,
-        scale=scale, window=(left, right), softcap=softcap, rel_bias=rel_bias, sinks=sinks, lengths=lengths,
-        cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, dropout_p=dropout_p, dropout_seed=dropout_seed,
-    )  # fmt: skip
-
-
-@_backward.register_fake
-def _(
-    dout: Tensor,
-    dlse: Optional[Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    rel_bias: Optional[Tensor],
-    sinks: Optional[Tensor],
-    *rest: Any,
+def _gradients(
+    q: Tensor, k: Tensor, v: Tensor, rel_bias: Tensor | None, sinks: Tensor | None, **_: Any
 ) -> list[Tensor | None]:
     # Stored as (B, N, H, D).
     like = [t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in (q, k, v)]
-    others = [None if t is None else t.new_empty(t.shape) for t in (rel_bias, sinks)]
-    return [*like, *others]
+    return [*like, *(None if t is None else t.new_empty(t.shape) for t in (rel_bias, sinks))]
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    tensors, ctx.options = inputs[:9], inputs[9:]
-    ctx.save_for_backward(*tensors, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, rel_bias, sinks, *data, out, lse = ctx.saved_tensors
-    if dout is None:
-        dout = torch.zeros_like(out)
-    grads = _backward(dout, dlse, q, k, v, out, lse, rel_bias, sinks, *data, *ctx.options)
-    return *autograd.only_needed(ctx, grads), *[None] * 10
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-autograd.refuse_second_derivative("attention", _backward)
+_attention = Operation(
+    "attention",
+    inputs="q k v rel_bias? sinks?",
+    data="lengths? cu_seqlens? cu_seqlens_k? dropout_seed?",
+    results="out lse?",
+    reads="out lse",
+    options=AttentionOptions,
+    shapes=_results,
+    gradients=_gradients,
+    adapt=_with_window,
+    op="attention",
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from flashgau.eager import flash_unit as flash_unit_eager
 
 from . import autograd, dispatch
+from .operation import Operation
 from .validate import Arguments, autocast, widened
 
 
@@ -55,140 +56,43 @@ def flash_unit(
     save = autograd.needs_grad(x, w, b, gamma, beta, w_out, b_out, rel_bias)
     y, *_ = _flash_unit(
         x, w, b, gamma, beta, w_out, b_out, inside, bias, cos, sin, lengths, cu_seqlens,
-        order, interleaved, chunk_size, score, causal, tokens, save, "eager",
+        options=FlashOptions(order, interleaved, chunk_size, score, causal, tokens), save=save, backend="eager",
     )  # fmt: skip
     return y if residual is None or inside is not None else y + residual
 
 
-@autograd.operator("flash_unit")
-def _flash_unit(
-    x: Tensor,
-    w: Tensor,
-    b: Optional[Tensor],
-    gamma: Tensor,
-    beta: Optional[Tensor],
-    w_out: Tensor,
-    b_out: Optional[Tensor],
-    residual: Optional[Tensor],
-    rel_bias: Optional[Tensor],
-    cos: Optional[Tensor],
-    sin: Optional[Tensor],
-    lengths: Optional[Tensor],
-    cu_seqlens: Optional[Tensor],
-    order: list[int],
-    interleaved: bool,
-    chunk_size: int,
-    score: str,
-    causal: bool,
-    lin_normalizer: Optional[float],
-    save: bool,
-    backend: str,
-) -> list[Tensor]:
-    return autograd.run(
-        "flash_unit", backend, "flash_unit_forward", x, w, b, gamma, beta, w_out, b_out, residual, cos, sin,
-        order=order, interleaved=interleaved, chunk_size=chunk_size, score=score, causal=causal,
-        lin_normalizer=lin_normalizer, rel_bias=rel_bias, lengths=lengths, cu_seqlens=cu_seqlens, save=save,
-    )  # fmt: skip
+class FlashOptions(NamedTuple):
+    """What a FLASH layer is computed with, beside its tensors."""
+
+    order: list[int]
+    interleaved: bool
+    chunk_size: int
+    score: str
+    causal: bool
+    lin_normalizer: Optional[float]  # None: the number of tokens summed
 
 
-@_flash_unit.register_fake
-def _(
-    x: Tensor,
-    w: Tensor,
-    b: Optional[Tensor],
-    gamma: Tensor,
-    beta: Optional[Tensor],
-    w_out: Tensor,
-    b_out: Optional[Tensor],
-    residual: Optional[Tensor],
-    rel_bias: Optional[Tensor],
-    cos: Optional[Tensor],
-    sin: Optional[Tensor],
-    lengths: Optional[Tensor],
-    cu_seqlens: Optional[Tensor],
-    order: list[int],
-    interleaved: bool,
-    chunk_size: int,
-    score: str,
-    causal: bool,
-    lin_normalizer: Optional[float],
-    save: bool,
-    backend: str,
-) -> list[Tensor | None]:
+def _results(
+    x: Tensor, w: Tensor, gamma: Tensor, w_out: Tensor, cu_seqlens: Tensor | None, chunk_size: int, causal: bool,
+    save: bool, **_: Any,
+) -> list[Tensor | None]:  # fmt: skip
     y = x.new_empty(x.shape)
     if not save:
         return [y, None, None, None]
     narrow, wide = gamma.shape[1], w_out.shape[1]
     count = flash_unit_eager.state_count(x, chunk_size, narrow, wide, causal, cu_seqlens)
-    states = x.new_empty(count, narrow, wide, dtype=torch.promote_types(x.dtype, torch.float32))
-    return [y, x.new_empty(*x.shape[:2], w.shape[0]), x.new_empty(*x.shape[:2], wide), states]
+    starts = x.new_empty(count, narrow, wide, dtype=torch.promote_types(x.dtype, torch.float32))
+    return [y, x.new_empty(*x.shape[:2], w.shape[0]), x.new_empty(*x.shape[:2], wide), starts]
 
 
-@autograd.operator("flash_unit_backward")
-def _flash_unit_backward(
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    b: Optional[Tensor],
-    gamma: Tensor,
-    beta: Optional[Tensor],
-    w_out: Tensor,
-    b_out: Optional[Tensor],
-    rel_bias: Optional[Tensor],
-    cos: Optional[Tensor],
-    sin: Optional[Tensor],
-    lengths: Optional[Tensor],
-    cu_seqlens: Optional[Tensor],
-    before: Tensor,
-    products: Tensor,
-    starts: Tensor,
-    order: list[int],
-    interleaved: bool,
-    chunk_size: int,
-    score: str,
-    causal: bool,
-    lin_normalizer: Optional[float],
-    backend: str,
-) -> list[Tensor]:
-    return autograd.run(
-        "flash_unit", backend, "flash_unit_backward", dy, x, w, b, gamma, beta, w_out, b_out, cos, sin, before,
-        products, starts,
-        order=order, interleaved=interleaved, chunk_size=chunk_size, score=score, causal=causal,
-        lin_normalizer=lin_normalizer, rel_bias=rel_bias, lengths=lengths, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
-
-
-@_flash_unit_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    b: Optional[Tensor],
-    gamma: Tensor,
-    beta: Optional[Tensor],
-    w_out: Tensor,
-    b_out: Optional[Tensor],
-    rel_bias: Optional[Tensor],
-    *rest: Any,
-) -> list[Tensor | None]:
-    plain = [t.new_empty(t.shape) for t in (x, w, w[:, 0], gamma, gamma, w_out, w_out[:, 0])]
-    return [*plain, None if rel_bias is None else rel_bias.new_empty(rel_bias.shape)]
-
-
-def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    x, w, b, gamma, beta, w_out, b_out, _, *data = inputs[:13]
-    ctx.save_for_backward(x, w, b, gamma, beta, w_out, b_out, *data, *output[1:])
-    ctx.options = *inputs[13:19], inputs[20]
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    dy = grads[0]
-    if dy is None:
-        return (None,) * 21
-    *inner, dbias = _flash_unit_backward(dy, *ctx.saved_tensors, *ctx.options)
-    return *autograd.only_needed(ctx, [*inner, dy, dbias]), *[None] * 12
-
-
-_flash_unit.register_autograd(_differentiate, setup_context=_save)
-autograd.refuse_second_derivative("FLASH", _flash_unit_backward)
+_flash_unit = Operation(
+    "flash_unit",
+    inputs="x w b? gamma beta? w_out b_out? residual+ rel_bias?",
+    data="cos? sin? lengths? cu_seqlens?",
+    results="y",
+    saved="before products starts",
+    options=FlashOptions,
+    shapes=_results,
+    op="flash_unit",
+    error="FLASH",
+)

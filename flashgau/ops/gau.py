@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from . import autograd, dispatch
+from .operation import Operation
 from .validate import Arguments, autocast, widened
 
 SCORES = ("relu2", "laplace", "softmax", "softmax_plus")
@@ -90,7 +91,8 @@ def gau_attention(
     bias = rel_bias.expand(q.shape[0], -1) if rel_bias is not None else None
     save = autograd.needs_grad(q, k, v, gate, rel_bias)
     rule = "number" if fixed is not None else str(normalizer)
-    return _forward(q, k, v, gate, bias, lengths, cu_seqlens, score, rule, fixed or 1.0, causal, save, name)[0]
+    options = GatedOptions(score, rule, fixed or 1.0, causal)
+    return _gau_attention(q, k, v, gate, bias, lengths, cu_seqlens, options=options, save=save, backend=name)[0]
 
 
 def check_options(args: Arguments, score: Any, normalizer: Any) -> float | None:
@@ -107,100 +109,34 @@ def check_options(args: Arguments, score: Any, normalizer: Any) -> float | None:
     return None if isinstance(normalizer, str) else float(normalizer)
 
 
-@autograd.operator("gau_attention")
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Optional[Tensor],
-    rel_bias: Optional[Tensor],
-    lengths: Optional[Tensor],
-    cu_seqlens: Optional[Tensor],
-    score: str,
-    normalizer: str,
-    number: float,
-    causal: bool,
-    save: bool,
-    backend: str,
-) -> list[Tensor]:
-    return autograd.run(
-        "gau_attention", backend, "gau_attention_forward", q, k, v, gate, score=score,
-        normalizer=number if normalizer == "number" else normalizer, causal=causal, rel_bias=rel_bias,
-        lengths=lengths, cu_seqlens=cu_seqlens, save=save,
-    )  # fmt: skip
+class GatedOptions(NamedTuple):
+    """What a call of gated attention is computed with, beside its tensors."""
+
+    score: str
+    normalizer: str  # "number": the one below
+    number: float
+    causal: bool
 
 
-@_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Optional[Tensor],
-    rel_bias: Optional[Tensor],
-    lengths: Optional[Tensor],
-    cu_seqlens: Optional[Tensor],
-    score: str,
-    normalizer: str,
-    number: float,
-    causal: bool,
-    save: bool,
-    backend: str,
-) -> list[Tensor | None]:
+def _with_number(named: dict[str, Any]) -> None:
+    number = named.pop("number")
+    if named["normalizer"] == "number":
+        named["normalizer"] = number
+
+
+def _results(q: Tensor, v: Tensor, gate: Tensor | None, save: bool, **_: Any) -> list[Tensor | None]:
     shape = (*q.shape[:2], v.shape[-1])
     return [q.new_empty(shape), q.new_empty(shape) if save and gate is not None else None]
 
 
-@autograd.operator("gau_attention_backward")
-def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Optional[Tensor],
-    product: Optional[Tensor],
-    rel_bias: Optional[Tensor],
-    lengths: Optional[Tensor],
-    cu_seqlens: Optional[Tensor],
-    score: str,
-    normalizer: str,
-    number: float,
-    causal: bool,
-    backend: str,
-) -> list[Tensor]:
-    return autograd.run(
-        "gau_attention", backend, "gau_attention_backward", dout, q, k, v, gate, product, score=score,
-        normalizer=number if normalizer == "number" else normalizer, causal=causal, rel_bias=rel_bias,
-        lengths=lengths, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
-
-
-@_backward.register_fake
-def _(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Optional[Tensor],
-    product: Optional[Tensor],
-    rel_bias: Optional[Tensor],
-    *rest: Any,
-) -> list[Tensor | None]:
-    return [None if t is None else t.new_empty(t.shape) for t in (q, k, v, gate, rel_bias)]
-
-
-def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    q, k, v, gate, rel_bias, lengths, cu_seqlens, score, normalizer, number, causal, _, backend = inputs
-    ctx.save_for_backward(q, k, v, gate, output[1], rel_bias, lengths, cu_seqlens)
-    ctx.options = score, normalizer, number, causal, backend
-    ctx.set_materialize_grads(False)  # or zeros would be made for the saved product, which has no gradient
-
-
-def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    if grads[0] is None:
-        return (None,) * 13
-    results = _backward(grads[0], *ctx.saved_tensors, *ctx.options)
-    return *autograd.only_needed(ctx, results), *[None] * 8
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-autograd.refuse_second_derivative("gau_attention", _backward)
+_gau_attention = Operation(
+    "gau_attention",
+    inputs="q k v gate? rel_bias?",
+    data="lengths? cu_seqlens?",
+    results="out",
+    saved="product",
+    options=GatedOptions,
+    adapt=_with_number,
+    shapes=_results,
+    op="gau_attention",
+)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import autograd, dispatch
+from .operation import Operation
 from .validate import Arguments, autocast
 
 ACTIVATIONS = ("identity", "sigmoid", "relu", "relu2", "gelu", "gelu_tanh", "silu")
@@ -66,7 +67,8 @@ def glu(
     name = dispatch.resolve("glu", backend, gate.device, gate.dtype)
     if name == "reference":
         return autograd.run("glu", name, "glu", gate, up, activation=activation, up_activation=up_activation)
-    return _glu(gate, up, activation, up_activation, _keeps(gate, up, activation, up_activation, name), name)[0]
+    save = _keeps(gate, up, activation, up_activation, name)
+    return _glu(gate, up, options=GluOptions(activation, up_activation), save=save, backend=name)[0]
 
 
 def glu_linear(
@@ -130,7 +132,8 @@ def glu_linear(
             activation=activation, up_activation=up_activation,
         )  # fmt: skip
     save = not recompute and autograd.needs_grad(x, w_gate, w_up, b_gate, b_up)
-    return _glu_linear(x, w_gate, w_up, b_gate, b_up, activation, up_activation, save, name)[0]
+    options = GluOptions(activation, up_activation)
+    return _glu_linear(x, w_gate, w_up, b_gate, b_up, options=options, save=save, backend=name)[0]
 
 
 def _check_activations(args: Arguments, activation: Any, up_activation: Any) -> None:
@@ -154,147 +157,47 @@ def _keeps(gate: Tensor, up: Tensor | None, activation: str, up_activation: str,
     )
 
 
-@autograd.operator("glu")
-def _glu(
-    gate: Tensor, up: Optional[Tensor], activation: str, up_activation: str, keep: bool, backend: str
-) -> list[Tensor]:
-    options: dict[str, Any] = {"activation": activation, "up_activation": up_activation}
-    if keep:  # which only eager is asked to
-        options["keep"] = True
-    return autograd.run("glu", backend, "glu_forward", gate, up, **options)
+class GluOptions(NamedTuple):
+    """The activations of both sides."""
+
+    activation: str
+    up_activation: str
 
 
-@_glu.register_fake
-def _(
-    gate: Tensor, up: Optional[Tensor], activation: str, up_activation: str, keep: bool, backend: str
-) -> list[Tensor | None]:
+def _results(gate: Tensor, up: Tensor | None, save: bool, **_: Any) -> list[Tensor | None]:
     shape = gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2)
-    return [gate.new_empty(shape), gate.new_empty(shape) if keep else None]
+    return [gate.new_empty(shape), gate.new_empty(shape) if save else None]
 
 
-@autograd.operator("glu_backward")
-def _glu_backward(
-    dout: Tensor,
-    gate: Tensor,
-    up: Optional[Tensor],
-    activated: Optional[Tensor],
-    activation: str,
-    up_activation: str,
-    backend: str,
-) -> list[Tensor]:
-    options: dict[str, Any] = {"activation": activation, "up_activation": up_activation}
-    if activated is not None:
-        options["activated"] = activated
-    return autograd.run("glu", backend, "glu_backward", dout, gate, up, **options)
-
-
-@_glu_backward.register_fake
-def _(dout: Tensor, gate: Tensor, up: Optional[Tensor], *rest: Any) -> list[Tensor | None]:
-    return [gate.new_empty(gate.shape), None if up is None else up.new_empty(up.shape)]
-
-
-def _save_glu(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    gate, up, activation, up_activation, keep, backend = inputs
-    ctx.save_for_backward(gate, up, output[1] if keep else None)
-    ctx.options = activation, up_activation, backend
-    ctx.set_materialize_grads(False)  # or zeros would be made for what was kept, which has no gradient
-
-
-def _differentiate_glu(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    if grads[0] is None:
-        return (None,) * 6
-    results = _glu_backward(grads[0], *ctx.saved_tensors, *ctx.options)
-    return *autograd.only_needed(ctx, results), None, None, None, None
-
-
-_glu.register_autograd(_differentiate_glu, setup_context=_save_glu)
-autograd.refuse_second_derivative("glu", _glu_backward)
-
-
-@autograd.operator("glu_linear")
-def _glu_linear(
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    b_gate: Optional[Tensor],
-    b_up: Optional[Tensor],
-    activation: str,
-    up_activation: str,
-    save: bool,
-    backend: str,
-) -> list[Tensor]:
-    return autograd.run(
-        "glu_linear", backend, "glu_linear_forward", x, w_gate, w_up, b_gate, b_up,
-        activation=activation, up_activation=up_activation, save=save, **_fusing(x, w_gate, backend),
-    )  # fmt: skip
-
-
-@_glu_linear.register_fake
-def _(
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    b_gate: Optional[Tensor],
-    b_up: Optional[Tensor],
-    activation: str,
-    up_activation: str,
-    save: bool,
-    backend: str,
-) -> list[Tensor | None]:
+def _linear_results(x: Tensor, w_gate: Tensor, save: bool, **_: Any) -> list[Tensor | None]:
     shape = (*x.shape[:-1], w_gate.shape[0])
-    saved = [x.new_empty(shape) if save else None for _ in range(2)]
-    return [x.new_empty(shape), *saved]
+    return [x.new_empty(shape), *(x.new_empty(shape) if save else None for _ in range(2))]
 
 
-@autograd.operator("glu_linear_backward")
-def _glu_linear_backward(
-    dout: Tensor,
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    b_gate: Optional[Tensor],
-    b_up: Optional[Tensor],
-    g: Optional[Tensor],
-    u: Optional[Tensor],
-    activation: str,
-    up_activation: str,
-    backend: str,
-) -> list[Tensor]:
-    return autograd.run(
-        "glu_linear", backend, "glu_linear_backward", dout, x, w_gate, w_up, b_gate, b_up, g, u,
-        activation=activation, up_activation=up_activation, **_fusing(x, w_gate, backend),
-    )  # fmt: skip
+def _choose_products(named: dict[str, Any]) -> None:
+    """Let the Triton kernel make the products or the vendor's library. (Eager has only one way.)"""
+    if named["backend"] == "triton":
+        from flashgau import tuning  # which needs Triton
+
+        named["fused"] = tuning.fuses_glu_linear(named["x"], named["w_gate"])
 
 
-@_glu_linear_backward.register_fake
-def _(dout: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor, *rest: Any) -> list[Tensor]:
-    bias = w_gate.shape[:1]
-    return [x.new_empty(shape) for shape in (x.shape, w_gate.shape, w_up.shape, bias, bias)]
-
-
-def _fusing(x: Tensor, w_gate: Tensor, backend: str) -> dict[str, bool]:
-    """Whether the Triton kernel makes the products or the vendor's library. (Eager has only one way.)"""
-    if backend != "triton":
-        return {}
-    from flashgau import tuning  # which needs Triton
-
-    return {"fused": tuning.fuses_glu_linear(x, w_gate)}
-
-
-def _save_glu_linear(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    x, w_gate, w_up, b_gate, b_up, activation, up_activation, save, backend = inputs
-    g, u = output[1:] if save else (None, None)
-    ctx.save_for_backward(x, w_gate, w_up, b_gate, b_up, g, u)
-    ctx.options = activation, up_activation, backend
-    ctx.set_materialize_grads(False)  # or zeros would be made for the pre-activations, which have no gradient
-
-
-def _differentiate_glu_linear(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    if grads[0] is None:
-        return (None,) * 9
-    results = _glu_linear_backward(grads[0], *ctx.saved_tensors, *ctx.options)
-    return *autograd.only_needed(ctx, results), None, None, None, None
-
-
-_glu_linear.register_autograd(_differentiate_glu_linear, setup_context=_save_glu_linear)
-autograd.refuse_second_derivative("glu_linear", _glu_linear_backward)
+_glu = Operation(
+    "glu",
+    inputs="gate up?",
+    results="out",
+    saved="activated",
+    options=GluOptions,
+    shapes=_results,
+    op="glu",
+)
+_glu_linear = Operation(
+    "glu_linear",
+    inputs="x w_gate w_up b_gate? b_up?",
+    results="out",
+    saved="g u",
+    options=GluOptions,
+    shapes=_linear_results,
+    adapt=_choose_products,
+    op="glu_linear",
+)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from . import autograd, dispatch
+from .operation import Operation
 from .state import FIELDS, Continuation, MixedChunkState, open_chunk
 from .validate import FLOATING, Arguments, autocast, readable, widened
 
@@ -117,9 +118,9 @@ def mixed_chunk_attention(
         lengths, cu_seqlens = continuation.lengths, continuation.cu_seqlens
     bias = rel_bias.expand(quad_q.shape[0], -1) if rel_bias is not None else None
     save = autograd.needs_grad(quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias, kv)
-    out, _, kv = _forward(
-        quad_q, quad_k, lin_q, lin_k, v, gate, bias, lengths, cu_seqlens, kv, closed,
-        int(chunk_size), score, causal, quad, lin, save, name,
+    out, kv, _ = _mixed_chunk_attention(
+        quad_q, quad_k, lin_q, lin_k, v, gate, bias, kv, lengths, cu_seqlens, closed,
+        options=MixedChunkOptions(int(chunk_size), score, causal, quad, lin), save=save, backend=name,
     )  # fmt: skip
     out = out if continuation is None else continuation.restrict(out)
     if not return_state:
@@ -213,7 +214,7 @@ def mixed_chunk_step(
         )  # type: ignore[return-value] # fmt: skip
     bias = rel_bias.expand(quad_q.shape[0], -1) if rel_bias is not None else None
     if name == "triton":
-        out, *after = _step(*tensors, bias, score, quad, lin, name)
+        out, *after = _mixed_chunk_step(*tensors, bias, options=StepOptions(score, quad, lin), backend=name)
     else:  # PyTorch differentiates it
         out, *after = autograd.run(
             op, name, op, *tensors, score=score, quad_normalizer=quad, lin_normalizer=lin, rel_bias=bias
@@ -289,180 +290,58 @@ def _own_state(state: Any) -> MixedChunkState:
     return MixedChunkState(state.kv, state.quad_k, state.lin_k, state.v, state.position)
 
 
-@autograd.operator("mixed_chunk_attention")
-def _forward(
-    quad_q: Tensor,
-    quad_k: Tensor,
-    lin_q: Tensor,
-    lin_k: Tensor,
-    v: Tensor,
-    gate: Optional[Tensor],
-    rel_bias: Optional[Tensor],
-    lengths: Optional[Tensor],
-    cu_seqlens: Optional[Tensor],
-    initial_kv: Optional[Tensor],
-    closed_tokens: Optional[Tensor],
-    chunk_size: int,
-    score: str,
-    causal: bool,
-    quad_normalizer: float,
-    lin_normalizer: Optional[float],
-    save: bool,
-    backend: str,
-) -> list[Tensor]:
-    return autograd.run(
-        "mixed_chunk_attention", backend, "mixed_chunk_attention_forward",
-        quad_q, quad_k, lin_q, lin_k, v, gate, chunk_size=chunk_size, score=score, causal=causal,
-        quad_normalizer=quad_normalizer, lin_normalizer=lin_normalizer, rel_bias=rel_bias, lengths=lengths,
-        cu_seqlens=cu_seqlens, initial_kv=initial_kv, closed_tokens=closed_tokens, save=save,
-    )  # fmt: skip
+class MixedChunkOptions(NamedTuple):
+    """What a call of mixed chunk attention is computed with, beside its tensors."""
+
+    chunk_size: int
+    score: str
+    causal: bool
+    quad_normalizer: float
+    lin_normalizer: Optional[float]  # None: the number of tokens summed
 
 
-@_forward.register_fake
-def _(
-    quad_q: Tensor,
-    quad_k: Tensor,
-    lin_q: Tensor,
-    lin_k: Tensor,
-    v: Tensor,
-    gate: Optional[Tensor],
-    rel_bias: Optional[Tensor],
-    lengths: Optional[Tensor],
-    cu_seqlens: Optional[Tensor],
-    initial_kv: Optional[Tensor],
-    closed_tokens: Optional[Tensor],
-    chunk_size: int,
-    score: str,
-    causal: bool,
-    quad_normalizer: float,
-    lin_normalizer: Optional[float],
-    save: bool,
-    backend: str,
+class StepOptions(NamedTuple):
+    """The same for one token: the state's buffers tell the chunk size."""
+
+    score: str
+    quad_normalizer: float
+    lin_normalizer: Optional[float]
+
+
+def _results(
+    lin_k: Tensor, v: Tensor, gate: Tensor | None, cu_seqlens: Tensor | None, save: bool, **_: Any
 ) -> list[Tensor | None]:
     count = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     sums = torch.float64 if v.dtype == torch.float64 else torch.float32
     kv = v.new_empty(count, lin_k.shape[-1], v.shape[-1], dtype=sums)
-    product = v.new_empty(v.shape) if save and gate is not None else None
-    return [v.new_empty(v.shape), product, kv]
+    return [v.new_empty(v.shape), kv, v.new_empty(v.shape) if save and gate is not None else None]
 
 
-@autograd.operator("mixed_chunk_attention_backward")
-def _backward(
-    dout: Tensor,
-    dkv: Optional[Tensor],
-    quad_q: Tensor,
-    quad_k: Tensor,
-    lin_q: Tensor,
-    lin_k: Tensor,
-    v: Tensor,
-    gate: Optional[Tensor],
-    product: Optional[Tensor],
-    rel_bias: Optional[Tensor],
-    lengths: Optional[Tensor],
-    cu_seqlens: Optional[Tensor],
-    initial_kv: Optional[Tensor],
-    closed_tokens: Optional[Tensor],
-    chunk_size: int,
-    score: str,
-    causal: bool,
-    quad_normalizer: float,
-    lin_normalizer: Optional[float],
-    backend: str,
-) -> list[Tensor]:
-    return autograd.run(
-        "mixed_chunk_attention", backend, "mixed_chunk_attention_backward",
-        dout, dkv, quad_q, quad_k, lin_q, lin_k, v, gate, product, chunk_size=chunk_size, score=score,
-        causal=causal, quad_normalizer=quad_normalizer, lin_normalizer=lin_normalizer, rel_bias=rel_bias,
-        lengths=lengths, cu_seqlens=cu_seqlens, initial_kv=initial_kv, closed_tokens=closed_tokens,
-    )  # fmt: skip
-
-
-@_backward.register_fake
-def _(
-    dout: Tensor,
-    dkv: Optional[Tensor],
-    quad_q: Tensor,
-    quad_k: Tensor,
-    lin_q: Tensor,
-    lin_k: Tensor,
-    v: Tensor,
-    gate: Optional[Tensor],
-    product: Optional[Tensor],
-    rel_bias: Optional[Tensor],
-    lengths: Optional[Tensor],
-    cu_seqlens: Optional[Tensor],
-    initial_kv: Optional[Tensor],
-    *rest: Any,
-) -> list[Tensor | None]:
-    inputs = (quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias, initial_kv)
-    return [None if t is None else t.new_empty(t.shape) for t in inputs]
-
-
-def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    *heads_values_gate, rel_bias, lengths, cu_seqlens, initial_kv, closed_tokens = inputs[:11]
-    ctx.save_for_backward(*heads_values_gate, output[1], rel_bias, lengths, cu_seqlens, initial_kv, closed_tokens)
-    ctx.options = *inputs[11:16], inputs[17]
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    dout = grads[0] if grads[0] is not None else torch.zeros_like(saved[4])
-    *inner, dbias, dinitial = _backward(dout, grads[2], *saved, *ctx.options)
-    results = autograd.only_needed(ctx, [*inner, dbias, None, None, dinitial, None])
-    return *results, *[None] * 7
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-@autograd.operator("mixed_chunk_step")
-def _step(
-    quad_q: Tensor,
-    quad_k: Tensor,
-    lin_q: Tensor,
-    lin_k: Tensor,
-    v: Tensor,
-    gate: Optional[Tensor],
-    kv: Tensor,
-    open_quad_k: Tensor,
-    open_lin_k: Tensor,
-    open_v: Tensor,
-    position: Tensor,
-    rel_bias: Optional[Tensor],
-    score: str,
-    quad_normalizer: float,
-    lin_normalizer: Optional[float],
-    backend: str,
-) -> list[Tensor]:
-    return autograd.run(
-        "mixed_chunk_step", backend, "mixed_chunk_step", quad_q, quad_k, lin_q, lin_k, v, gate, kv,
-        open_quad_k, open_lin_k, open_v, position, score=score, quad_normalizer=quad_normalizer,
-        lin_normalizer=lin_normalizer, rel_bias=rel_bias,
-    )  # fmt: skip
-
-
-@_step.register_fake
-def _(
-    quad_q: Tensor,
-    quad_k: Tensor,
-    lin_q: Tensor,
-    lin_k: Tensor,
-    v: Tensor,
-    gate: Optional[Tensor],
-    kv: Tensor,
-    open_quad_k: Tensor,
-    open_lin_k: Tensor,
-    open_v: Tensor,
-    position: Tensor,
-    *rest: Any,
-) -> list[Tensor]:
+def _step_results(
+    quad_k: Tensor, lin_k: Tensor, v: Tensor, kv: Tensor, open_quad_k: Tensor, open_lin_k: Tensor, open_v: Tensor,
+    position: Tensor, **_: Any,
+) -> list[Tensor]:  # fmt: skip
     held = [x.new_empty(t.shape) for x, t in ((quad_k, open_quad_k), (lin_k, open_lin_k), (v, open_v))]
     kv = kv.new_empty(kv.shape, dtype=torch.float32)
     return [v.new_empty(v.shape), kv, *held, position.new_empty(position.shape)]
 
 
-autograd.refuse_second_derivative("mixed_chunk_step", _step)  # nor a first: see `mixed_chunk_step`
-
-
-autograd.refuse_second_derivative("mixed_chunk_attention", _backward)
+_mixed_chunk_attention = Operation(
+    "mixed_chunk_attention",
+    inputs="quad_q quad_k lin_q lin_k v gate? rel_bias? initial_kv?",
+    data="lengths? cu_seqlens? closed_tokens?",
+    results="out kv?",
+    saved="product",
+    options=MixedChunkOptions,
+    shapes=_results,
+    op="mixed_chunk_attention",
+)
+_mixed_chunk_step = Operation(  # not differentiable: see `mixed_chunk_step`
+    "mixed_chunk_step",
+    inputs="quad_q quad_k lin_q lin_k v gate? kv open_quad_k open_lin_k open_v position rel_bias?",
+    results="out kv open_quad_k open_lin_k open_v position",
+    options=StepOptions,
+    shapes=_step_results,
+    op="mixed_chunk_step",
+    differentiable=False,
+)

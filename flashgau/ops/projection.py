@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import autograd, dispatch
+from .operation import Operation
 from .validate import autocast
 
 
@@ -34,7 +35,9 @@ def gated_projection(
     count, narrow = gamma.shape
     if name != "reference":
         save = autograd.needs_grad(x, weight, bias, gamma, beta)
-        u, v, *rest = _gated_projection(x, weight, bias, gamma, beta, cos, sin, interleaved, save, name)
+        u, v, *rest = _gated_projection(
+            x, weight, bias, gamma, beta, cos, sin, options=RotaryOptions(interleaved), save=save, backend=name
+        )
         return u, v, rest[:count]
     wide = (weight.shape[0] - narrow) // 2
     u, v, z = F.silu(F.linear(x, weight, bias)).split((wide, wide, narrow), -1)
@@ -56,126 +59,38 @@ def projection(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor 
     x, weight, bias = autocast(x, weight, bias)
     name = dispatch.resolve_inner("projection", x.device, x.dtype)
     inside = residual if residual is not None and residual.dtype == x.dtype and name != "reference" else None
-    y = F.linear(x, weight, bias) if name == "reference" else _projection(x, weight, bias, inside, name)
+    y = F.linear(x, weight, bias) if name == "reference" else _projection(x, weight, bias, inside, backend=name)[0]
     return y if residual is None or inside is not None else y + residual
 
 
-@autograd.operator("gated_projection")
-def _gated_projection(
-    x: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    gamma: Tensor,
-    beta: Optional[Tensor],
-    cos: Optional[Tensor],
-    sin: Optional[Tensor],
-    interleaved: bool,
-    save: bool,
-    backend: str,
-) -> list[Tensor]:
-    return autograd.run(
-        "projection", backend, "gated_projection_forward", x, weight, bias, gamma, beta, cos, sin,
-        interleaved=interleaved, save=save,
-    )  # fmt: skip
+class RotaryOptions(NamedTuple):
+    """How rotary angles pair channels."""
+
+    interleaved: bool
 
 
-@_gated_projection.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    gamma: Tensor,
-    beta: Optional[Tensor],
-    cos: Optional[Tensor],
-    sin: Optional[Tensor],
-    interleaved: bool,
-    save: bool,
-    backend: str,
-) -> list[Tensor]:
+def _gated_results(x: Tensor, weight: Tensor, gamma: Tensor, save: bool, backend: str, **_: Any) -> list[Tensor]:
     count, narrow = gamma.shape
     wide = (weight.shape[0] - narrow) // 2
     kept = [] if not save else [weight.shape[0]] if backend == "triton" else [wide, wide, narrow]
     return [x.new_empty(*x.shape[:-1], width) for width in (wide, wide, *[narrow] * count, *kept)]
 
 
-@autograd.operator("gated_projection_backward")
-def _gated_projection_backward(
-    du: Tensor,
-    dv: Tensor,
-    dheads: list[Tensor],
-    x: Tensor,
-    weight: Tensor,
-    gamma: Tensor,
-    cos: Optional[Tensor],
-    sin: Optional[Tensor],
-    saved: list[Tensor],
-    interleaved: bool,
-    backend: str,
-) -> list[Tensor]:
-    return autograd.run(
-        "projection", backend, "gated_projection_backward", du, dv, dheads, x, weight, gamma, cos, sin, saved,
-        interleaved=interleaved,
-    )  # fmt: skip
-
-
-@_gated_projection_backward.register_fake
-def _(
-    du: Tensor, dv: Tensor, dheads: list[Tensor], x: Tensor, weight: Tensor, gamma: Tensor, *rest: Any
-) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in (x, weight, weight[:, 0], gamma, gamma)]
-
-
-def _save_gated(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    x, weight, _, gamma, _, cos, sin, ctx.interleaved, _, ctx.backend = inputs
-    ctx.shapes = [part.shape for part in output[: 2 + gamma.shape[0]]]
-    ctx.set_materialize_grads(False)  # or zeros would be made for the saved parts, which have no gradient
-    ctx.save_for_backward(x, weight, gamma, cos, sin, *output[len(ctx.shapes) :])
-
-
-def _differentiate_gated(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    x, weight, gamma, cos, sin, *saved = ctx.saved_tensors
-    du, dv, *dheads = (
-        x.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, ctx.shapes, strict=False)
-    )
-    results = _gated_projection_backward(
-        du, dv, dheads, x, weight, gamma, cos, sin, saved, ctx.interleaved, ctx.backend
-    )  # fmt: skip
-    return *autograd.only_needed(ctx, results), None, None, None, None, None
-
-
-_gated_projection.register_autograd(_differentiate_gated, setup_context=_save_gated)
-autograd.refuse_second_derivative("gated_projection", _gated_projection_backward)
-
-
-@autograd.operator("projection")
-def _projection(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: Optional[Tensor], backend: str) -> Tensor:
-    return autograd.run("projection", backend, "projection_forward", x, weight, bias, residual)
-
-
-@_projection.register_fake
-def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-@autograd.operator("projection_backward")
-def _projection_backward(dy: Tensor, x: Tensor, weight: Tensor, backend: str) -> list[Tensor]:
-    return autograd.run("projection", backend, "projection_backward", dy, x, weight)
-
-
-@_projection_backward.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, backend: str) -> list[Tensor]:
-    return [x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])]
-
-
-def _save_projection(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, weight, _, _, ctx.backend = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _differentiate_projection(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    results = _projection_backward(dy, *ctx.saved_tensors, ctx.backend)
-    return *autograd.only_needed(ctx, [*results, dy]), None
-
-
-_projection.register_autograd(_differentiate_projection, setup_context=_save_projection)
-autograd.refuse_second_derivative("projection", _projection_backward)
+_gated_projection = Operation(
+    "gated_projection",
+    inputs="x weight bias? gamma beta?",
+    data="cos? sin?",
+    results="u v heads:gamma",
+    saved="saved*",
+    options=RotaryOptions,
+    shapes=_gated_results,
+    op="projection",
+    error="gated_projection",
+)
+_projection = Operation(
+    "projection",
+    inputs="x weight bias? residual+",
+    results="y",
+    shapes=lambda x, weight, **_: [x.new_empty(*x.shape[:-1], weight.shape[0])],
+    op="projection",
+)

@@ -1,0 +1,108 @@
+"""A function on plain tensors as a PyTorch operator: what dispatcher, tracing, autograd and torch.vmap want of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .. import pytorch
+
+_library = torch.library.Library("flashgau", "FRAGMENT")
+
+
+class Operator:
+    """A PyTorch operator `flashgau::name`, for tracing as one node, with a shape function and a derivative.
+
+    A call that nothing observes runs the function at once: PyTorch's dispatcher would come back to Python twice, which
+    takes longer than the checks of the arguments.
+    """
+
+    def __init__(self, name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+        self.name = f"flashgau::{name}"
+        torch.library.define(self.name, f"{schema} -> Tensor[]")
+        # Not torch.library.custom_op: that imports the whole of torch.compile, seconds of it, at the first call.
+        torch.library.impl(self.name, "CompositeExplicitAutograd")(_present(function))
+        torch.library.register_fake(self.name, _present(fake))
+        torch.library.register_vmap(self.name, self._mapped)
+        self.overload = getattr(torch.ops.flashgau, name).default
+        self._function = self._differentiable = function
+        self._observed: Callable[..., Any] = self.overload
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the operator."""
+        if pytorch.observed(args):
+            return self._observed(*args)
+        if torch.is_grad_enabled() and pytorch.any_requires_grad(*args):
+            return self._differentiable(*args)
+        return self._function(*args)
+
+    def _mapped(self, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        """What torch.vmap gets: a call for each entry of the mapped axis. The results' axis is the first."""
+        if info.batch_size == 0:
+            raise RuntimeError(f"{self.name} cannot be mapped over an axis of size 0")
+        calls = [
+            self._observed(*(_entry(x, axis, i) for x, axis in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        results = [torch.stack(parts) for parts in zip(*calls, strict=True)]
+        return results, [0] * len(results)
+
+    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
+        """The derivative, `backward(ctx, list of gradients)`, and what to keep for it."""
+
+        class Node(pytorch.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                *inputs, function = args
+                result = function(*inputs)
+                if setup_context is not None:
+                    setup_context(ctx, tuple(inputs), result)
+                return tuple(result)
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                return *backward(ctx, list(grads)), None
+
+        def differentiable(function: Callable[..., Any], *args: Any) -> Any:
+            return list(Node.apply(*args, function))
+
+        Node.__name__ = Node.__qualname__ = self.name.replace("::", "_")
+        self._differentiable = partial(differentiable, self._function)
+        derivative = pytorch.Derivative(differentiable, backward, setup_context, self._mapped)
+        self._observed = pytorch.register_autograd(_library, self.overload, derivative)
+
+    def refuse_derivative(self, op: str) -> None:
+        """Let differentiating it raise an error that says what to do, in the name of the operation `op`."""
+
+        def backward(ctx: Any, grads: list[Tensor]) -> NoReturn:
+            raise RuntimeError(
+                f"{op}: the optimised backends are differentiable once; "
+                f'for second derivatives call it with backend="reference"'
+            )
+
+        self.register_autograd(backward)
+
+
+def _entry(x: Any, axis: Any, i: int) -> Any:
+    """Entry i of a mapped argument; lists are mapped one by one, and what has no axis is the same for all."""
+    if isinstance(x, list):
+        axes = axis if isinstance(axis, (list, tuple)) else [axis] * len(x)
+        return [_entry(part, a, i) for part, a in zip(x, axes, strict=True)]
+    return x if axis is None else x.select(axis, i)
+
+
+def _present(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as PyTorch's dispatcher wants it, which knows no None in a list: an empty tensor stands for it."""
+
+    def call(*args: Any) -> Any:
+        results = function(*args)
+        if not any(x is None for x in results):
+            return list(results)
+        like = next(x for x in results if x is not None)
+        return [like.new_empty(0) if x is None else x for x in results]
+
+    return call
