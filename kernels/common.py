@@ -59,7 +59,7 @@ class Heads(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """How tokens are cut into sequences: padding (`lengths`), packing (`queries`, `keys`: cu_seqlens), or neither.
+    """How tokens are cut into sequences: padding (`lengths`), packing (`cu_seqlens_q`, `cu_seqlens_k`), or neither.
 
     On a GPU nobody has looked at the values of these: the packed sequences may leave rows behind the last one, or
     before the first. So two more "sequences" follow the packed ones, numbered on: the rows behind, and the rows
@@ -67,8 +67,8 @@ class Sequences(NamedTuple):
     """
 
     lengths: Any
-    queries: Any
-    keys: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
     n_sequences: int
     longest_m: int  # the axis of the queries, and of the keys
     longest_n: int
@@ -86,8 +86,8 @@ def sequences_of(
     if cu_seqlens is None:
         return Sequences(None if lengths is None else lengths.contiguous(), None, None, batch, m, n)
     cu_seqlens = cu_seqlens.contiguous()
-    keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k.contiguous()
-    return Sequences(None, cu_seqlens, keys, cu_seqlens.shape[0] - 1, m, n)
+    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k.contiguous()
+    return Sequences(None, cu_seqlens, cu_seqlens_k, cu_seqlens.shape[0] - 1, m, n)
 
 
 def blocks_of(sequences: Sequences, axis: int, per_token: int, block: int, *, rest: bool = True) -> int:
@@ -95,7 +95,7 @@ def blocks_of(sequences: Sequences, axis: int, per_token: int, block: int, *, re
 
     `rest`: with the rows that are in none of the packed ones, as a kernel needs that writes results.
     """
-    if sequences.queries is None:
+    if sequences.cu_seqlens_q is None:
         return triton.cdiv(axis * per_token, block)
     return axis * per_token // block + sequences.n_sequences + (2 if rest else 0)
 
@@ -154,10 +154,10 @@ def bounds(sequences, i_seq):
     n = sequences.longest_n
     stored_m = sequences.longest_m
     stored_n = sequences.longest_n
-    if sequences.queries is not None:
+    if sequences.cu_seqlens_q is not None:
         row = 0
-        first_m, stored_m = extent(sequences.queries, i_seq, sequences.n_sequences, sequences.longest_m)
-        first_n, stored_n = extent(sequences.keys, i_seq, sequences.n_sequences, sequences.longest_n)
+        first_m, stored_m = extent(sequences.cu_seqlens_q, i_seq, sequences.n_sequences, sequences.longest_m)
+        first_n, stored_n = extent(sequences.cu_seqlens_k, i_seq, sequences.n_sequences, sequences.longest_n)
         m = tl.where(i_seq < sequences.n_sequences, stored_m, 0)
         n = tl.where(i_seq < sequences.n_sequences, stored_n, 0)
     elif sequences.lengths is not None:
@@ -178,7 +178,7 @@ def place(i_program, n_blocks, n_heads, sequences, ends, tokens, PER_TOKEN: tl.c
     i_block = i_program % n_blocks
     i_head = i_program // n_blocks % n_heads
     i_seq = i_program // n_blocks // n_heads
-    if sequences.queries is not None:
+    if sequences.cu_seqlens_q is not None:
         origin = offset(ends, 0, tokens)
         low = i_seq
         high = i_seq + sequences.n_sequences
@@ -198,9 +198,9 @@ def place(i_program, n_blocks, n_heads, sequences, ends, tokens, PER_TOKEN: tl.c
 def first_slot(sequences, i_seq, n_blocks, block):
     """The number, among all blocks of keys, of a sequence's first one: the inverse of `place`."""
     first = i_seq * n_blocks
-    if sequences.queries is not None:
-        begin = offset(sequences.keys, tl.minimum(i_seq, sequences.n_sequences), sequences.longest_n)
-        first = (begin - offset(sequences.keys, 0, sequences.longest_n)) // block + i_seq
+    if sequences.cu_seqlens_q is not None:
+        begin = offset(sequences.cu_seqlens_k, tl.minimum(i_seq, sequences.n_sequences), sequences.longest_n)
+        first = (begin - offset(sequences.cu_seqlens_k, 0, sequences.longest_n)) // block + i_seq
     return first
 
 

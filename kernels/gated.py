@@ -167,12 +167,13 @@ def room_for_panel(like: Tensor, per_block: int, blocks: int) -> tuple[Tensor, i
 
 @triton.jit(do_not_specialize=VARYING)
 def prologue_kernel(
-    dout, gate, product, dx, dgate, delta, lengths, queries, keys, n_sequences, longest_m, longest_n, n_blocks,
+    dout, gate, product, dx, dgate, delta,
+    lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n, n_blocks,
     E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """dX = gate * dO, dGate = X * dO and delta = rowsum(dX * X) of a block of rows, as far as they are wanted."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
-    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.queries, longest_m, 1, BM)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
+    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.cu_seqlens_q, longest_m, 1, BM)
     row, first_m, m, stored, _, _, _ = bounds(sequences, i_seq)
     o_query = i_block * BM + tl.arange(0, BM)
     m_row, m_stored = o_query < m, o_query < stored
@@ -211,7 +212,7 @@ def prologue(
     delta = dout.new_empty(b, m, dtype=torch.float32) if softmax else None
     config: Config = choose("gau_prologue", dout, 0)
     n_blocks = blocks_of(sequences, m, 1, config.block_m)
-    prologue_kernel[(n_blocks * (b if sequences.queries is None else 1),)](
+    prologue_kernel[(n_blocks * (b if sequences.cu_seqlens_q is None else 1),)](
         rows(dout), rows(gate), rows(product), rows(dx), rows(dgate), delta, *sequences, n_blocks,
         E=e, BE=config.block_n, BM=config.block_m, **config.launch(),
     )  # fmt: skip

@@ -123,15 +123,15 @@ def load_lse(lse, row, longest_m, o_token, m_row, SCORE: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def lse_kernel(
-    q, k, lse, lengths, queries, keys, n_sequences, longest_m, longest_n,
+    q, k, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
     number, right, bias, bias_batch, reach, n_blocks,
     SCALING: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """LSE of a block of rows; -inf for a row that sees nothing."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
     rule = Rule(None, right, number, bias, bias_batch, reach)
-    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.queries, longest_m, 1, BM)
+    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.cu_seqlens_q, longest_m, 1, BM)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     o_query = i_block * BM + tl.arange(0, BM)
     o_position, m_row = o_query + n - m, o_query < m
@@ -159,16 +159,16 @@ def lse_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def weights_kernel(
-    q, k, lse, panel, lengths, queries, keys, n_sequences, longest_m, longest_n,
+    q, k, lse, panel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
     number, right, bias, bias_batch, reach, n_blocks, first_block, n_across, panel_width,
     SCORE: tl.constexpr, SCALING: tl.constexpr, S: tl.constexpr, BS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of a panel (blocks of rows, BM, keys): A, as far as any row of the block sees a key."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
     rule = Rule(None, right, number, bias, bias_batch, reach)
     i_slot = tl.program_id(0) // n_across
-    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.queries, longest_m, 1, BM)
+    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_q, longest_m, 1, BM)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     last = tl.minimum(i_block * BM + BM, m) - 1
     _, _, _, stop = keys_seen(rule, i_block * BM + n - m, last + n - m, n, BN)
@@ -189,18 +189,18 @@ def weights_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def product_kernel(
-    q, k, v, gate, lse, panel, product, out, lengths, queries, keys, n_sequences, longest_m, longest_n,
+    q, k, v, gate, lse, panel, product, out, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
     number, right, bias, bias_batch, reach, n_blocks, first_block, panel_width,
     SCORE: tl.constexpr, SCALING: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
     """X = A V and gate * X of a block of rows and a tile of columns; without a panel to read A from it is made here."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
     rule = Rule(None, right, number, bias, bias_batch, reach)
     n_tiles = tl.cdiv(E, BE)
     i_slot = tl.program_id(0) // n_tiles
     o_column = tl.program_id(0) % n_tiles * BE + tl.arange(0, BE)
-    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.queries, longest_m, 1, BM)
+    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_q, longest_m, 1, BM)
     row, first_m, m, stored, first_n, n, _ = bounds(sequences, i_seq)
     if i_block * BM >= stored:
         return
@@ -247,16 +247,16 @@ def product_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def gradient_kernel(
-    q, k, v, dx, lse, delta, panel, dpanel, lengths, queries, keys, n_sequences, longest_m, longest_n,
+    q, k, v, dx, lse, delta, panel, dpanel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
     number, right, bias, bias_batch, reach, n_blocks, first_block, n_across, panel_width,
     SCORE: tl.constexpr, SCALING: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of both panels (blocks of keys, BN, queries): A^T, and dS^T from dA = dX V^T."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
     rule = Rule(None, right, number, bias, bias_batch, reach)
     i_slot = tl.program_id(0) // n_across
-    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.keys, longest_n, 1, BN)
+    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_k, longest_n, 1, BN)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     first_row = tl.program_id(0) % n_across * BM
     start, _, _, stop = rows_seeing(rule, i_block * BN, tl.minimum(i_block * BN + BN, n) - 1, m, n, 1, BM)
@@ -286,18 +286,18 @@ def gradient_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def columns_kernel(
-    panel, x, out, lengths, queries, keys, n_sequences, longest_m, longest_n,
+    panel, x, out, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
     number, right, n_blocks, first_block, panel_width,
     SCALING: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FACTORS: tl.constexpr,
 ):  # fmt: skip
     """dV = A^T dX, or with SCALING dK = dS^T (scale Q), of a block of keys of a panel and a tile of columns."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
     rule = Rule(None, right, number, None, 0, 0)
     n_tiles = tl.cdiv(E, BE)
     i_slot = tl.program_id(0) // n_tiles
     o_column = tl.program_id(0) % n_tiles * BE + tl.arange(0, BE)
-    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.keys, longest_n, 1, BN)
+    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_k, longest_n, 1, BN)
     row, first_m, m, _, first_n, n, stored = bounds(sequences, i_seq)
     if i_block * BN >= stored:
         return
@@ -319,15 +319,15 @@ def columns_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def dq_kernel(
-    dpanel, k, dq, lengths, queries, keys, n_sequences, longest_m, longest_n,
+    dpanel, k, dq, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
     number, right, n_blocks, n_key_blocks, first_block, last_block, panel_width,
     SCALING: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FACTORS: tl.constexpr,
 ):  # fmt: skip
     """dQ += scale dS K of a block of rows, over the keys of a panel: its blocks first_block..last_block."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
     rule = Rule(None, right, number, None, 0, 0)
-    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.queries, longest_m, 1, BM)
+    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.cu_seqlens_q, longest_m, 1, BM)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     last = tl.minimum(i_block * BM + BM, m) - 1
     _, _, _, stop = keys_seen(rule, i_block * BM + n - m, last + n - m, n, BN)
@@ -353,22 +353,22 @@ def dq_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def dbias_kernel(
-    dpanel, dbias, lengths, queries, keys, n_sequences, longest_m, longest_n,
+    dpanel, dbias, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
     right, reach, n_blocks, n_across, first_block, last_block, panel_width, BD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dBias += dS of a panel's keys, summed along a block of BD diagonals j - p."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
     rule = Rule(None, right, 0.0, None, 0, 0)
     i_batch = tl.program_id(0) // n_across
     o_bias = tl.program_id(0) % n_across * BD + tl.arange(0, BD)
     low = first_block
     high = last_block
-    if sequences.queries is None:  # the blocks of this row of the batch
+    if sequences.cu_seqlens_q is None:  # the blocks of this row of the batch
         low = tl.maximum(first_block, i_batch * n_blocks)
         high = tl.minimum(last_block, i_batch * n_blocks + n_blocks)
     b_dbias = tl.zeros([BD], tl.float32)
     for i in range(low, high):
-        i_block, _, i_seq = place(i, n_blocks, 1, sequences, sequences.keys, longest_n, 1, BN)
+        i_block, _, i_seq = place(i, n_blocks, 1, sequences, sequences.cu_seqlens_k, longest_n, 1, BN)
         _, _, m, _, _, n, _ = bounds(sequences, i_seq)
         o_key = (i_block * BN + tl.arange(0, BN))[:, None]
         o_position = o_key - (o_bias - reach)[None, :]
