@@ -117,22 +117,22 @@ def kept_at(rule, i_seq, i_head, o_query, o_key, ROWS: tl.constexpr, COLUMNS: tl
 @triton.jit
 def row_offsets(sequences, i_seq, i_head, n_heads, o_query, o_head, first_m, row):
     """Where rows lie in a contiguous (B, Hq, M), as LSE and delta are."""
-    return (tl.cast(row, tl.int64) * n_heads + o_head) * sequences.longest_m + first_m + o_query
+    return (tl.cast(row, tl.int64) * n_heads + o_head) * sequences.max_seqlen_q + first_m + o_query
 
 
 @triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
-    q, k, v, out, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
+    q, k, v, out, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, reach,
     sinks, seed, threshold, lift, n_blocks, n_kv_heads, n_parts,
     GROUPS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """O and LSE of a block of rows; with `n_parts`, of every n-th part of its keys."""
-    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = Rule(scale, left, right, softcap, bias, bias_batch, bias_head, reach, sinks, seed, threshold, lift)
     i_block, i_head, i_seq = place(
-        tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.cu_seqlens_q, longest_m, GROUPS, BM
+        tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.cu_seqlens_q, max_seqlen_q, GROUPS, BM
     )  # fmt: skip
     row, first_m, m, stored, first_n, n, _stored_n = bounds(sequences, i_seq)
     i_block = (stored * GROUPS + BM - 1) // BM - 1 - i_block  # the longest rows of a causal mask first
@@ -198,7 +198,7 @@ def forward_kernel(
     p_out = row_pointers(out, row, o_head, first_m + o_query)
     p_lse = lse + row_offsets(sequences, i_seq, i_head, n_kv_heads * GROUPS, o_query, o_head, first_m, row)
     if n_parts is not None:
-        all_rows = tl.cast(sequences.longest_m, tl.int64) * n_kv_heads * GROUPS
+        all_rows = tl.cast(sequences.max_seqlen_q, tl.int64) * n_kv_heads * GROUPS
         if sequences.cu_seqlens_q is None:
             all_rows *= sequences.n_sequences
         p_out += i_part * all_rows * E
@@ -241,13 +241,13 @@ def merge_kernel(parts, sums, out, lse, n_rows, n_parts, E: tl.constexpr, BE: tl
 @triton.jit(do_not_specialize=VARYING)
 def delta_kernel(
     dout, out, lse, dlse, delta,
-    lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n, n_blocks, n_heads,
+    lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k, n_blocks, n_heads,
     E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dO * O) - dLSE for a block of queries of one head."""
-    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     i_block, i_head, i_seq = place(
-        tl.program_id(0), n_blocks, n_heads, sequences, sequences.cu_seqlens_q, longest_m, 1, BM
+        tl.program_id(0), n_blocks, n_heads, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM
     )
     row, first_m, m, stored, _, _, _ = bounds(sequences, i_seq)
     o_query = i_block * BM + tl.arange(0, BM)
@@ -270,17 +270,17 @@ def probabilities(b_s, b_lse):
 
 @triton.jit(do_not_specialize=VARYING)
 def dq_kernel(
-    q, k, v, dout, lse, delta, dq, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
+    q, k, v, dout, lse, delta, dq, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, reach,
     sinks, seed, threshold, lift, n_blocks, n_kv_heads,
     GROUPS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale dS K of a block of rows, over the keys they see."""
-    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = Rule(scale, left, right, softcap, bias, bias_batch, bias_head, reach, sinks, seed, threshold, lift)
     i_block, i_head, i_seq = place(
-        tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.cu_seqlens_q, longest_m, GROUPS, BM
+        tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.cu_seqlens_q, max_seqlen_q, GROUPS, BM
     )  # fmt: skip
     row, first_m, m, stored, first_n, n, _stored_n = bounds(sequences, i_seq)
     i_block = (stored * GROUPS + BM - 1) // BM - 1 - i_block
@@ -327,17 +327,17 @@ def dq_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def dkv_kernel(
-    q, k, v, dout, lse, delta, dk, dv, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
+    q, k, v, dout, lse, delta, dk, dv, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, reach,
     sinks, seed, threshold, lift, n_blocks, n_kv_heads,
     GROUPS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK = scale dS^T Q and dV = P^T dO of a block of keys, over the rows of all heads of the group that see them."""
-    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = Rule(scale, left, right, softcap, bias, bias_batch, bias_head, reach, sinks, seed, threshold, lift)
     i_block, i_head, i_seq = place(
-        tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.cu_seqlens_k, longest_n, 1, BN
+        tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.cu_seqlens_k, max_seqlen_k, 1, BN
     )
     row, first_m, m, _, first_n, n, stored = bounds(sequences, i_seq)
     if i_block * BN >= stored:
@@ -392,14 +392,14 @@ def dkv_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def dbias_kernel(
-    q, k, v, dout, lse, delta, dbias, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
+    q, k, v, dout, lse, delta, dbias, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, reach,
     sinks, seed, threshold, lift, n_blocks, n_heads,
     GROUPS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dBias of a block of BN = BM distances j - p, over all queries: dS summed along diagonals."""
-    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = Rule(scale, left, right, softcap, bias, bias_batch, bias_head, reach, sinks, seed, threshold, lift)
     i_block = tl.program_id(0) % n_blocks
     i_head = tl.program_id(0) // n_blocks % n_heads

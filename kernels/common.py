@@ -20,10 +20,10 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # of a difference of scores, never of
 
 # Arguments that vary from call to call and must not cause a compilation. Triton heeds this for plain arguments only,
 # not within a tuple, so a kernel takes them one by one and makes its tuples itself.
-VARYING = ("n_sequences", "longest_m", "longest_n", "left", "right", "bias_batch", "bias_head", "reach", "threshold",
-           "n_blocks", "n_heads", "n_kv_heads", "n_parts", "n_rows", "first_block", "last_block", "n_key_blocks",
-           "n_across", "n_tokens", "angle_batch",
-           "n_chunks", "n_segments", "long", "span", "first_row")  # fmt: skip
+VARYING = ("n_sequences", "max_seqlen_q", "max_seqlen_k", "left", "right", "bias_batch", "bias_head", "reach",
+           "threshold", "n_blocks", "n_heads", "n_kv_heads", "n_parts", "n_rows", "first_block", "last_block",
+           "n_key_blocks", "n_across", "n_tokens", "angle_batch", "n_chunks", "n_segments", "long", "span",
+           "first_row")  # fmt: skip
 
 # Every launch says that products are added without being rounded before, whatever the default of a version of Triton.
 FUSED_ADDITION = {"enable_fp_fusion": True}
@@ -70,8 +70,8 @@ class Sequences(NamedTuple):
     cu_seqlens_q: Any
     cu_seqlens_k: Any
     n_sequences: int
-    longest_m: int  # the axis of the queries, and of the keys
-    longest_n: int
+    max_seqlen_q: int  # lengths of the axes of queries and keys; of packed ones, of all sequences together
+    max_seqlen_k: int
 
 
 def heads(x: Tensor) -> Heads:
@@ -150,20 +150,20 @@ def bounds(sequences, i_seq):
     row = i_seq
     first_m = 0
     first_n = 0
-    m = sequences.longest_m
-    n = sequences.longest_n
-    stored_m = sequences.longest_m
-    stored_n = sequences.longest_n
+    m = sequences.max_seqlen_q
+    n = sequences.max_seqlen_k
+    stored_m = sequences.max_seqlen_q
+    stored_n = sequences.max_seqlen_k
     if sequences.cu_seqlens_q is not None:
         row = 0
-        first_m, stored_m = extent(sequences.cu_seqlens_q, i_seq, sequences.n_sequences, sequences.longest_m)
-        first_n, stored_n = extent(sequences.cu_seqlens_k, i_seq, sequences.n_sequences, sequences.longest_n)
+        first_m, stored_m = extent(sequences.cu_seqlens_q, i_seq, sequences.n_sequences, sequences.max_seqlen_q)
+        first_n, stored_n = extent(sequences.cu_seqlens_k, i_seq, sequences.n_sequences, sequences.max_seqlen_k)
         m = tl.where(i_seq < sequences.n_sequences, stored_m, 0)
         n = tl.where(i_seq < sequences.n_sequences, stored_n, 0)
     elif sequences.lengths is not None:
         # On a GPU nobody has looked at the values before.
-        n = tl.minimum(tl.maximum(tl.load(sequences.lengths + i_seq).to(tl.int32), 0), sequences.longest_n)
-        m = tl.where(sequences.longest_m == sequences.longest_n, n, sequences.longest_m)
+        n = tl.minimum(tl.maximum(tl.load(sequences.lengths + i_seq).to(tl.int32), 0), sequences.max_seqlen_k)
+        m = tl.where(sequences.max_seqlen_q == sequences.max_seqlen_k, n, sequences.max_seqlen_q)
     return row, first_m, m, stored_m, first_n, n, stored_n
 
 
@@ -199,8 +199,8 @@ def first_slot(sequences, i_seq, n_blocks, block):
     """The number, among all blocks of keys, of a sequence's first one: the inverse of `place`."""
     first = i_seq * n_blocks
     if sequences.cu_seqlens_q is not None:
-        begin = offset(sequences.cu_seqlens_k, tl.minimum(i_seq, sequences.n_sequences), sequences.longest_n)
-        first = (begin - offset(sequences.cu_seqlens_k, 0, sequences.longest_n)) // block + i_seq
+        begin = offset(sequences.cu_seqlens_k, tl.minimum(i_seq, sequences.n_sequences), sequences.max_seqlen_k)
+        first = (begin - offset(sequences.cu_seqlens_k, 0, sequences.max_seqlen_k)) // block + i_seq
     return first
 
 

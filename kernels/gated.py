@@ -168,12 +168,12 @@ def room_for_panel(like: Tensor, per_block: int, blocks: int) -> tuple[Tensor, i
 @triton.jit(do_not_specialize=VARYING)
 def prologue_kernel(
     dout, gate, product, dx, dgate, delta,
-    lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n, n_blocks,
+    lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k, n_blocks,
     E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """dX = gate * dO, dGate = X * dO and delta = rowsum(dX * X) of a block of rows, as far as they are wanted."""
-    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
-    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.cu_seqlens_q, longest_m, 1, BM)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
+    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, stored, _, _, _ = bounds(sequences, i_seq)
     o_query = i_block * BM + tl.arange(0, BM)
     m_row, m_stored = o_query < m, o_query < stored
@@ -192,7 +192,7 @@ def prologue_kernel(
             store_tile(dgate, p_dgate, m_stored, o_column, b_do * b_x, E, BE)
         b_delta += tl.sum(b_dx * b_x, 1)
     if delta is not None:
-        tl.store(delta + tl.cast(row, tl.int64) * longest_m + first_m + o_query, b_delta, mask=m_row)
+        tl.store(delta + tl.cast(row, tl.int64) * max_seqlen_q + first_m + o_query, b_delta, mask=m_row)
 
 
 def prologue(

@@ -110,11 +110,11 @@ def weights_block(
 
 
 @triton.jit
-def load_lse(lse, row, longest_m, o_token, m_row, SCORE: tl.constexpr):
+def load_lse(lse, row, max_seqlen_q, o_token, m_row, SCORE: tl.constexpr):
     """The LSE of rows, which only a softmax has. A row that is not there has -inf, and then weights of 0."""
     b_lse = tl.zeros(o_token.shape, tl.float32)
     if SCORE == "softmax":
-        b_lse = tl.load(lse + tl.cast(row, tl.int64) * longest_m + o_token, mask=m_row, other=-float("inf"))
+        b_lse = tl.load(lse + tl.cast(row, tl.int64) * max_seqlen_q + o_token, mask=m_row, other=-float("inf"))
     return b_lse
 
 
@@ -123,15 +123,15 @@ def load_lse(lse, row, longest_m, o_token, m_row, SCORE: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def lse_kernel(
-    q, k, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
+    q, k, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     number, right, bias, bias_batch, reach, n_blocks,
     SCALING: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """LSE of a block of rows; -inf for a row that sees nothing."""
-    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = Rule(None, right, number, bias, bias_batch, reach)
-    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.cu_seqlens_q, longest_m, 1, BM)
+    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     o_query = i_block * BM + tl.arange(0, BM)
     o_position, m_row = o_query + n - m, o_query < m
@@ -154,21 +154,21 @@ def lse_kernel(
             b_total = b_total * tl.exp2((b_highest - b_pivot) * LOG2_E) + tl.sum(b_p, 1)
             b_highest = b_new
     b_lse = tl.where(b_total == 0, -float("inf"), b_highest + tl.log(b_total))
-    tl.store(lse + tl.cast(row, tl.int64) * longest_m + first_m + o_query, b_lse, mask=m_row)
+    tl.store(lse + tl.cast(row, tl.int64) * max_seqlen_q + first_m + o_query, b_lse, mask=m_row)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def weights_kernel(
-    q, k, lse, panel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
+    q, k, lse, panel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     number, right, bias, bias_batch, reach, n_blocks, first_block, n_across, panel_width,
     SCORE: tl.constexpr, SCALING: tl.constexpr, S: tl.constexpr, BS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of a panel (blocks of rows, BM, keys): A, as far as any row of the block sees a key."""
-    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = Rule(None, right, number, bias, bias_batch, reach)
     i_slot = tl.program_id(0) // n_across
-    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_q, longest_m, 1, BM)
+    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     last = tl.minimum(i_block * BM + BM, m) - 1
     _, _, _, stop = keys_seen(rule, i_block * BM + n - m, last + n - m, n, BN)
@@ -178,7 +178,7 @@ def weights_kernel(
     o_query = i_block * BM + tl.arange(0, BM)
     o_position, m_row = o_query + n - m, o_query < m
     b_q = load_rows(q, row_pointers(q, row, 0, first_m + o_query), m_row, S, BS, False)
-    b_lse = load_lse(lse, row, longest_m, first_m + o_query, m_row, SCORE)
+    b_lse = load_lse(lse, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
     b_scale, p_bias = scales(rule, o_position, n, SCALING), bias_pointer(rule, row)
     b_a = weights_block(
         b_q, b_scale, b_lse, k, row_pointers(k, row, 0, first_n), rule, p_bias, o_position, o_key, n,
@@ -189,18 +189,19 @@ def weights_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def product_kernel(
-    q, k, v, gate, lse, panel, product, out, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
+    q, k, v, gate, lse, panel, product, out,
+    lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     number, right, bias, bias_batch, reach, n_blocks, first_block, panel_width,
     SCORE: tl.constexpr, SCALING: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
     """X = A V and gate * X of a block of rows and a tile of columns; without a panel to read A from it is made here."""
-    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = Rule(None, right, number, bias, bias_batch, reach)
     n_tiles = tl.cdiv(E, BE)
     i_slot = tl.program_id(0) // n_tiles
     o_column = tl.program_id(0) % n_tiles * BE + tl.arange(0, BE)
-    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_q, longest_m, 1, BM)
+    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, stored, first_n, n, _ = bounds(sequences, i_seq)
     if i_block * BM >= stored:
         return
@@ -219,7 +220,7 @@ def product_kernel(
             b_acc = tl.dot(b_a, b_v, b_acc, input_precision=FACTORS)
     else:
         b_q = load_rows(q, row_pointers(q, row, 0, first_m + o_query), m_row, S, BS, False)
-        b_lse = load_lse(lse, row, longest_m, first_m + o_query, m_row, SCORE)
+        b_lse = load_lse(lse, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
         b_scale, p_bias = scales(rule, o_position, n, SCALING), bias_pointer(rule, row)
         p_k = row_pointers(k, row, 0, first_n)
         for phase in tl.static_range(2):  # whole blocks, the border
@@ -247,16 +248,17 @@ def product_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def gradient_kernel(
-    q, k, v, dx, lse, delta, panel, dpanel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
+    q, k, v, dx, lse, delta, panel, dpanel,
+    lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     number, right, bias, bias_batch, reach, n_blocks, first_block, n_across, panel_width,
     SCORE: tl.constexpr, SCALING: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of both panels (blocks of keys, BN, queries): A^T, and dS^T from dA = dX V^T."""
-    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = Rule(None, right, number, bias, bias_batch, reach)
     i_slot = tl.program_id(0) // n_across
-    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_k, longest_n, 1, BN)
+    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_k, max_seqlen_k, 1, BN)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     first_row = tl.program_id(0) % n_across * BM
     start, _, _, stop = rows_seeing(rule, i_block * BN, tl.minimum(i_block * BN + BN, n) - 1, m, n, 1, BM)
@@ -276,8 +278,8 @@ def gradient_kernel(
     b_kq = tl.dot(b_k, b_q.T, input_precision=PRECISION)
     b_scale, p_bias = scales(rule, o_position, n, SCALING), bias_pointer(rule, row)
     b_s = scores(b_kq, b_scale[None, :], rule, p_bias, o_position[None, :], o_key[:, None], n, True)
-    b_lse = load_lse(lse, row, longest_m, first_m + o_query, m_row, SCORE)
-    b_delta = load_lse(delta, row, longest_m, first_m + o_query, m_row, SCORE)
+    b_lse = load_lse(lse, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
+    b_delta = load_lse(delta, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
     b_a = weights(b_s, b_lse[None, :], SCORE)
     b_ds = score_gradient(b_da, b_s, b_a, tl.where(m_row, b_delta, 0.0)[None, :], SCORE)
     tl.store(panel_pointers(panel, i_slot, panel_width, o_query, BN), b_a.to(panel.dtype.element_ty))
@@ -286,18 +288,18 @@ def gradient_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def columns_kernel(
-    panel, x, out, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
+    panel, x, out, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     number, right, n_blocks, first_block, panel_width,
     SCALING: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FACTORS: tl.constexpr,
 ):  # fmt: skip
     """dV = A^T dX, or with SCALING dK = dS^T (scale Q), of a block of keys of a panel and a tile of columns."""
-    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = Rule(None, right, number, None, 0, 0)
     n_tiles = tl.cdiv(E, BE)
     i_slot = tl.program_id(0) // n_tiles
     o_column = tl.program_id(0) % n_tiles * BE + tl.arange(0, BE)
-    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_k, longest_n, 1, BN)
+    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_k, max_seqlen_k, 1, BN)
     row, first_m, m, _, first_n, n, stored = bounds(sequences, i_seq)
     if i_block * BN >= stored:
         return
@@ -319,15 +321,15 @@ def columns_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def dq_kernel(
-    dpanel, k, dq, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
+    dpanel, k, dq, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     number, right, n_blocks, n_key_blocks, first_block, last_block, panel_width,
     SCALING: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FACTORS: tl.constexpr,
 ):  # fmt: skip
     """dQ += scale dS K of a block of rows, over the keys of a panel: its blocks first_block..last_block."""
-    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = Rule(None, right, number, None, 0, 0)
-    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.cu_seqlens_q, longest_m, 1, BM)
+    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     last = tl.minimum(i_block * BM + BM, m) - 1
     _, _, _, stop = keys_seen(rule, i_block * BM + n - m, last + n - m, n, BN)
@@ -353,11 +355,11 @@ def dq_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def dbias_kernel(
-    dpanel, dbias, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
+    dpanel, dbias, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     right, reach, n_blocks, n_across, first_block, last_block, panel_width, BD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dBias += dS of a panel's keys, summed along a block of BD diagonals j - p."""
-    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = Rule(None, right, 0.0, None, 0, 0)
     i_batch = tl.program_id(0) // n_across
     o_bias = tl.program_id(0) % n_across * BD + tl.arange(0, BD)
@@ -368,7 +370,7 @@ def dbias_kernel(
         high = tl.minimum(last_block, i_batch * n_blocks + n_blocks)
     b_dbias = tl.zeros([BD], tl.float32)
     for i in range(low, high):
-        i_block, _, i_seq = place(i, n_blocks, 1, sequences, sequences.cu_seqlens_k, longest_n, 1, BN)
+        i_block, _, i_seq = place(i, n_blocks, 1, sequences, sequences.cu_seqlens_k, max_seqlen_k, 1, BN)
         _, _, m, _, _, n, _ = bounds(sequences, i_seq)
         o_key = (i_block * BN + tl.arange(0, BN))[:, None]
         o_position = o_key - (o_bias - reach)[None, :]
@@ -394,7 +396,7 @@ class _Call(NamedTuple):
     scaling: str  # of `scales`
     rows: int  # of the batch that have blocks of their own: 1 when packed
     width: int  # S as a block
-    longest: tuple[int, int]  # queries and keys of the longest sequence
+    max_seqlens: tuple[int, int]  # queries and keys of the longest sequence
     precision: str  # of products of inputs
     factors: str  # of products of weights, see `factors`
     weights_like: Tensor  # a tensor of their type
@@ -443,7 +445,7 @@ def gau_attention_forward(
     if not panels:
         multiply(0, total, None, 0)
         return out, product
-    n_across = triton.cdiv(call.longest[1], config.block_k)
+    n_across = triton.cdiv(call.max_seqlens[1], config.block_k)
     panel_width = n_across * config.block_k
     making = choose("gau_weights", call.weights_like, call.width, rows=m)
     panel, step = room_for_panel(call.weights_like, config.block_m * panel_width, total)
@@ -499,7 +501,7 @@ def gau_attention_backward(
     )
     bm, bn = config.block_m, config.block_n
     n_blocks, n_row_blocks = blocks_of(call.sequences, n, 1, bn), blocks_of(call.sequences, m, 1, bm, rest=False)
-    total, n_across = n_blocks * call.rows, triton.cdiv(call.longest[0], bm)
+    total, n_across = n_blocks * call.rows, triton.cdiv(call.max_seqlens[0], bm)
     panel_width = n_across * bm
     panel, step = room_for_panel(call.weights_like, 2 * bn * panel_width, total)
     panel, dpanel = panel.view(2, -1)
@@ -549,10 +551,10 @@ def _call(
         scaling, number = "log" if score == "softmax_plus" else "number", q.shape[-1] ** -0.5
     else:
         scaling, number = ("number", 1 / float(normalizer)) if not isinstance(normalizer, str) else (normalizer, 1.0)
-    longest = q.shape[1], k.shape[1]
+    max_seqlens = q.shape[1], k.shape[1]
     if cu_seqlens is not None:  # the one value that is read on the host: panels as wide as the batch would be many
         most = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
-        longest = (min(max(most, 1), k.shape[1]),) * 2
+        max_seqlens = (min(max(most, 1), k.shape[1]),) * 2
     precision, factors, weights_like = precisions(q)
     return _Call(
         sequences=sequences_of(q.shape[0], q.shape[1], k.shape[1], lengths, cu_seqlens, None),
@@ -561,7 +563,7 @@ def _call(
         scaling=scaling,
         rows=q.shape[0] if cu_seqlens is None else 1,
         width=max(16, triton.next_power_of_2(q.shape[-1])),
-        longest=longest,
+        max_seqlens=max_seqlens,
         precision=precision,
         factors=factors,
         weights_like=weights_like,

@@ -67,7 +67,7 @@ class Chunk(NamedTuple):
 @triton.jit
 def chunk_at(i_slot, n_chunks, sequences, C: tl.constexpr):
     """The chunk in a slot."""
-    i_chunk, _, i_seq = place(i_slot, n_chunks, 1, sequences, sequences.cu_seqlens_q, sequences.longest_m, 1, C)
+    i_chunk, _, i_seq = place(i_slot, n_chunks, 1, sequences, sequences.cu_seqlens_q, sequences.max_seqlen_q, 1, C)
     row, first, n, stored, _, _, _ = bounds(sequences, i_seq)
     tokens = tl.minimum(tl.maximum(n - i_chunk * C, 0), C)
     stored = tl.minimum(stored - i_chunk * C, C)
@@ -124,17 +124,17 @@ def base_of(chunk, sequences, n_segments, long, C: tl.constexpr, CAUSAL: tl.cons
 
 @triton.jit(do_not_specialize=VARYING)
 def states_kernel(
-    x, y, states, totals, closed_tokens, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
+    x, y, states, totals, closed_tokens, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     lin_number, n_chunks, n_segments, long,
     C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
     BK: tl.constexpr, CAUSAL: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of a segment's sums of x^T y: before each of its chunks (BACKWARD: after it, over n), and over all."""
-    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     n_across = tl.cdiv(E, BE)
     i_tile = tl.program_id(0) % (n_across * tl.cdiv(S, BS))
     i_slot = tl.program_id(0) // (n_across * tl.cdiv(S, BS))
-    i_segment, _, i_seq = place(i_slot, n_segments, 1, sequences, sequences.cu_seqlens_q, longest_m, 1, C * long)
+    i_segment, _, i_seq = place(i_slot, n_segments, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, C * long)
     row, first, n, _, _, _, _ = bounds(sequences, i_seq)
     o_row = i_tile // n_across * BS + tl.arange(0, BS)
     o_column = i_tile % n_across * BE + tl.arange(0, BE)
@@ -169,11 +169,12 @@ def states_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def carry_kernel(
-    totals, start, result, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n, n_segments, span,
+    totals, start, result,
+    lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k, n_segments, span,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """Segments' totals become what came before them (BACKWARD: comes after); `start` and all totals go to `result`."""
-    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     i_seq = tl.program_id(0) // tl.cdiv(SIZE, BLOCK)
     o_state = tl.program_id(0) % tl.cdiv(SIZE, BLOCK) * BLOCK + tl.arange(0, BLOCK)
     m_state = o_state < SIZE
@@ -231,13 +232,13 @@ def is_hidden(chunk, rule, first_query, first_key, BM: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def weights_kernel(
-    q, k, panel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
+    q, k, panel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     number, right, bias, bias_batch, reach, n_chunks, first_block,
     C: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr,
     SCORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block of a chunk's A, to its panel; zeros where no query sees a key."""
-    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = Rule(None, right, number, bias, bias_batch, reach)
     BLOCKS: tl.constexpr = (WIDTH // BM) * (WIDTH // BN)
     i_slot, i_block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
@@ -258,7 +259,7 @@ def weights_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def product_kernel(
     q, k, lin, x, panel, states, base, gate, product, out, closed_tokens,
-    lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
+    lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     number, right, bias, bias_batch, reach, lin_number, n_chunks, n_segments, long, first_block,
     C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr,
     BE: tl.constexpr, BK: tl.constexpr, WIDTH: tl.constexpr, SCORE: tl.constexpr, CONTINUED: tl.constexpr,
@@ -268,7 +269,7 @@ def product_kernel(
 
     Forward lin is lin_Q / n, and x the values. BACKWARD it gives dV: lin is lin_K, A transposed, KV is dKV, x is dX.
     """
-    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = Rule(None, right, number, bias, bias_batch, reach)
     CAUSAL: tl.constexpr = right is not None
     n_tiles = tl.cdiv(E, BE)
@@ -338,13 +339,13 @@ def product_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def linear_kernel(
-    x, states, base, out, closed_tokens, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
+    x, states, base, out, closed_tokens, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     lin_number, n_chunks, n_segments, long,
     C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, CAUSAL: tl.constexpr, BACKWARD: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
     """dlin_Q = dX KV^T / n of some rows of a chunk and a tile of columns; BACKWARD dlin_K = V dKV^T."""
-    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     n_tiles = tl.cdiv(S, BN)
     BLOCKS: tl.constexpr = (C + BM - 1) // BM
     i_slot = tl.program_id(0) // (n_tiles * BLOCKS)
@@ -374,13 +375,13 @@ def linear_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def gradient_kernel(
-    q, k, v, dx, panel, dpanel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
+    q, k, v, dx, panel, dpanel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     number, right, bias, bias_batch, reach, n_chunks, first_block,
     C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, WIDTH: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block of a chunk's A, and of dS from dA = dX V^T, to their panels; zeros where no query sees a key."""
-    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = Rule(None, right, number, bias, bias_batch, reach)
     BLOCKS: tl.constexpr = (WIDTH // BM) * (WIDTH // BN)
     i_slot, i_block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
@@ -412,13 +413,13 @@ def gradient_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def heads_kernel(
-    q, k, dq, dk, dpanel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
+    q, k, dq, dk, dpanel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     number, right, n_chunks, first_block,
     C: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr,
     FACTORS: tl.constexpr,
 ):  # fmt: skip
     """dquad_Q = dS quad_K / n and dquad_K = dS^T quad_Q / n of some rows of a chunk."""
-    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     BLOCKS: tl.constexpr = (C + BM - 1) // BM
     i_slot, first_row = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * BM
     chunk = chunk_at(first_block + i_slot, n_chunks, sequences, C)
@@ -447,12 +448,12 @@ def heads_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def dbias_kernel(
-    dpanel, total, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n,
+    dpanel, total, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     n_chunks, first_block, last_block, first_row,
     C: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A block of the sum of dS (B, WIDTH, WIDTH) over a row's chunks, those of a panel added."""
-    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, longest_m, longest_n)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     ACROSS: tl.constexpr = WIDTH // BLOCK
     i_batch, i_block = first_row + tl.program_id(0) // (ACROSS * ACROSS), tl.program_id(0) % (ACROSS * ACROSS)
     o_query = i_block // ACROSS * BLOCK + tl.arange(0, BLOCK)
