@@ -161,14 +161,14 @@ def forward_kernel(
         full_stop = tl.maximum(tl.minimum(full_stop, stop // BN * BN), full_start)
 
     # A sink is one more key, whose value is zero: it enters the sum with weight e^0 of its own maximum.
-    b_highest = tl.full([BM], -float("inf"), tl.float32)
-    b_total = tl.zeros([BM], tl.float32)
+    b_m = tl.full([BM], -float("inf"), tl.float32)
+    b_l = tl.zeros([BM], tl.float32)
     if rule.sinks is not None:
         b_sink = tl.load(rule.sinks + o_head).to(tl.float32)
         if n_parts is not None:
             b_sink = tl.where(i_part == 0, b_sink, -float("inf"))
-        b_highest = b_sink
-        b_total = tl.where(b_sink == -float("inf"), 0.0, 1.0)
+        b_m = b_sink
+        b_l = tl.where(b_sink == -float("inf"), 0.0, 1.0)
     b_acc = tl.zeros([BM, BE], tl.float32)
 
     for phase in tl.static_range(3):  # the border on the left, whole blocks, the border on the right
@@ -180,21 +180,21 @@ def forward_kernel(
                 b_k = load_rows(k, p_k + tl.cast(o_key, tl.int64) * k.token, o_key < n, D, BD, phase == 1)
                 b_qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
                 b_s, _ = scores(b_qk, rule, p_bias[:, None], o_position[:, None], o_key[None, :], n, phase != 1)
-                b_new = tl.maximum(b_highest, tl.max(b_s, 1))
+                b_new = tl.maximum(b_m, tl.max(b_s, 1))
                 b_pivot = tl.where(b_new == -float("inf"), 0.0, b_new)  # of a row that has seen nothing yet
                 b_p = tl.exp2((b_s - b_pivot[:, None]) * LOG2_E)
-                b_shrink = tl.exp2((b_highest - b_pivot) * LOG2_E)
-                b_total = b_total * b_shrink + tl.sum(b_p, 1)
+                b_alpha = tl.exp2((b_m - b_pivot) * LOG2_E)
+                b_l = b_l * b_alpha + tl.sum(b_p, 1)
                 if rule.seed is not None:
                     b_p = tl.where(kept(rule, i_seq, o_head, o_query, j, BM, BN), b_p, 0.0)
                 b_v = load_rows(v, p_v + tl.cast(o_key, tl.int64) * v.token, o_key < n, E, BE, phase == 1)
-                b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_shrink[:, None], input_precision=PRECISION)
-                b_highest = b_new
+                b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
+                b_m = b_new
 
     # LSE = m + log l. A row that sees nothing has O = 0 and LSE = -inf.
-    b_acc *= (rule.lift / tl.where(b_total == 0, 1.0, b_total))[:, None]
+    b_acc *= (rule.lift / tl.where(b_l == 0, 1.0, b_l))[:, None]
     b_acc = tl.where(m_row[:, None], b_acc, 0.0)
-    b_lse = tl.where(m_row & (b_total != 0), b_highest + tl.log(b_total), -float("inf"))
+    b_lse = tl.where(m_row & (b_l != 0), b_m + tl.log(b_l), -float("inf"))
     p_out = row_pointers(out, row, o_head, first_m + o_query)
     p_lse = lse + row_offsets(sequences, i_seq, i_head, n_kv_heads * GROUPS, o_query, o_head, first_m, row)
     if n_parts is not None:
@@ -204,8 +204,8 @@ def forward_kernel(
         p_out += i_part * all_rows * E
         p_lse += i_part * all_rows
         # Maximum and sum apart: in the LSE of large scores the sum's last places are lost.
-        tl.store(p_lse + n_parts * all_rows, tl.where(m_row, b_total, 0.0), mask=o_query < stored)
-        b_lse = b_highest
+        tl.store(p_lse + n_parts * all_rows, tl.where(m_row, b_l, 0.0), mask=o_query < stored)
+        b_lse = b_m
     store_rows(out, p_out, o_query < stored, b_acc, E, BE)
     tl.store(p_lse, b_lse, mask=o_query < stored)
 
@@ -218,22 +218,22 @@ def merge_kernel(parts, sums, out, lse, n_rows, n_parts, E: tl.constexpr, BE: tl
     m_row = o_row < n_rows
     m_out = m_row[:, None] & (o_column[None, :] < E)
     b_acc = tl.zeros([BM, BE], tl.float32)
-    b_highest = tl.full([BM], -float("inf"), tl.float32)
-    b_total = tl.zeros([BM], tl.float32)
+    b_m = tl.full([BM], -float("inf"), tl.float32)
+    b_l = tl.zeros([BM], tl.float32)
     for i_part in range(n_parts):
         o_part = o_row + i_part * n_rows
-        b_part_highest = tl.load(sums + o_part, mask=m_row, other=-float("inf"))
-        b_part_total = tl.load(sums + n_parts * n_rows + o_part, mask=m_row, other=0.0)
-        b_new = tl.maximum(b_highest, b_part_highest)
+        b_part_m = tl.load(sums + o_part, mask=m_row, other=-float("inf"))
+        b_part_l = tl.load(sums + n_parts * n_rows + o_part, mask=m_row, other=0.0)
+        b_new = tl.maximum(b_m, b_part_m)
         b_pivot = tl.where(b_new == -float("inf"), 0.0, b_new)
-        b_shrink = tl.exp2((b_highest - b_pivot) * LOG2_E)
-        b_weight = tl.exp2((b_part_highest - b_pivot) * LOG2_E) * b_part_total
+        b_alpha = tl.exp2((b_m - b_pivot) * LOG2_E)
+        b_weight = tl.exp2((b_part_m - b_pivot) * LOG2_E) * b_part_l
         b_part = tl.load(parts + o_part[:, None] * E + o_column[None, :], mask=m_out, other=0.0)
-        b_acc = b_acc * b_shrink[:, None] + b_part * b_weight[:, None]
-        b_total = b_total * b_shrink + b_weight
-        b_highest = b_new
-    b_acc /= tl.where(b_total == 0, 1.0, b_total)[:, None]
-    b_lse = tl.where(b_total == 0, -float("inf"), b_highest + tl.log(b_total))
+        b_acc = b_acc * b_alpha[:, None] + b_part * b_weight[:, None]
+        b_l = b_l * b_alpha + b_weight
+        b_m = b_new
+    b_acc /= tl.where(b_l == 0, 1.0, b_l)[:, None]
+    b_lse = tl.where(b_l == 0, -float("inf"), b_m + tl.log(b_l))
     tl.store(out + o_row[:, None] * E + o_column[None, :], b_acc.to(out.dtype.element_ty), mask=m_out)
     tl.store(lse + o_row, b_lse, mask=m_row)
 

@@ -140,20 +140,20 @@ def lse_kernel(
     p_k = row_pointers(k, row, 0, first_n)
     last = tl.minimum(i_block * BM + BM, m) - 1
     _, _, full_stop, stop = keys_seen(rule, i_block * BM + n - m, last + n - m, n, BN)
-    b_highest = tl.full([BM], -float("inf"), tl.float32)
-    b_total = tl.zeros([BM], tl.float32)
+    b_m = tl.full([BM], -float("inf"), tl.float32)
+    b_l = tl.zeros([BM], tl.float32)
     for phase in tl.static_range(2):  # whole blocks, the border
         for j in range(0 if phase == 0 else full_stop, full_stop if phase == 0 else stop, BN):
             o_key = j + tl.arange(0, BN)
             b_k = load_rows(k, p_k + tl.cast(o_key, tl.int64) * k.token, o_key < n, S, BS, phase == 0)
             b_qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
             b_s = scores(b_qk, b_scale[:, None], rule, p_bias, o_position[:, None], o_key[None, :], n, phase != 0)
-            b_new = tl.maximum(b_highest, tl.max(b_s, 1))
+            b_new = tl.maximum(b_m, tl.max(b_s, 1))
             b_pivot = tl.where(b_new == -float("inf"), 0.0, b_new)
             b_p = tl.exp2((b_s - b_pivot[:, None]) * LOG2_E)
-            b_total = b_total * tl.exp2((b_highest - b_pivot) * LOG2_E) + tl.sum(b_p, 1)
-            b_highest = b_new
-    b_lse = tl.where(b_total == 0, -float("inf"), b_highest + tl.log(b_total))
+            b_l = b_l * tl.exp2((b_m - b_pivot) * LOG2_E) + tl.sum(b_p, 1)
+            b_m = b_new
+    b_lse = tl.where(b_l == 0, -float("inf"), b_m + tl.log(b_l))
     tl.store(lse + tl.cast(row, tl.int64) * max_seqlen_q + first_m + o_query, b_lse, mask=m_row)
 
 

@@ -271,29 +271,29 @@ def _forward_blocked(part: _Part, out: Tensor, lse: Tensor) -> None:
     for i, key_blocks in part.blocks():
         q_blk = part.q[:, :, i].to(acc)
         bm = i.stop - i.start
-        highest = q_blk.new_full((b, heads, bm), -math.inf)
+        row_max = q_blk.new_full((b, heads, bm), -math.inf)
         if part.sinks is not None:
-            highest = highest.maximum(part.sinks.to(acc)[:, None])
+            row_max = row_max.maximum(part.sinks.to(acc)[:, None])
         # The sink is one more key with value zero: it enters the sum with its own maximum, e^0.
-        total = torch.full_like(highest, 0.0 if part.sinks is None else 1.0)
+        row_sum = torch.full_like(row_max, 0.0 if part.sinks is None else 1.0)
         if part.sinks is not None:
-            total = torch.where(highest == -math.inf, 0.0, total)
+            row_sum = torch.where(row_max == -math.inf, 0.0, row_sum)
         weighted = q_blk.new_zeros(b, heads, bm, out.shape[-1])
         for j in key_blocks:
             s, _ = part.scores(q_blk, i, j)
-            new = torch.maximum(highest, s.amax(-1))
+            new = torch.maximum(row_max, s.amax(-1))
             pivot = torch.where(new == -math.inf, 0.0, new)  # a row that has seen nothing yet
             p = s.sub_(pivot[..., None]).exp_()
-            shrink = torch.exp(highest - pivot)
-            total = total * shrink + p.sum(-1)
+            alpha = torch.exp(row_max - pivot)
+            row_sum = row_sum * alpha + p.sum(-1)
             kept = part.kept(i, j)
             if kept is not None:
                 p = p * kept
             v_blk = part.v[:, :, j].to(factor)
-            weighted = weighted.mul_(shrink[..., None]) + (part.fold(p).to(factor) @ v_blk).view_as(weighted)
-            highest = new
-        out[:, :, i] = (weighted / torch.where(total == 0, 1.0, total)[..., None]).to(out.dtype)
-        lse[:, :, i] = highest + total.log()
+            weighted = weighted.mul_(alpha[..., None]) + (part.fold(p).to(factor) @ v_blk).view_as(weighted)
+            row_max = new
+        out[:, :, i] = (weighted / torch.where(row_sum == 0, 1.0, row_sum)[..., None]).to(out.dtype)
+        lse[:, :, i] = row_max + row_sum.log()
 
 
 def _backward_blocked(
