@@ -192,7 +192,7 @@ def _rule(
         sinks=sinks if sinks is None else sinks.contiguous(),
         seed=dropout_seed if dropout_p > 0 else None,
         threshold=min(int(dropout_p * 2**32), 2**32 - 1) - 2**31,
-        lift=1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+        dropout_scale=1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
     )
 
 

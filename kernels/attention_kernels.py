@@ -53,7 +53,7 @@ class Rule(NamedTuple):
     sinks: Any  # pointer to (Hq,)
     seed: Any  # pointer to dropout's seed
     threshold: int  # of its words, less 2^31
-    lift: float  # 1 / (1 - dropout)
+    dropout_scale: float  # 1 / (1 - dropout)
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def kept_at(rule, i_seq, i_head, o_query, o_key, ROWS: tl.constexpr, COLUMNS: tl
         tl.load(rule.seed), zero + (o_key >> 2)[None, :], zero + o_query[:, None], zero + i_head, zero + i_seq
     )
     word = tl.where(o_word == 0, w0, tl.where(o_word == 1, w1, tl.where(o_word == 2, w2, w3)))
-    return tl.where((word ^ 0x80000000).to(tl.int32, bitcast=True) >= rule.threshold, rule.lift, 0.0)
+    return tl.where((word ^ 0x80000000).to(tl.int32, bitcast=True) >= rule.threshold, rule.dropout_scale, 0.0)
 
 
 @triton.jit
@@ -124,13 +124,13 @@ def row_offsets(sequences, i_seq, i_head, n_heads, o_query, o_head, first_m, row
 def forward_kernel(
     q, k, v, out, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, reach,
-    sinks, seed, threshold, lift, n_blocks, n_kv_heads, n_parts,
+    sinks, seed, threshold, dropout_scale, n_blocks, n_kv_heads, n_parts,
     GROUPS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """O and LSE of a block of rows; with `n_parts`, of every n-th part of its keys."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(scale, left, right, softcap, bias, bias_batch, bias_head, reach, sinks, seed, threshold, lift)
+    rule = Rule(scale, left, right, softcap, bias, bias_batch, bias_head, reach, sinks, seed, threshold, dropout_scale)
     i_block, i_head, i_seq = place(
         tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.cu_seqlens_q, max_seqlen_q, GROUPS, BM
     )  # fmt: skip
@@ -192,7 +192,7 @@ def forward_kernel(
                 b_m = b_new
 
     # LSE = m + log l. A row that sees nothing has O = 0 and LSE = -inf.
-    b_acc *= (rule.lift / tl.where(b_l == 0, 1.0, b_l))[:, None]
+    b_acc *= (rule.dropout_scale / tl.where(b_l == 0, 1.0, b_l))[:, None]
     b_acc = tl.where(m_row[:, None], b_acc, 0.0)
     b_lse = tl.where(m_row & (b_l != 0), b_m + tl.log(b_l), -float("inf"))
     p_out = row_pointers(out, row, o_head, first_m + o_query)
@@ -272,13 +272,13 @@ def probabilities(b_s, b_lse):
 def dq_kernel(
     q, k, v, dout, lse, delta, dq, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, reach,
-    sinks, seed, threshold, lift, n_blocks, n_kv_heads,
+    sinks, seed, threshold, dropout_scale, n_blocks, n_kv_heads,
     GROUPS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale dS K of a block of rows, over the keys they see."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(scale, left, right, softcap, bias, bias_batch, bias_head, reach, sinks, seed, threshold, lift)
+    rule = Rule(scale, left, right, softcap, bias, bias_batch, bias_head, reach, sinks, seed, threshold, dropout_scale)
     i_block, i_head, i_seq = place(
         tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.cu_seqlens_q, max_seqlen_q, GROUPS, BM
     )  # fmt: skip
@@ -318,7 +318,7 @@ def dq_kernel(
                 b_p = probabilities(b_s, b_lse[:, None])
                 b_dp = tl.dot(b_dout, b_v.T, input_precision=PRECISION)
                 if rule.seed is not None:
-                    b_dp = tl.where(kept(rule, i_seq, o_head, o_query, j, BM, BN), b_dp * rule.lift, 0.0)
+                    b_dp = tl.where(kept(rule, i_seq, o_head, o_query, j, BM, BN), b_dp * rule.dropout_scale, 0.0)
                 b_ds = b_p * (b_dp - b_delta[:, None]) * b_slope
                 b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     b_dq = tl.where(m_row[:, None], b_dq * rule.scale, 0.0)
@@ -329,13 +329,13 @@ def dq_kernel(
 def dkv_kernel(
     q, k, v, dout, lse, delta, dk, dv, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, reach,
-    sinks, seed, threshold, lift, n_blocks, n_kv_heads,
+    sinks, seed, threshold, dropout_scale, n_blocks, n_kv_heads,
     GROUPS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK = scale dS^T Q and dV = P^T dO of a block of keys, over the rows of all heads of the group that see them."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(scale, left, right, softcap, bias, bias_batch, bias_head, reach, sinks, seed, threshold, lift)
+    rule = Rule(scale, left, right, softcap, bias, bias_batch, bias_head, reach, sinks, seed, threshold, dropout_scale)
     i_block, i_head, i_seq = place(
         tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.cu_seqlens_k, max_seqlen_k, 1, BN
     )
@@ -377,11 +377,11 @@ def dkv_kernel(
                 b_weight = b_p
                 if rule.seed is not None:
                     m_kept = kept(rule, i_seq, o_head, o_query, i_block * BN, BM, BN).T
-                    b_weight = tl.where(m_kept, b_p * rule.lift, 0.0)
+                    b_weight = tl.where(m_kept, b_p * rule.dropout_scale, 0.0)
                 b_dv = tl.dot(b_weight.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
                 b_dp = tl.dot(b_v, b_dout.T, input_precision=PRECISION)
                 if rule.seed is not None:
-                    b_dp = tl.where(m_kept, b_dp * rule.lift, 0.0)
+                    b_dp = tl.where(m_kept, b_dp * rule.dropout_scale, 0.0)
                 b_ds = b_p * (b_dp - b_delta[None, :]) * b_slope
                 b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     b_dk = tl.where(m_key[:, None], b_dk * rule.scale, 0.0)
@@ -394,13 +394,13 @@ def dkv_kernel(
 def dbias_kernel(
     q, k, v, dout, lse, delta, dbias, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, reach,
-    sinks, seed, threshold, lift, n_blocks, n_heads,
+    sinks, seed, threshold, dropout_scale, n_blocks, n_heads,
     GROUPS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dBias of a block of BN = BM distances j - p, over all queries: dS summed along diagonals."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(scale, left, right, softcap, bias, bias_batch, bias_head, reach, sinks, seed, threshold, lift)
+    rule = Rule(scale, left, right, softcap, bias, bias_batch, bias_head, reach, sinks, seed, threshold, dropout_scale)
     i_block = tl.program_id(0) % n_blocks
     i_head = tl.program_id(0) // n_blocks % n_heads
     i_batch = tl.program_id(0) // n_blocks // n_heads
