@@ -188,7 +188,7 @@ def _rule(
         bias=rel_bias,
         bias_batch=bias_batch,
         bias_head=bias_head,
-        reach=0 if rel_bias is None else rel_bias.shape[-1] // 2,
+        max_distance=0 if rel_bias is None else rel_bias.shape[-1] // 2,
         sinks=sinks if sinks is None else sinks.contiguous(),
         seed=dropout_seed if dropout_p > 0 else None,
         threshold=min(int(dropout_p * 2**32), 2**32 - 1) - 2**31,

@@ -46,10 +46,10 @@ class Rule(NamedTuple):
     left: Any  # a query at position p sees the keys p - left .. p + right
     right: Any
     softcap: Any
-    bias: Any  # pointer to (B, Hq, 2 reach + 1) fp32 or the dtype of q, with its strides
+    bias: Any  # pointer to (B, Hq, 2 max_distance + 1) fp32 or the dtype of q, with its strides
     bias_batch: int
     bias_head: int
-    reach: int
+    max_distance: int
     sinks: Any  # pointer to (Hq,)
     seed: Any  # pointer to dropout's seed
     threshold: int  # of its words, less 2^31
@@ -67,7 +67,7 @@ def scores(b_qk, rule, p_bias, o_position, o_key, n, MASKED: tl.constexpr):
         b_s = b_t * rule.softcap
     if rule.bias is not None:
         # Rows past the end stand at positions from n on; the bias there may be anything.
-        b_s += toeplitz(p_bias, o_key - o_position, rule.reach, (o_key < n) & (o_position < n))
+        b_s += toeplitz(p_bias, o_key - o_position, rule.max_distance, (o_key < n) & (o_position < n))
     if MASKED:
         b_s = tl.where(is_visible(rule, o_position, o_key, n), b_s, -float("inf"))
     return b_s, b_slope
@@ -82,7 +82,7 @@ def bias_pointers(rule, row, o_head):
             rule.bias
             + tl.cast(row, tl.int64) * rule.bias_batch
             + tl.cast(o_head, tl.int64) * rule.bias_head
-            + rule.reach
+            + rule.max_distance
         )
     return p_bias
 
@@ -123,14 +123,16 @@ def row_offsets(sequences, i_seq, i_head, n_heads, o_query, o_head, first_m, row
 @triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     q, k, v, out, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    scale, left, right, softcap, bias, bias_batch, bias_head, reach,
+    scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
     sinks, seed, threshold, dropout_scale, n_blocks, n_kv_heads, n_parts,
     GROUPS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """O and LSE of a block of rows; with `n_parts`, of every n-th part of its keys."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(scale, left, right, softcap, bias, bias_batch, bias_head, reach, sinks, seed, threshold, dropout_scale)
+    rule = Rule(
+        scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale
+    )
     i_block, i_head, i_seq = place(
         tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.cu_seqlens_q, max_seqlen_q, GROUPS, BM
     )  # fmt: skip
@@ -271,14 +273,16 @@ def probabilities(b_s, b_lse):
 @triton.jit(do_not_specialize=VARYING)
 def dq_kernel(
     q, k, v, dout, lse, delta, dq, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    scale, left, right, softcap, bias, bias_batch, bias_head, reach,
+    scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
     sinks, seed, threshold, dropout_scale, n_blocks, n_kv_heads,
     GROUPS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale dS K of a block of rows, over the keys they see."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(scale, left, right, softcap, bias, bias_batch, bias_head, reach, sinks, seed, threshold, dropout_scale)
+    rule = Rule(
+        scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale
+    )
     i_block, i_head, i_seq = place(
         tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.cu_seqlens_q, max_seqlen_q, GROUPS, BM
     )  # fmt: skip
@@ -328,14 +332,16 @@ def dq_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def dkv_kernel(
     q, k, v, dout, lse, delta, dk, dv, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    scale, left, right, softcap, bias, bias_batch, bias_head, reach,
+    scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
     sinks, seed, threshold, dropout_scale, n_blocks, n_kv_heads,
     GROUPS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK = scale dS^T Q and dV = P^T dO of a block of keys, over the rows of all heads of the group that see them."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(scale, left, right, softcap, bias, bias_batch, bias_head, reach, sinks, seed, threshold, dropout_scale)
+    rule = Rule(
+        scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale
+    )
     i_block, i_head, i_seq = place(
         tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.cu_seqlens_k, max_seqlen_k, 1, BN
     )
@@ -393,18 +399,20 @@ def dkv_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def dbias_kernel(
     q, k, v, dout, lse, delta, dbias, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    scale, left, right, softcap, bias, bias_batch, bias_head, reach,
+    scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
     sinks, seed, threshold, dropout_scale, n_blocks, n_heads,
     GROUPS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dBias of a block of BN = BM distances j - p, over all queries: dS summed along diagonals."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(scale, left, right, softcap, bias, bias_batch, bias_head, reach, sinks, seed, threshold, dropout_scale)
+    rule = Rule(
+        scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale
+    )
     i_block = tl.program_id(0) % n_blocks
     i_head = tl.program_id(0) // n_blocks % n_heads
     i_batch = tl.program_id(0) // n_blocks // n_heads
-    nearest = i_block * BN - rule.reach  # distance of the first diagonal
+    nearest = i_block * BN - rule.max_distance  # distance of the first diagonal
     o_column = tl.arange(0, BM + BN)
     o_step = tl.arange(0, BM)[:, None] + tl.zeros([1, BN], tl.int32)
     b_dbias = tl.zeros([BN], tl.float32)
@@ -445,6 +453,6 @@ def dbias_kernel(
             # Entry (r, c) of dS lies on the block's diagonal c - r: shift row r to the left by r, and add up.
             b_dbias += tl.sum(tl.gather(b_ds, o_step + tl.arange(0, BN)[None, :], 1), 0)
     o_bias = i_block * BN + tl.arange(0, BN)
-    width = 2 * rule.reach + 1
+    width = 2 * rule.max_distance + 1
     p_dbias = dbias + (tl.cast(i_batch, tl.int64) * n_heads + i_head) * width + o_bias
     tl.store(p_dbias, b_dbias, mask=o_bias < width)

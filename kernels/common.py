@@ -20,7 +20,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # of a difference of scores, never of
 
 # Arguments that vary from call to call and must not cause a compilation. Triton heeds this for plain arguments only,
 # not within a tuple, so a kernel takes them one by one and makes its tuples itself.
-VARYING = ("n_sequences", "max_seqlen_q", "max_seqlen_k", "left", "right", "bias_batch", "bias_head", "reach",
+VARYING = ("n_sequences", "max_seqlen_q", "max_seqlen_k", "left", "right", "bias_batch", "bias_head", "max_distance",
            "threshold", "n_blocks", "n_heads", "n_kv_heads", "n_parts", "n_rows", "first_block", "last_block",
            "n_key_blocks", "n_across", "n_tokens", "angle_batch", "n_chunks", "n_segments", "long", "span",
            "first_row")  # fmt: skip
@@ -316,7 +316,7 @@ def tanh(x):
 
 
 @triton.jit
-def toeplitz(p_bias, o_distance, reach, m_wanted):
-    """bias[reach + distance], 0 where it is not wanted or out of the vector."""
-    m_there = m_wanted & (o_distance >= -reach) & (o_distance <= reach)
+def toeplitz(p_bias, o_distance, max_distance, m_wanted):
+    """bias[max_distance + distance], 0 where it is not wanted or out of the vector."""
+    m_there = m_wanted & (o_distance >= -max_distance) & (o_distance <= max_distance)
     return tl.load(p_bias + o_distance, mask=m_there, other=0.0).to(tl.float32)

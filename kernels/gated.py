@@ -35,9 +35,9 @@ class Rule(NamedTuple):
     left: Any  # None: every key before
     right: Any  # 0 for a causal mask, else None
     number: float  # 1 / n of a given normaliser, or 1 / sqrt(S) of a softmax
-    bias: Any  # pointer to (B, 2 reach + 1)
+    bias: Any  # pointer to (B, 2 max_distance + 1)
     bias_batch: int
-    reach: int
+    max_distance: int
 
 
 # ---------------------------------------------------------------- scores
@@ -49,7 +49,7 @@ def scores(b_qk, b_scale, rule, p_bias, o_position, o_key, n, MASKED: tl.constex
     b_s = b_qk * b_scale
     if rule.bias is not None:
         # Rows past the end stand at positions from n on; the bias there may be anything.
-        b_s += toeplitz(p_bias, o_key - o_position, rule.reach, (o_key < n) & (o_position < n))
+        b_s += toeplitz(p_bias, o_key - o_position, rule.max_distance, (o_key < n) & (o_position < n))
     if MASKED:
         b_s = tl.where(is_visible(rule, o_position, o_key, n), b_s, -float("inf"))
     return b_s
@@ -60,7 +60,7 @@ def bias_pointer(rule, row):
     """Where the bias of a key at the query's own position stands."""
     p_bias = 0
     if rule.bias is not None:
-        p_bias = rule.bias + tl.cast(row, tl.int64) * rule.bias_batch + rule.reach
+        p_bias = rule.bias + tl.cast(row, tl.int64) * rule.bias_batch + rule.max_distance
     return p_bias
 
 

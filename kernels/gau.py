@@ -124,13 +124,13 @@ def load_lse(lse, row, max_seqlen_q, o_token, m_row, SCORE: tl.constexpr):
 @triton.jit(do_not_specialize=VARYING)
 def lse_kernel(
     q, k, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    number, right, bias, bias_batch, reach, n_blocks,
+    number, right, bias, bias_batch, max_distance, n_blocks,
     SCALING: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """LSE of a block of rows; -inf for a row that sees nothing."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, number, bias, bias_batch, reach)
+    rule = Rule(None, right, number, bias, bias_batch, max_distance)
     i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     o_query = i_block * BM + tl.arange(0, BM)
@@ -160,13 +160,13 @@ def lse_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def weights_kernel(
     q, k, lse, panel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    number, right, bias, bias_batch, reach, n_blocks, first_block, n_across, panel_width,
+    number, right, bias, bias_batch, max_distance, n_blocks, first_block, n_across, panel_width,
     SCORE: tl.constexpr, SCALING: tl.constexpr, S: tl.constexpr, BS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of a panel (blocks of rows, BM, keys): A, as far as any row of the block sees a key."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, number, bias, bias_batch, reach)
+    rule = Rule(None, right, number, bias, bias_batch, max_distance)
     i_slot = tl.program_id(0) // n_across
     i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
@@ -191,13 +191,13 @@ def weights_kernel(
 def product_kernel(
     q, k, v, gate, lse, panel, product, out,
     lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    number, right, bias, bias_batch, reach, n_blocks, first_block, panel_width,
+    number, right, bias, bias_batch, max_distance, n_blocks, first_block, panel_width,
     SCORE: tl.constexpr, SCALING: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
     """X = A V and gate * X of a block of rows and a tile of columns; without a panel to read A from it is made here."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, number, bias, bias_batch, reach)
+    rule = Rule(None, right, number, bias, bias_batch, max_distance)
     n_tiles = tl.cdiv(E, BE)
     i_slot = tl.program_id(0) // n_tiles
     o_column = tl.program_id(0) % n_tiles * BE + tl.arange(0, BE)
@@ -250,13 +250,13 @@ def product_kernel(
 def gradient_kernel(
     q, k, v, dx, lse, delta, panel, dpanel,
     lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    number, right, bias, bias_batch, reach, n_blocks, first_block, n_across, panel_width,
+    number, right, bias, bias_batch, max_distance, n_blocks, first_block, n_across, panel_width,
     SCORE: tl.constexpr, SCALING: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of both panels (blocks of keys, BN, queries): A^T, and dS^T from dA = dX V^T."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, number, bias, bias_batch, reach)
+    rule = Rule(None, right, number, bias, bias_batch, max_distance)
     i_slot = tl.program_id(0) // n_across
     i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_k, max_seqlen_k, 1, BN)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
@@ -356,7 +356,7 @@ def dq_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def dbias_kernel(
     dpanel, dbias, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    right, reach, n_blocks, n_across, first_block, last_block, panel_width, BD: tl.constexpr, BN: tl.constexpr,
+    right, max_distance, n_blocks, n_across, first_block, last_block, panel_width, BD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dBias += dS of a panel's keys, summed along a block of BD diagonals j - p."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
@@ -373,13 +373,13 @@ def dbias_kernel(
         i_block, _, i_seq = place(i, n_blocks, 1, sequences, sequences.cu_seqlens_k, max_seqlen_k, 1, BN)
         _, _, m, _, _, n, _ = bounds(sequences, i_seq)
         o_key = (i_block * BN + tl.arange(0, BN))[:, None]
-        o_position = o_key - (o_bias - reach)[None, :]
+        o_position = o_key - (o_bias - max_distance)[None, :]
         o_query = o_position - (n - m)
         mask = is_visible(rule, o_position, o_key, n) & (o_query >= 0) & (o_query < m)
         o_row = tl.cast(i - first_block, tl.int64) * BN + tl.arange(0, BN)
         b_ds = tl.load(dpanel + o_row[:, None] * panel_width + o_query, mask=mask, other=0.0)
         b_dbias += tl.sum(b_ds.to(tl.float32), 0)
-    width = 2 * reach + 1
+    width = 2 * max_distance + 1
     p_dbias = dbias + tl.cast(i_batch, tl.int64) * width + o_bias
     tl.store(p_dbias, b_dbias + tl.load(p_dbias, mask=o_bias < width, other=0.0), mask=o_bias < width)
 
@@ -391,7 +391,7 @@ class _Call(NamedTuple):
     """What all kernels of one call share."""
 
     sequences: Sequences
-    rule: tuple[Any, ...]  # number, right, bias, bias_batch, reach
+    rule: tuple[Any, ...]  # number, right, bias, bias_batch, max_distance
     score: str  # of `weights`
     scaling: str  # of `scales`
     rows: int  # of the batch that have blocks of their own: 1 when packed

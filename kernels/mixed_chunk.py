@@ -56,7 +56,7 @@ class _Call(NamedTuple):
     choose: Choose
     size: dict[str, int]  # C, S and E
     sequences: Sequences
-    rule: tuple[Any, ...]  # number, right, bias, bias_batch, reach
+    rule: tuple[Any, ...]  # number, right, bias, bias_batch, max_distance
     lin_number: float | None
     closed_tokens: Tensor | None
     initial: Tensor | None

@@ -233,13 +233,13 @@ def is_hidden(chunk, rule, first_query, first_key, BM: tl.constexpr):
 @triton.jit(do_not_specialize=VARYING)
 def weights_kernel(
     q, k, panel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    number, right, bias, bias_batch, reach, n_chunks, first_block,
+    number, right, bias, bias_batch, max_distance, n_chunks, first_block,
     C: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr,
     SCORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block of a chunk's A, to its panel; zeros where no query sees a key."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, number, bias, bias_batch, reach)
+    rule = Rule(None, right, number, bias, bias_batch, max_distance)
     BLOCKS: tl.constexpr = (WIDTH // BM) * (WIDTH // BN)
     i_slot, i_block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
     chunk = chunk_at(first_block + i_slot, n_chunks, sequences, C)
@@ -260,7 +260,7 @@ def weights_kernel(
 def product_kernel(
     q, k, lin, x, panel, states, base, gate, product, out, closed_tokens,
     lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    number, right, bias, bias_batch, reach, lin_number, n_chunks, n_segments, long, first_block,
+    number, right, bias, bias_batch, max_distance, lin_number, n_chunks, n_segments, long, first_block,
     C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr,
     BE: tl.constexpr, BK: tl.constexpr, WIDTH: tl.constexpr, SCORE: tl.constexpr, CONTINUED: tl.constexpr,
     BACKWARD: tl.constexpr, PRECISION: tl.constexpr, FACTORS: tl.constexpr,
@@ -270,7 +270,7 @@ def product_kernel(
     Forward lin is lin_Q / n, and x the values. BACKWARD it gives dV: lin is lin_K, A transposed, KV is dKV, x is dX.
     """
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, number, bias, bias_batch, reach)
+    rule = Rule(None, right, number, bias, bias_batch, max_distance)
     CAUSAL: tl.constexpr = right is not None
     n_tiles = tl.cdiv(E, BE)
     BLOCKS: tl.constexpr = (C + BM - 1) // BM
@@ -376,13 +376,13 @@ def linear_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def gradient_kernel(
     q, k, v, dx, panel, dpanel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    number, right, bias, bias_batch, reach, n_chunks, first_block,
+    number, right, bias, bias_batch, max_distance, n_chunks, first_block,
     C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, WIDTH: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block of a chunk's A, and of dS from dA = dX V^T, to their panels; zeros where no query sees a key."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, number, bias, bias_batch, reach)
+    rule = Rule(None, right, number, bias, bias_batch, max_distance)
     BLOCKS: tl.constexpr = (WIDTH // BM) * (WIDTH // BN)
     i_slot, i_block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
     chunk = chunk_at(first_block + i_slot, n_chunks, sequences, C)
@@ -498,7 +498,7 @@ def keep_chunk(new_held, block, i_row, full, o_chunk, o_column, C: tl.constexpr,
 def step_kernel(
     quad_q, quad_k, lin_q, lin_k, v, gate, kv, held_quad_k, held_lin_k, held_v, position,
     out, new_kv, new_quad_k, new_lin_k, new_v, new_position,
-    number, bias, bias_batch, reach, lin_number,
+    number, bias, bias_batch, max_distance, lin_number,
     C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
     SCORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -510,7 +510,7 @@ def step_kernel(
     full = place + 1 == C
     o_s, o_column = tl.arange(0, BS).to(tl.int64), i_tile * BE + tl.arange(0, BE)
     m_s, m_column = o_s < S, o_column < E
-    rule = Rule(None, 0, number, bias, bias_batch, reach)
+    rule = Rule(None, 0, number, bias, bias_batch, max_distance)
     p_bias = bias_pointer(rule, i_row)
     b_quad_q = tl.load(row_pointers(quad_q, i_row, 0, 0) + o_s * quad_q.column, mask=m_s, other=0.0).to(tl.float32)
     b_lin_q = tl.load(row_pointers(lin_q, i_row, 0, 0) + o_s * lin_q.column, mask=m_s, other=0.0).to(tl.float32)
