@@ -34,7 +34,7 @@ class Rule(NamedTuple):
 
     left: Any  # None: every key before
     right: Any  # 0 for a causal mask, else None
-    number: float  # 1 / n of a given normaliser, or 1 / sqrt(S) of a softmax
+    scale: float  # what q k is multiplied by: 1 / n of a given normaliser, or 1 / sqrt(S) of a softmax
     bias: Any  # pointer to (B, 2 max_distance + 1)
     bias_batch: int
     max_distance: int

@@ -72,7 +72,7 @@ _FUSED_WIDTH = 512  # of the values, up to which scores are cheaper made again f
 @triton.jit
 def scales(rule, o_position, n, SCALING: tl.constexpr):
     """What a row's q k^T is multiplied with: 1 / n by the rule of the normaliser, or a softmax's factor."""
-    b_scale = tl.zeros(o_position.shape, tl.float32) + rule.number
+    b_scale = tl.zeros(o_position.shape, tl.float32) + rule.scale
     visible = n + 0 * o_position
     if rule.right is not None:
         visible = tl.maximum(o_position + 1, 0)
@@ -124,13 +124,13 @@ def load_lse(lse, row, max_seqlen_q, o_token, m_row, SCORE: tl.constexpr):
 @triton.jit(do_not_specialize=VARYING)
 def lse_kernel(
     q, k, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    number, right, bias, bias_batch, max_distance, n_blocks,
+    scale, right, bias, bias_batch, max_distance, n_blocks,
     SCALING: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """LSE of a block of rows; -inf for a row that sees nothing."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, number, bias, bias_batch, max_distance)
+    rule = Rule(None, right, scale, bias, bias_batch, max_distance)
     i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     o_query = i_block * BM + tl.arange(0, BM)
@@ -160,13 +160,13 @@ def lse_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def weights_kernel(
     q, k, lse, panel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    number, right, bias, bias_batch, max_distance, n_blocks, first_block, n_across, panel_width,
+    scale, right, bias, bias_batch, max_distance, n_blocks, first_block, n_across, panel_width,
     SCORE: tl.constexpr, SCALING: tl.constexpr, S: tl.constexpr, BS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of a panel (blocks of rows, BM, keys): A, as far as any row of the block sees a key."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, number, bias, bias_batch, max_distance)
+    rule = Rule(None, right, scale, bias, bias_batch, max_distance)
     i_slot = tl.program_id(0) // n_across
     i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
@@ -191,13 +191,13 @@ def weights_kernel(
 def product_kernel(
     q, k, v, gate, lse, panel, product, out,
     lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    number, right, bias, bias_batch, max_distance, n_blocks, first_block, panel_width,
+    scale, right, bias, bias_batch, max_distance, n_blocks, first_block, panel_width,
     SCORE: tl.constexpr, SCALING: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
     """X = A V and gate * X of a block of rows and a tile of columns; without a panel to read A from it is made here."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, number, bias, bias_batch, max_distance)
+    rule = Rule(None, right, scale, bias, bias_batch, max_distance)
     n_tiles = tl.cdiv(E, BE)
     i_slot = tl.program_id(0) // n_tiles
     o_column = tl.program_id(0) % n_tiles * BE + tl.arange(0, BE)
@@ -250,13 +250,13 @@ def product_kernel(
 def gradient_kernel(
     q, k, v, dx, lse, delta, panel, dpanel,
     lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    number, right, bias, bias_batch, max_distance, n_blocks, first_block, n_across, panel_width,
+    scale, right, bias, bias_batch, max_distance, n_blocks, first_block, n_across, panel_width,
     SCORE: tl.constexpr, SCALING: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of both panels (blocks of keys, BN, queries): A^T, and dS^T from dA = dX V^T."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, number, bias, bias_batch, max_distance)
+    rule = Rule(None, right, scale, bias, bias_batch, max_distance)
     i_slot = tl.program_id(0) // n_across
     i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_k, max_seqlen_k, 1, BN)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
@@ -289,13 +289,13 @@ def gradient_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def columns_kernel(
     panel, x, out, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    number, right, n_blocks, first_block, panel_width,
+    scale, right, n_blocks, first_block, panel_width,
     SCALING: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FACTORS: tl.constexpr,
 ):  # fmt: skip
     """dV = A^T dX, or with SCALING dK = dS^T (scale Q), of a block of keys of a panel and a tile of columns."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, number, None, 0, 0)
+    rule = Rule(None, right, scale, None, 0, 0)
     n_tiles = tl.cdiv(E, BE)
     i_slot = tl.program_id(0) // n_tiles
     o_column = tl.program_id(0) % n_tiles * BE + tl.arange(0, BE)
@@ -322,13 +322,13 @@ def columns_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def dq_kernel(
     dpanel, k, dq, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    number, right, n_blocks, n_key_blocks, first_block, last_block, panel_width,
+    scale, right, n_blocks, n_key_blocks, first_block, last_block, panel_width,
     SCALING: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FACTORS: tl.constexpr,
 ):  # fmt: skip
     """dQ += scale dS K of a block of rows, over the keys of a panel: its blocks first_block..last_block."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, number, None, 0, 0)
+    rule = Rule(None, right, scale, None, 0, 0)
     i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     last = tl.minimum(i_block * BM + BM, m) - 1
@@ -391,7 +391,7 @@ class _Call(NamedTuple):
     """What all kernels of one call share."""
 
     sequences: Sequences
-    rule: tuple[Any, ...]  # number, right, bias, bias_batch, max_distance
+    rule: tuple[Any, ...]  # scale, right, bias, bias_batch, max_distance
     score: str  # of `weights`
     scaling: str  # of `scales`
     rows: int  # of the batch that have blocks of their own: 1 when packed
@@ -548,9 +548,9 @@ def _call(
     """The options as the kernels take them."""
     softmax = score.startswith("softmax")
     if softmax:
-        scaling, number = "log" if score == "softmax_plus" else "number", q.shape[-1] ** -0.5
+        scaling, scale = "log" if score == "softmax_plus" else "number", q.shape[-1] ** -0.5
     else:
-        scaling, number = ("number", 1 / float(normalizer)) if not isinstance(normalizer, str) else (normalizer, 1.0)
+        scaling, scale = ("number", 1 / float(normalizer)) if not isinstance(normalizer, str) else (normalizer, 1.0)
     max_seqlens = q.shape[1], k.shape[1]
     if cu_seqlens is not None:  # the one value that is read on the host: panels as wide as the batch would be many
         most = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
@@ -558,7 +558,7 @@ def _call(
     precision, factors, weights_like = precisions(q)
     return _Call(
         sequences=sequences_of(q.shape[0], q.shape[1], k.shape[1], lengths, cu_seqlens, None),
-        rule=(number, 0 if causal else None, *bias_rule(rel_bias)),
+        rule=(scale, 0 if causal else None, *bias_rule(rel_bias)),
         score="softmax" if softmax else score,
         scaling=scaling,
         rows=q.shape[0] if cu_seqlens is None else 1,

@@ -56,8 +56,8 @@ class _Call(NamedTuple):
     choose: Choose
     size: dict[str, int]  # C, S and E
     sequences: Sequences
-    rule: tuple[Any, ...]  # number, right, bias, bias_batch, max_distance
-    lin_number: float | None
+    rule: tuple[Any, ...]  # inv_norm, right, bias, bias_batch, max_distance
+    lin_inv_norm: float | None
     closed_tokens: Tensor | None
     initial: Tensor | None
     score: str
@@ -292,7 +292,7 @@ def _call(
         size={"C": chunk_size, "S": quad_q.shape[-1], "E": e},
         sequences=sequences,
         rule=(1 / quad_normalizer, 0 if causal else None, *bias_rule(rel_bias)),
-        lin_number=None if lin_normalizer is None else 1 / lin_normalizer,
+        lin_inv_norm=None if lin_normalizer is None else 1 / lin_normalizer,
         closed_tokens=None if closed_tokens is None else closed_tokens.contiguous(),
         initial=initial_kv,
         score=score,
@@ -333,7 +333,7 @@ def _sum_states(call: _Call, x: Tensor, y: Tensor, start: Tensor | None, *, back
     running = call.weights.new_empty(call.slots, s, e) if call.causal else None
     totals = y.new_empty(n_segments * call.rows, s, e, dtype=torch.float32)
     states_kernel[(totals.shape[0] * _tiles(call),)](
-        rows(x), rows(y), running, totals, call.closed_tokens, *call.sequences, call.lin_number, call.n_chunks,
+        rows(x), rows(y), running, totals, call.closed_tokens, *call.sequences, call.lin_inv_norm, call.n_chunks,
         n_segments, long, **call.size, BS=config.block_m, BE=config.block_n, BK=config.block_k, CAUSAL=call.causal,
         BACKWARD=backward, PRECISION=call.precision, **config.launch(),
     )  # fmt: skip
@@ -368,7 +368,7 @@ def _multiply(
     across = triton.cdiv(call.size["E"], config.block_n) * triton.cdiv(call.size["C"], config.block_m)
     product_kernel[(count * across,)](
         rows(quad_q), rows(quad_k), rows(lin), rows(x), panel, *states, rows(gate), rows(product), rows(out),
-        call.closed_tokens, *call.sequences, *call.rule, call.lin_number, call.n_chunks, *call.segments, first,
+        call.closed_tokens, *call.sequences, *call.rule, call.lin_inv_norm, call.n_chunks, *call.segments, first,
         **call.size, BS=call.width, BM=config.block_m, BE=config.block_n, BK=config.block_k, WIDTH=call.panel_width,
         SCORE=call.score, CONTINUED=call.initial is not None, BACKWARD=backward, PRECISION=call.precision,
         FACTORS=call.factors, **config.launch(),
@@ -380,7 +380,7 @@ def _linear(call: _Call, x: Tensor, states: _States, out: Tensor, *, backward: b
     config = call.config("linear")
     across = triton.cdiv(call.size["S"], config.block_n) * triton.cdiv(call.size["C"], config.block_m)
     linear_kernel[(call.slots * across,)](
-        rows(x), *states, rows(out), call.closed_tokens, *call.sequences, call.lin_number, call.n_chunks,
+        rows(x), *states, rows(out), call.closed_tokens, *call.sequences, call.lin_inv_norm, call.n_chunks,
         *call.segments, **call.size, BM=config.block_m, BN=config.block_n, BK=config.block_k, CAUSAL=call.causal,
         BACKWARD=backward, FACTORS=call.factors, **config.launch(),
     )  # fmt: skip

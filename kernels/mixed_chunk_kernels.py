@@ -53,10 +53,10 @@ from .gated import (
 
 
 class Chunk(NamedTuple):
-    """Where a chunk is: its sequence, its number therein, its row of memory, its first token there, its tokens."""
+    """Where a chunk is: its sequence, its ordinal therein, its row of memory, its first token there, its tokens."""
 
     sequence: Any
-    number: Any
+    ordinal: Any
     row: Any
     first: Any
     tokens: Any
@@ -75,10 +75,10 @@ def chunk_at(i_slot, n_chunks, sequences, C: tl.constexpr):
 
 
 @triton.jit
-def inverse_divisor(number, closed_tokens, i_seq, i_chunk, n, C: tl.constexpr, CAUSAL: tl.constexpr):
-    """1 / n of a chunk's global part: of a given number, or of the tokens that were summed."""
-    if number is not None:
-        result = number
+def inverse_divisor(inv_norm, closed_tokens, i_seq, i_chunk, n, C: tl.constexpr, CAUSAL: tl.constexpr):
+    """1 / n of a chunk's global part: as given, or 1 over the tokens that were summed."""
+    if inv_norm is not None:
+        result = inv_norm
     elif CAUSAL:
         before = tl.cast(i_chunk * C, tl.int64)
         if closed_tokens is not None:
@@ -115,7 +115,7 @@ def base_of(chunk, sequences, n_segments, long, C: tl.constexpr, CAUSAL: tl.cons
     """Which base a chunk's state adds to: that of its segment of `long` chunks, or the sum over its whole sequence."""
     i_base = chunk.sequence
     if CAUSAL:
-        i_base = first_slot(sequences, chunk.sequence, n_segments, C * long) + chunk.number // long
+        i_base = first_slot(sequences, chunk.sequence, n_segments, C * long) + chunk.ordinal // long
     return i_base
 
 
@@ -125,7 +125,7 @@ def base_of(chunk, sequences, n_segments, long, C: tl.constexpr, CAUSAL: tl.cons
 @triton.jit(do_not_specialize=VARYING)
 def states_kernel(
     x, y, states, totals, closed_tokens, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    lin_number, n_chunks, n_segments, long,
+    lin_inv_norm, n_chunks, n_segments, long,
     C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
     BK: tl.constexpr, CAUSAL: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -162,7 +162,7 @@ def states_kernel(
             b_y = load_tile(y, p_y + o_there * y.token, o_token < tokens, o_column, E, BE)
             b_own = tl.dot(b_x.T, b_y, b_own, input_precision=PRECISION)
         if BACKWARD:
-            b_own *= inverse_divisor(lin_number, closed_tokens, i_seq, i_chunk, n, C, CAUSAL)
+            b_own *= inverse_divisor(lin_inv_norm, closed_tokens, i_seq, i_chunk, n, C, CAUSAL)
         b_sum += b_own
     tl.store(state_pointers(totals, i_slot, o_row, o_column, S, E), b_sum, mask=m_tile)
 
@@ -211,7 +211,7 @@ def local_scores(
     """S of some queries of a chunk against some of its keys; -inf where the key is hidden."""
     b_k = chunk_rows(k, chunk, o_key, S, BS)
     b_qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
-    return scores(b_qk, rule.number, rule, p_bias, o_query[:, None], o_key[None, :], chunk.tokens, True)
+    return scores(b_qk, rule.scale, rule, p_bias, o_query[:, None], o_key[None, :], chunk.tokens, True)
 
 
 @triton.jit
@@ -233,13 +233,13 @@ def is_hidden(chunk, rule, first_query, first_key, BM: tl.constexpr):
 @triton.jit(do_not_specialize=VARYING)
 def weights_kernel(
     q, k, panel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    number, right, bias, bias_batch, max_distance, n_chunks, first_block,
+    inv_norm, right, bias, bias_batch, max_distance, n_chunks, first_block,
     C: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr,
     SCORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block of a chunk's A, to its panel; zeros where no query sees a key."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, number, bias, bias_batch, max_distance)
+    rule = Rule(None, right, inv_norm, bias, bias_batch, max_distance)
     BLOCKS: tl.constexpr = (WIDTH // BM) * (WIDTH // BN)
     i_slot, i_block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
     chunk = chunk_at(first_block + i_slot, n_chunks, sequences, C)
@@ -260,7 +260,7 @@ def weights_kernel(
 def product_kernel(
     q, k, lin, x, panel, states, base, gate, product, out, closed_tokens,
     lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    number, right, bias, bias_batch, max_distance, lin_number, n_chunks, n_segments, long, first_block,
+    inv_norm, right, bias, bias_batch, max_distance, lin_inv_norm, n_chunks, n_segments, long, first_block,
     C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr,
     BE: tl.constexpr, BK: tl.constexpr, WIDTH: tl.constexpr, SCORE: tl.constexpr, CONTINUED: tl.constexpr,
     BACKWARD: tl.constexpr, PRECISION: tl.constexpr, FACTORS: tl.constexpr,
@@ -270,7 +270,7 @@ def product_kernel(
     Forward lin is lin_Q / n, and x the values. BACKWARD it gives dV: lin is lin_K, A transposed, KV is dKV, x is dX.
     """
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, number, bias, bias_batch, max_distance)
+    rule = Rule(None, right, inv_norm, bias, bias_batch, max_distance)
     CAUSAL: tl.constexpr = right is not None
     n_tiles = tl.cdiv(E, BE)
     BLOCKS: tl.constexpr = (C + BM - 1) // BM
@@ -289,7 +289,7 @@ def product_kernel(
     if CAUSAL and BACKWARD:
         reads = chunk.tokens == C
     elif CAUSAL and not CONTINUED:
-        reads = (chunk.number > 0) & (chunk.tokens > 0)
+        reads = (chunk.ordinal > 0) & (chunk.tokens > 0)
     i_base = base_of(chunk, sequences, n_segments, long, C, CAUSAL)
     p_lin = row_pointers(lin, chunk.row, 0, chunk.first + o_row)
     KS: tl.constexpr = BK if BK < BS else BS
@@ -300,7 +300,7 @@ def product_kernel(
         b_kv, b_lin = factors(b_kv, b_lin)
         b_acc = tl.dot(b_lin, b_kv, b_acc, input_precision=FACTORS)
     if not BACKWARD:
-        b_acc *= inverse_divisor(lin_number, closed_tokens, chunk.sequence, chunk.number, chunk.of, C, CAUSAL)
+        b_acc *= inverse_divisor(lin_inv_norm, closed_tokens, chunk.sequence, chunk.ordinal, chunk.of, C, CAUSAL)
 
     start, stop = 0, chunk.tokens
     if CAUSAL and BACKWARD:
@@ -340,7 +340,7 @@ def product_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def linear_kernel(
     x, states, base, out, closed_tokens, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    lin_number, n_chunks, n_segments, long,
+    lin_inv_norm, n_chunks, n_segments, long,
     C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, CAUSAL: tl.constexpr, BACKWARD: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
@@ -368,7 +368,7 @@ def linear_kernel(
         b_state, b_x = factors(b_state, b_x)
         b_acc = tl.dot(b_x, b_state.T, b_acc, input_precision=FACTORS)
     if not BACKWARD:
-        b_acc *= inverse_divisor(lin_number, closed_tokens, chunk.sequence, chunk.number, chunk.of, C, CAUSAL)
+        b_acc *= inverse_divisor(lin_inv_norm, closed_tokens, chunk.sequence, chunk.ordinal, chunk.of, C, CAUSAL)
     p_out = row_pointers(out, chunk.row, 0, chunk.first + o_row)
     store_tile(out, p_out, o_row < chunk.stored, o_s, b_acc, S, BN)
 
@@ -376,13 +376,13 @@ def linear_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def gradient_kernel(
     q, k, v, dx, panel, dpanel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    number, right, bias, bias_batch, max_distance, n_chunks, first_block,
+    inv_norm, right, bias, bias_batch, max_distance, n_chunks, first_block,
     C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, WIDTH: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block of a chunk's A, and of dS from dA = dX V^T, to their panels; zeros where no query sees a key."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, number, bias, bias_batch, max_distance)
+    rule = Rule(None, right, inv_norm, bias, bias_batch, max_distance)
     BLOCKS: tl.constexpr = (WIDTH // BM) * (WIDTH // BN)
     i_slot, i_block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
     chunk = chunk_at(first_block + i_slot, n_chunks, sequences, C)
@@ -414,7 +414,7 @@ def gradient_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def heads_kernel(
     q, k, dq, dk, dpanel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    number, right, n_chunks, first_block,
+    inv_norm, right, n_chunks, first_block,
     C: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr,
     FACTORS: tl.constexpr,
 ):  # fmt: skip
@@ -436,14 +436,14 @@ def heads_kernel(
         b_ds = tl.load(panel_block(dpanel, i_slot, o_row, o_key, WIDTH), mask=m_row[:, None], other=0.0)
         b_ds, b_k = factors(b_ds, chunk_rows(k, chunk, o_key, S, BS))
         b_acc = tl.dot(b_ds, b_k, b_acc, input_precision=FACTORS)
-    store_rows(dq, row_pointers(dq, chunk.row, 0, chunk.first + o_row), m_stored, b_acc * number, S, BS)
+    store_rows(dq, row_pointers(dq, chunk.row, 0, chunk.first + o_row), m_stored, b_acc * inv_norm, S, BS)
     b_acc = tl.zeros([BM, BS], tl.float32)
     for j in range(start, chunk.tokens, BN):
         o_query = j + tl.arange(0, BN)
         b_ds = tl.load(panel_block(dpanel, i_slot, o_query, o_row, WIDTH), mask=m_row[None, :], other=0.0)
         b_ds, b_q = factors(b_ds, chunk_rows(q, chunk, o_query, S, BS))
         b_acc = tl.dot(b_ds.T, b_q, b_acc, input_precision=FACTORS)
-    store_rows(dk, row_pointers(dk, chunk.row, 0, chunk.first + o_row), m_stored, b_acc * number, S, BS)
+    store_rows(dk, row_pointers(dk, chunk.row, 0, chunk.first + o_row), m_stored, b_acc * inv_norm, S, BS)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -498,7 +498,7 @@ def keep_chunk(new_held, block, i_row, full, o_chunk, o_column, C: tl.constexpr,
 def step_kernel(
     quad_q, quad_k, lin_q, lin_k, v, gate, kv, held_quad_k, held_lin_k, held_v, position,
     out, new_kv, new_quad_k, new_lin_k, new_v, new_position,
-    number, bias, bias_batch, max_distance, lin_number,
+    inv_norm, bias, bias_batch, max_distance, lin_inv_norm,
     C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
     SCORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -510,15 +510,15 @@ def step_kernel(
     full = place + 1 == C
     o_s, o_column = tl.arange(0, BS).to(tl.int64), i_tile * BE + tl.arange(0, BE)
     m_s, m_column = o_s < S, o_column < E
-    rule = Rule(None, 0, number, bias, bias_batch, max_distance)
+    rule = Rule(None, 0, inv_norm, bias, bias_batch, max_distance)
     p_bias = bias_pointer(rule, i_row)
     b_quad_q = tl.load(row_pointers(quad_q, i_row, 0, 0) + o_s * quad_q.column, mask=m_s, other=0.0).to(tl.float32)
     b_lin_q = tl.load(row_pointers(lin_q, i_row, 0, 0) + o_s * lin_q.column, mask=m_s, other=0.0).to(tl.float32)
     m_state = m_s[:, None] & m_column[None, :]
     b_kv = tl.load(state_pointers(kv, i_row, o_s, o_column, S, E), mask=m_state, other=0.0)
     b_out = tl.sum(b_lin_q[:, None] * b_kv, 0)
-    if lin_number is not None:
-        b_out *= lin_number
+    if lin_inv_norm is not None:
+        b_out *= lin_inv_norm
     else:
         b_out /= tl.maximum(seen - place, 1).to(tl.float32)
     for c in range(0, C, BC):
@@ -527,7 +527,7 @@ def step_kernel(
         b_lin_k = join_token(lin_k, held_lin_k, i_row, place, o_chunk, o_s, C, S)
         b_v = join_token(v, held_v, i_row, place, o_chunk, o_column, C, E)
         b_s = tl.sum(b_quad_k.to(tl.float32) * b_quad_q[None, :], 1)
-        b_a = weights(scores(b_s, number, rule, p_bias, place + 0 * o_chunk, o_chunk, place + 1, True), 0.0, SCORE)
+        b_a = weights(scores(b_s, inv_norm, rule, p_bias, place + 0 * o_chunk, o_chunk, place + 1, True), 0.0, SCORE)
         b_out += tl.sum(b_a[:, None] * b_v.to(tl.float32), 0)
         if full:
             b_kv = tl.dot(b_lin_k.T, b_v, b_kv, input_precision=PRECISION)
