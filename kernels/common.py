@@ -22,8 +22,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # of a difference of scores, never of
 # not within a tuple, so a kernel takes them one by one and makes its tuples itself.
 VARYING = ("n_sequences", "max_seqlen_q", "max_seqlen_k", "left", "right", "bias_batch", "bias_head", "max_distance",
            "threshold", "n_blocks", "n_heads", "n_kv_heads", "n_parts", "n_rows", "first_block", "last_block",
-           "n_key_blocks", "n_across", "n_tokens", "angle_batch", "n_chunks", "n_segments", "long", "span",
-           "first_row")  # fmt: skip
+           "n_key_blocks", "n_across", "n_tokens", "angle_batch", "n_chunks", "n_segments", "chunks_per_segment",
+           "span", "first_row")  # fmt: skip
 
 # Every launch says that products are added without being rounded before, whatever the default of a version of Triton.
 FUSED_ADDITION = {"enable_fp_fusion": True}

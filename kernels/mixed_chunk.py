@@ -307,10 +307,11 @@ def _call(
         return call
     # As many segments as let every processor have two tiles; one for each sequence, if that is enough.
     wanted = triton.cdiv(2 * processors(v.device), _tiles(call))
-    long = triton.cdiv(call.slots, wanted)
-    if long >= n_chunks:
-        long = n // chunk_size + 1
-    return call._replace(segments=(blocks_of(sequences, n, 1, chunk_size * long, rest=False), long))
+    chunks_per_segment = triton.cdiv(call.slots, wanted)
+    if chunks_per_segment >= n_chunks:
+        chunks_per_segment = n // chunk_size + 1
+    n_segments = blocks_of(sequences, n, 1, chunk_size * chunks_per_segment, rest=False)
+    return call._replace(segments=(n_segments, chunks_per_segment))
 
 
 def _tiles(call: _Call) -> int:
@@ -328,13 +329,14 @@ def _untouched(call: _Call, start: Tensor | None) -> Tensor:
 def _sum_states(call: _Call, x: Tensor, y: Tensor, start: Tensor | None, *, backward: bool) -> tuple[_States, Tensor]:
     """The sums of x^T y that chunks read, and the sum (G, S, E) of `start` and all of them."""
     s, e, count = call.size["S"], call.size["E"], call.sequences.n_sequences
-    n_segments, long = call.segments
+    n_segments, chunks_per_segment = call.segments
     config = call.config("states")
     running = call.weights.new_empty(call.slots, s, e) if call.causal else None
     totals = y.new_empty(n_segments * call.rows, s, e, dtype=torch.float32)
     states_kernel[(totals.shape[0] * _tiles(call),)](
         rows(x), rows(y), running, totals, call.closed_tokens, *call.sequences, call.lin_inv_norm, call.n_chunks,
-        n_segments, long, **call.size, BS=config.block_m, BE=config.block_n, BK=config.block_k, CAUSAL=call.causal,
+        n_segments, chunks_per_segment, **call.size, BS=config.block_m, BE=config.block_n, BK=config.block_k,
+        CAUSAL=call.causal,
         BACKWARD=backward, PRECISION=call.precision, **config.launch(),
     )  # fmt: skip
     if start is None and totals.shape[0] == count:  # a sequence's only segment is all of it
@@ -342,7 +344,7 @@ def _sum_states(call: _Call, x: Tensor, y: Tensor, start: Tensor | None, *, back
     result = totals.new_empty(count, s, e)
     carry_kernel[(count * triton.cdiv(s * e, 1024),)](
         totals, None if start is None else start.float().contiguous(), result, *call.sequences, n_segments,
-        call.size["C"] * long, SIZE=s * e, BLOCK=1024, BACKWARD=backward, **FUSED_ADDITION,
+        call.size["C"] * chunks_per_segment, SIZE=s * e, BLOCK=1024, BACKWARD=backward, **FUSED_ADDITION,
     )  # fmt: skip
     return _States(running, totals if call.causal else result), result
 

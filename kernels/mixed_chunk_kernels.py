@@ -111,11 +111,12 @@ def load_state(states, base, i_state, i_base, o_row, o_column, S: tl.constexpr, 
 
 
 @triton.jit
-def base_of(chunk, sequences, n_segments, long, C: tl.constexpr, CAUSAL: tl.constexpr):
-    """Which base a chunk's state adds to: that of its segment of `long` chunks, or the sum over its whole sequence."""
+def base_of(chunk, sequences, n_segments, chunks_per_segment, C: tl.constexpr, CAUSAL: tl.constexpr):
+    """Which base a chunk's state adds to: that of its segment, or the sum over its whole sequence."""
     i_base = chunk.sequence
     if CAUSAL:
-        i_base = first_slot(sequences, chunk.sequence, n_segments, C * long) + chunk.ordinal // long
+        i_base = first_slot(sequences, chunk.sequence, n_segments, C * chunks_per_segment)
+        i_base += chunk.ordinal // chunks_per_segment
     return i_base
 
 
@@ -125,7 +126,7 @@ def base_of(chunk, sequences, n_segments, long, C: tl.constexpr, CAUSAL: tl.cons
 @triton.jit(do_not_specialize=VARYING)
 def states_kernel(
     x, y, states, totals, closed_tokens, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    lin_inv_norm, n_chunks, n_segments, long,
+    lin_inv_norm, n_chunks, n_segments, chunks_per_segment,
     C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
     BK: tl.constexpr, CAUSAL: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -134,13 +135,14 @@ def states_kernel(
     n_across = tl.cdiv(E, BE)
     i_tile = tl.program_id(0) % (n_across * tl.cdiv(S, BS))
     i_slot = tl.program_id(0) // (n_across * tl.cdiv(S, BS))
-    i_segment, _, i_seq = place(i_slot, n_segments, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, C * long)
+    span = C * chunks_per_segment
+    i_segment, _, i_seq = place(i_slot, n_segments, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, span)
     row, first, n, _, _, _, _ = bounds(sequences, i_seq)
     o_row = i_tile // n_across * BS + tl.arange(0, BS)
     o_column = i_tile % n_across * BE + tl.arange(0, BE)
     m_tile = (o_row < S)[:, None] & (o_column < E)[None, :]
-    first_chunk = i_segment * long
-    count = tl.maximum(tl.minimum(tl.cdiv(n, C) - first_chunk, long), 0)
+    first_chunk = i_segment * chunks_per_segment
+    count = tl.maximum(tl.minimum(tl.cdiv(n, C) - first_chunk, chunks_per_segment), 0)
     slot = first_slot(sequences, i_seq, n_chunks, C)
     p_x, p_y = row_pointers(x, row, 0, first), row_pointers(y, row, 0, first)
     b_sum = tl.zeros([BS, BE], tl.float32)
@@ -260,7 +262,8 @@ def weights_kernel(
 def product_kernel(
     q, k, lin, x, panel, states, base, gate, product, out, closed_tokens,
     lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    inv_norm, right, bias, bias_batch, max_distance, lin_inv_norm, n_chunks, n_segments, long, first_block,
+    inv_norm, right, bias, bias_batch, max_distance, lin_inv_norm, n_chunks, n_segments, chunks_per_segment,
+    first_block,
     C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr,
     BE: tl.constexpr, BK: tl.constexpr, WIDTH: tl.constexpr, SCORE: tl.constexpr, CONTINUED: tl.constexpr,
     BACKWARD: tl.constexpr, PRECISION: tl.constexpr, FACTORS: tl.constexpr,
@@ -290,7 +293,7 @@ def product_kernel(
         reads = chunk.tokens == C
     elif CAUSAL and not CONTINUED:
         reads = (chunk.ordinal > 0) & (chunk.tokens > 0)
-    i_base = base_of(chunk, sequences, n_segments, long, C, CAUSAL)
+    i_base = base_of(chunk, sequences, n_segments, chunks_per_segment, C, CAUSAL)
     p_lin = row_pointers(lin, chunk.row, 0, chunk.first + o_row)
     KS: tl.constexpr = BK if BK < BS else BS
     for s in range(0, tl.where(reads, S, 0), KS):
@@ -340,7 +343,7 @@ def product_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def linear_kernel(
     x, states, base, out, closed_tokens, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    lin_inv_norm, n_chunks, n_segments, long,
+    lin_inv_norm, n_chunks, n_segments, chunks_per_segment,
     C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, CAUSAL: tl.constexpr, BACKWARD: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
@@ -358,7 +361,7 @@ def linear_kernel(
     reads = first_row < chunk.tokens
     if CAUSAL and BACKWARD:
         reads = chunk.tokens == C
-    i_base = base_of(chunk, sequences, n_segments, long, C, CAUSAL)
+    i_base = base_of(chunk, sequences, n_segments, chunks_per_segment, C, CAUSAL)
     p_x = row_pointers(x, chunk.row, 0, chunk.first + o_row)
     b_acc = tl.zeros([BM, BN], tl.float32)
     for e in range(0, tl.where(reads, E, 0), BK):
