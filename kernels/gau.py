@@ -12,7 +12,7 @@ needed but the LSE of a softmax, which is computed again:
 
     prologue   dX = gate * dO, dGate = X * dO, for a softmax delta = rowsum(dX * X)
     gradient   for a panel of keys A^T and dS^T: dA = dX V^T, dS = dA * score'(S), or A (dA - delta)
-    columns    dV = A^T dX and dK = dS^T (scale Q), which are complete with the panel
+    dkv        dV = A^T dX and dK = dS^T (scale Q), which are complete with the panel
     dq, dbias  scale dS K and the diagonal sums of dS, added to what the panels before made of them
 
 Panels follow each other on one stream and each sum has one writer, so that results are bitwise repeatable.
@@ -287,7 +287,7 @@ def gradient_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def columns_kernel(
+def dkv_kernel(
     panel, x, out, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, right, n_blocks, first_block, panel_width,
     SCALING: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -514,11 +514,11 @@ def gau_attention_backward(
             n_across, panel_width, SCORE=call.score, S=s, E=e, BS=call.width, BE=config.block_k, **blocks, **scaling,
             PRECISION=call.precision, **config.launch(),
         )  # fmt: skip
-        columns_kernel[(count * triton.cdiv(e, values.block_n),)](
+        dkv_kernel[(count * triton.cdiv(e, values.block_n),)](
             panel, rows(dx), rows(dv), *call.sequences, *rule[:2], n_blocks, first, panel_width,
             SCALING=None, E=e, BE=values.block_n, **blocks, FACTORS=call.factors, **values.launch(),
         )  # fmt: skip
-        columns_kernel[(count * triton.cdiv(s, min(call.width, 64)),)](
+        dkv_kernel[(count * triton.cdiv(s, min(call.width, 64)),)](
             dpanel, rows(q), rows(dk), *call.sequences, *rule[:2], n_blocks, first, panel_width,
             E=s, BE=min(call.width, 64), **blocks, **scaling, FACTORS=call.factors, **queries.launch(),
         )  # fmt: skip

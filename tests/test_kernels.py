@@ -858,7 +858,7 @@ with compiling_for("sm_80"):
     )
     counts = {name: int(count) for name, count in (line.split() for line in printed.splitlines())}
     # Two widths of values, which are compiled in; and panels whose width 16 divides, as it always does.
-    assert {"weights_kernel", "product_kernel", "gradient_kernel", "columns_kernel", "dq_kernel"} <= counts.keys()
+    assert {"weights_kernel", "product_kernel", "gradient_kernel", "dkv_kernel", "dq_kernel"} <= counts.keys()
     assert counts["weights_kernel"] == 1
     assert all(count <= 4 for count in counts.values()), counts
 

@@ -248,7 +248,7 @@ ENTRIES: dict[str, Entry] = {
     "gau_fused": Entry("product_kernel", partial(_gau, False, None, 512), matrix=_LARGE, **_GAU),
     "gau_prologue": Entry("prologue_kernel", lambda kind, _, *rest: _gau(True, None, 1024, kind, 64, *rest), _SOFTMAX),
     "gau_gradient": Entry("gradient_kernel", partial(_gau, True, None, 1024), matrix=_LARGE, **_GAU),
-    "gau_dv": Entry("columns_kernel", partial(_gau, True, None, 1024), matrix=_ANY, **_GAU),
+    "gau_dv": Entry("dkv_kernel", partial(_gau, True, None, 1024), matrix=_ANY, **_GAU),
     "gau_dq": Entry("dq_kernel", partial(_gau, True, None, 1024), matrix=_ANY, **_GAU),
     "mixed_chunk_states": Entry("states_kernel", _mixed_chunk_both, widths=(128,), matrix=_LARGE, **_MIXED),
     "mixed_chunk_weights": Entry("weights_kernel", _mixed_chunk_both, widths=(64, 256), matrix=_LARGE, **_MIXED),
