@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from .attention_kernels import (
-    Rule,
+    AttentionRule,
     dbias_kernel,
     delta_kernel,
     dkv_kernel,
@@ -174,13 +174,13 @@ def _rule(
     sinks: Tensor | None,
     dropout_p: float,
     dropout_seed: Tensor | None,
-) -> Rule:
+) -> AttentionRule:
     """The options as the kernels take them."""
     left, right = (None if side is None else min(side, q.shape[2] + n) for side in window)
     if rel_bias is not None and rel_bias.stride(-1) != 1:
         rel_bias = rel_bias.contiguous()
     bias_batch, bias_head = (0, 0) if rel_bias is None else rel_bias.stride()[:2]
-    return Rule(
+    return AttentionRule(
         scale=float(scale),
         left=left,
         right=right,
@@ -196,7 +196,7 @@ def _rule(
     )
 
 
-def _extras(rule: Rule) -> bool:
+def _extras(rule: AttentionRule) -> bool:
     """Whether more than a scale, a bias and a mask lies between the products."""
     return rule.softcap is not None or rule.seed is not None
 

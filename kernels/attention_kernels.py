@@ -39,7 +39,7 @@ from .common import (
 )
 
 
-class Rule(NamedTuple):
+class AttentionRule(NamedTuple):
     """How a score becomes a weight. What is None is compiled away; a window or a cap may change without recompiling."""
 
     scale: float
@@ -130,7 +130,7 @@ def forward_kernel(
 ):  # fmt: skip
     """O and LSE of a block of rows; with `n_parts`, of every n-th part of its keys."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(
+    rule = AttentionRule(
         scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale
     )
     i_block, i_head, i_seq = place(
@@ -280,7 +280,7 @@ def dq_kernel(
 ):  # fmt: skip
     """dQ = scale dS K of a block of rows, over the keys they see."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(
+    rule = AttentionRule(
         scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale
     )
     i_block, i_head, i_seq = place(
@@ -339,7 +339,7 @@ def dkv_kernel(
 ):  # fmt: skip
     """dK = scale dS^T Q and dV = P^T dO of a block of keys, over the rows of all heads of the group that see them."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(
+    rule = AttentionRule(
         scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale
     )
     i_block, i_head, i_seq = place(
@@ -406,7 +406,7 @@ def dbias_kernel(
 ):  # fmt: skip
     """dBias of a block of BN = BM distances j - p, over all queries: dS summed along diagonals."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(
+    rule = AttentionRule(
         scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale
     )
     i_block = tl.program_id(0) % n_blocks

@@ -29,7 +29,7 @@ from .common import (
 _PANEL_BYTES = 2**25  # of scores that are kept at a time: an H200's cache holds 50 MiB
 
 
-class Rule(NamedTuple):
+class GatedRule(NamedTuple):
     """How a product q k becomes a score. What is None is compiled away."""
 
     left: Any  # None: every key before
@@ -113,7 +113,7 @@ def factors(b_a, b_x):
 
 
 def bias_rule(rel_bias: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """The end of a `Rule`: the bias (B, 2P-1), how far apart its rows are, and P - 1."""
+    """The end of a `GatedRule`: the bias (B, 2P-1), how far apart its rows are, and P - 1."""
     if rel_bias is None:
         return None, 0, 0
     rel_bias = rel_bias if rel_bias.stride(-1) == 1 else rel_bias.contiguous()

@@ -47,7 +47,7 @@ from .common import (
     sequences_of,
 )
 from .gated import (
-    Rule,
+    GatedRule,
     bias_pointer,
     bias_rule,
     factors,
@@ -130,7 +130,7 @@ def lse_kernel(
 ):  # fmt: skip
     """LSE of a block of rows; -inf for a row that sees nothing."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, scale, bias, bias_batch, max_distance)
+    rule = GatedRule(None, right, scale, bias, bias_batch, max_distance)
     i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     o_query = i_block * BM + tl.arange(0, BM)
@@ -166,7 +166,7 @@ def weights_kernel(
 ):  # fmt: skip
     """One block of a panel (blocks of rows, BM, keys): A, as far as any row of the block sees a key."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, scale, bias, bias_batch, max_distance)
+    rule = GatedRule(None, right, scale, bias, bias_batch, max_distance)
     i_slot = tl.program_id(0) // n_across
     i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
@@ -197,7 +197,7 @@ def product_kernel(
 ):  # fmt: skip
     """X = A V and gate * X of a block of rows and a tile of columns; without a panel to read A from it is made here."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, scale, bias, bias_batch, max_distance)
+    rule = GatedRule(None, right, scale, bias, bias_batch, max_distance)
     n_tiles = tl.cdiv(E, BE)
     i_slot = tl.program_id(0) // n_tiles
     o_column = tl.program_id(0) % n_tiles * BE + tl.arange(0, BE)
@@ -256,7 +256,7 @@ def gradient_kernel(
 ):  # fmt: skip
     """One block of both panels (blocks of keys, BN, queries): A^T, and dS^T from dA = dX V^T."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, scale, bias, bias_batch, max_distance)
+    rule = GatedRule(None, right, scale, bias, bias_batch, max_distance)
     i_slot = tl.program_id(0) // n_across
     i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_k, max_seqlen_k, 1, BN)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
@@ -295,7 +295,7 @@ def dkv_kernel(
 ):  # fmt: skip
     """dV = A^T dX, or with SCALING dK = dS^T (scale Q), of a block of keys of a panel and a tile of columns."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, scale, None, 0, 0)
+    rule = GatedRule(None, right, scale, None, 0, 0)
     n_tiles = tl.cdiv(E, BE)
     i_slot = tl.program_id(0) // n_tiles
     o_column = tl.program_id(0) % n_tiles * BE + tl.arange(0, BE)
@@ -328,7 +328,7 @@ def dq_kernel(
 ):  # fmt: skip
     """dQ += scale dS K of a block of rows, over the keys of a panel: its blocks first_block..last_block."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, scale, None, 0, 0)
+    rule = GatedRule(None, right, scale, None, 0, 0)
     i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     last = tl.minimum(i_block * BM + BM, m) - 1
@@ -360,7 +360,7 @@ def dbias_kernel(
 ):  # fmt: skip
     """dBias += dS of a panel's keys, summed along a block of BD diagonals j - p."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, 0.0, None, 0, 0)
+    rule = GatedRule(None, right, 0.0, None, 0, 0)
     i_batch = tl.program_id(0) // n_across
     o_bias = tl.program_id(0) % n_across * BD + tl.arange(0, BD)
     low = first_block

@@ -39,7 +39,7 @@ from .common import (
     store_rows,
 )
 from .gated import (
-    Rule,
+    GatedRule,
     bias_pointer,
     factors,
     load_tile,
@@ -241,7 +241,7 @@ def weights_kernel(
 ):  # fmt: skip
     """A block of a chunk's A, to its panel; zeros where no query sees a key."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, inv_norm, bias, bias_batch, max_distance)
+    rule = GatedRule(None, right, inv_norm, bias, bias_batch, max_distance)
     BLOCKS: tl.constexpr = (WIDTH // BM) * (WIDTH // BN)
     i_slot, i_block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
     chunk = chunk_at(first_block + i_slot, n_chunks, sequences, C)
@@ -273,7 +273,7 @@ def product_kernel(
     Forward lin is lin_Q / n, and x the values. BACKWARD it gives dV: lin is lin_K, A transposed, KV is dKV, x is dX.
     """
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, inv_norm, bias, bias_batch, max_distance)
+    rule = GatedRule(None, right, inv_norm, bias, bias_batch, max_distance)
     CAUSAL: tl.constexpr = right is not None
     n_tiles = tl.cdiv(E, BE)
     BLOCKS: tl.constexpr = (C + BM - 1) // BM
@@ -385,7 +385,7 @@ def gradient_kernel(
 ):  # fmt: skip
     """A block of a chunk's A, and of dS from dA = dX V^T, to their panels; zeros where no query sees a key."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = Rule(None, right, inv_norm, bias, bias_batch, max_distance)
+    rule = GatedRule(None, right, inv_norm, bias, bias_batch, max_distance)
     BLOCKS: tl.constexpr = (WIDTH // BM) * (WIDTH // BN)
     i_slot, i_block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
     chunk = chunk_at(first_block + i_slot, n_chunks, sequences, C)
@@ -513,7 +513,7 @@ def step_kernel(
     full = place + 1 == C
     o_s, o_column = tl.arange(0, BS).to(tl.int64), i_tile * BE + tl.arange(0, BE)
     m_s, m_column = o_s < S, o_column < E
-    rule = Rule(None, 0, inv_norm, bias, bias_batch, max_distance)
+    rule = GatedRule(None, 0, inv_norm, bias, bias_batch, max_distance)
     p_bias = bias_pointer(rule, i_row)
     b_quad_q = tl.load(row_pointers(quad_q, i_row, 0, 0) + o_s * quad_q.column, mask=m_s, other=0.0).to(tl.float32)
     b_lin_q = tl.load(row_pointers(lin_q, i_row, 0, 0) + o_s * lin_q.column, mask=m_s, other=0.0).to(tl.float32)

@@ -183,7 +183,7 @@ panel_pointers, load_lse, load_matrix = gau_kernels.panel_pointers, gau_kernels.
 state_pointers, panel_block = mixed_chunk_kernels.state_pointers, mixed_chunk_kernels.panel_block
 join_token, keep_chunk = mixed_chunk_kernels.join_token, mixed_chunk_kernels.keep_chunk
 Heads, Sequences, Matrix = common.Heads, common.Sequences, glu_kernels.Matrix
-Rule, GatedRule = attention_kernels.Rule, gated_kernels.Rule
+AttentionRule, GatedRule = attention_kernels.AttentionRule, gated_kernels.GatedRule
 
 
 @triton.jit
@@ -208,7 +208,7 @@ def touch_kernel(x, row, head, many, big, WHAT: tl.constexpr, WIDE: tl.constexpr
     elif WHAT == "row_offsets":
         tl.load(x + row_offsets(Sequences(None, None, None, 1, big, big), row, head, 7, o, head, 11, row))
     elif WHAT == "bias_pointers":
-        rule = Rule(None, None, None, None, x, big, big + 2, 11, None, None, 0, 1.0)
+        rule = AttentionRule(None, None, None, None, x, big, big + 2, 11, None, None, 0, 1.0)
         tl.load(bias_pointers(rule, row, o))
     elif WHAT == "bias_pointer":
         tl.load(gated_bias_pointer(GatedRule(None, None, 1.0, x, big, 11), row))
@@ -330,7 +330,7 @@ def intervals_kernel(
         left = tl.load(cases + 4 * n_cases + o_case)
     if RIGHT:
         right = tl.load(cases + 5 * n_cases + o_case)
-    visible = gated_kernels.Rule(left, right, 1.0, None, 0, 0)
+    visible = gated_kernels.GatedRule(left, right, 1.0, None, 0, 0)
     if WHOSE == "keys":
         a, b, c, d = common.keys_seen(visible, first, last, n, BLOCK)
     else:

@@ -49,7 +49,7 @@ def attention_forward(
     dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, Hq, M, E) and log-sum-exp (B, Hq, M) of every query row; `rel_bias` is (B, Hq, 2P-1)."""
-    rule = _Rule(scale, window, softcap, dropout_p, dropout_seed)
+    rule = _SoftmaxRule(scale, window, softcap, dropout_p, dropout_seed)
     if lengths is None and cu_seqlens is None and rule.is_plain(q, k, v, rel_bias, sinks):
         out, lse = _forward_fused(rule, q, k, v)  # out in the layout of q
         if not (q.is_contiguous() and out.is_contiguous()):
@@ -89,7 +89,7 @@ def attention_backward(
     dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, rel_bias (B, Hq, 2P-1) and sinks (Hq,); None where there is no such input."""
-    rule = _Rule(scale, window, softcap, dropout_p, dropout_seed)
+    rule = _SoftmaxRule(scale, window, softcap, dropout_p, dropout_seed)
     if lengths is None and cu_seqlens is None and dlse is None and rule.is_plain(q, k, v, rel_bias, sinks):
         dq, dk, dv = _backward_fused(rule, q, k, v, dout, out, lse)
         return _by_tokens(dq), _by_tokens(dk), _by_tokens(dv), None, None
@@ -118,7 +118,7 @@ def attention_backward(
     )
 
 
-class _Rule(NamedTuple):
+class _SoftmaxRule(NamedTuple):
     """How a score becomes a probability: everything that is not a differentiable tensor."""
 
     scale: float
@@ -147,7 +147,7 @@ class _Rule(NamedTuple):
 
 
 def _parts(
-    rule: _Rule,
+    rule: _SoftmaxRule,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -172,7 +172,7 @@ class _Part:
     def __init__(
         self,
         seq: Sequence,
-        rule: _Rule,
+        rule: _SoftmaxRule,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -356,12 +356,12 @@ def _backward_blocked(
     dv.copy_(dv_sum)
 
 
-def _forward_fused(rule: _Rule, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _forward_fused(rule: _SoftmaxRule, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return cpu_attention(*_fused_inputs(q, k, v), 0.0, _must_mask(rule, q), scale=rule.scale)
 
 
 def _backward_fused(
-    rule: _Rule, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor
+    rule: _SoftmaxRule, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PyTorch's kernel adds up all three gradients in the dtype of its inputs, block of scores by block of scores. So
     half inputs go through it as fp32, or a few blocks at a time where the processor multiplies halves faster."""
@@ -397,7 +397,7 @@ def _pieces(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _gradients_by_tiles(
-    rule: _Rule, masked: bool, rows: list[Tensor], keys: list[Tensor]
+    rule: _SoftmaxRule, masked: bool, rows: list[Tensor], keys: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of q, dout, out, lse and of k, v: a few of the kernel's blocks at a time, and the sums over those in fp32.
 
@@ -428,7 +428,7 @@ def _cuts(size: int) -> Iterator[slice]:
 
 
 def _fused_gradients(
-    rule: _Rule, masked: bool, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor
+    rule: _SoftmaxRule, masked: bool, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One call of the kernel; dk and dv of heads that share keys are added up in fp32."""
     operands = _last_contiguous(dout), *_fused_inputs(q, k, v), out, lse
@@ -439,7 +439,7 @@ def _fused_gradients(
     return dq, dk, dv
 
 
-def _must_mask(rule: _Rule, q: Tensor) -> bool:
+def _must_mask(rule: _SoftmaxRule, q: Tensor) -> bool:
     return rule.window[1] == 0 and q.shape[2] > 1  # one query at the end of the keys sees them all
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .common import Workspace, accumulator, add_product, values_dtype
-from .mixed_chunk import Chunks, Group, Heads, Rule, add_bias_gradient, blank, chunked, chunks_together
+from .mixed_chunk import ChunkRule, Chunks, Group, Heads, add_bias_gradient, blank, chunked, chunks_together
 from .projection import turn
 
 Order = list[int]  # the rows of gamma and beta that make quad_q, quad_k, lin_q and lin_k
@@ -110,7 +110,7 @@ def flash_unit_forward(
     before, products = (x.new_empty(*x.shape[:2], width) if save else None for width in (w.shape[0], e))
     count = state_count(x, chunk_size, gamma.shape[1], e, causal, cu_seqlens)
     starts = p.gamma.new_empty(count, gamma.shape[1], e) if save else None
-    rule = Rule(chunk_size, score, causal, float(chunk_size), lin_normalizer)
+    rule = ChunkRule(chunk_size, score, causal, float(chunk_size), lin_normalizer)
     parts = chunked(rule, x, together, rel_bias, lengths, cu_seqlens)
     for part, begins in _with_starts(parts, starts):
         kv = _state(part, p)
@@ -165,7 +165,7 @@ def flash_unit_backward(
     db = dw.new_zeros(w.shape[0])
     dbias = rel_bias.new_zeros(rel_bias.shape, dtype=acc) if rel_bias is not None else x.new_empty(0)
     together = chunks_together(chunk_size, gamma.shape[1], w_out.shape[1], p.w.dtype)
-    rule = Rule(chunk_size, score, causal, float(chunk_size), lin_normalizer)
+    rule = ChunkRule(chunk_size, score, causal, float(chunk_size), lin_normalizer)
     parts = chunked(rule, x, together, rel_bias, lengths, cu_seqlens)
     workspace = Workspace()
     for part, begins in _with_starts(parts, starts):

@@ -25,7 +25,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a nu
 
 
 @dataclass(frozen=True)
-class Rule:
+class ChunkRule:
     """The options of one call."""
 
     chunk_size: int
@@ -65,7 +65,7 @@ class Group:
 class Chunks:
     """The chunks of one sequence, or of several rows of a batch of equally long ones, and what is computed of them."""
 
-    rule: Rule
+    rule: ChunkRule
     seq: Sequence
     factor: torch.dtype  # of wide matrix products
     together: int  # chunks in a group, at most
@@ -233,7 +233,7 @@ def chunks_together(chunk_size: int, narrow: int, wide: int, factor: torch.dtype
 
 
 def chunked(
-    rule: Rule,
+    rule: ChunkRule,
     v: Tensor,
     together: int,
     rel_bias: Tensor | None,
@@ -296,7 +296,7 @@ def mixed_chunk_attention_forward(
     `lin_normalizer` None divides by the number of tokens summed. `initial_kv` (G, S, E) and `closed_tokens` (G,)
     continue sequences (causal only) whose chunks so far are closed. KV is what a causal continuation starts from.
     """
-    rule = Rule(chunk_size, score, causal, quad_normalizer, lin_normalizer)
+    rule = ChunkRule(chunk_size, score, causal, quad_normalizer, lin_normalizer)
     together = chunks_together(chunk_size, lin_k.shape[-1], v.shape[-1], values_dtype(v))
     begin = blank(lengths, cu_seqlens)
     out = begin(v)
@@ -342,7 +342,7 @@ def mixed_chunk_attention_backward(
     closed_tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias (B, 2P-1) and initial_kv (None without it)."""
-    rule = Rule(chunk_size, score, causal, quad_normalizer, lin_normalizer)
+    rule = ChunkRule(chunk_size, score, causal, quad_normalizer, lin_normalizer)
     begin = blank(lengths, cu_seqlens)
     dheads, dv = Heads(*(begin(t) for t in (quad_q, quad_k, lin_q, lin_k))), begin(v)
     dgate = begin(gate) if gate is not None else None
