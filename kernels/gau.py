@@ -387,7 +387,7 @@ def dbias_kernel(
 # ---------------------------------------------------------------- launchers
 
 
-class _Call(NamedTuple):
+class _GatedCall(NamedTuple):
     """What all kernels of one call share."""
 
     sequences: Sequences
@@ -544,7 +544,7 @@ def _call(
     rel_bias: Tensor | None,
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> _Call:
+) -> _GatedCall:
     """The options as the kernels take them."""
     softmax = score.startswith("softmax")
     if softmax:
@@ -556,7 +556,7 @@ def _call(
         most = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
         max_seqlens = (min(max(most, 1), k.shape[1]),) * 2
     precision, factors, weights_like = precisions(q)
-    return _Call(
+    return _GatedCall(
         sequences=sequences_of(q.shape[0], q.shape[1], k.shape[1], lengths, cu_seqlens, None),
         rule=(scale, 0 if causal else None, *bias_rule(rel_bias)),
         score="softmax" if softmax else score,
@@ -570,7 +570,7 @@ def _call(
     )
 
 
-def _lse(call: _Call, q: Tensor, k: Tensor, choose: Choose) -> Tensor | None:
+def _lse(call: _GatedCall, q: Tensor, k: Tensor, choose: Choose) -> Tensor | None:
     """The LSE (B, M) of a softmax's rows; None for another score."""
     if call.score != "softmax":
         return None

@@ -48,7 +48,7 @@ _PANEL_UNIT = 128  # tokens: blocks of a panel must divide it
 _FUSED_TILES = 1  # of columns, up to which A is cheaper made again for each tile than written and read
 
 
-class _Call(NamedTuple):
+class _ChunkCall(NamedTuple):
     """What all kernels of one call share."""
 
     tokens: Tensor  # the values, for their type and device
@@ -278,14 +278,14 @@ def _call(
     initial_kv: Tensor | None,
     closed_tokens: Tensor | None,
     choose: Choose,
-) -> _Call:
+) -> _ChunkCall:
     """The options as the kernels take them, and how sequences are cut into segments."""
     b, n, e = v.shape
     sequences = sequences_of(b, n, n, lengths, cu_seqlens, None)
     separate = b if cu_seqlens is None else 1
     n_chunks = blocks_of(sequences, n, 1, chunk_size)
     precision, factors, like = precisions(v)
-    call = _Call(
+    call = _ChunkCall(
         tokens=v,
         weights=like,
         choose=choose,
@@ -314,19 +314,21 @@ def _call(
     return call._replace(segments=(n_segments, chunks_per_segment))
 
 
-def _tiles(call: _Call) -> int:
+def _tiles(call: _ChunkCall) -> int:
     """How many programs sum one state."""
     config = call.config("states")
     return triton.cdiv(call.size["S"], config.block_m) * triton.cdiv(call.size["E"], config.block_n)
 
 
-def _untouched(call: _Call, start: Tensor | None) -> Tensor:
+def _untouched(call: _ChunkCall, start: Tensor | None) -> Tensor:
     """The state of sequences to which no token comes."""
     kv = call.tokens.new_zeros(call.sequences.n_sequences, call.size["S"], call.size["E"], dtype=torch.float32)
     return kv if start is None else kv.copy_(start)
 
 
-def _sum_states(call: _Call, x: Tensor, y: Tensor, start: Tensor | None, *, backward: bool) -> tuple[_States, Tensor]:
+def _sum_states(
+    call: _ChunkCall, x: Tensor, y: Tensor, start: Tensor | None, *, backward: bool
+) -> tuple[_States, Tensor]:
     """The sums of x^T y that chunks read, and the sum (G, S, E) of `start` and all of them."""
     s, e, count = call.size["S"], call.size["E"], call.sequences.n_sequences
     n_segments, chunks_per_segment = call.segments
@@ -350,7 +352,7 @@ def _sum_states(call: _Call, x: Tensor, y: Tensor, start: Tensor | None, *, back
 
 
 def _multiply(
-    call: _Call,
+    call: _ChunkCall,
     quad_q: Tensor,
     quad_k: Tensor,
     lin: Tensor,
@@ -377,7 +379,7 @@ def _multiply(
     )  # fmt: skip
 
 
-def _linear(call: _Call, x: Tensor, states: _States, out: Tensor, *, backward: bool) -> None:
+def _linear(call: _ChunkCall, x: Tensor, states: _States, out: Tensor, *, backward: bool) -> None:
     """Start `linear_kernel` for all slots."""
     config = call.config("linear")
     across = triton.cdiv(call.size["S"], config.block_n) * triton.cdiv(call.size["C"], config.block_m)
