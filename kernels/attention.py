@@ -52,7 +52,7 @@ def attention_forward(
     """Output (B, Hq, M, E) and log-sum-exp (B, Hq, M) of every query row; `rel_bias` is (B, Hq, 2P-1)."""
     b, n_heads, m, d = q.shape
     n_kv_heads, n, e = k.shape[1], k.shape[2], v.shape[-1]
-    out = _room_for_output(q, e)
+    out = _empty_output(q, e)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
@@ -197,23 +197,23 @@ def _rule(
 
 
 def _extras(rule: AttentionRule) -> bool:
-    """Whether more than a scale, a bias and a mask lies between the products."""
+    """Whether softcap or dropout is applied between the products, which takes registers."""
     return rule.softcap is not None or rule.seed is not None
 
 
 def _widths(d: int, e: int) -> dict[str, int]:
-    """Head dimensions as blocks: powers of two, and at least what a matrix instruction takes."""
+    """Block sizes of the head dimensions: powers of two, at least the 16 of a matrix instruction."""
     return {"BD": max(16, triton.next_power_of_2(d)), "BE": max(16, triton.next_power_of_2(e))}
 
 
 def _parts(programs: int, processors: int, most: int) -> int | None:
-    """Among how many programs the keys of a row are split, where there are too few rows to occupy the device."""
+    """The number of programs that share the keys of a row, if there are too few rows to occupy the device."""
     parts = min(processors // max(programs, 1), most)
     return parts if parts > 1 else None
 
 
-def _room_for_output(q: Tensor, e: int) -> Tensor:
-    """Unwritten memory (B, Hq, M, E), stored as (B, M, Hq, E) if q is: joining the heads afterwards is then a view."""
+def _empty_output(q: Tensor, e: int) -> Tensor:
+    """An uninitialised (B, Hq, M, E), stored as (B, M, Hq, E) if q is, so that concatenating the heads is a view."""
     b, n_heads, m, _ = q.shape
     if q.transpose(1, 2).is_contiguous():
         return q.new_empty(b, m, n_heads, e).transpose(1, 2)

@@ -1,13 +1,13 @@
 """Softmax attention: FlashAttention's passes (Dao et al. 2022, algorithms 1 and 4; Dao 2023) with every option.
 
-Queries that share a key head stand together: row r of a program is query r // GROUPS of head r % GROUPS of the group.
-So keys and values are never expanded, the sums dK and dV run over the whole group inside one program, and a single
-decoded token still fills a block. What a row sees is an interval of keys: blocks outside it are skipped, and those
-wholly inside need no mask (`common.keys_seen`).
+Queries that share a key head are rows of the same blocks: row r of a program is query r // GROUPS of head r % GROUPS of
+the group. So keys and values are never expanded, dK and dV are summed over the whole group inside one program, and one
+decoded token gives GROUPS rows. A row sees an interval of keys: blocks outside it are skipped, and those inside it for
+all rows need no mask (`common.keys_seen`).
 
     forward     rows, over the keys they see: running maximum and sum, then O and LSE
-    merge       parts of the keys into one, by their maxima and sums (few rows against many keys)
-    delta       rowsum(dO * O) - dLSE, what a row's dP is compared with
+    merge       combines the results of split keys by their maxima and sums (few rows, many keys)
+    delta       rowsum(dO * O) - dLSE, which is subtracted from a row's dP
     dq          rows, over the keys they see
     dkv         keys, over the rows that see them
     dbias       diagonals of a relative bias, over the queries
@@ -40,19 +40,19 @@ from .common import (
 
 
 class AttentionRule(NamedTuple):
-    """How a score becomes a weight. What is None is compiled away; a window or a cap may change without recompiling."""
+    """Options of the scores. A field that is None is compiled out; windows and caps may change without recompiling."""
 
     scale: float
     left: Any  # a query at position p sees the keys p - left .. p + right
     right: Any
     softcap: Any
-    bias: Any  # pointer to (B, Hq, 2 max_distance + 1) fp32 or the dtype of q, with its strides
+    bias: Any  # pointer to (B, Hq, 2 max_distance + 1); may be float32 when q is half
     bias_batch: int
     bias_head: int
     max_distance: int
     sinks: Any  # pointer to (Hq,)
-    seed: Any  # pointer to dropout's seed
-    threshold: int  # of its words, less 2^31
+    seed: Any  # pointer to the seed of dropout
+    threshold: int  # random 32-bit words below it are dropped; less 2^31, for a signed comparison
     dropout_scale: float  # 1 / (1 - dropout)
 
 
@@ -66,7 +66,7 @@ def scores(b_qk, rule, p_bias, o_position, o_key, n, MASKED: tl.constexpr):
         b_slope = 1 - b_t * b_t
         b_s = b_t * rule.softcap
     if rule.bias is not None:
-        # Rows past the end stand at positions from n on; the bias there may be anything.
+        # Out-of-range rows have positions >= n, where the bias is undefined.
         b_s += toeplitz(p_bias, o_key - o_position, rule.max_distance, (o_key < n) & (o_position < n))
     if MASKED:
         b_s = tl.where(is_visible(rule, o_position, o_key, n), b_s, -float("inf"))
@@ -75,7 +75,7 @@ def scores(b_qk, rule, p_bias, o_position, o_key, n, MASKED: tl.constexpr):
 
 @triton.jit
 def bias_pointers(rule, row, o_head):
-    """Where the bias of each head's own position stands, distance 0; the scale's place if there is no bias."""
+    """Pointers to each head's bias at distance 0; a placeholder if there is no bias."""
     p_bias = o_head
     if rule.bias is not None:
         p_bias = (
@@ -89,7 +89,7 @@ def bias_pointers(rule, row, o_head):
 
 @triton.jit
 def kept(rule, i_seq, o_head, o_query, start, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Dropout's mask [ROWS, BLOCK] for keys from `start`, a multiple of 4: Philox-4x32-10 of seed and place.
+    """Dropout's mask [ROWS, BLOCK] for keys from `start`, a multiple of 4: Philox-4x32-10 of seed and position.
 
     One counter (key // 4, query, head, sequence) gives the words of four neighbouring keys.
     """
@@ -104,7 +104,7 @@ def kept(rule, i_seq, o_head, o_query, start, ROWS: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def kept_at(rule, i_seq, i_head, o_query, o_key, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The same factor of dropout, 0 or 1/(1-p), for keys from anywhere: each element looks up its own word."""
+    """Dropout's factor, 0 or 1/(1-p), for arbitrary keys: each element selects its own Philox word."""
     zero = tl.zeros([ROWS, COLUMNS], tl.int32)
     o_word = (zero + o_key[None, :]) & 3
     w0, w1, w2, w3 = tl.philox(
@@ -116,7 +116,7 @@ def kept_at(rule, i_seq, i_head, o_query, o_key, ROWS: tl.constexpr, COLUMNS: tl
 
 @triton.jit
 def row_offsets(sequences, i_seq, i_head, n_heads, o_query, o_head, first_m, row):
-    """Where rows lie in a contiguous (B, Hq, M), as LSE and delta are."""
+    """Offsets of rows in a contiguous (B, Hq, M) tensor, such as LSE and delta."""
     return (tl.cast(row, tl.int64) * n_heads + o_head) * sequences.max_seqlen_q + first_m + o_query
 
 
@@ -137,11 +137,11 @@ def forward_kernel(
         tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.cu_seqlens_q, max_seqlen_q, GROUPS, BM
     )  # fmt: skip
     row, first_m, m, stored, first_n, n, _stored_n = bounds(sequences, i_seq)
-    i_block = (stored * GROUPS + BM - 1) // BM - 1 - i_block  # the longest rows of a causal mask first
+    i_block = (stored * GROUPS + BM - 1) // BM - 1 - i_block  # of a causal mask, rows with the most keys first
     if i_block < 0:
         return
 
-    # Rows, and what each of them is.
+    # Query and head of each row.
     o_row = i_block * BM + tl.arange(0, BM)
     o_query, o_head = o_row // GROUPS, i_head * GROUPS + o_row % GROUPS
     o_position = o_query + n - m
@@ -151,7 +151,7 @@ def forward_kernel(
     p_k = row_pointers(k, row, i_head, first_n)
     p_v = row_pointers(v, row, i_head, first_n)
 
-    # The keys they see, of them this program's part.
+    # The range of keys that they see, restricted to this program's part.
     last = tl.minimum((i_block * BM + BM - 1) // GROUPS, m - 1)
     start, full_start, full_stop, stop = keys_seen(rule, i_block * BM // GROUPS + n - m, last + n - m, n, BN)
     i_part = tl.program_id(1)
@@ -162,7 +162,7 @@ def forward_kernel(
         full_start = tl.minimum(tl.maximum(full_start, start), tl.maximum(stop, start))
         full_stop = tl.maximum(tl.minimum(full_stop, stop // BN * BN), full_start)
 
-    # A sink is one more key, whose value is zero: it enters the sum with weight e^0 of its own maximum.
+    # A sink is an additional key with value 0: the maximum starts with its score, the sum with exp(0) = 1.
     b_m = tl.full([BM], -float("inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     if rule.sinks is not None:
@@ -173,7 +173,7 @@ def forward_kernel(
         b_l = tl.where(b_sink == -float("inf"), 0.0, 1.0)
     b_acc = tl.zeros([BM, BE], tl.float32)
 
-    for phase in tl.static_range(3):  # the border on the left, whole blocks, the border on the right
+    for phase in tl.static_range(3):  # masked blocks on the left, unmasked, masked on the right
         if phase != 0 or rule.left is not None:
             lo = start if phase == 0 else (full_start if phase == 1 else full_stop)
             hi = full_start if phase == 0 else (full_stop if phase == 1 else stop)
@@ -183,7 +183,7 @@ def forward_kernel(
                 b_qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
                 b_s, _ = scores(b_qk, rule, p_bias[:, None], o_position[:, None], o_key[None, :], n, phase != 1)
                 b_new = tl.maximum(b_m, tl.max(b_s, 1))
-                b_pivot = tl.where(b_new == -float("inf"), 0.0, b_new)  # of a row that has seen nothing yet
+                b_pivot = tl.where(b_new == -float("inf"), 0.0, b_new)  # no visible key so far: avoids inf - inf
                 b_p = tl.exp2((b_s - b_pivot[:, None]) * LOG2_E)
                 b_alpha = tl.exp2((b_m - b_pivot) * LOG2_E)
                 b_l = b_l * b_alpha + tl.sum(b_p, 1)
@@ -205,7 +205,7 @@ def forward_kernel(
             all_rows *= sequences.n_sequences
         p_out += i_part * all_rows * E
         p_lse += i_part * all_rows
-        # Maximum and sum apart: in the LSE of large scores the sum's last places are lost.
+        # Maximum and sum are stored separately: LSE = m + log l loses low bits of l when m is large.
         tl.store(p_lse + n_parts * all_rows, tl.where(m_row, b_l, 0.0), mask=o_query < stored)
         b_lse = b_m
     store_rows(out, p_out, o_query < stored, b_acc, E, BE)
@@ -214,7 +214,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def merge_kernel(parts, sums, out, lse, n_rows, n_parts, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr):
-    """Parts (n_parts, rows, E), with maxima m and sums l (2, n_parts, rows), into one: O ~ sum of l e^m O_part."""
+    """Parts (n_parts, rows, E), with maxima m and sums l (2, n_parts, rows), combined: O ~ sum of l e^m O_part."""
     o_row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     o_column = tl.arange(0, BE)
     m_row = o_row < n_rows
@@ -258,7 +258,7 @@ def delta_kernel(
     b_out = load_rows(out, row_pointers(out, row, i_head, first_m + o_query), m_row, E, BE, False)
     b_delta = tl.sum(b_dout.to(tl.float32) * b_out.to(tl.float32), 1)
     o_flat = row_offsets(sequences, i_seq, i_head, n_heads, o_query, i_head, first_m, row)
-    if dlse is not None:  # which may be anything, NaN included, for a row that sees nothing
+    if dlse is not None:  # it may be NaN for a row without visible keys
         b_lse = tl.load(lse + o_flat, mask=m_row, other=-float("inf"))
         b_delta -= tl.load(dlse + o_flat, mask=m_row & (b_lse != -float("inf")), other=0.0)
     tl.store(delta + o_flat, b_delta, mask=o_query < stored)
@@ -266,7 +266,7 @@ def delta_kernel(
 
 @triton.jit
 def probabilities(b_s, b_lse):
-    """P = exp(S - LSE). A row that sees nothing, or is not there, has LSE -inf and P = 0."""
+    """P = exp(S - LSE). Rows without visible keys and out-of-range rows have LSE = -inf and P = 0."""
     return tl.exp2((b_s - tl.where(b_lse == -float("inf"), float("inf"), b_lse)) * LOG2_E)
 
 
@@ -355,7 +355,7 @@ def dkv_kernel(
     b_v = load_rows(v, row_pointers(v, row, i_head, first_n + o_key), m_key, E, BE, False)
     b_dk = tl.zeros([BN, BD], tl.float32)
     b_dv = tl.zeros([BN, BE], tl.float32)
-    # What is not there needs no mask: a row past the end has P = 0, and a key past the end is left out at the end.
+    # Out-of-range queries have P = 0, out-of-range keys are masked at the store: neither needs a mask here.
     last = tl.minimum(i_block * BN + BN, n) - 1
     start, full_start, full_stop, stop = rows_seeing(rule, i_block * BN, last, m, n, GROUPS, BM)
     if rule.left is None:
@@ -375,7 +375,7 @@ def dkv_kernel(
                 o_flat = row_offsets(sequences, i_seq, i_head, n_kv_heads * GROUPS, o_query, o_head, first_m, row)
                 b_lse = tl.load(lse + o_flat, mask=m_row, other=-float("inf"))
                 b_delta = tl.load(delta + o_flat, mask=m_row, other=0.0)
-                # Transposed, keys by rows: P and dS then are left factors of a product just as they come.
+                # S^T, keys by rows: P^T and dS^T are then left operands of tl.dot without a transposition.
                 b_kq = tl.dot(b_k, b_q.T, input_precision=PRECISION)
                 p_bias = bias_pointers(rule, row, o_head)
                 b_s, b_slope = scores(b_kq, rule, p_bias[None, :], o_position[None, :], o_key[:, None], n, phase != 1)
@@ -422,7 +422,7 @@ def dbias_kernel(
         last_seq = sequences.n_sequences
     for i_seq in range(first_seq, last_seq):
         row, first_m, m, _stored_m, first_n, n, _stored_n = bounds(sequences, i_seq)
-        # Queries whose key at one of these distances is there.
+        # The range of queries that have a key at one of these distances.
         start = tl.maximum(m - n - nearest - BN + 1, 0) // BM * BM
         stop = tl.minimum(m - nearest, m)
         if rule.right is not None:
@@ -450,7 +450,7 @@ def dbias_kernel(
             if rule.seed is not None:
                 b_dp *= kept_at(rule, i_seq, i_head, o_query, o_key, BM, BM + BN)
             b_ds = b_p * (b_dp - b_delta[:, None])
-            # Entry (r, c) of dS lies on the block's diagonal c - r: shift row r to the left by r, and add up.
+            # Element (r, c) of dS is on diagonal c - r: shift row r to the left by r, and sum the columns.
             b_dbias += tl.sum(tl.gather(b_ds, o_step + tl.arange(0, BN)[None, :], 1), 0)
     o_bias = i_block * BN + tl.arange(0, BN)
     width = 2 * rule.max_distance + 1

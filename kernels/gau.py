@@ -1,21 +1,21 @@
 """Quadratic gated attention (Hua et al. 2022): O = gate * (A V), A an elementwise score or a softmax of q k^T.
 
-One head, and values thousands of columns wide. So no program can hold a row of the result, and what a program does for
-a block of scores must serve many columns. Two regimes:
+One head, and values thousands of columns wide: a row of the result does not fit a program's registers, so a block of
+scores is computed once and used for many columns. Two variants:
 
-    fused      (narrow values) a program makes A for its rows and multiplies a tile of columns of V with it
-    panels     (wide values) A of some rows against all keys goes to a panel that stays in the cache; then the same
-               product, with the gate as its epilogue, reads A from there
+    fused      (narrow values) a program computes A for its rows and multiplies it with a tile of columns of V
+    panels     (wide values) A of some rows against all keys is written to a panel, sized to stay in the L2 cache; the
+               same product, with the gate as its epilogue, reads A from there
 
-The backward has panels only, of keys. A score's slope is a function of the score, so no statistics of the forward are
-needed but the LSE of a softmax, which is computed again:
+The backward has panels only, of keys. A score's derivative is a function of the score, so no statistics of the forward
+are needed but the LSE of a softmax, which is recomputed:
 
     prologue   dX = gate * dO, dGate = X * dO, for a softmax delta = rowsum(dX * X)
     gradient   for a panel of keys A^T and dS^T: dA = dX V^T, dS = dA * score'(S), or A (dA - delta)
-    dkv        dV = A^T dX and dK = dS^T (scale Q), which are complete with the panel
-    dq, dbias  scale dS K and the diagonal sums of dS, added to what the panels before made of them
+    dkv        dV = A^T dX and dK = dS^T (scale Q), both complete after the panel
+    dq, dbias  scale dS K and the diagonal sums of dS, added to the sums of the panels before
 
-Panels follow each other on one stream and each sum has one writer, so that results are bitwise repeatable.
+Panels are processed in order on one stream and each sum has one writer, so that results are bitwise repeatable.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from .gated import (
     weights,
 )
 
-_FUSED_WIDTH = 512  # of the values, up to which scores are cheaper made again for each tile than written and read
+_FUSED_WIDTH = 512  # of the values; up to it, recomputing scores for each tile is cheaper than storing them
 
 
 # ---------------------------------------------------------------- scores
@@ -111,7 +111,7 @@ def weights_block(
 
 @triton.jit
 def load_lse(lse, row, max_seqlen_q, o_token, m_row, SCORE: tl.constexpr):
-    """The LSE of rows, which only a softmax has. A row that is not there has -inf, and then weights of 0."""
+    """The LSE of rows (softmax only). Out-of-range rows have -inf, which gives weights of 0."""
     b_lse = tl.zeros(o_token.shape, tl.float32)
     if SCORE == "softmax":
         b_lse = tl.load(lse + tl.cast(row, tl.int64) * max_seqlen_q + o_token, mask=m_row, other=-float("inf"))
@@ -142,7 +142,7 @@ def lse_kernel(
     _, _, full_stop, stop = keys_seen(rule, i_block * BM + n - m, last + n - m, n, BN)
     b_m = tl.full([BM], -float("inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
-    for phase in tl.static_range(2):  # whole blocks, the border
+    for phase in tl.static_range(2):  # unmasked blocks, then masked ones
         for j in range(0 if phase == 0 else full_stop, full_stop if phase == 0 else stop, BN):
             o_key = j + tl.arange(0, BN)
             b_k = load_rows(k, p_k + tl.cast(o_key, tl.int64) * k.token, o_key < n, S, BS, phase == 0)
@@ -164,7 +164,7 @@ def weights_kernel(
     SCORE: tl.constexpr, SCALING: tl.constexpr, S: tl.constexpr, BS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of a panel (blocks of rows, BM, keys): A, as far as any row of the block sees a key."""
+    """One block of a panel (blocks of rows, BM, keys): A, up to the last key that a row of the block sees."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = GatedRule(None, right, scale, bias, bias_batch, max_distance)
     i_slot = tl.program_id(0) // n_across
@@ -195,7 +195,7 @@ def product_kernel(
     SCORE: tl.constexpr, SCALING: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
-    """X = A V and gate * X of a block of rows and a tile of columns; without a panel to read A from it is made here."""
+    """X = A V and gate * X of a block of rows and a tile of columns; without a panel, A is computed here."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = GatedRule(None, right, scale, bias, bias_batch, max_distance)
     n_tiles = tl.cdiv(E, BE)
@@ -223,7 +223,7 @@ def product_kernel(
         b_lse = load_lse(lse, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
         b_scale, p_bias = scales(rule, o_position, n, SCALING), bias_pointer(rule, row)
         p_k = row_pointers(k, row, 0, first_n)
-        for phase in tl.static_range(2):  # whole blocks, the border
+        for phase in tl.static_range(2):  # unmasked blocks, then masked ones
             for j in range(0 if phase == 0 else full_stop, full_stop if phase == 0 else stop, BN):
                 o_key = j + tl.arange(0, BN)
                 b_a = weights_block(
@@ -552,7 +552,7 @@ def _call(
     else:
         scaling, scale = ("number", 1 / float(normalizer)) if not isinstance(normalizer, str) else (normalizer, 1.0)
     max_seqlens = q.shape[1], k.shape[1]
-    if cu_seqlens is not None:  # the one value that is read on the host: panels as wide as the batch would be many
+    if cu_seqlens is not None:  # the only value read on the host: panels as wide as the packed batch would be many
         most = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
         max_seqlens = (min(max(most, 1), k.shape[1]),) * 2
     precision, factors, weights_like = precisions(q)

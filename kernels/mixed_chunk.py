@@ -34,7 +34,7 @@ from .mixed_chunk_kernels import (
     weights_kernel,
 )
 
-# The extents that a kernel's blocks need not exceed: of its block_m, block_n and block_k.
+# The axes that limit a kernel's block_m, block_n and block_k.
 _EXTENTS = {
     "states": "SEC",
     "weights": "CC",
@@ -45,7 +45,7 @@ _EXTENTS = {
     "heads": "CC",
 }
 _PANEL_UNIT = 128  # tokens: blocks of a panel must divide it
-_FUSED_TILES = 1  # of columns, up to which A is cheaper made again for each tile than written and read
+_FUSED_TILES = 1  # of columns; up to it, recomputing A for each tile is cheaper than storing it
 
 
 class _ChunkCall(NamedTuple):
@@ -66,7 +66,7 @@ class _ChunkCall(NamedTuple):
     slots: int
     n_chunks: int  # slots of a row
     segments: tuple[int, int]  # of a row; and how many chunks a segment has
-    rows: int  # that have slots of their own: 1 when packed
+    rows: int  # of the batch that have their own slots: 1 when packed
 
     @property
     def causal(self) -> bool:
@@ -89,7 +89,7 @@ class _ChunkCall(NamedTuple):
         return triton.cdiv(self.largest_chunk, unit) * unit
 
     def config(self, kernel: str) -> Config:
-        """How a kernel is launched; no block is larger than what it is of."""
+        """How a kernel is launched; no block is larger than its axis."""
         x = self.tokens if kernel == "states" else self.weights
         chosen: Config = self.choose(f"mixed_chunk_{kernel}", x, self.width)
         extents = self.size | {"C": self.largest_chunk}
@@ -391,10 +391,10 @@ def _linear(call: _ChunkCall, x: Tensor, states: _States, out: Tensor, *, backwa
 
 
 def _along_diagonals(total: Tensor, width: int) -> Tensor:
-    """Sums (B, width) of total[b, i, j], square, over j - i = t - width // 2; what lies further out is 0."""
+    """Sums (B, width) of total[b, i, j], square, over j - i = t - width // 2; 0 beyond the chunk."""
     size = total.shape[1]
     across = 2 * size - 1
-    # With as many columns more, read in rows one shorter, each row stands a place further right than the one above.
+    # Padded by `size` columns and read in rows one shorter, each row is shifted right by one from the row above.
     skewed = F.pad(total.flip(1), (0, size)).flatten(1)[:, : size * across].unflatten(1, (size, across))
-    beside = (width - across) // 2  # negative where the blocks of a chunk go beyond it
+    beside = (width - across) // 2  # negative, which crops, where the blocks of a chunk extend past the bias
     return F.pad(skewed.sum(1), (beside, beside))

@@ -1,14 +1,14 @@
 """FLASH's mixed chunk attention (Hua et al. 2022, section 3.2): O = gate * (A V + lin_Q KV / n), chunk by chunk.
 
 A is local, C x C for each chunk of C tokens; KV (S, E) is the sum of lin_K^T V over the chunks before (all chunks, if
-not causal). So all chunks can be worked on at once, as soon as each one's KV is known:
+not causal). Once each chunk's KV is known, all chunks are independent:
 
-    states    sums of lin_K^T V, running through the chunks of a segment, written before each chunk
+    states    sums of lin_K^T V, over the chunks of a segment, one state stored per chunk (before adding it)
     carry     the segments' totals, summed over the segments before; none if a sequence is one segment
-    weights   A of some chunks to a panel, which stays in the cache (values of one tile of columns: made where used)
+    weights   A of some chunks to a panel in the L2 cache (values of one tile of columns: computed in `product`)
     product   [lin_Q | A] [KV ; V] as one product, with the gate as its epilogue
 
-The backward turns every arrow around, with dKV, the sum of lin_Q^T dX / n over the chunks after:
+The backward sums in reverse order: dKV is the sum of lin_Q^T dX / n over the chunks after.
 
     prologue  dX = gate * dO, dGate = X * dO
     states, carry   KV again, and dKV
@@ -17,8 +17,8 @@ The backward turns every arrow around, with dKV, the sum of lin_Q^T dX / n over 
     product   dV = [lin_K | A^T] [dKV ; dX]
     heads     dquad_Q and dquad_K from dS; the bias's gradient is summed over chunks, and then along diagonals
 
-A slot is a place for a chunk: a sequence of n tokens has ceil(n / C), one after the other; packed sequences may leave
-a slot between them empty. Each sum has one writer, so that results are bitwise repeatable.
+A slot is an index of chunks: a sequence of n tokens has ceil(n / C) consecutive slots; between packed sequences there
+may be an empty one. Each sum has one writer, so that results are bitwise repeatable.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ from .gated import (
 
 
 class Chunk(NamedTuple):
-    """Where a chunk is: its sequence, its ordinal therein, its row of memory, its first token there, its tokens."""
+    """A chunk: its sequence, its ordinal in it, its batch row, its first token in that row, its number of tokens."""
 
     sequence: Any
     ordinal: Any
     row: Any
     first: Any
     tokens: Any
-    stored: Any  # rows of results: padding is written too, with zeros
+    stored: Any  # rows of results to write, including padding (zeros)
     of: Any  # tokens of the sequence
 
 
@@ -98,7 +98,7 @@ def state_pointers(states, i_state, o_row, o_column, S: tl.constexpr, E: tl.cons
 
 @triton.jit
 def load_state(states, base, i_state, i_base, o_row, o_column, S: tl.constexpr, E: tl.constexpr):
-    """A tile of the state that a chunk reads: what its segment summed, and what came before the segment."""
+    """A tile of the state that a chunk reads: the sum within its segment plus the sum before the segment."""
     mask = (o_row < S)[:, None] & (o_column < E)[None, :]
     if states is None:
         b_state = tl.load(state_pointers(base, i_base, o_row, o_column, S, E), mask=mask, other=0.0)
@@ -154,9 +154,9 @@ def states_kernel(
             p_state = state_pointers(states, slot + i_chunk, o_row, o_column, S, E)
             tl.store(p_state, b_sum.to(states.dtype.element_ty), mask=m_tile)
         tokens = tl.minimum(n - i_chunk * C, C)
-        if CAUSAL and not BACKWARD:  # a chunk that is still open is not summed yet
+        if CAUSAL and not BACKWARD:  # an incomplete chunk is not added to the state
             tokens = tl.where(tokens == C, C, 0)
-        b_own = tl.zeros([BS, BE], tl.float32)  # matrix units cut a sum's last bits: none may run through all chunks
+        b_own = tl.zeros([BS, BE], tl.float32)  # tensor cores truncate accumulators: one per chunk, added in fp32
         for j in range(0, tokens, BK):
             o_token = j + tl.arange(0, BK)
             o_there = tl.cast(i_chunk * C + o_token, tl.int64)
@@ -202,7 +202,7 @@ def carry_kernel(
 
 @triton.jit
 def chunk_rows(x, chunk, o_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Whole rows of a chunk, zeros behind its last token."""
+    """Whole rows of a chunk, zeros after its last token."""
     return load_rows(x, row_pointers(x, chunk.row, 0, chunk.first + o_row), o_row < chunk.tokens, WIDTH, BLOCK, False)
 
 
@@ -287,7 +287,7 @@ def product_kernel(
     m_row = o_row < chunk.tokens
     b_acc = tl.zeros([BM, BE], tl.float32)
 
-    # The global part, if there is one: of the first chunk only from an initial state, to an open one nothing.
+    # The global part. The first chunk has one only with an initial state; an incomplete one gets no dV from it.
     reads = chunk.tokens > 0
     if CAUSAL and BACKWARD:
         reads = chunk.tokens == C
@@ -455,7 +455,7 @@ def dbias_kernel(
     n_chunks, first_block, last_block, first_row,
     C: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A block of the sum of dS (B, WIDTH, WIDTH) over a row's chunks, those of a panel added."""
+    """A block of the sum of dS (B, WIDTH, WIDTH) over a row's chunks: adds those of a panel."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     ACROSS: tl.constexpr = WIDTH // BLOCK
     i_batch, i_block = first_row + tl.program_id(0) // (ACROSS * ACROSS), tl.program_id(0) % (ACROSS * ACROSS)
@@ -480,7 +480,7 @@ def dbias_kernel(
 
 @triton.jit
 def join_token(x, held, i_row, place, o_chunk, o_column, C: tl.constexpr, WIDTH: tl.constexpr):
-    """A block of an open chunk with the new token in its place, zeros behind it."""
+    """A block of an open chunk with the new token inserted, zeros after it."""
     m_column = (o_column < WIDTH)[None, :]
     p_held = held + (tl.cast(i_row, tl.int64) * C + o_chunk[:, None]) * WIDTH + o_column[None, :]
     b_held = tl.load(p_held, mask=(o_chunk < place)[:, None] & m_column, other=0.0)
@@ -491,7 +491,7 @@ def join_token(x, held, i_row, place, o_chunk, o_column, C: tl.constexpr, WIDTH:
 
 @triton.jit
 def keep_chunk(new_held, block, i_row, full, o_chunk, o_column, C: tl.constexpr, WIDTH: tl.constexpr):
-    """Write a block of the chunk that stays open: zeros if this token closes it."""
+    """Write a block of the open chunk; zeros if this token completes it."""
     p_new = new_held + (tl.cast(i_row, tl.int64) * C + o_chunk[:, None]) * WIDTH + o_column[None, :]
     m_there = (o_chunk < C)[:, None] & (o_column < WIDTH)[None, :]
     tl.store(p_new, tl.where(full, 0.0, block).to(new_held.dtype.element_ty), mask=m_there)
@@ -505,7 +505,7 @@ def step_kernel(
     C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
     SCORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One token: a tile of its output and of the state after it. Each program joins a share of the chunk's keys."""
+    """One token: a tile of its output and of the state after it. Each program writes a share of the chunk's keys."""
     n_tiles = tl.cdiv(E, BE)
     i_row, i_tile = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles
     seen = tl.load(position + i_row)
