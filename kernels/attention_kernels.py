@@ -120,6 +120,35 @@ def row_offsets(sequences, i_seq, i_head, n_heads, o_query, o_head, first_m, row
     return (tl.cast(row, tl.int64) * n_heads + o_head) * sequences.max_seqlen_q + first_m + o_query
 
 
+@triton.jit
+def block_of_rows(sequences, n_blocks, n_kv_heads, GROUPS: tl.constexpr, BM: tl.constexpr):
+    """(block of rows, key head, sequence) of a program, and the `bounds` of the sequence.
+
+    Of a causal mask, blocks with the most keys come first. A negative block has nothing to do.
+    """
+    i_block, i_head, i_seq = place(
+        tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.cu_seqlens_q, sequences.max_seqlen_q, GROUPS, BM
+    )  # fmt: skip
+    row, first_m, m, stored, first_n, n, _stored_n = bounds(sequences, i_seq)
+    i_block = (stored * GROUPS + BM - 1) // BM - 1 - i_block
+    return i_block, i_head, i_seq, row, first_m, m, stored, first_n, n
+
+
+@triton.jit
+def rows_of_block(i_block, i_head, m, n, GROUPS: tl.constexpr, BM: tl.constexpr):
+    """Query, head and position of each row, and whether it is in range."""
+    o_row = i_block * BM + tl.arange(0, BM)
+    o_query, o_head = o_row // GROUPS, i_head * GROUPS + o_row % GROUPS
+    return o_query, o_head, o_query + n - m, o_query < m
+
+
+@triton.jit
+def keys_of_block(rule, i_block, m, n, GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Blocks of keys that a block of rows sees, as `in_blocks` returns them."""
+    last = tl.minimum((i_block * BM + BM - 1) // GROUPS, m - 1)
+    return keys_seen(rule, i_block * BM // GROUPS + n - m, last + n - m, n, BN)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     q, k, v, out, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
@@ -133,27 +162,19 @@ def forward_kernel(
     rule = AttentionRule(
         scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale
     )
-    i_block, i_head, i_seq = place(
-        tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.cu_seqlens_q, max_seqlen_q, GROUPS, BM
-    )  # fmt: skip
-    row, first_m, m, stored, first_n, n, _stored_n = bounds(sequences, i_seq)
-    i_block = (stored * GROUPS + BM - 1) // BM - 1 - i_block  # of a causal mask, rows with the most keys first
+    i_block, i_head, i_seq, row, first_m, m, stored, first_n, n = block_of_rows(
+        sequences, n_blocks, n_kv_heads, GROUPS, BM
+    )
     if i_block < 0:
         return
-
-    # Query and head of each row.
-    o_row = i_block * BM + tl.arange(0, BM)
-    o_query, o_head = o_row // GROUPS, i_head * GROUPS + o_row % GROUPS
-    o_position = o_query + n - m
-    m_row = o_query < m
+    o_query, o_head, o_position, m_row = rows_of_block(i_block, i_head, m, n, GROUPS, BM)
     p_bias = bias_pointers(rule, row, o_head)
     b_q = load_rows(q, row_pointers(q, row, o_head, first_m + o_query), m_row, D, BD, False)
     p_k = row_pointers(k, row, i_head, first_n)
     p_v = row_pointers(v, row, i_head, first_n)
 
-    # The range of keys that they see, restricted to this program's part.
-    last = tl.minimum((i_block * BM + BM - 1) // GROUPS, m - 1)
-    start, full_start, full_stop, stop = keys_seen(rule, i_block * BM // GROUPS + n - m, last + n - m, n, BN)
+    # The range of keys that the rows see, restricted to this program's part.
+    start, full_start, full_stop, stop = keys_of_block(rule, i_block, m, n, GROUPS, BM, BN)
     i_part = tl.program_id(1)
     if n_parts is not None:
         per_part = ((stop - start + BN - 1) // BN + n_parts - 1) // n_parts * BN
@@ -283,18 +304,12 @@ def dq_kernel(
     rule = AttentionRule(
         scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale
     )
-    i_block, i_head, i_seq = place(
-        tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.cu_seqlens_q, max_seqlen_q, GROUPS, BM
-    )  # fmt: skip
-    row, first_m, m, stored, first_n, n, _stored_n = bounds(sequences, i_seq)
-    i_block = (stored * GROUPS + BM - 1) // BM - 1 - i_block
+    i_block, i_head, i_seq, row, first_m, m, stored, first_n, n = block_of_rows(
+        sequences, n_blocks, n_kv_heads, GROUPS, BM
+    )
     if i_block < 0:
         return
-
-    o_row = i_block * BM + tl.arange(0, BM)
-    o_query, o_head = o_row // GROUPS, i_head * GROUPS + o_row % GROUPS
-    o_position = o_query + n - m
-    m_row = o_query < m
+    o_query, o_head, o_position, m_row = rows_of_block(i_block, i_head, m, n, GROUPS, BM)
     p_bias = bias_pointers(rule, row, o_head)
     b_q = load_rows(q, row_pointers(q, row, o_head, first_m + o_query), m_row, D, BD, False)
     b_dout = load_rows(dout, row_pointers(dout, row, o_head, first_m + o_query), m_row, E, BE, False)
@@ -304,8 +319,7 @@ def dq_kernel(
     p_k = row_pointers(k, row, i_head, first_n)
     p_v = row_pointers(v, row, i_head, first_n)
 
-    last = tl.minimum((i_block * BM + BM - 1) // GROUPS, m - 1)
-    start, full_start, full_stop, stop = keys_seen(rule, i_block * BM // GROUPS + n - m, last + n - m, n, BN)
+    start, full_start, full_stop, stop = keys_of_block(rule, i_block, m, n, GROUPS, BM, BN)
     b_dq = tl.zeros([BM, BD], tl.float32)
     for phase in tl.static_range(3):
         if phase != 0 or rule.left is not None:
