@@ -16,7 +16,7 @@ from bench.cases import (
     DTYPES,
     FORWARD,
     TRAINING,
-    Case,
+    BenchCase,
     Goal,
     Operation,
     Problem,
@@ -28,7 +28,7 @@ from bench.cases import (
 from flashgau import reference
 
 
-def cases(device: str, quick: bool) -> list[Case]:
+def cases(device: str, quick: bool) -> list[BenchCase]:
     if quick:
         return [_case("causal", {"B": 1, "H": 2, "D": 16}, n, "fp32", True, ()) for n in (64, 128)]
     if device == "cpu":
@@ -57,19 +57,19 @@ def _gpu_goals() -> tuple[Goal, ...]:
     )
 
 
-def _case(series: str, shape: dict[str, int], n: int, dtype: str, causal: bool, goals: tuple[Goal, ...]) -> Case:
+def _case(series: str, shape: dict[str, int], n: int, dtype: str, causal: bool, goals: tuple[Goal, ...]) -> BenchCase:
     # Two products of 2 N^2 D each forward, five backward; a causal mask leaves half.
     forward = 4.0 * shape["B"] * shape["H"] * n * n * shape["D"] / (2 if causal else 1)
     work = {FORWARD: forward, TRAINING: 3.5 * forward}
-    return Case(series, n, dtype, shape, 1024, {"causal": causal}, goals, work)
+    return BenchCase(series, n, dtype, shape, 1024, {"causal": causal}, goals, work)
 
 
-def inputs(case: Case, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+def inputs(case: BenchCase, length: int, generator: torch.Generator) -> dict[str, Tensor]:
     size = (case.shape["B"], case.shape["H"], length, case.shape["D"])
     return {name: torch.randn(size, generator=generator) for name in "qkv"}
 
 
-def plain(case: Case, t: dict[str, Tensor]) -> Tensor:
+def plain(case: BenchCase, t: dict[str, Tensor]) -> Tensor:
     """The formula as a textbook writes it, with its N x N scores."""
     scores = t["q"] @ t["k"].mT / math.sqrt(case.shape["D"])
     if case.options["causal"]:
@@ -78,30 +78,30 @@ def plain(case: Case, t: dict[str, Tensor]) -> Tensor:
     return scores.softmax(-1) @ t["v"]
 
 
-def plain_unavailable(case: Case, device: str) -> str | None:
+def plain_unavailable(case: BenchCase, device: str) -> str | None:
     one = case.shape["B"] * case.shape["H"] * case.length**2 * DTYPES[case.dtype].itemsize
     return too_large(5.0 * one, device)
 
 
-def library(case: Case, t: dict[str, Tensor], backend: str) -> Tensor:
+def library(case: BenchCase, t: dict[str, Tensor], backend: str) -> Tensor:
     out = flashgau.attention(t["q"], t["k"], t["v"], causal=case.options["causal"], backend=backend)
     assert isinstance(out, Tensor)
     return out
 
 
-def sdpa(case: Case, t: dict[str, Tensor]) -> Tensor:
+def sdpa(case: BenchCase, t: dict[str, Tensor]) -> Tensor:
     return F.scaled_dot_product_attention(t["q"], t["k"], t["v"], is_causal=case.options["causal"])
 
 
 def sdpa_with(name: str, backend: SDPBackend) -> Provider:
-    def call(case: Case, t: dict[str, Tensor]) -> Tensor:
+    def call(case: BenchCase, t: dict[str, Tensor]) -> Tensor:
         with sdpa_kernel(backend):
             return sdpa(case, t)
 
     return Provider(name, on_tensors(call), devices=("cuda",))
 
 
-def flex(case: Case, tensors: dict[str, Tensor]) -> Problem:
+def flex(case: BenchCase, tensors: dict[str, Tensor]) -> Problem:
     """Compiled FlexAttention; its block mask is made once, as its authors advise."""
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -118,7 +118,7 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def oracle(case: Case, t: dict[str, Tensor]) -> Tensor:
+def oracle(case: BenchCase, t: dict[str, Tensor]) -> Tensor:
     return reference.attention(t["q"], t["k"], t["v"], causal=case.options["causal"])
 
 

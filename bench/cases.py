@@ -37,7 +37,7 @@ class Goal:
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchCase:
     """One point of a benchmark: its sizes and options, and the series (one plot) it belongs to."""
 
     series: str
@@ -73,15 +73,15 @@ class Problem:
     shared: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
 
 
-Build = Callable[[Case, dict[str, Tensor]], Problem]
+Build = Callable[[BenchCase, dict[str, Tensor]], Problem]
 
 
-def on_tensors(function: Callable[[Case, dict[str, Tensor]], Tensor]) -> Build:
+def on_tensors(function: Callable[[BenchCase, dict[str, Tensor]], Tensor]) -> Build:
     """A provider that is a plain function of the case's tensors."""
     return lambda case, tensors: Problem(lambda: function(case, tensors), tensors)
 
 
-def anywhere(case: Case, device: str) -> str | None:
+def anywhere(case: BenchCase, device: str) -> str | None:
     """No reason not to run."""
     return None
 
@@ -97,14 +97,14 @@ class Provider:
 
     name: str
     build: Build
-    unavailable: Callable[[Case, str], str | None] = anywhere
+    unavailable: Callable[[BenchCase, str], str | None] = anywhere
     devices: tuple[str, ...] = ("cpu", "cuda")
     other: str | None = None
     stands_for: int = 0
     overwrites: bool = False
 
 
-def ours(backend: str, function: Callable[[Case, dict[str, Tensor], str], Tensor]) -> Provider:
+def ours(backend: str, function: Callable[[BenchCase, dict[str, Tensor], str], Tensor]) -> Provider:
     """One of flashgau's backends: `function` takes the backend's name last."""
     build = on_tensors(lambda case, tensors: function(case, tensors, backend))
     return Provider(f"flashgau-{backend}", build, devices=("cuda",) if backend == "triton" else ("cpu", "cuda"))
@@ -116,8 +116,8 @@ class Operation:
 
     name: str
     title: str
-    cases: Callable[[str, bool], list[Case]]  # (device, quick)
-    inputs: Callable[[Case, int, torch.Generator], dict[str, Tensor]]  # fp32 or integers, at a given length
+    cases: Callable[[str, bool], list[BenchCase]]  # (device, quick)
+    inputs: Callable[[BenchCase, int, torch.Generator], dict[str, Tensor]]  # fp32 or integers, at a given length
     oracle: Build
     plain: Build
     providers: tuple[Provider, ...]
@@ -134,7 +134,7 @@ def load(name: str) -> Operation:
     return operation
 
 
-def draw(operation: Operation, case: Case, length: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def draw(operation: Operation, case: BenchCase, length: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """The inputs of `case` at `length`, the same at every call, drawn on `device`.
 
     The values are as rounded to the case's dtype, whatever `dtype`, so that fp64 sees what bf16 sees.
@@ -144,12 +144,12 @@ def draw(operation: Operation, case: Case, length: int, device: str, dtype: torc
     return {name: t.to(DTYPES[case.dtype]).to(dtype) if t.is_floating_point() else t for name, t in drawn.items()}
 
 
-def prepare(case: Case, build: Build, inputs: Mapping[str, Tensor]) -> Problem:
+def prepare(case: BenchCase, build: Build, inputs: Mapping[str, Tensor]) -> Problem:
     """Build a provider on leaves of its own, which share the memory of `inputs`."""
     return build(case, {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in inputs.items()})
 
 
-def output_gradient(case: Case, out: Tensor) -> Tensor:
+def output_gradient(case: BenchCase, out: Tensor) -> Tensor:
     """The gradient fed into every backward: the same numbers for all, rounded to the case's dtype."""
     return _drawn_gradient(out.shape, DTYPES[case.dtype], out.dtype, out.device)
 
@@ -160,7 +160,7 @@ def _drawn_gradient(shape: torch.Size, rounded: torch.dtype, dtype: torch.dtype,
     return torch.randn(shape, generator=generator, device=device).to(rounded).to(dtype)
 
 
-def runs(case: Case, problem: Problem) -> dict[str, Callable[[], object]]:
+def runs(case: BenchCase, problem: Problem) -> dict[str, Callable[[], object]]:
     """The timed calls: inference without autograd and, if there are leaves, one step's forward and backward."""
 
     def forward() -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from bench.cases import DTYPES, Build, Case, Operation, Problem, draw, output_gradient, prepare
+from bench.cases import DTYPES, BenchCase, Build, Operation, Problem, draw, output_gradient, prepare
 
 OUTPUT_FACTOR, GRADIENT_FACTOR, FLOOR_ULPS = 2.0, 3.0, 4.0
 SAME_FORMULA = 1e-6  # largest relative difference of two fp64 evaluations of one formula (peers keep fp32 constants)
@@ -63,7 +63,7 @@ class Check:
         return {"length": self.length, "ok": self.ok, "rows": rows}
 
 
-def _results(case: Case, problem: Problem) -> dict[str, Tensor]:
+def _results(case: BenchCase, problem: Problem) -> dict[str, Tensor]:
     out = problem.call()
     named = {"output": out.detach()}
     if problem.leaves:
@@ -82,10 +82,10 @@ class Judge:
         self._truth: dict[tuple[str, int], tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
         self._checks: dict[tuple[str, int, str], Check] = {}
 
-    def _run(self, case: Case, build: Build, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    def _run(self, case: BenchCase, build: Build, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
         return _results(case, prepare(case, build, draw(self.operation, case, length, self.device, dtype)))
 
-    def _yardstick(self, case: Case, length: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _yardstick(self, case: BenchCase, length: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The oracle, and plain PyTorch in the case's dtype, once seen in fp64 to be the same formula."""
         oracle = self._run(case, self.operation.oracle, length, torch.float64)
         for name, same in self._run(case, self.operation.plain, length, torch.float64).items():
@@ -94,7 +94,7 @@ class Judge:
                 raise RuntimeError(f"plain PyTorch in fp64 and the oracle differ in {name} by {apart:.2g}")
         return oracle, self._run(case, self.operation.plain, length, DTYPES[case.dtype])
 
-    def check(self, case: Case, provider: str, build: Build) -> Check:
+    def check(self, case: BenchCase, provider: str, build: Build) -> Check:
         length = min(case.check_length, case.length)
         key = (case.group, length)
         done = (*key, provider)

@@ -11,11 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashgau
 from bench import transformer
-from bench.cases import FORWARD, Build, Case, Goal, Operation, Problem, Provider
+from bench.cases import FORWARD, BenchCase, Build, Goal, Operation, Problem, Provider
 from flashgau.models import CausalLM, ModelConfig
 
 
-def cases(device: str, quick: bool) -> list[Case]:
+def cases(device: str, quick: bool) -> list[BenchCase]:
     if quick:
         return [_case("flash-tiny", n, "fp32", 8, 48, 128) for n in (128, 256)]
     lengths = (2**10, 2**12, 2**14, 2**16, 2**17)
@@ -27,13 +27,13 @@ def cases(device: str, quick: bool) -> list[Case]:
 
 def _case(
     model: str, n: int, dtype: str, steps: int, piece: int, check_length: int, goals: tuple[Goal, ...] = ()
-) -> Case:
+) -> BenchCase:
     # `steps` tokens, half of them before position n and half after: n ends a chunk, whose closing is timed with them.
     shape, options = {"B": 1, "steps": steps}, {"model": model, "piece": piece}
-    return Case(model, n, dtype, shape, check_length, options, goals, {FORWARD: float(steps)}, "token")
+    return BenchCase(model, n, dtype, shape, check_length, options, goals, {FORWARD: float(steps)}, "token")
 
 
-def inputs(case: Case, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+def inputs(case: BenchCase, length: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Tokens, and weights of order one, so that every part of the model shows in the logits."""
     config = ModelConfig.named(case.options["model"])
     spread, centre = {"gamma": 1.0, "beta": 0.5, "bias": 0.1, "g": 0.1}, {"g": 1.0}
@@ -49,7 +49,7 @@ def inputs(case: Case, length: int, generator: torch.Generator) -> dict[str, Ten
     return {"tokens": tokens} | {name: draw(name, p.shape) for name, p in parameters}
 
 
-def _model(case: Case, tensors: dict[str, Tensor]) -> CausalLM:
+def _model(case: BenchCase, tensors: dict[str, Tensor]) -> CausalLM:
     model = CausalLM(ModelConfig.named(case.options["model"]), device="meta")
     model.load_state_dict({name: t for name, t in tensors.items() if name != "tokens"}, assign=True)
     return model
@@ -58,7 +58,7 @@ def _model(case: Case, tensors: dict[str, Tensor]) -> CausalLM:
 def stepping(backend: str) -> Build:
     """The context is read once, in pieces, each with the state after the one before; then token follows token."""
 
-    def build(case: Case, tensors: dict[str, Tensor]) -> Problem:
+    def build(case: BenchCase, tensors: dict[str, Tensor]) -> Problem:
         model = _model(case, tensors)
         context, new = _split(case, tensors["tokens"])
         prefix = None
@@ -79,7 +79,7 @@ def stepping(backend: str) -> Build:
     return build
 
 
-def parallel(case: Case, tensors: dict[str, Tensor]) -> Problem:
+def parallel(case: BenchCase, tensors: dict[str, Tensor]) -> Problem:
     """All tokens at once, by the naive reference."""
     model, tokens = _model(case, tensors), tensors["tokens"]
 
@@ -91,7 +91,7 @@ def parallel(case: Case, tensors: dict[str, Tensor]) -> Problem:
     return Problem(call, {})
 
 
-def cached(case: Case, tensors: dict[str, Tensor]) -> Problem:
+def cached(case: BenchCase, tensors: dict[str, Tensor]) -> Problem:
     """Transformer++ of that size over a full cache, whose contents do not matter to the time."""
     config, embedding = ModelConfig.named(case.options["model"]), tensors["stack.embedding.weight"]
     factory: dict[str, Any] = {"device": embedding.device, "dtype": embedding.dtype}
@@ -116,7 +116,7 @@ def cached(case: Case, tensors: dict[str, Tensor]) -> Problem:
     return Problem(call, {})
 
 
-def _split(case: Case, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _split(case: BenchCase, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """The context, and the tokens whose time is taken."""
     start = tokens.shape[1] - case.shape["steps"]
     return tokens[:, :start], tokens[:, start:]

@@ -11,11 +11,11 @@ from torch import Tensor
 
 import flashgau
 from bench import peers
-from bench.cases import FORWARD, TRAINING, Case, Goal, Operation, Provider, on_tensors, ours
+from bench.cases import FORWARD, TRAINING, BenchCase, Goal, Operation, Provider, on_tensors, ours
 from flashgau import reference
 
 
-def cases(device: str, quick: bool) -> list[Case]:
+def cases(device: str, quick: bool) -> list[BenchCase]:
     if quick:
         return [_case(32, n, "fp32", ()) for n in (64, 128)]
     if device == "cpu":
@@ -30,28 +30,28 @@ def _gpu_goals(dim: int) -> tuple[Goal, ...]:
     return (*best, Goal("flashgau-triton", "plain", "memory", TRAINING, 0.75))
 
 
-def _case(dim: int, n: int, dtype: str, goals: tuple[Goal, ...]) -> Case:
+def _case(dim: int, n: int, dtype: str, goals: tuple[Goal, ...]) -> BenchCase:
     hidden = -(-8 * dim // 3 // 64) * 64
     forward = 6.0 * n * dim * hidden
     work = {FORWARD: forward, TRAINING: 3 * forward}
-    return Case(f"swiglu d={dim}", n, dtype, {"d": dim, "F": hidden}, 512, {}, goals, work)
+    return BenchCase(f"swiglu d={dim}", n, dtype, {"d": dim, "F": hidden}, 512, {}, goals, work)
 
 
-def inputs(case: Case, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+def inputs(case: BenchCase, length: int, generator: torch.Generator) -> dict[str, Tensor]:
     dim, hidden = case.shape["d"], case.shape["F"]
     shapes = {"w_gate": (hidden, dim), "w_up": (hidden, dim), "w_out": (dim, hidden)}
     weights = {name: torch.randn(shape, generator=generator) / shape[1] ** 0.5 for name, shape in shapes.items()}
     return {"x": torch.randn(length, dim, generator=generator)} | weights
 
 
-def library(case: Case, t: dict[str, Tensor], backend: str) -> Tensor:
+def library(case: BenchCase, t: dict[str, Tensor], backend: str) -> Tensor:
     return F.linear(flashgau.glu_linear(t["x"], t["w_gate"], t["w_up"], backend=backend), t["w_out"])
 
 
-def made_by(fused: bool) -> Callable[[Case, dict[str, Tensor]], Tensor]:
+def made_by(fused: bool) -> Callable[[BenchCase, dict[str, Tensor]], Tensor]:
     """Our kernels with one of the two ways to make the products."""
 
-    def call(case: Case, t: dict[str, Tensor]) -> Tensor:
+    def call(case: BenchCase, t: dict[str, Tensor]) -> Tensor:
         from flashgau import tuning
 
         with mock.patch.object(tuning, "fuses_glu_linear", return_value=fused):
@@ -60,21 +60,21 @@ def made_by(fused: bool) -> Callable[[Case, dict[str, Tensor]], Tensor]:
     return call
 
 
-def recomputing(case: Case, t: dict[str, Tensor]) -> Tensor:
+def recomputing(case: BenchCase, t: dict[str, Tensor]) -> Tensor:
     return F.linear(flashgau.glu_linear(t["x"], t["w_gate"], t["w_up"], recompute=True), t["w_out"])
 
 
-def plain(case: Case, t: dict[str, Tensor]) -> Tensor:
+def plain(case: BenchCase, t: dict[str, Tensor]) -> Tensor:
     """What a user writes without a library."""
     return F.linear(F.silu(F.linear(t["x"], t["w_gate"])) * F.linear(t["x"], t["w_up"]), t["w_out"])
 
 
-def liger(case: Case, t: dict[str, Tensor]) -> Tensor:
+def liger(case: BenchCase, t: dict[str, Tensor]) -> Tensor:
     gate, up = F.linear(t["x"], t["w_gate"]), F.linear(t["x"], t["w_up"])
     return F.linear(peers.liger("LigerSiLUMulFunction").apply(gate, up), t["w_out"])
 
 
-def oracle(case: Case, t: dict[str, Tensor]) -> Tensor:
+def oracle(case: BenchCase, t: dict[str, Tensor]) -> Tensor:
     return F.linear(reference.glu_linear(t["x"], t["w_gate"], t["w_up"]), t["w_out"])
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from bench import layers, peers, transformer
-from bench.cases import DTYPES, FORWARD, TRAINING, Case, Goal, Operation, Problem, Provider, too_large
+from bench.cases import DTYPES, FORWARD, TRAINING, BenchCase, Goal, Operation, Problem, Provider, too_large
 
 LONG = 2**14  # from here on a GPU is full
 LENGTHS = (2**10, 2**11, 2**12, LONG, 2**16, 2**18, 2**20)
 PATIENCE = 1e15  # FLOP of one training step of attention: a second or two on a GPU
 
 
-def cases(device: str, quick: bool) -> list[Case]:
+def cases(device: str, quick: bool) -> list[BenchCase]:
     if quick:
         return [_case({"B": 1, "d": 32, "e": 64, "S": 32, "C": 16}, n, "fp32", 64, ()) for n in (64, 128)]
     if device == "cuda":
@@ -48,29 +48,29 @@ def _gpu_goals(dim: int, n: int) -> tuple[Goal, ...]:
     return (*goals, *(Goal(mine, None, "flat", run, 1.1, since=LONG) for run in (FORWARD, TRAINING)))
 
 
-def _case(shape: dict[str, int], n: int, dtype: str, check_length: int, goals: tuple[Goal, ...]) -> Case:
+def _case(shape: dict[str, int], n: int, dtype: str, check_length: int, goals: tuple[Goal, ...]) -> BenchCase:
     narrow, wide, chunk = (shape[name] for name in ("S", "e", "C"))
     core = 2 * chunk * (narrow + wide) + 4 * narrow * wide
     forward = shape["B"] * n * (layers.projection_flops(shape) + core)
     work = {FORWARD: forward, TRAINING: 3 * forward}
     options = {"layer": "FLASH", "causal": True}
-    return Case(f"causal d={shape['d']}", n, dtype, shape, check_length, options, goals, work)
+    return BenchCase(f"causal d={shape['d']}", n, dtype, shape, check_length, options, goals, work)
 
 
-def peer_too_large(case: Case, device: str) -> str | None:
+def peer_too_large(case: BenchCase, device: str) -> str | None:
     """A training step of the peer keeps and makes some twenty tensors as wide as v."""
     dim, wide, narrow, chunk = (case.shape[name] for name in ("d", "e", "S", "C"))
     per_token = 20 * wide + 6 * dim + 24 * narrow + 6 * chunk + 3 * narrow * wide / chunk
     return too_large(case.shape["B"] * case.length * per_token * DTYPES[case.dtype].itemsize, device)
 
 
-def compiled_unavailable(case: Case, device: str) -> str | None:
+def compiled_unavailable(case: BenchCase, device: str) -> str | None:
     shortest = LONG if device == "cuda" else 1024
     reason = layers.without_peer() or peer_too_large(case, device)
     return reason or (f"not compiled below N={shortest}, where no goal is set" if case.length < shortest else None)
 
 
-def transformer_layer(case: Case, tensors: dict[str, Tensor]) -> Problem:
+def transformer_layer(case: BenchCase, tensors: dict[str, Tensor]) -> Problem:
     """A Transformer++ layer; on a GPU under `torch.compile`, which fuses its norms, RoPE and gate."""
     x = tensors["x"]
     dim, wide, narrow = (case.shape[name] for name in ("d", "e", "S"))
@@ -79,7 +79,7 @@ def transformer_layer(case: Case, tensors: dict[str, Tensor]) -> Problem:
     return Problem(lambda: function(x), {"x": x} | dict(layer.named_parameters()))
 
 
-def too_slow(case: Case, device: str) -> str | None:
+def too_slow(case: BenchCase, device: str) -> str | None:
     steps = 7.0 * case.shape["B"] * case.length**2 * case.shape["d"]
     return None if steps <= PATIENCE else f"its attention needs {steps:.1g} FLOP a training step"
 

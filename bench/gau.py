@@ -7,11 +7,11 @@ from torch import Tensor
 
 import flashgau
 from bench import peers
-from bench.cases import DTYPES, FORWARD, TRAINING, Case, Operation, Provider, on_tensors, ours, too_large
+from bench.cases import DTYPES, FORWARD, TRAINING, BenchCase, Operation, Provider, on_tensors, ours, too_large
 from flashgau import reference
 
 
-def cases(device: str, quick: bool) -> list[Case]:
+def cases(device: str, quick: bool) -> list[BenchCase]:
     if quick:
         return [_case({"B": 1, "S": 16, "E": 32}, n, "fp32") for n in (64, 128)]
     if device == "cuda":
@@ -22,35 +22,35 @@ def cases(device: str, quick: bool) -> list[Case]:
     return [_case(shape, n, dtype) for dtype in ("fp32", "bf16") for n in (512, 1024, 2048, 4096, 8192)]
 
 
-def _case(shape: dict[str, int], n: int, dtype: str) -> Case:
+def _case(shape: dict[str, int], n: int, dtype: str) -> BenchCase:
     # 2 N (S + E) per token, halved by the causal mask; the backward is twice that.
     forward = float(shape["B"] * n * n * (shape["S"] + shape["E"]))
-    return Case(
+    return BenchCase(
         f"causal E={shape['E']}", n, dtype, shape, 1024, {"causal": True}, (), {FORWARD: forward, TRAINING: 3 * forward}
     )
 
 
-def inputs(case: Case, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+def inputs(case: BenchCase, length: int, generator: torch.Generator) -> dict[str, Tensor]:
     batch, narrow, wide = (case.shape[name] for name in "BSE")
     widths = {"q": narrow, "k": narrow, "v": wide, "gate": wide}
     return {name: torch.randn(batch, length, width, generator=generator) for name, width in widths.items()}
 
 
-def plain(case: Case, t: dict[str, Tensor]) -> Tensor:
+def plain(case: BenchCase, t: dict[str, Tensor]) -> Tensor:
     """gate * (relu(q k^T / n)^2 v) with the N x N matrix written out."""
     scores = t["q"] @ t["k"].mT / t["k"].shape[1]
     return t["gate"] * ((scores.relu() ** 2).tril() @ t["v"])
 
 
-def plain_unavailable(case: Case, device: str) -> str | None:
+def plain_unavailable(case: BenchCase, device: str) -> str | None:
     return too_large(6.0 * case.shape["B"] * case.length**2 * DTYPES[case.dtype].itemsize, device)
 
 
-def library(case: Case, t: dict[str, Tensor], backend: str) -> Tensor:
+def library(case: BenchCase, t: dict[str, Tensor], backend: str) -> Tensor:
     return flashgau.gau_attention(t["q"], t["k"], t["v"], t["gate"], causal=True, backend=backend)
 
 
-def oracle(case: Case, t: dict[str, Tensor]) -> Tensor:
+def oracle(case: BenchCase, t: dict[str, Tensor]) -> Tensor:
     return reference.gau_attention(t["q"], t["k"], t["v"], t["gate"], causal=True)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from bench import layers
-from bench.cases import FORWARD, TRAINING, Case, Goal, Operation, Provider, too_large
+from bench.cases import FORWARD, TRAINING, BenchCase, Goal, Operation, Provider, too_large
 
 
-def cases(device: str, quick: bool) -> list[Case]:
+def cases(device: str, quick: bool) -> list[BenchCase]:
     if quick:
         return [_case({"B": 1, "d": 32, "e": 64, "S": 32}, n, "fp32") for n in (64, 128)]
     if device == "cuda":
@@ -20,18 +20,18 @@ def cases(device: str, quick: bool) -> list[Case]:
     ]
 
 
-def _case(shape: dict[str, int], n: int, dtype: str, goals: tuple[Goal, ...] = ()) -> Case:
+def _case(shape: dict[str, int], n: int, dtype: str, goals: tuple[Goal, ...] = ()) -> BenchCase:
     forward = shape["B"] * n * (layers.projection_flops(shape) + n * (shape["S"] + shape["e"]))
     work = {FORWARD: forward, TRAINING: 3 * forward}
-    return Case("causal", n, dtype, shape, 1024, {"layer": "GAU", "causal": True}, goals, work)
+    return BenchCase("causal", n, dtype, shape, 1024, {"layer": "GAU", "causal": True}, goals, work)
 
 
-def peer_too_large(case: Case, device: str) -> str | None:
+def peer_too_large(case: BenchCase, device: str) -> str | None:
     # Its T5 bias alone holds several N x N matrices of int64 at once.
     return too_large(60.0 * case.length**2 + 12.0 * case.shape["B"] * case.length**2, device)
 
 
-def compiled_unavailable(case: Case, device: str) -> str | None:
+def compiled_unavailable(case: BenchCase, device: str) -> str | None:
     reason = layers.without_peer() or peer_too_large(case, device)
     return reason or ("not compiled below N=512, where no goal is set" if case.length < 512 else None)
 

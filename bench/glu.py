@@ -10,7 +10,7 @@ from torch import Tensor
 
 import flashgau
 from bench import peers
-from bench.cases import DTYPES, FORWARD, TRAINING, Case, Goal, Operation, Provider, on_tensors, ours
+from bench.cases import DTYPES, FORWARD, TRAINING, BenchCase, Goal, Operation, Provider, on_tensors, ours
 from flashgau import reference
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
@@ -24,7 +24,7 @@ SERIES = {
 }
 
 
-def cases(device: str, quick: bool) -> list[Case]:
+def cases(device: str, quick: bool) -> list[BenchCase]:
     if quick:
         return [_case(series, n, "fp32", 64, 16) for series in SERIES for n in (64, 128)]
     mine = "flashgau-eager" if device == "cpu" else "flashgau-triton"
@@ -35,19 +35,19 @@ def cases(device: str, quick: bool) -> list[Case]:
     return [_case(s, n, dtype, width, dim, goals) for dtype in dtypes for s in SERIES for n in lengths]
 
 
-def _case(series: str, n: int, dtype: str, width: int, dim: int, goals: tuple[Goal, ...] = ()) -> Case:
+def _case(series: str, n: int, dtype: str, width: int, dim: int, goals: tuple[Goal, ...] = ()) -> BenchCase:
     options = SERIES[series]
     if options["kind"] == "linear":
         forward = 4.0 * n * dim * width
         work = {FORWARD: forward, TRAINING: 3 * forward}
-        return Case(series, n, dtype, {"d": dim, "F": width}, 1024, options, (), work)
+        return BenchCase(series, n, dtype, {"d": dim, "F": width}, 1024, options, (), work)
     # Three tensors move in the forward (gate, up, result), five in the backward.
     tensor = float(n * width * DTYPES[dtype].itemsize)
     work = {FORWARD: 3 * tensor, TRAINING: 8 * tensor}
-    return Case(series, n, dtype, {"F": width}, 1024, options, goals, work, "B")
+    return BenchCase(series, n, dtype, {"F": width}, 1024, options, goals, work, "B")
 
 
-def inputs(case: Case, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+def inputs(case: BenchCase, length: int, generator: torch.Generator) -> dict[str, Tensor]:
     width = case.shape["F"]
     if case.options["kind"] == "packed":
         return {"gate_up": torch.randn(length, 2 * width, generator=generator)}
@@ -58,7 +58,7 @@ def inputs(case: Case, length: int, generator: torch.Generator) -> dict[str, Ten
     return {"x": torch.randn(length, dim, generator=generator)} | weights
 
 
-def plain(case: Case, t: dict[str, Tensor]) -> Tensor:
+def plain(case: BenchCase, t: dict[str, Tensor]) -> Tensor:
     """What a user writes without a library."""
     if case.options["kind"] == "packed":
         gate, up = t["gate_up"].chunk(2, dim=-1)
@@ -69,21 +69,21 @@ def plain(case: Case, t: dict[str, Tensor]) -> Tensor:
     return ACTIVATIONS[case.options["activation"]](gate) * up
 
 
-def library(case: Case, t: dict[str, Tensor], backend: str) -> Tensor:
+def library(case: BenchCase, t: dict[str, Tensor], backend: str) -> Tensor:
     how = flashgau.glu_linear if case.options["kind"] == "linear" else flashgau.glu
     return how(*t.values(), activation=case.options["activation"], backend=backend)
 
 
-def oracle(case: Case, t: dict[str, Tensor]) -> Tensor:
+def oracle(case: BenchCase, t: dict[str, Tensor]) -> Tensor:
     how = reference.glu_linear if case.options["kind"] == "linear" else reference.glu
     return how(*t.values(), activation=case.options["activation"])
 
 
-def liger(case: Case, t: dict[str, Tensor]) -> Tensor:
+def liger(case: BenchCase, t: dict[str, Tensor]) -> Tensor:
     return peers.liger("LigerSiLUMulFunction").apply(t["gate"], t["up"])
 
 
-def liger_unavailable(case: Case, device: str) -> str | None:
+def liger_unavailable(case: BenchCase, device: str) -> str | None:
     if case.options != SERIES["swiglu"]:
         return "it has silu of two tensors, and gelu by tanh only"
     return peers.without_liger(case, device)

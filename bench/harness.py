@@ -20,7 +20,7 @@ from bench.cases import (
     GROWTH_BOUND,
     PASSES,
     TRAINING,
-    Case,
+    BenchCase,
     Goal,
     Operation,
     Provider,
@@ -54,7 +54,7 @@ Progress = Callable[[str], None]
 """Called before each step with what comes next."""
 
 
-def selected(operation: Operation, settings: Settings) -> tuple[list[Case], list[Provider]]:
+def selected(operation: Operation, settings: Settings) -> tuple[list[BenchCase], list[Provider]]:
     """The cases and providers asked for. ValueError if a name matches none."""
     here = [p for p in operation.providers if settings.device in p.devices]
     unknown = set(settings.providers) - {p.name for p in here}
@@ -134,7 +134,7 @@ def _save(record: dict[str, Any], out: Path) -> None:
     report.write_json(record, out / "results.json")
 
 
-def _case_entry(case: Case) -> dict[str, Any]:
+def _case_entry(case: BenchCase) -> dict[str, Any]:
     return {
         "name": case.name,
         "group": case.group,
@@ -160,7 +160,7 @@ def _reason(error: Exception) -> str:
 
 def _measure(
     operation: Operation,
-    case: Case,
+    case: BenchCase,
     entry: dict[str, Any],
     providers: Iterable[Provider],
     judge: Judge,

@@ -16,19 +16,19 @@ from torch import Tensor, nn
 
 import flashgau
 from bench import peers
-from bench.cases import TRAINING, Build, Case, Goal, Problem, Provider
+from bench.cases import TRAINING, BenchCase, Build, Goal, Problem, Provider
 from flashgau.convert import from_flash_pytorch
 from flashgau.eager.common import native_halves
 
 T5_TABLE = "rel_pos_bias.relative_attention_bias.weight"
 
 
-def _names(case: Case) -> tuple[str, str]:
+def _names(case: BenchCase) -> tuple[str, str]:
     """What the peer calls its offset-scale and its last projection."""
     return ("qk_offset_scale", "to_out") if case.options["layer"] == "FLASH" else ("offsetscale", "to_out.0")
 
 
-def inputs(case: Case, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+def inputs(case: BenchCase, length: int, generator: torch.Generator) -> dict[str, Tensor]:
     """x (B, N, d) and weights of order one, so that every part of the layer shows in output and gradients."""
     batch, dim, wide, narrow = (case.shape[name] for name in ("B", "d", "e", "S"))
     heads = 4 if case.options["layer"] == "FLASH" else 2
@@ -57,7 +57,7 @@ def without_peer() -> str | None:
     return None if importlib.util.find_spec("flash_pytorch") else "FLASH-pytorch is not installed"
 
 
-def _peer_module(case: Case, length: int) -> nn.Module:
+def _peer_module(case: BenchCase, length: int) -> nn.Module:
     import flash_pytorch
     from rotary_embedding_torch import RotaryEmbedding
 
@@ -77,20 +77,20 @@ def _peer_module(case: Case, length: int) -> nn.Module:
     return flash_pytorch.FLASH(**options, group_size=case.shape["C"], rotary_pos_emb=rotary, shift_tokens=False)
 
 
-def peer(case: Case, tensors: dict[str, Tensor]) -> Problem:
+def peer(case: BenchCase, tensors: dict[str, Tensor]) -> Problem:
     """FLASH-pytorch's layer on these very tensors."""
     module, leaves = _loaded_peer(case, tensors)
     return Problem(lambda: module(tensors["x"]), leaves)
 
 
-def compiled_peer(case: Case, tensors: dict[str, Tensor]) -> Problem:
+def compiled_peer(case: BenchCase, tensors: dict[str, Tensor]) -> Problem:
     """FLASH-pytorch's layer under `torch.compile`."""
     module, leaves = _loaded_peer(case, tensors)
     compiled = peers.compile_for(case.name, module)
     return Problem(lambda: compiled(tensors["x"]), leaves)
 
 
-def _loaded_peer(case: Case, tensors: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
+def _loaded_peer(case: BenchCase, tensors: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
     module = _peer_module(case, tensors["x"].shape[1]).to(tensors["x"].device)
     weights = {name: t for name, t in tensors.items() if name != "x"}
     module.load_state_dict(weights, strict=False, assign=True)  # it has the fixed angles' frequencies besides
@@ -100,7 +100,7 @@ def _loaded_peer(case: Case, tensors: dict[str, Tensor]) -> tuple[nn.Module, dic
 def ours(backend: str) -> Build:
     """Our layer, converted from the peer's weights."""
 
-    def build(case: Case, tensors: dict[str, Tensor]) -> Problem:
+    def build(case: BenchCase, tensors: dict[str, Tensor]) -> Problem:
         x = tensors["x"]
         wide, narrow = case.shape["e"], case.shape["S"]
         weights = {name: t.detach() for name, t in tensors.items() if name != "x"}
@@ -133,7 +133,7 @@ def ours(backend: str) -> Build:
     return build
 
 
-def plain(case: Case, tensors: dict[str, Tensor]) -> Problem:
+def plain(case: BenchCase, tensors: dict[str, Tensor]) -> Problem:
     """The peer is plain PyTorch; without it, our layer over the naive reference."""
     return ours("reference")(case, tensors) if without_peer() else peer(case, tensors)
 
@@ -145,7 +145,7 @@ def compiled_goals(dtype: str, bound: float | None) -> tuple[Goal, ...]:
     return (Goal("flashgau-eager", "flash-pytorch-compiled", "speed", TRAINING, bound),)
 
 
-def providers(peer_too_large: Callable[[Case, str], str | None]) -> tuple[Provider, ...]:
+def providers(peer_too_large: Callable[[BenchCase, str], str | None]) -> tuple[Provider, ...]:
     """Ours and the peer."""
     return (
         Provider("flashgau-eager", ours("eager")),
@@ -154,7 +154,7 @@ def providers(peer_too_large: Callable[[Case, str], str | None]) -> tuple[Provid
     )
 
 
-def attention(case: Case, tensors: dict[str, Tensor]) -> Problem:
+def attention(case: BenchCase, tensors: dict[str, Tensor]) -> Problem:
     """What the layer replaces, for scale: causal attention in heads of 128, its projections without biases."""
     x = tensors["x"]
     dim, heads = x.shape[-1], max(1, x.shape[-1] // 128)

@@ -14,7 +14,7 @@ from bench.cases import (
     DTYPES,
     FORWARD,
     TRAINING,
-    Case,
+    BenchCase,
     Goal,
     Operation,
     Provider,
@@ -32,7 +32,7 @@ LONG = 2**14  # from here on a GPU is full
 LENGTHS = (2**10, 2**12, LONG, 2**16, 2**18, 2**19, 2**20)
 
 
-def cases(device: str, quick: bool) -> list[Case]:
+def cases(device: str, quick: bool) -> list[BenchCase]:
     if quick:
         return [_case({"B": 1, "S": 16, "E": 32, "C": 16}, n, "fp32", 64) for n in (64, 128)]
     if device == "cuda":
@@ -42,12 +42,12 @@ def cases(device: str, quick: bool) -> list[Case]:
     return [_case(shape, n, dtype, 2048) for dtype in ("fp32", "bf16") for n in (2048, 4096, 8192, 16384)]
 
 
-def _case(shape: dict[str, int], n: int, dtype: str, check_length: int) -> Case:
+def _case(shape: dict[str, int], n: int, dtype: str, check_length: int) -> BenchCase:
     batch, narrow, wide, chunk = (shape[name] for name in "BSEC")
     # Per token 2 C (S + E) within the chunk, 4 S E for the sum over chunks and its use; backward: twice that.
     forward = float(batch * n * (2 * chunk * (narrow + wide) + 4 * narrow * wide))
     at_goal = wide == 2048 and n >= LONG
-    return Case(
+    return BenchCase(
         f"causal E={wide}",
         n,
         dtype,
@@ -68,13 +68,13 @@ def _goals(n: int) -> tuple[Goal, ...]:
     return (*goals, *(Goal(mine, None, "flat", run, 1.1, since=LONG) for run in (FORWARD, TRAINING)))
 
 
-def inputs(case: Case, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+def inputs(case: BenchCase, length: int, generator: torch.Generator) -> dict[str, Tensor]:
     batch, narrow, wide = (case.shape[name] for name in "BSE")
     drawn = {name: torch.randn(batch, length, narrow, generator=generator) for name in NARROW}
     return drawn | {name: torch.randn(batch, length, wide, generator=generator) for name in ("v", "gate")}
 
 
-def plain(case: Case, t: dict[str, Tensor]) -> Tensor:
+def plain(case: BenchCase, t: dict[str, Tensor]) -> Tensor:
     """All chunks at once, every chunk's state stored and summed by cumsum. N is a multiple of C here."""
     size = case.shape["C"]
     quad_q, quad_k, lin_q, lin_k, v = (rearrange(t[n], "b (g c) d -> b g c d", c=size) for n in (*NARROW, "v"))
@@ -85,21 +85,21 @@ def plain(case: Case, t: dict[str, Tensor]) -> Tensor:
     return t["gate"] * rearrange(local + total, "b g c e -> b (g c) e")
 
 
-def plain_unavailable(case: Case, device: str) -> str | None:
+def plain_unavailable(case: BenchCase, device: str) -> str | None:
     """A training step keeps about a dozen tensors as wide as v, three of states and eight of scores."""
     narrow, wide, chunk = (case.shape[name] for name in "SEC")
     per_token = 15 * wide + 3 * narrow * wide / chunk + 8 * (chunk + narrow)
     return too_large(case.shape["B"] * case.length * per_token * DTYPES[case.dtype].itemsize, device)
 
 
-def library(case: Case, t: dict[str, Tensor], backend: str) -> Tensor:
+def library(case: BenchCase, t: dict[str, Tensor], backend: str) -> Tensor:
     operands = (t[name] for name in (*NARROW, "v", "gate"))
     out = flashgau.mixed_chunk_attention(*operands, chunk_size=case.shape["C"], causal=True, backend=backend)
     assert isinstance(out, Tensor)
     return out
 
 
-def oracle(case: Case, t: dict[str, Tensor]) -> Tensor:
+def oracle(case: BenchCase, t: dict[str, Tensor]) -> Tensor:
     operands = (t[name] for name in (*NARROW, "v", "gate"))
     out = reference.mixed_chunk_attention(*operands, chunk_size=case.shape["C"], causal=True)
     assert isinstance(out, Tensor)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import Case, Problem, Provider, anywhere, on_tensors
+from bench.cases import BenchCase, Problem, Provider, anywhere, on_tensors
 
 
 def compiled(
-    plain: Callable[[Case, dict[str, Tensor]], Tensor],
-    unavailable: Callable[[Case, str], str | None] = anywhere,
+    plain: Callable[[BenchCase, dict[str, Tensor]], Tensor],
+    unavailable: Callable[[BenchCase, str], str | None] = anywhere,
 ) -> Provider:
     """The plain formula under `torch.compile`."""
     function = cache(lambda name: compile_for(name, plain))
@@ -38,7 +38,7 @@ def _forget_other_cases(case_name: str) -> None:
     torch.compiler.reset()
 
 
-def without_liger(case: Case, device: str) -> str | None:
+def without_liger(case: BenchCase, device: str) -> str | None:
     return None if importlib.util.find_spec("liger_kernel") else "liger-kernel is not installed"
 
 
@@ -48,11 +48,11 @@ def liger(name: str) -> Any:
     return getattr(importlib.import_module(f"liger_kernel.ops.{module}"), name)
 
 
-def without_fla(case: Case, device: str) -> str | None:
+def without_fla(case: BenchCase, device: str) -> str | None:
     return None if importlib.util.find_spec("fla") else "fla-core is not installed"
 
 
-def linear_attention(case: Case, tensors: dict[str, Tensor]) -> Problem:
+def linear_attention(case: BenchCase, tensors: dict[str, Tensor]) -> Problem:
     """fla's chunked causal linear attention of one head over lin_q, lin_k and v, neither normalised nor gated."""
     chunk_linear_attn = importlib.import_module("fla.ops.linear_attn").chunk_linear_attn
     options: dict[str, Any] = {"scale": 1.0, "normalize": False}

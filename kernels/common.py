@@ -16,16 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = tl.constexpr(1.4426950408889634)  # of a difference of scores, never of a score: large ones would round twice
+LOG2_E = tl.constexpr(1.4426950408889634)  # multiplies differences of scores only: a large score would be rounded twice
 
-# Arguments that vary from call to call and must not cause a compilation. Triton heeds this for plain arguments only,
-# not within a tuple, so a kernel takes them one by one and makes its tuples itself.
-VARYING = ("n_sequences", "longest_m", "longest_n", "left", "right", "bias_batch", "bias_head", "reach", "threshold",
-           "n_blocks", "n_heads", "n_kv_heads", "n_parts", "n_rows", "first_block", "last_block", "n_key_blocks",
-           "n_across", "n_tokens", "angle_batch",
-           "n_chunks", "n_segments", "long", "span", "first_row")  # fmt: skip
+# Arguments that vary from call to call and must not cause a compilation (do_not_specialize). Triton applies this to
+# plain arguments only, not to fields of a tuple, so kernels take them one by one and build their tuples themselves.
+VARYING = ("n_sequences", "max_seqlen_q", "max_seqlen_k", "left", "right", "bias_batch", "bias_head", "max_distance",
+           "threshold", "n_blocks", "n_heads", "n_kv_heads", "n_parts", "n_rows", "first_block", "last_block",
+           "n_key_blocks", "n_across", "n_tokens", "angle_batch", "n_chunks", "n_segments", "chunks_per_segment",
+           "span", "first_row")  # fmt: skip
 
-# Every launch says that products are added without being rounded before, whatever the default of a version of Triton.
+# Every launch enables fused multiply-add explicitly: Triton's default differs between versions.
 FUSED_ADDITION = {"enable_fp_fusion": True}
 
 
@@ -44,7 +44,7 @@ class Config:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **FUSED_ADDITION}
 
 
-# Asked by a launcher for the kernel it is about to start: (kernel, first tensor, widest head, traits) -> Config.
+# Called by a launcher for each kernel that it starts: (kernel, first tensor, widest head, traits) -> Config.
 Choose = Callable[..., Config]
 
 
@@ -59,19 +59,19 @@ class Heads(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """How tokens are cut into sequences: padding (`lengths`), packing (`queries`, `keys`: cu_seqlens), or neither.
+    """How tokens are cut into sequences: padding (`lengths`), packing (`cu_seqlens_q`, `cu_seqlens_k`), or neither.
 
-    On a GPU nobody has looked at the values of these: the packed sequences may leave rows behind the last one, or
-    before the first. So two more "sequences" follow the packed ones, numbered on: the rows behind, and the rows
-    before. They have no tokens, only padding, and so every kernel writes zeros there as to other padding.
+    On a GPU their values are not checked on the host: there may be rows before the first and after the last packed
+    sequence. These are two additional sequences, with the indices n_sequences (rows after the last) and n_sequences + 1
+    (rows before the first). They have no tokens, only padding, to which every kernel writes zeros.
     """
 
     lengths: Any
-    queries: Any
-    keys: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
     n_sequences: int
-    longest_m: int  # the axis of the queries, and of the keys
-    longest_n: int
+    max_seqlen_q: int  # lengths of the axes of queries and keys; of packed ones, of all sequences together
+    max_seqlen_k: int
 
 
 def heads(x: Tensor) -> Heads:
@@ -86,22 +86,22 @@ def sequences_of(
     if cu_seqlens is None:
         return Sequences(None if lengths is None else lengths.contiguous(), None, None, batch, m, n)
     cu_seqlens = cu_seqlens.contiguous()
-    keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k.contiguous()
-    return Sequences(None, cu_seqlens, keys, cu_seqlens.shape[0] - 1, m, n)
+    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k.contiguous()
+    return Sequences(None, cu_seqlens, cu_seqlens_k, cu_seqlens.shape[0] - 1, m, n)
 
 
 def blocks_of(sequences: Sequences, axis: int, per_token: int, block: int, *, rest: bool = True) -> int:
-    """How many blocks of rows cover an axis of one sequence, or of all packed ones (a bound, from sizes alone).
+    """How many blocks of rows cover an axis of one sequence, or of all packed ones (an upper bound, from sizes alone).
 
-    `rest`: with the rows that are in none of the packed ones, as a kernel needs that writes results.
+    `rest`: include the rows that are in none of the packed ones, which kernels that write results need.
     """
-    if sequences.queries is None:
+    if sequences.cu_seqlens_q is None:
         return triton.cdiv(axis * per_token, block)
     return axis * per_token // block + sequences.n_sequences + (2 if rest else 0)
 
 
 def on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a launcher with the GPU of its first tensor (or list of them) as the current one, where Triton launches."""
+    """Run a launcher with the GPU of its first tensor (or list of them) as the current one, for Triton to launch on."""
 
     @wraps(launcher)
     def launched(*args: Any, **kwargs: Any) -> Any:
@@ -114,7 +114,7 @@ def on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
 
 @cache
 def processors(device: torch.device) -> int:
-    """How many programs run at once, at least: streaming multiprocessors. (16 where there is no GPU.)"""
+    """The number of streaming multiprocessors; 16 without a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
 
 
@@ -125,20 +125,20 @@ def matmul_precision(dtype: torch.dtype) -> str:
     matmul: Any = torch.backends.cuda.matmul
     try:
         tf32 = matmul.allow_tf32
-    except RuntimeError:  # set through the new switch, which the old one then refuses to read
+    except RuntimeError:  # the new switch was set, and PyTorch refuses to read the old one
         tf32 = "tf32" in (matmul.fp32_precision, getattr(torch.backends, "fp32_precision", None))
     return "tf32" if tf32 else "ieee"
 
 
 @triton.jit
 def offset(ends, i_seq, tokens):
-    """Where a packed sequence begins, within the axis whatever `ends` holds."""
+    """The first row of a packed sequence, clamped to the axis."""
     return tl.minimum(tl.maximum(tl.load(ends + i_seq), 0), tokens).to(tl.int32)
 
 
 @triton.jit
 def extent(ends, i_seq, n_sequences, tokens):
-    """First row and number of rows of a packed sequence, of the rows behind the last or of those before the first."""
+    """First row and number of rows of a packed sequence, of the rows after the last or before the first."""
     first = tl.where(i_seq > n_sequences, 0, offset(ends, tl.minimum(i_seq, n_sequences), tokens))
     stop = offset(ends, tl.where(i_seq < n_sequences, i_seq + 1, 0), tokens)
     return first, tl.where(i_seq == n_sequences, tokens, stop) - first
@@ -146,25 +146,25 @@ def extent(ends, i_seq, n_sequences, tokens):
 
 @triton.jit
 def bounds(sequences, i_seq):
-    """Row of memory of a sequence; its first query, its queries, and the rows that are written for them, padding and
-    all; the same of its keys."""
+    """Batch row of a sequence; its first query, number of queries, and number of rows written for them including
+    padding; the same of its keys."""
     row = i_seq
     first_m = 0
     first_n = 0
-    m = sequences.longest_m
-    n = sequences.longest_n
-    stored_m = sequences.longest_m
-    stored_n = sequences.longest_n
-    if sequences.queries is not None:
+    m = sequences.max_seqlen_q
+    n = sequences.max_seqlen_k
+    stored_m = sequences.max_seqlen_q
+    stored_n = sequences.max_seqlen_k
+    if sequences.cu_seqlens_q is not None:
         row = 0
-        first_m, stored_m = extent(sequences.queries, i_seq, sequences.n_sequences, sequences.longest_m)
-        first_n, stored_n = extent(sequences.keys, i_seq, sequences.n_sequences, sequences.longest_n)
+        first_m, stored_m = extent(sequences.cu_seqlens_q, i_seq, sequences.n_sequences, sequences.max_seqlen_q)
+        first_n, stored_n = extent(sequences.cu_seqlens_k, i_seq, sequences.n_sequences, sequences.max_seqlen_k)
         m = tl.where(i_seq < sequences.n_sequences, stored_m, 0)
         n = tl.where(i_seq < sequences.n_sequences, stored_n, 0)
     elif sequences.lengths is not None:
-        # On a GPU nobody has looked at the values before.
-        n = tl.minimum(tl.maximum(tl.load(sequences.lengths + i_seq).to(tl.int32), 0), sequences.longest_n)
-        m = tl.where(sequences.longest_m == sequences.longest_n, n, sequences.longest_m)
+        # Clamped, because on a GPU the values have not been checked.
+        n = tl.minimum(tl.maximum(tl.load(sequences.lengths + i_seq).to(tl.int32), 0), sequences.max_seqlen_k)
+        m = tl.where(sequences.max_seqlen_q == sequences.max_seqlen_k, n, sequences.max_seqlen_q)
     return row, first_m, m, stored_m, first_n, n, stored_n
 
 
@@ -173,13 +173,13 @@ def place(i_program, n_blocks, n_heads, sequences, ends, tokens, PER_TOKEN: tl.c
     """(block within its sequence, head, sequence) of a program; programs of one head follow each other.
 
     In a packed batch, sequence g owns the blocks from (ends[g] - ends[0]) * PER_TOKEN // block + g on: at least as many
-    as it needs, so the last of them may lie past its end and find nothing to do. So do the rows behind the last
-    sequence, up to `tokens`, and after these the rows before the first one.
+    as it needs, so the last of them may be past its end and then has nothing to do. The blocks of the rows after
+    the last sequence, up to `tokens`, follow, and then those of the rows before the first one.
     """
     i_block = i_program % n_blocks
     i_head = i_program // n_blocks % n_heads
     i_seq = i_program // n_blocks // n_heads
-    if sequences.queries is not None:
+    if sequences.cu_seqlens_q is not None:
         origin = offset(ends, 0, tokens)
         low = i_seq
         high = i_seq + sequences.n_sequences
@@ -197,11 +197,11 @@ def place(i_program, n_blocks, n_heads, sequences, ends, tokens, PER_TOKEN: tl.c
 
 @triton.jit
 def first_slot(sequences, i_seq, n_blocks, block):
-    """The number, among all blocks of keys, of a sequence's first one: the inverse of `place`."""
+    """The index of a sequence's first block among all blocks of keys: the inverse of `place`."""
     first = i_seq * n_blocks
-    if sequences.queries is not None:
-        begin = offset(sequences.keys, tl.minimum(i_seq, sequences.n_sequences), sequences.longest_n)
-        first = (begin - offset(sequences.keys, 0, sequences.longest_n)) // block + i_seq
+    if sequences.cu_seqlens_q is not None:
+        begin = offset(sequences.cu_seqlens_k, tl.minimum(i_seq, sequences.n_sequences), sequences.max_seqlen_k)
+        first = (begin - offset(sequences.cu_seqlens_k, 0, sequences.max_seqlen_k)) // block + i_seq
     return first
 
 
@@ -218,7 +218,7 @@ def row_pointers(x, row, head, token):
 
 @triton.jit
 def load_rows(x, p_rows, m_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """Rows of x as a block [rows, BLOCK]; zeros where there is no row or no column. WHOLE: all rows are there."""
+    """Rows of x as a block [rows, BLOCK]; zeros in out-of-range rows and columns. WHOLE: all rows are in range."""
     o_column = tl.arange(0, BLOCK)
     p_x = p_rows[:, None] + tl.cast(o_column, tl.int64)[None, :] * x.column
     if WHOLE and WIDTH == BLOCK:
@@ -243,7 +243,7 @@ def store_rows(x, p_rows, m_rows, block, WIDTH: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def keys_seen(visible, first, last, n, BLOCK: tl.constexpr):
-    """Keys of queries at positions first..last, if there are any, see `in_blocks`.
+    """Blocks of keys that queries at positions first..last see (none if last < first), as `in_blocks` returns them.
 
     `visible` has `left` and `right`: a query at position p sees the keys p - left .. p + right; None is unbounded.
     """
@@ -263,7 +263,7 @@ def keys_seen(visible, first, last, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def rows_seeing(visible, first, last, m, n, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
-    """The inverse: rows (PER_TOKEN of them per query) that see keys first..last, see `in_blocks`."""
+    """The inverse: blocks of rows (PER_TOKEN rows per query) that see keys first..last, as `in_blocks` returns them."""
     start = 0
     full_start = 0
     full_stop = m
@@ -280,7 +280,7 @@ def rows_seeing(visible, first, last, m, n, PER_TOKEN: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def in_blocks(start, full_start, full_stop, stop, BLOCK: tl.constexpr):
-    """An interval that some see, with the one that all see inside it, as three runs of blocks.
+    """The interval start..stop, visible to some, and full_start..full_stop, visible to all, as three ranges of blocks.
 
     Returns (a, b, c, d): masked blocks from a to b, blocks that need no mask from b to c, masked ones from c to d.
     """
@@ -317,7 +317,7 @@ def tanh(x):
 
 
 @triton.jit
-def toeplitz(p_bias, o_distance, reach, m_wanted):
-    """bias[reach + distance], 0 where it is not wanted or out of the vector."""
-    m_there = m_wanted & (o_distance >= -reach) & (o_distance <= reach)
+def toeplitz(p_bias, o_distance, max_distance, m_wanted):
+    """bias[max_distance + distance]; 0 where masked or out of range."""
+    m_there = m_wanted & (o_distance >= -max_distance) & (o_distance <= max_distance)
     return tl.load(p_bias + o_distance, mask=m_there, other=0.0).to(tl.float32)

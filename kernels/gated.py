@@ -1,4 +1,4 @@
-"""What the gated attentions share: scores and their slopes, blocks of wide tensors, and the gate's derivative."""
+"""What gated and mixed chunk attention share: scores and their derivatives, wide tensors, the gate's gradient."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from .common import (
     toeplitz,
 )
 
-_PANEL_BYTES = 2**25  # of scores that are kept at a time: an H200's cache holds 50 MiB
+_PANEL_BYTES = 2**25  # of a panel of scores, which should stay in the L2 cache (50 MiB on an H200)
 
 
-class Rule(NamedTuple):
-    """How a product q k becomes a score. What is None is compiled away."""
+class GatedRule(NamedTuple):
+    """Options of the scores. A field that is None is compiled out."""
 
     left: Any  # None: every key before
     right: Any  # 0 for a causal mask, else None
-    number: float  # 1 / n of a given normaliser, or 1 / sqrt(S) of a softmax
-    bias: Any  # pointer to (B, 2 reach + 1)
+    scale: float  # what q k is multiplied by: 1 / n of a given normaliser, or 1 / sqrt(S) of a softmax
+    bias: Any  # pointer to (B, 2 max_distance + 1)
     bias_batch: int
-    reach: int
+    max_distance: int
 
 
 # ---------------------------------------------------------------- scores
@@ -48,8 +48,8 @@ def scores(b_qk, b_scale, rule, p_bias, o_position, o_key, n, MASKED: tl.constex
     """S of a block; -inf where the key is hidden. The scale, and blocks of positions and keys, broadcast against it."""
     b_s = b_qk * b_scale
     if rule.bias is not None:
-        # Rows past the end stand at positions from n on; the bias there may be anything.
-        b_s += toeplitz(p_bias, o_key - o_position, rule.reach, (o_key < n) & (o_position < n))
+        # Out-of-range rows have positions >= n, where the bias is undefined.
+        b_s += toeplitz(p_bias, o_key - o_position, rule.max_distance, (o_key < n) & (o_position < n))
     if MASKED:
         b_s = tl.where(is_visible(rule, o_position, o_key, n), b_s, -float("inf"))
     return b_s
@@ -57,10 +57,10 @@ def scores(b_qk, b_scale, rule, p_bias, o_position, o_key, n, MASKED: tl.constex
 
 @triton.jit
 def bias_pointer(rule, row):
-    """Where the bias of a key at the query's own position stands."""
+    """Pointer to the bias at distance 0; a placeholder if there is no bias."""
     p_bias = 0
     if rule.bias is not None:
-        p_bias = rule.bias + tl.cast(row, tl.int64) * rule.bias_batch + rule.reach
+        p_bias = rule.bias + tl.cast(row, tl.int64) * rule.bias_batch + rule.max_distance
     return p_bias
 
 
@@ -68,7 +68,7 @@ def bias_pointer(rule, row):
 def weights(b_s, b_lse, SCORE: tl.constexpr):
     """A of a block of scores: relu(S)^2, the Laplace function of [MEGA] section 3.5, or exp(S - LSE)."""
     if SCORE == "relu2":
-        b_a = tl.where(b_s < 0, 0.0, b_s * b_s)  # a maximum with 0 would hide a NaN on a GPU
+        b_a = tl.where(b_s < 0, 0.0, b_s * b_s)  # tl.maximum would drop a NaN on a GPU
     elif SCORE == "laplace":
         # mu = sqrt(1 / 2), sigma = sqrt(1 / (4 pi)): (S - mu) / (sigma sqrt 2)
         b_a = 0.5 + 0.5 * tl.erf((b_s - 0.7071067811865476) * 2.5066282746310002)
@@ -80,10 +80,10 @@ def weights(b_s, b_lse, SCORE: tl.constexpr):
 
 @triton.jit
 def score_gradient(b_da, b_s, b_a, b_delta, SCORE: tl.constexpr):
-    """dS from dA: times the slope of the score, or A (dA - delta)."""
+    """dS from dA: dA times the derivative of A by S; of a softmax A (dA - delta)."""
     if SCORE == "relu2":
         b_ds = b_da * tl.where(b_s < 0, 0.0, 2 * b_s)
-    elif SCORE == "laplace":  # its slope is the normal density of mean mu and deviation sigma
+    elif SCORE == "laplace":  # the derivative is the normal density of mean mu and deviation sigma
         b_z = b_s - 0.7071067811865476
         b_ds = b_da * 1.4142135623730951 * tl.exp(-6.283185307179586 * b_z * b_z)
     else:
@@ -94,16 +94,17 @@ def score_gradient(b_da, b_s, b_a, b_delta, SCORE: tl.constexpr):
 
 @triton.jit
 def rounded_to_tf32(b_x):
-    """To 10 bits after the first, away from 0 if in the middle: matrix units cut the others off, all towards 0."""
+    """Round to tf32 (10 mantissa bits), ties away from zero: tensor cores truncate their operands instead."""
     b_bits = (b_x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
     return tl.where(b_x == b_x, b_bits.to(tl.float32, bitcast=True), b_x)
 
 
 @triton.jit
 def factors(b_a, b_x):
-    """Weights, or their gradients, and what they multiply, in one type.
+    """Weights, or their gradients, and the tensor they multiply, converted to one type.
 
-    Beside fp16 they stay fp32, and are multiplied as tf32: (q k / n)^2 leaves fp16's range, above and mostly below.
+    With an fp16 tensor the weights stay fp32 and the product is tf32: (q k / n)^2 can overflow, and often underflows,
+    in fp16.
     """
     if b_x.dtype == tl.float16:
         b_a, b_x = rounded_to_tf32(b_a.to(tl.float32)), b_x.to(tl.float32)
@@ -113,7 +114,7 @@ def factors(b_a, b_x):
 
 
 def bias_rule(rel_bias: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """The end of a `Rule`: the bias (B, 2P-1), how far apart its rows are, and P - 1."""
+    """The last fields of a `GatedRule`: the bias (B, 2P-1), the stride of its rows, and P - 1."""
     if rel_bias is None:
         return None, 0, 0
     rel_bias = rel_bias if rel_bias.stride(-1) == 1 else rel_bias.contiguous()
@@ -121,7 +122,7 @@ def bias_rule(rel_bias: Tensor | None) -> tuple[Tensor | None, int, int]:
 
 
 def precisions(x: Tensor) -> tuple[str, str, Tensor]:
-    """How inputs are multiplied, how weights are (see `factors`), and a tensor of the weights' type."""
+    """Precision of products of inputs, of products of weights (see `factors`), and a tensor of the weights' type."""
     inputs = matmul_precision(x.dtype)
     if x.dtype != torch.float16:
         return inputs, inputs, x
@@ -133,7 +134,7 @@ def precisions(x: Tensor) -> tuple[str, str, Tensor]:
 
 @triton.jit
 def load_tile(x, p_rows, m_rows, o_column, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Some columns of rows of x; zeros where there is no row or no column."""
+    """Some columns of rows of x; zeros in out-of-range rows and columns."""
     p_x = p_rows[:, None] + tl.cast(o_column, tl.int64)[None, :] * x.column
     mask = m_rows[:, None]
     if WIDTH % BLOCK != 0:
@@ -152,12 +153,12 @@ def store_tile(x, p_rows, m_rows, o_column, block, WIDTH: tl.constexpr, BLOCK: t
 
 
 def rows(x: Tensor | None) -> Heads | None:
-    """A tensor (B, N, columns) as one of a single head."""
+    """A tensor (B, N, columns) as `Heads` with a single head."""
     return None if x is None else heads(x.unsqueeze(1))
 
 
 def room_for_panel(like: Tensor, per_block: int, blocks: int) -> tuple[Tensor, int]:
-    """Room for the scores of some blocks at a time, at least one, and how many."""
+    """Memory for the scores of as many blocks as `_PANEL_BYTES` hold, at least one, and their number."""
     step = max(1, min(blocks, _PANEL_BYTES // (per_block * like.element_size())))
     return like.new_empty(step * per_block), step
 
@@ -167,12 +168,13 @@ def room_for_panel(like: Tensor, per_block: int, blocks: int) -> tuple[Tensor, i
 
 @triton.jit(do_not_specialize=VARYING)
 def prologue_kernel(
-    dout, gate, product, dx, dgate, delta, lengths, queries, keys, n_sequences, longest_m, longest_n, n_blocks,
+    dout, gate, product, dx, dgate, delta,
+    lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k, n_blocks,
     E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """dX = gate * dO, dGate = X * dO and delta = rowsum(dX * X) of a block of rows, as far as they are wanted."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
-    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.queries, longest_m, 1, BM)
+    """dX = gate * dO, dGate = X * dO and delta = rowsum(dX * X) of a block of rows; each only if it is asked for."""
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
+    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, stored, _, _, _ = bounds(sequences, i_seq)
     o_query = i_block * BM + tl.arange(0, BM)
     m_row, m_stored = o_query < m, o_query < stored
@@ -191,7 +193,7 @@ def prologue_kernel(
             store_tile(dgate, p_dgate, m_stored, o_column, b_do * b_x, E, BE)
         b_delta += tl.sum(b_dx * b_x, 1)
     if delta is not None:
-        tl.store(delta + tl.cast(row, tl.int64) * longest_m + first_m + o_query, b_delta, mask=m_row)
+        tl.store(delta + tl.cast(row, tl.int64) * max_seqlen_q + first_m + o_query, b_delta, mask=m_row)
 
 
 def prologue(
@@ -211,7 +213,7 @@ def prologue(
     delta = dout.new_empty(b, m, dtype=torch.float32) if softmax else None
     config: Config = choose("gau_prologue", dout, 0)
     n_blocks = blocks_of(sequences, m, 1, config.block_m)
-    prologue_kernel[(n_blocks * (b if sequences.queries is None else 1),)](
+    prologue_kernel[(n_blocks * (b if sequences.cu_seqlens_q is None else 1),)](
         rows(dout), rows(gate), rows(product), rows(dx), rows(dgate), delta, *sequences, n_blocks,
         E=e, BE=config.block_n, BM=config.block_m, **config.launch(),
     )  # fmt: skip
@@ -219,5 +221,5 @@ def prologue(
 
 
 def sums_like(sums: Tensor | None, x: Tensor | None) -> Tensor | None:
-    """Sums in the type of what they are the gradient of."""
+    """Accumulated gradients of x in the type of x."""
     return None if sums is None or x is None else sums.to(x.dtype)

@@ -1,21 +1,21 @@
 """Quadratic gated attention (Hua et al. 2022): O = gate * (A V), A an elementwise score or a softmax of q k^T.
 
-One head, and values thousands of columns wide. So no program can hold a row of the result, and what a program does for
-a block of scores must serve many columns. Two regimes:
+One head, and values thousands of columns wide: a row of the result does not fit a program's registers, so a block of
+scores is computed once and used for many columns. Two variants:
 
-    fused      (narrow values) a program makes A for its rows and multiplies a tile of columns of V with it
-    panels     (wide values) A of some rows against all keys goes to a panel that stays in the cache; then the same
-               product, with the gate as its epilogue, reads A from there
+    fused      (narrow values) a program computes A for its rows and multiplies it with a tile of columns of V
+    panels     (wide values) A of some rows against all keys is written to a panel, sized to stay in the L2 cache; the
+               same product, with the gate as its epilogue, reads A from there
 
-The backward has panels only, of keys. A score's slope is a function of the score, so no statistics of the forward are
-needed but the LSE of a softmax, which is computed again:
+The backward has panels only, of keys. A score's derivative is a function of the score, so no statistics of the forward
+are needed but the LSE of a softmax, which is recomputed:
 
     prologue   dX = gate * dO, dGate = X * dO, for a softmax delta = rowsum(dX * X)
     gradient   for a panel of keys A^T and dS^T: dA = dX V^T, dS = dA * score'(S), or A (dA - delta)
-    columns    dV = A^T dX and dK = dS^T (scale Q), which are complete with the panel
-    dq, dbias  scale dS K and the diagonal sums of dS, added to what the panels before made of them
+    dkv        dV = A^T dX and dK = dS^T (scale Q), both complete after the panel
+    dq, dbias  scale dS K and the diagonal sums of dS, added to the sums of the panels before
 
-Panels follow each other on one stream and each sum has one writer, so that results are bitwise repeatable.
+Panels are processed in order on one stream and each sum has one writer, so that results are bitwise repeatable.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from .common import (
     sequences_of,
 )
 from .gated import (
-    Rule,
+    GatedRule,
     bias_pointer,
     bias_rule,
     factors,
@@ -63,7 +63,7 @@ from .gated import (
     weights,
 )
 
-_FUSED_WIDTH = 512  # of the values, up to which scores are cheaper made again for each tile than written and read
+_FUSED_WIDTH = 512  # of the values; up to it, recomputing scores for each tile is cheaper than storing them
 
 
 # ---------------------------------------------------------------- scores
@@ -72,7 +72,7 @@ _FUSED_WIDTH = 512  # of the values, up to which scores are cheaper made again f
 @triton.jit
 def scales(rule, o_position, n, SCALING: tl.constexpr):
     """What a row's q k^T is multiplied with: 1 / n by the rule of the normaliser, or a softmax's factor."""
-    b_scale = tl.zeros(o_position.shape, tl.float32) + rule.number
+    b_scale = tl.zeros(o_position.shape, tl.float32) + rule.scale
     visible = n + 0 * o_position
     if rule.right is not None:
         visible = tl.maximum(o_position + 1, 0)
@@ -110,11 +110,11 @@ def weights_block(
 
 
 @triton.jit
-def load_lse(lse, row, longest_m, o_token, m_row, SCORE: tl.constexpr):
-    """The LSE of rows, which only a softmax has. A row that is not there has -inf, and then weights of 0."""
+def load_lse(lse, row, max_seqlen_q, o_token, m_row, SCORE: tl.constexpr):
+    """The LSE of rows (softmax only). Out-of-range rows have -inf, which gives weights of 0."""
     b_lse = tl.zeros(o_token.shape, tl.float32)
     if SCORE == "softmax":
-        b_lse = tl.load(lse + tl.cast(row, tl.int64) * longest_m + o_token, mask=m_row, other=-float("inf"))
+        b_lse = tl.load(lse + tl.cast(row, tl.int64) * max_seqlen_q + o_token, mask=m_row, other=-float("inf"))
     return b_lse
 
 
@@ -123,15 +123,15 @@ def load_lse(lse, row, longest_m, o_token, m_row, SCORE: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def lse_kernel(
-    q, k, lse, lengths, queries, keys, n_sequences, longest_m, longest_n,
-    number, right, bias, bias_batch, reach, n_blocks,
+    q, k, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
+    scale, right, bias, bias_batch, max_distance, n_blocks,
     SCALING: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """LSE of a block of rows; -inf for a row that sees nothing."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
-    rule = Rule(None, right, number, bias, bias_batch, reach)
-    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.queries, longest_m, 1, BM)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
+    rule = GatedRule(None, right, scale, bias, bias_batch, max_distance)
+    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     o_query = i_block * BM + tl.arange(0, BM)
     o_position, m_row = o_query + n - m, o_query < m
@@ -140,35 +140,35 @@ def lse_kernel(
     p_k = row_pointers(k, row, 0, first_n)
     last = tl.minimum(i_block * BM + BM, m) - 1
     _, _, full_stop, stop = keys_seen(rule, i_block * BM + n - m, last + n - m, n, BN)
-    b_highest = tl.full([BM], -float("inf"), tl.float32)
-    b_total = tl.zeros([BM], tl.float32)
-    for phase in tl.static_range(2):  # whole blocks, the border
+    b_m = tl.full([BM], -float("inf"), tl.float32)
+    b_l = tl.zeros([BM], tl.float32)
+    for phase in tl.static_range(2):  # unmasked blocks, then masked ones
         for j in range(0 if phase == 0 else full_stop, full_stop if phase == 0 else stop, BN):
             o_key = j + tl.arange(0, BN)
             b_k = load_rows(k, p_k + tl.cast(o_key, tl.int64) * k.token, o_key < n, S, BS, phase == 0)
             b_qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
             b_s = scores(b_qk, b_scale[:, None], rule, p_bias, o_position[:, None], o_key[None, :], n, phase != 0)
-            b_new = tl.maximum(b_highest, tl.max(b_s, 1))
+            b_new = tl.maximum(b_m, tl.max(b_s, 1))
             b_pivot = tl.where(b_new == -float("inf"), 0.0, b_new)
             b_p = tl.exp2((b_s - b_pivot[:, None]) * LOG2_E)
-            b_total = b_total * tl.exp2((b_highest - b_pivot) * LOG2_E) + tl.sum(b_p, 1)
-            b_highest = b_new
-    b_lse = tl.where(b_total == 0, -float("inf"), b_highest + tl.log(b_total))
-    tl.store(lse + tl.cast(row, tl.int64) * longest_m + first_m + o_query, b_lse, mask=m_row)
+            b_l = b_l * tl.exp2((b_m - b_pivot) * LOG2_E) + tl.sum(b_p, 1)
+            b_m = b_new
+    b_lse = tl.where(b_l == 0, -float("inf"), b_m + tl.log(b_l))
+    tl.store(lse + tl.cast(row, tl.int64) * max_seqlen_q + first_m + o_query, b_lse, mask=m_row)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def weights_kernel(
-    q, k, lse, panel, lengths, queries, keys, n_sequences, longest_m, longest_n,
-    number, right, bias, bias_batch, reach, n_blocks, first_block, n_across, panel_width,
+    q, k, lse, panel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
+    scale, right, bias, bias_batch, max_distance, n_blocks, first_block, n_across, panel_width,
     SCORE: tl.constexpr, SCALING: tl.constexpr, S: tl.constexpr, BS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of a panel (blocks of rows, BM, keys): A, as far as any row of the block sees a key."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
-    rule = Rule(None, right, number, bias, bias_batch, reach)
+    """One block of a panel (blocks of rows, BM, keys): A, up to the last key that a row of the block sees."""
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
+    rule = GatedRule(None, right, scale, bias, bias_batch, max_distance)
     i_slot = tl.program_id(0) // n_across
-    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.queries, longest_m, 1, BM)
+    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     last = tl.minimum(i_block * BM + BM, m) - 1
     _, _, _, stop = keys_seen(rule, i_block * BM + n - m, last + n - m, n, BN)
@@ -178,7 +178,7 @@ def weights_kernel(
     o_query = i_block * BM + tl.arange(0, BM)
     o_position, m_row = o_query + n - m, o_query < m
     b_q = load_rows(q, row_pointers(q, row, 0, first_m + o_query), m_row, S, BS, False)
-    b_lse = load_lse(lse, row, longest_m, first_m + o_query, m_row, SCORE)
+    b_lse = load_lse(lse, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
     b_scale, p_bias = scales(rule, o_position, n, SCALING), bias_pointer(rule, row)
     b_a = weights_block(
         b_q, b_scale, b_lse, k, row_pointers(k, row, 0, first_n), rule, p_bias, o_position, o_key, n,
@@ -189,18 +189,19 @@ def weights_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def product_kernel(
-    q, k, v, gate, lse, panel, product, out, lengths, queries, keys, n_sequences, longest_m, longest_n,
-    number, right, bias, bias_batch, reach, n_blocks, first_block, panel_width,
+    q, k, v, gate, lse, panel, product, out,
+    lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
+    scale, right, bias, bias_batch, max_distance, n_blocks, first_block, panel_width,
     SCORE: tl.constexpr, SCALING: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
-    """X = A V and gate * X of a block of rows and a tile of columns; without a panel to read A from it is made here."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
-    rule = Rule(None, right, number, bias, bias_batch, reach)
+    """X = A V and gate * X of a block of rows and a tile of columns; without a panel, A is computed here."""
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
+    rule = GatedRule(None, right, scale, bias, bias_batch, max_distance)
     n_tiles = tl.cdiv(E, BE)
     i_slot = tl.program_id(0) // n_tiles
     o_column = tl.program_id(0) % n_tiles * BE + tl.arange(0, BE)
-    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.queries, longest_m, 1, BM)
+    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, stored, first_n, n, _ = bounds(sequences, i_seq)
     if i_block * BM >= stored:
         return
@@ -219,10 +220,10 @@ def product_kernel(
             b_acc = tl.dot(b_a, b_v, b_acc, input_precision=FACTORS)
     else:
         b_q = load_rows(q, row_pointers(q, row, 0, first_m + o_query), m_row, S, BS, False)
-        b_lse = load_lse(lse, row, longest_m, first_m + o_query, m_row, SCORE)
+        b_lse = load_lse(lse, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
         b_scale, p_bias = scales(rule, o_position, n, SCALING), bias_pointer(rule, row)
         p_k = row_pointers(k, row, 0, first_n)
-        for phase in tl.static_range(2):  # whole blocks, the border
+        for phase in tl.static_range(2):  # unmasked blocks, then masked ones
             for j in range(0 if phase == 0 else full_stop, full_stop if phase == 0 else stop, BN):
                 o_key = j + tl.arange(0, BN)
                 b_a = weights_block(
@@ -247,16 +248,17 @@ def product_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def gradient_kernel(
-    q, k, v, dx, lse, delta, panel, dpanel, lengths, queries, keys, n_sequences, longest_m, longest_n,
-    number, right, bias, bias_batch, reach, n_blocks, first_block, n_across, panel_width,
+    q, k, v, dx, lse, delta, panel, dpanel,
+    lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
+    scale, right, bias, bias_batch, max_distance, n_blocks, first_block, n_across, panel_width,
     SCORE: tl.constexpr, SCALING: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of both panels (blocks of keys, BN, queries): A^T, and dS^T from dA = dX V^T."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
-    rule = Rule(None, right, number, bias, bias_batch, reach)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
+    rule = GatedRule(None, right, scale, bias, bias_batch, max_distance)
     i_slot = tl.program_id(0) // n_across
-    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.keys, longest_n, 1, BN)
+    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_k, max_seqlen_k, 1, BN)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     first_row = tl.program_id(0) % n_across * BM
     start, _, _, stop = rows_seeing(rule, i_block * BN, tl.minimum(i_block * BN + BN, n) - 1, m, n, 1, BM)
@@ -276,8 +278,8 @@ def gradient_kernel(
     b_kq = tl.dot(b_k, b_q.T, input_precision=PRECISION)
     b_scale, p_bias = scales(rule, o_position, n, SCALING), bias_pointer(rule, row)
     b_s = scores(b_kq, b_scale[None, :], rule, p_bias, o_position[None, :], o_key[:, None], n, True)
-    b_lse = load_lse(lse, row, longest_m, first_m + o_query, m_row, SCORE)
-    b_delta = load_lse(delta, row, longest_m, first_m + o_query, m_row, SCORE)
+    b_lse = load_lse(lse, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
+    b_delta = load_lse(delta, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
     b_a = weights(b_s, b_lse[None, :], SCORE)
     b_ds = score_gradient(b_da, b_s, b_a, tl.where(m_row, b_delta, 0.0)[None, :], SCORE)
     tl.store(panel_pointers(panel, i_slot, panel_width, o_query, BN), b_a.to(panel.dtype.element_ty))
@@ -285,19 +287,19 @@ def gradient_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def columns_kernel(
-    panel, x, out, lengths, queries, keys, n_sequences, longest_m, longest_n,
-    number, right, n_blocks, first_block, panel_width,
+def dkv_kernel(
+    panel, x, out, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
+    scale, right, n_blocks, first_block, panel_width,
     SCALING: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FACTORS: tl.constexpr,
 ):  # fmt: skip
     """dV = A^T dX, or with SCALING dK = dS^T (scale Q), of a block of keys of a panel and a tile of columns."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
-    rule = Rule(None, right, number, None, 0, 0)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
+    rule = GatedRule(None, right, scale, None, 0, 0)
     n_tiles = tl.cdiv(E, BE)
     i_slot = tl.program_id(0) // n_tiles
     o_column = tl.program_id(0) % n_tiles * BE + tl.arange(0, BE)
-    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.keys, longest_n, 1, BN)
+    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_k, max_seqlen_k, 1, BN)
     row, first_m, m, _, first_n, n, stored = bounds(sequences, i_seq)
     if i_block * BN >= stored:
         return
@@ -319,15 +321,15 @@ def columns_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def dq_kernel(
-    dpanel, k, dq, lengths, queries, keys, n_sequences, longest_m, longest_n,
-    number, right, n_blocks, n_key_blocks, first_block, last_block, panel_width,
+    dpanel, k, dq, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
+    scale, right, n_blocks, n_key_blocks, first_block, last_block, panel_width,
     SCALING: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FACTORS: tl.constexpr,
 ):  # fmt: skip
     """dQ += scale dS K of a block of rows, over the keys of a panel: its blocks first_block..last_block."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
-    rule = Rule(None, right, number, None, 0, 0)
-    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.queries, longest_m, 1, BM)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
+    rule = GatedRule(None, right, scale, None, 0, 0)
+    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     last = tl.minimum(i_block * BM + BM, m) - 1
     _, _, _, stop = keys_seen(rule, i_block * BM + n - m, last + n - m, n, BN)
@@ -353,31 +355,31 @@ def dq_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def dbias_kernel(
-    dpanel, dbias, lengths, queries, keys, n_sequences, longest_m, longest_n,
-    right, reach, n_blocks, n_across, first_block, last_block, panel_width, BD: tl.constexpr, BN: tl.constexpr,
+    dpanel, dbias, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
+    right, max_distance, n_blocks, n_across, first_block, last_block, panel_width, BD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dBias += dS of a panel's keys, summed along a block of BD diagonals j - p."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
-    rule = Rule(None, right, 0.0, None, 0, 0)
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
+    rule = GatedRule(None, right, 0.0, None, 0, 0)
     i_batch = tl.program_id(0) // n_across
     o_bias = tl.program_id(0) % n_across * BD + tl.arange(0, BD)
     low = first_block
     high = last_block
-    if sequences.queries is None:  # the blocks of this row of the batch
+    if sequences.cu_seqlens_q is None:  # the blocks of this row of the batch
         low = tl.maximum(first_block, i_batch * n_blocks)
         high = tl.minimum(last_block, i_batch * n_blocks + n_blocks)
     b_dbias = tl.zeros([BD], tl.float32)
     for i in range(low, high):
-        i_block, _, i_seq = place(i, n_blocks, 1, sequences, sequences.keys, longest_n, 1, BN)
+        i_block, _, i_seq = place(i, n_blocks, 1, sequences, sequences.cu_seqlens_k, max_seqlen_k, 1, BN)
         _, _, m, _, _, n, _ = bounds(sequences, i_seq)
         o_key = (i_block * BN + tl.arange(0, BN))[:, None]
-        o_position = o_key - (o_bias - reach)[None, :]
+        o_position = o_key - (o_bias - max_distance)[None, :]
         o_query = o_position - (n - m)
         mask = is_visible(rule, o_position, o_key, n) & (o_query >= 0) & (o_query < m)
         o_row = tl.cast(i - first_block, tl.int64) * BN + tl.arange(0, BN)
         b_ds = tl.load(dpanel + o_row[:, None] * panel_width + o_query, mask=mask, other=0.0)
         b_dbias += tl.sum(b_ds.to(tl.float32), 0)
-    width = 2 * reach + 1
+    width = 2 * max_distance + 1
     p_dbias = dbias + tl.cast(i_batch, tl.int64) * width + o_bias
     tl.store(p_dbias, b_dbias + tl.load(p_dbias, mask=o_bias < width, other=0.0), mask=o_bias < width)
 
@@ -385,16 +387,16 @@ def dbias_kernel(
 # ---------------------------------------------------------------- launchers
 
 
-class _Call(NamedTuple):
+class _GatedCall(NamedTuple):
     """What all kernels of one call share."""
 
     sequences: Sequences
-    rule: tuple[Any, ...]  # number, right, bias, bias_batch, reach
+    rule: tuple[Any, ...]  # scale, right, bias, bias_batch, max_distance
     score: str  # of `weights`
     scaling: str  # of `scales`
     rows: int  # of the batch that have blocks of their own: 1 when packed
     width: int  # S as a block
-    longest: tuple[int, int]  # queries and keys of the longest sequence
+    max_seqlens: tuple[int, int]  # queries and keys of the longest sequence
     precision: str  # of products of inputs
     factors: str  # of products of weights, see `factors`
     weights_like: Tensor  # a tensor of their type
@@ -443,7 +445,7 @@ def gau_attention_forward(
     if not panels:
         multiply(0, total, None, 0)
         return out, product
-    n_across = triton.cdiv(call.longest[1], config.block_k)
+    n_across = triton.cdiv(call.max_seqlens[1], config.block_k)
     panel_width = n_across * config.block_k
     making = choose("gau_weights", call.weights_like, call.width, rows=m)
     panel, step = room_for_panel(call.weights_like, config.block_m * panel_width, total)
@@ -499,7 +501,7 @@ def gau_attention_backward(
     )
     bm, bn = config.block_m, config.block_n
     n_blocks, n_row_blocks = blocks_of(call.sequences, n, 1, bn), blocks_of(call.sequences, m, 1, bm, rest=False)
-    total, n_across = n_blocks * call.rows, triton.cdiv(call.longest[0], bm)
+    total, n_across = n_blocks * call.rows, triton.cdiv(call.max_seqlens[0], bm)
     panel_width = n_across * bm
     panel, step = room_for_panel(call.weights_like, 2 * bn * panel_width, total)
     panel, dpanel = panel.view(2, -1)
@@ -512,11 +514,11 @@ def gau_attention_backward(
             n_across, panel_width, SCORE=call.score, S=s, E=e, BS=call.width, BE=config.block_k, **blocks, **scaling,
             PRECISION=call.precision, **config.launch(),
         )  # fmt: skip
-        columns_kernel[(count * triton.cdiv(e, values.block_n),)](
+        dkv_kernel[(count * triton.cdiv(e, values.block_n),)](
             panel, rows(dx), rows(dv), *call.sequences, *rule[:2], n_blocks, first, panel_width,
             SCALING=None, E=e, BE=values.block_n, **blocks, FACTORS=call.factors, **values.launch(),
         )  # fmt: skip
-        columns_kernel[(count * triton.cdiv(s, min(call.width, 64)),)](
+        dkv_kernel[(count * triton.cdiv(s, min(call.width, 64)),)](
             dpanel, rows(q), rows(dk), *call.sequences, *rule[:2], n_blocks, first, panel_width,
             E=s, BE=min(call.width, 64), **blocks, **scaling, FACTORS=call.factors, **queries.launch(),
         )  # fmt: skip
@@ -542,33 +544,33 @@ def _call(
     rel_bias: Tensor | None,
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> _Call:
+) -> _GatedCall:
     """The options as the kernels take them."""
     softmax = score.startswith("softmax")
     if softmax:
-        scaling, number = "log" if score == "softmax_plus" else "number", q.shape[-1] ** -0.5
+        scaling, scale = "log" if score == "softmax_plus" else "number", q.shape[-1] ** -0.5
     else:
-        scaling, number = ("number", 1 / float(normalizer)) if not isinstance(normalizer, str) else (normalizer, 1.0)
-    longest = q.shape[1], k.shape[1]
-    if cu_seqlens is not None:  # the one value that is read on the host: panels as wide as the batch would be many
+        scaling, scale = ("number", 1 / float(normalizer)) if not isinstance(normalizer, str) else (normalizer, 1.0)
+    max_seqlens = q.shape[1], k.shape[1]
+    if cu_seqlens is not None:  # the only value read on the host: panels as wide as the packed batch would be many
         most = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
-        longest = (min(max(most, 1), k.shape[1]),) * 2
+        max_seqlens = (min(max(most, 1), k.shape[1]),) * 2
     precision, factors, weights_like = precisions(q)
-    return _Call(
+    return _GatedCall(
         sequences=sequences_of(q.shape[0], q.shape[1], k.shape[1], lengths, cu_seqlens, None),
-        rule=(number, 0 if causal else None, *bias_rule(rel_bias)),
+        rule=(scale, 0 if causal else None, *bias_rule(rel_bias)),
         score="softmax" if softmax else score,
         scaling=scaling,
         rows=q.shape[0] if cu_seqlens is None else 1,
         width=max(16, triton.next_power_of_2(q.shape[-1])),
-        longest=longest,
+        max_seqlens=max_seqlens,
         precision=precision,
         factors=factors,
         weights_like=weights_like,
     )
 
 
-def _lse(call: _Call, q: Tensor, k: Tensor, choose: Choose) -> Tensor | None:
+def _lse(call: _GatedCall, q: Tensor, k: Tensor, choose: Choose) -> Tensor | None:
     """The LSE (B, M) of a softmax's rows; None for another score."""
     if call.score != "softmax":
         return None

@@ -1,12 +1,12 @@
-"""Gated linear units (Shazeer 2020): elementwise, and inside the product that makes both of their sides.
+"""Gated linear units (Shazeer 2020): elementwise, and as the epilogue of the product that computes both inputs.
 
-    glu             act(g) * up_act(u): three tensors travel
-    glu_backward    dG and dU from dO, g and u, whose activations it computes again: five tensors travel
+    glu             act(g) * up_act(u): three tensors are read or written
+    glu_backward    dG and dU from dO, g and u, recomputing the activations: five tensors are read or written
     linear          g = x Wg^T + bg and u = x Wu^T + bu in two accumulators, with the unit as the product's epilogue
     linear_backward the same product, with the unit's backward as its epilogue: for a training step that kept no g and u
 
-Arithmetic is fp32 inside, and a result is rounded once. Tensors of any shape and stride come as matrices: the axes
-that lie behind each other in memory become one (`as_matrices`).
+Arithmetic is fp32, and a result is rounded once. Tensors of any shape and stride are passed as matrices: axes that are
+contiguous with each other in memory are merged (`as_matrices`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def slope(x, ACTIVATION: tl.constexpr):
-    """The derivative of `activate` at x; 0 where relu turns."""
+    """The derivative of `activate` at x; 0 for relu at 0."""
     if ACTIVATION == "identity":
         d = tl.full(x.shape, 1.0, tl.float32)
     elif ACTIVATION == "sigmoid":
@@ -136,7 +136,7 @@ def glu_kernel(
 ):  # fmt: skip
     """out = act(gate) * up_act(up), a block of ROWS x COLUMNS per program."""
     o_row, o_column, whole = block_of(n_rows, n_columns, ROWS, COLUMNS)
-    if whole:  # without a mask, whatever the width: whole vectors travel
+    if whole:  # without a mask, loads and stores are vectorised for any width
         b_g, b_u = load(gate, o_row, o_column, None), load(up, o_row, o_column, None)
         store(out, o_row, o_column, gated(b_g, b_u, ACTIVATION, UP_ACTIVATION), None)
     else:
@@ -172,7 +172,7 @@ def glu_backward_kernel(
 
 @triton.jit
 def tile_of(n_rows, n_columns, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """Rows and columns of this program's tile. Tiles run down GROUP blocks of rows: neighbours share weights."""
+    """Rows and columns of this program's tile. Tiles run down GROUP blocks of rows, so neighbours share weights."""
     i_tile = tl.program_id(0)
     n_across = tl.cdiv(n_columns, BN)
     first = i_tile // (GROUP * n_across) * GROUP
@@ -185,7 +185,7 @@ def tile_of(n_rows, n_columns, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.con
 
 @triton.jit
 def inner(x, p_rows, o_k, K: tl.constexpr, BK: tl.constexpr):
-    """Some of a product's inner axis, of rows that are there."""
+    """A block along a product's inner axis; all rows are in range."""
     p_x = p_rows[:, None] + (o_k * x.column)[None, :]
     if K % BK == 0:
         block = tl.load(p_x)
@@ -199,7 +199,7 @@ def both_sides(
     x, w_gate, w_up, b_gate, b_up, o_row, o_column, n_rows, n_columns,
     K: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """g = x Wg^T + bg and u = x Wu^T + bu of one tile, in fp32; past the matrix it repeats the last row and column."""
+    """g = x Wg^T + bg and u = x Wu^T + bu of one tile, in fp32; out-of-range rows and columns repeat the last one."""
     p_x = x.pointer + tl.minimum(o_row, n_rows - 1) * x.row
     o_column = tl.minimum(o_column, n_columns - 1)
     p_wg, p_wu = w_gate.pointer + o_column * w_gate.row, w_up.pointer + o_column * w_up.row
@@ -225,7 +225,7 @@ def linear_kernel(
     ACTIVATION: tl.constexpr, UP_ACTIVATION: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out, and of g and u where they are wanted for a backward."""
+    """One tile of out, and of g and u if the backward needs them."""
     o_row, o_column = tile_of(n_rows, n_columns, BM, BN, GROUP)
     b_g, b_u = both_sides(
         x, w_gate, w_up, b_gate, b_up, o_row, o_column, n_rows, n_columns, K, PRECISION, BM, BN, BK
@@ -243,7 +243,7 @@ def linear_backward_kernel(
     ACTIVATION: tl.constexpr, UP_ACTIVATION: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dG and dU, from g and u computed again."""
+    """One tile of dG and dU, from recomputed g and u."""
     o_row, o_column = tile_of(n_rows, n_columns, BM, BN, GROUP)
     b_g, b_u = both_sides(
         x, w_gate, w_up, b_gate, b_up, o_row, o_column, n_rows, n_columns, K, PRECISION, BM, BN, BK
@@ -401,15 +401,15 @@ def _product(
 
 
 def _taken(x: Tensor | None) -> Any:
-    """A matrix with its strides, a bias with steps of one."""
+    """A matrix with its strides; a bias, made contiguous."""
     return x if x is None else x.contiguous() if x.dim() == 1 else Matrix(x, *x.stride())
 
 
 def as_matrices(*tensors: Tensor) -> list[Tensor]:
     """Tensors of one shape as matrices of one shape, read in place where two axes can describe each of them.
 
-    Axes that lie behind each other in every tensor become one. If more than two remain, each tensor that is not
-    contiguous is copied; the results of a kernel always are, or are halves of such, and two axes describe them.
+    Axes that are contiguous with each other in every tensor are merged. If more than two remain, each tensor that is
+    not contiguous is copied; the results of a kernel always are, or are halves of such, and two axes describe them.
     """
     sizes, strides = [1], [[0] for _ in tensors]
     for axis, size in enumerate(tensors[0].shape):
@@ -431,7 +431,7 @@ def as_matrices(*tensors: Tensor) -> list[Tensor]:
 
 
 def _is_rows(t: Tensor) -> bool:
-    """Whether all axes but the last lie behind each other."""
+    """Whether all axes but the last can be merged without a copy."""
     ahead = [(s, n) for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n > 1]
     return all(a == b * n for (a, _), (b, n) in pairwise(ahead))
 

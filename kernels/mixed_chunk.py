@@ -1,25 +1,4 @@
-"""FLASH's mixed chunk attention (Hua et al. 2022, section 3.2): O = gate * (A V + lin_Q KV / n), chunk by chunk.
-
-A is local, C x C for each chunk of C tokens; KV (S, E) is the sum of lin_K^T V over the chunks before (all chunks, if
-not causal). So all chunks can be worked on at once, as soon as each one's KV is known:
-
-    states    sums of lin_K^T V, running through the chunks of a segment, written before each chunk
-    carry     the segments' totals, summed over the segments before; none if a sequence is one segment
-    weights   A of some chunks to a panel, which stays in the cache (values of one tile of columns: made where used)
-    product   [lin_Q | A] [KV ; V] as one product, with the gate as its epilogue
-
-The backward turns every arrow around, with dKV, the sum of lin_Q^T dX / n over the chunks after:
-
-    prologue  dX = gate * dO, dGate = X * dO
-    states, carry   KV again, and dKV
-    linear    dlin_Q = dX KV^T / n and dlin_K = V dKV^T
-    gradient  A^T and dS of some chunks to panels, from dA = dX V^T
-    product   dV = [lin_K | A^T] [dKV ; dX]
-    heads     dquad_Q and dquad_K from dS; the bias's gradient is summed over chunks, and then along diagonals
-
-A slot is a place for a chunk: a sequence of n tokens has ceil(n / C), one after the other; packed sequences may leave
-a slot between them empty. Each sum has one writer, so that results are bitwise repeatable.
-"""
+"""Launchers of mixed chunk attention's kernels (`mixed_chunk_kernels.py`): forward, backward and one token."""
 
 from __future__ import annotations
 
@@ -29,543 +8,33 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from .common import (
     FUSED_ADDITION,
-    VARYING,
     Choose,
     Config,
     Sequences,
     blocks_of,
-    bounds,
-    first_slot,
-    load_rows,
     matmul_precision,
     on_its_device,
-    place,
     processors,
-    row_pointers,
     sequences_of,
-    store_rows,
 )
-from .gated import (
-    Rule,
-    bias_pointer,
-    bias_rule,
-    factors,
-    load_tile,
-    precisions,
-    prologue,
-    room_for_panel,
-    rows,
-    score_gradient,
-    scores,
-    store_tile,
-    sums_like,
-    weights,
+from .gated import bias_rule, precisions, prologue, room_for_panel, rows, sums_like
+from .mixed_chunk_kernels import (
+    carry_kernel,
+    dbias_kernel,
+    gradient_kernel,
+    heads_kernel,
+    linear_kernel,
+    product_kernel,
+    states_kernel,
+    step_kernel,
+    weights_kernel,
 )
 
-# ---------------------------------------------------------------- chunks
-
-
-class Chunk(NamedTuple):
-    """Where a chunk is: its sequence, its number therein, its row of memory, its first token there, its tokens."""
-
-    sequence: Any
-    number: Any
-    row: Any
-    first: Any
-    tokens: Any
-    stored: Any  # rows of results: padding is written too, with zeros
-    of: Any  # tokens of the sequence
-
-
-@triton.jit
-def chunk_at(i_slot, n_chunks, sequences, C: tl.constexpr):
-    """The chunk in a slot."""
-    i_chunk, _, i_seq = place(i_slot, n_chunks, 1, sequences, sequences.queries, sequences.longest_m, 1, C)
-    row, first, n, stored, _, _, _ = bounds(sequences, i_seq)
-    tokens = tl.minimum(tl.maximum(n - i_chunk * C, 0), C)
-    stored = tl.minimum(stored - i_chunk * C, C)
-    return Chunk(i_seq, i_chunk, row, first + i_chunk * C, tokens, stored, n)
-
-
-@triton.jit
-def inverse_divisor(number, closed_tokens, i_seq, i_chunk, n, C: tl.constexpr, CAUSAL: tl.constexpr):
-    """1 / n of a chunk's global part: of a given number, or of the tokens that were summed."""
-    if number is not None:
-        result = number
-    elif CAUSAL:
-        before = tl.cast(i_chunk * C, tl.int64)
-        if closed_tokens is not None:
-            before += tl.load(closed_tokens + i_seq, mask=n > 0, other=0)
-        result = 1.0 / tl.maximum(before, 1).to(tl.float32)
-    else:
-        result = 1.0 / tl.maximum(n, 1).to(tl.float32)
-    return result
-
-
-@triton.jit
-def state_pointers(states, i_state, o_row, o_column, S: tl.constexpr, E: tl.constexpr):
-    """A tile of a state (S, E)."""
-    p_row = states + tl.cast(i_state, tl.int64) * S * E + tl.cast(o_row, tl.int64) * E
-    return p_row[:, None] + o_column[None, :]
-
-
-@triton.jit
-def load_state(states, base, i_state, i_base, o_row, o_column, S: tl.constexpr, E: tl.constexpr):
-    """A tile of the state that a chunk reads: what its segment summed, and what came before the segment."""
-    mask = (o_row < S)[:, None] & (o_column < E)[None, :]
-    if states is None:
-        b_state = tl.load(state_pointers(base, i_base, o_row, o_column, S, E), mask=mask, other=0.0)
-    else:
-        b_state = tl.load(state_pointers(states, i_state, o_row, o_column, S, E), mask=mask, other=0.0)
-        if base is not None:
-            b_base = tl.load(state_pointers(base, i_base, o_row, o_column, S, E), mask=mask, other=0.0)
-            b_state = (b_state.to(tl.float32) + b_base).to(states.dtype.element_ty)
-    return b_state
-
-
-@triton.jit
-def base_of(chunk, sequences, n_segments, long, C: tl.constexpr, CAUSAL: tl.constexpr):
-    """Which base a chunk's state adds to: that of its segment of `long` chunks, or the sum over its whole sequence."""
-    i_base = chunk.sequence
-    if CAUSAL:
-        i_base = first_slot(sequences, chunk.sequence, n_segments, C * long) + chunk.number // long
-    return i_base
-
-
-# ---------------------------------------------------------------- states
-
-
-@triton.jit(do_not_specialize=VARYING)
-def states_kernel(
-    x, y, states, totals, closed_tokens, lengths, queries, keys, n_sequences, longest_m, longest_n,
-    lin_number, n_chunks, n_segments, long,
-    C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
-    BK: tl.constexpr, CAUSAL: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A tile of a segment's sums of x^T y: before each of its chunks (BACKWARD: after it, over n), and over all."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
-    n_across = tl.cdiv(E, BE)
-    i_tile = tl.program_id(0) % (n_across * tl.cdiv(S, BS))
-    i_slot = tl.program_id(0) // (n_across * tl.cdiv(S, BS))
-    i_segment, _, i_seq = place(i_slot, n_segments, 1, sequences, sequences.queries, longest_m, 1, C * long)
-    row, first, n, _, _, _, _ = bounds(sequences, i_seq)
-    o_row = i_tile // n_across * BS + tl.arange(0, BS)
-    o_column = i_tile % n_across * BE + tl.arange(0, BE)
-    m_tile = (o_row < S)[:, None] & (o_column < E)[None, :]
-    first_chunk = i_segment * long
-    count = tl.maximum(tl.minimum(tl.cdiv(n, C) - first_chunk, long), 0)
-    slot = first_slot(sequences, i_seq, n_chunks, C)
-    p_x, p_y = row_pointers(x, row, 0, first), row_pointers(y, row, 0, first)
-    b_sum = tl.zeros([BS, BE], tl.float32)
-    for i in range(0, count):
-        i_chunk = first_chunk + i
-        if BACKWARD:
-            i_chunk = first_chunk + count - 1 - i
-        if states is not None:
-            p_state = state_pointers(states, slot + i_chunk, o_row, o_column, S, E)
-            tl.store(p_state, b_sum.to(states.dtype.element_ty), mask=m_tile)
-        tokens = tl.minimum(n - i_chunk * C, C)
-        if CAUSAL and not BACKWARD:  # a chunk that is still open is not summed yet
-            tokens = tl.where(tokens == C, C, 0)
-        b_own = tl.zeros([BS, BE], tl.float32)  # matrix units cut a sum's last bits: none may run through all chunks
-        for j in range(0, tokens, BK):
-            o_token = j + tl.arange(0, BK)
-            o_there = tl.cast(i_chunk * C + o_token, tl.int64)
-            b_x = load_tile(x, p_x + o_there * x.token, o_token < tokens, o_row, S, BS)
-            b_y = load_tile(y, p_y + o_there * y.token, o_token < tokens, o_column, E, BE)
-            b_own = tl.dot(b_x.T, b_y, b_own, input_precision=PRECISION)
-        if BACKWARD:
-            b_own *= inverse_divisor(lin_number, closed_tokens, i_seq, i_chunk, n, C, CAUSAL)
-        b_sum += b_own
-    tl.store(state_pointers(totals, i_slot, o_row, o_column, S, E), b_sum, mask=m_tile)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def carry_kernel(
-    totals, start, result, lengths, queries, keys, n_sequences, longest_m, longest_n, n_segments, span,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr,
-):  # fmt: skip
-    """Segments' totals become what came before them (BACKWARD: comes after); `start` and all totals go to `result`."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
-    i_seq = tl.program_id(0) // tl.cdiv(SIZE, BLOCK)
-    o_state = tl.program_id(0) % tl.cdiv(SIZE, BLOCK) * BLOCK + tl.arange(0, BLOCK)
-    m_state = o_state < SIZE
-    _, _, n, _, _, _, _ = bounds(sequences, i_seq)
-    p_first = totals + tl.cast(first_slot(sequences, i_seq, n_segments, span), tl.int64) * SIZE + o_state
-    count = tl.cdiv(n, span)
-    b_sum = tl.zeros([BLOCK], tl.float32)
-    if start is not None:
-        b_sum += tl.load(start + tl.cast(i_seq, tl.int64) * SIZE + o_state, mask=m_state, other=0.0)
-    for i in range(0, count):
-        i_segment = i
-        if BACKWARD:
-            i_segment = count - 1 - i
-        p_total = p_first + tl.cast(i_segment, tl.int64) * SIZE
-        b_total = tl.load(p_total, mask=m_state, other=0.0)
-        tl.store(p_total, b_sum, mask=m_state)
-        b_sum += b_total
-    tl.store(result + tl.cast(i_seq, tl.int64) * SIZE + o_state, b_sum, mask=m_state)
-
-
-# ---------------------------------------------------------------- products
-
-
-@triton.jit
-def chunk_rows(x, chunk, o_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Whole rows of a chunk, zeros behind its last token."""
-    return load_rows(x, row_pointers(x, chunk.row, 0, chunk.first + o_row), o_row < chunk.tokens, WIDTH, BLOCK, False)
-
-
-@triton.jit
-def local_scores(
-    chunk, rule, p_bias, b_q, k, o_query, o_key, S: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr
-):
-    """S of some queries of a chunk against some of its keys; -inf where the key is hidden."""
-    b_k = chunk_rows(k, chunk, o_key, S, BS)
-    b_qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
-    return scores(b_qk, rule.number, rule, p_bias, o_query[:, None], o_key[None, :], chunk.tokens, True)
-
-
-@triton.jit
-def panel_block(panel, i_slot, o_row, o_column, WIDTH: tl.constexpr):
-    """Pointers into a panel (slots, WIDTH, WIDTH)."""
-    p_row = panel + (tl.cast(i_slot, tl.int64) * WIDTH + o_row) * WIDTH
-    return p_row[:, None] + o_column[None, :]
-
-
-@triton.jit
-def is_hidden(chunk, rule, first_query, first_key, BM: tl.constexpr):
-    """Whether none of the BM queries sees any key from the first on."""
-    hidden = (first_query >= chunk.tokens) | (first_key >= chunk.tokens)
-    if rule.right is not None:
-        hidden = hidden | (first_key > first_query + BM - 1)
-    return hidden
-
-
-@triton.jit(do_not_specialize=VARYING)
-def weights_kernel(
-    q, k, panel, lengths, queries, keys, n_sequences, longest_m, longest_n,
-    number, right, bias, bias_batch, reach, n_chunks, first_block,
-    C: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr,
-    SCORE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A block of a chunk's A, to its panel; zeros where no query sees a key."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
-    rule = Rule(None, right, number, bias, bias_batch, reach)
-    BLOCKS: tl.constexpr = (WIDTH // BM) * (WIDTH // BN)
-    i_slot, i_block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
-    chunk = chunk_at(first_block + i_slot, n_chunks, sequences, C)
-    if chunk.tokens == 0:
-        return
-    first_query, first_key = i_block // (WIDTH // BN) * BM, i_block % (WIDTH // BN) * BN
-    o_query, o_key = first_query + tl.arange(0, BM), first_key + tl.arange(0, BN)
-    p_panel = panel_block(panel, i_slot, o_query, o_key, WIDTH)
-    if is_hidden(chunk, rule, first_query, first_key, BM):
-        tl.store(p_panel, tl.zeros([BM, BN], panel.dtype.element_ty))
-        return
-    b_q, p_bias = chunk_rows(q, chunk, o_query, S, BS), bias_pointer(rule, chunk.row)
-    b_s = local_scores(chunk, rule, p_bias, b_q, k, o_query, o_key, S, BS, PRECISION)
-    tl.store(p_panel, weights(b_s, 0.0, SCORE).to(panel.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=VARYING)
-def product_kernel(
-    q, k, lin, x, panel, states, base, gate, product, out, closed_tokens,
-    lengths, queries, keys, n_sequences, longest_m, longest_n,
-    number, right, bias, bias_batch, reach, lin_number, n_chunks, n_segments, long, first_block,
-    C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr,
-    BE: tl.constexpr, BK: tl.constexpr, WIDTH: tl.constexpr, SCORE: tl.constexpr, CONTINUED: tl.constexpr,
-    BACKWARD: tl.constexpr, PRECISION: tl.constexpr, FACTORS: tl.constexpr,
-):  # fmt: skip
-    """[lin | A] [KV ; x] of some rows of a chunk and a tile of columns, and that times the gate.
-
-    Forward lin is lin_Q / n, and x the values. BACKWARD it gives dV: lin is lin_K, A transposed, KV is dKV, x is dX.
-    """
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
-    rule = Rule(None, right, number, bias, bias_batch, reach)
-    CAUSAL: tl.constexpr = right is not None
-    n_tiles = tl.cdiv(E, BE)
-    BLOCKS: tl.constexpr = (C + BM - 1) // BM
-    i_slot = tl.program_id(0) // (n_tiles * BLOCKS)
-    first_row = tl.program_id(0) // n_tiles % BLOCKS * BM
-    o_column = tl.program_id(0) % n_tiles * BE + tl.arange(0, BE)
-    chunk = chunk_at(first_block + i_slot, n_chunks, sequences, C)
-    if first_row >= chunk.stored:
-        return
-    o_row = first_row + tl.arange(0, BM)
-    m_row = o_row < chunk.tokens
-    b_acc = tl.zeros([BM, BE], tl.float32)
-
-    # The global part, if there is one: of the first chunk only from an initial state, to an open one nothing.
-    reads = chunk.tokens > 0
-    if CAUSAL and BACKWARD:
-        reads = chunk.tokens == C
-    elif CAUSAL and not CONTINUED:
-        reads = (chunk.number > 0) & (chunk.tokens > 0)
-    i_base = base_of(chunk, sequences, n_segments, long, C, CAUSAL)
-    p_lin = row_pointers(lin, chunk.row, 0, chunk.first + o_row)
-    KS: tl.constexpr = BK if BK < BS else BS
-    for s in range(0, tl.where(reads, S, 0), KS):
-        o_s = s + tl.arange(0, KS)
-        b_lin = load_tile(lin, p_lin, m_row, o_s, S, KS)
-        b_kv = load_state(states, base, first_block + i_slot, i_base, o_s, o_column, S, E)
-        b_kv, b_lin = factors(b_kv, b_lin)
-        b_acc = tl.dot(b_lin, b_kv, b_acc, input_precision=FACTORS)
-    if not BACKWARD:
-        b_acc *= inverse_divisor(lin_number, closed_tokens, chunk.sequence, chunk.number, chunk.of, C, CAUSAL)
-
-    start, stop = 0, chunk.tokens
-    if CAUSAL and BACKWARD:
-        start = first_row // BK * BK
-    elif CAUSAL:
-        stop = tl.minimum(first_row + BM, chunk.tokens)
-    p_x = row_pointers(x, chunk.row, 0, chunk.first)
-    if panel is None:
-        b_q, p_bias = chunk_rows(q, chunk, o_row, S, BS), bias_pointer(rule, chunk.row)
-    for j in range(start, stop, BK):
-        o_other = j + tl.arange(0, BK)
-        if panel is None:
-            b_s = local_scores(chunk, rule, p_bias, b_q, k, o_row, o_other, S, BS, PRECISION)
-            b_a = weights(b_s, 0.0, SCORE)
-        elif BACKWARD:
-            b_a = tl.load(panel_block(panel, i_slot, o_other, o_row, WIDTH), mask=m_row[None, :], other=0.0).T
-        else:
-            b_a = tl.load(panel_block(panel, i_slot, o_row, o_other, WIDTH), mask=m_row[:, None], other=0.0)
-        b_x = load_tile(x, p_x + tl.cast(o_other, tl.int64) * x.token, o_other < chunk.tokens, o_column, E, BE)
-        b_a, b_x = factors(b_a, b_x)
-        b_acc = tl.dot(b_a, b_x, b_acc, input_precision=FACTORS)
-
-    b_acc = tl.where(m_row[:, None], b_acc, 0.0)
-    m_stored = o_row < chunk.stored
-    if product is not None:
-        p_product = row_pointers(product, chunk.row, 0, chunk.first + o_row)
-        store_tile(product, p_product, m_stored, o_column, b_acc, E, BE)
-    if gate is not None:
-        p_gate = row_pointers(gate, chunk.row, 0, chunk.first + o_row)
-        b_acc *= load_tile(gate, p_gate, m_row, o_column, E, BE).to(tl.float32)
-    store_tile(out, row_pointers(out, chunk.row, 0, chunk.first + o_row), m_stored, o_column, b_acc, E, BE)
-
-
-# ---------------------------------------------------------------- backward
-
-
-@triton.jit(do_not_specialize=VARYING)
-def linear_kernel(
-    x, states, base, out, closed_tokens, lengths, queries, keys, n_sequences, longest_m, longest_n,
-    lin_number, n_chunks, n_segments, long,
-    C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, CAUSAL: tl.constexpr, BACKWARD: tl.constexpr, FACTORS: tl.constexpr,
-):  # fmt: skip
-    """dlin_Q = dX KV^T / n of some rows of a chunk and a tile of columns; BACKWARD dlin_K = V dKV^T."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
-    n_tiles = tl.cdiv(S, BN)
-    BLOCKS: tl.constexpr = (C + BM - 1) // BM
-    i_slot = tl.program_id(0) // (n_tiles * BLOCKS)
-    first_row = tl.program_id(0) // n_tiles % BLOCKS * BM
-    o_s = tl.program_id(0) % n_tiles * BN + tl.arange(0, BN)
-    chunk = chunk_at(i_slot, n_chunks, sequences, C)
-    if first_row >= chunk.stored:
-        return
-    o_row = first_row + tl.arange(0, BM)
-    reads = first_row < chunk.tokens
-    if CAUSAL and BACKWARD:
-        reads = chunk.tokens == C
-    i_base = base_of(chunk, sequences, n_segments, long, C, CAUSAL)
-    p_x = row_pointers(x, chunk.row, 0, chunk.first + o_row)
-    b_acc = tl.zeros([BM, BN], tl.float32)
-    for e in range(0, tl.where(reads, E, 0), BK):
-        o_column = e + tl.arange(0, BK)
-        b_x = load_tile(x, p_x, o_row < chunk.tokens, o_column, E, BK)
-        b_state = load_state(states, base, i_slot, i_base, o_s, o_column, S, E)
-        b_state, b_x = factors(b_state, b_x)
-        b_acc = tl.dot(b_x, b_state.T, b_acc, input_precision=FACTORS)
-    if not BACKWARD:
-        b_acc *= inverse_divisor(lin_number, closed_tokens, chunk.sequence, chunk.number, chunk.of, C, CAUSAL)
-    p_out = row_pointers(out, chunk.row, 0, chunk.first + o_row)
-    store_tile(out, p_out, o_row < chunk.stored, o_s, b_acc, S, BN)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def gradient_kernel(
-    q, k, v, dx, panel, dpanel, lengths, queries, keys, n_sequences, longest_m, longest_n,
-    number, right, bias, bias_batch, reach, n_chunks, first_block,
-    C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, WIDTH: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A block of a chunk's A, and of dS from dA = dX V^T, to their panels; zeros where no query sees a key."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
-    rule = Rule(None, right, number, bias, bias_batch, reach)
-    BLOCKS: tl.constexpr = (WIDTH // BM) * (WIDTH // BN)
-    i_slot, i_block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
-    chunk = chunk_at(first_block + i_slot, n_chunks, sequences, C)
-    if chunk.tokens == 0:
-        return
-    first_query, first_key = i_block // (WIDTH // BN) * BM, i_block % (WIDTH // BN) * BN
-    o_query, o_key = first_query + tl.arange(0, BM), first_key + tl.arange(0, BN)
-    p_panel = panel_block(panel, i_slot, o_query, o_key, WIDTH)
-    p_dpanel = panel_block(dpanel, i_slot, o_query, o_key, WIDTH)
-    if is_hidden(chunk, rule, first_query, first_key, BM):
-        tl.store(p_panel, tl.zeros([BM, BN], panel.dtype.element_ty))
-        tl.store(p_dpanel, tl.zeros([BM, BN], dpanel.dtype.element_ty))
-        return
-    p_dx = row_pointers(dx, chunk.row, 0, chunk.first + o_query)
-    p_v = row_pointers(v, chunk.row, 0, chunk.first + o_key)
-    b_da = tl.zeros([BM, BN], tl.float32)
-    for e in range(0, E, BK):
-        o_column = e + tl.arange(0, BK)
-        b_dx = load_tile(dx, p_dx, o_query < chunk.tokens, o_column, E, BK)
-        b_v = load_tile(v, p_v, o_key < chunk.tokens, o_column, E, BK)
-        b_da = tl.dot(b_dx, b_v.T, b_da, input_precision=PRECISION)
-    b_q, p_bias = chunk_rows(q, chunk, o_query, S, BS), bias_pointer(rule, chunk.row)
-    b_s = local_scores(chunk, rule, p_bias, b_q, k, o_query, o_key, S, BS, PRECISION)
-    b_a = weights(b_s, 0.0, SCORE)
-    tl.store(p_panel, b_a.to(panel.dtype.element_ty))
-    tl.store(p_dpanel, score_gradient(b_da, b_s, b_a, 0.0, SCORE).to(dpanel.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=VARYING)
-def heads_kernel(
-    q, k, dq, dk, dpanel, lengths, queries, keys, n_sequences, longest_m, longest_n,
-    number, right, n_chunks, first_block,
-    C: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr,
-    FACTORS: tl.constexpr,
-):  # fmt: skip
-    """dquad_Q = dS quad_K / n and dquad_K = dS^T quad_Q / n of some rows of a chunk."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
-    BLOCKS: tl.constexpr = (C + BM - 1) // BM
-    i_slot, first_row = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * BM
-    chunk = chunk_at(first_block + i_slot, n_chunks, sequences, C)
-    if first_row >= chunk.stored:
-        return
-    o_row = first_row + tl.arange(0, BM)
-    m_row, m_stored = o_row < chunk.tokens, o_row < chunk.stored
-    stop, start = chunk.tokens, 0
-    if right is not None:
-        stop, start = tl.minimum(first_row + BM, chunk.tokens), first_row // BN * BN
-    b_acc = tl.zeros([BM, BS], tl.float32)
-    for j in range(0, stop, BN):
-        o_key = j + tl.arange(0, BN)
-        b_ds = tl.load(panel_block(dpanel, i_slot, o_row, o_key, WIDTH), mask=m_row[:, None], other=0.0)
-        b_ds, b_k = factors(b_ds, chunk_rows(k, chunk, o_key, S, BS))
-        b_acc = tl.dot(b_ds, b_k, b_acc, input_precision=FACTORS)
-    store_rows(dq, row_pointers(dq, chunk.row, 0, chunk.first + o_row), m_stored, b_acc * number, S, BS)
-    b_acc = tl.zeros([BM, BS], tl.float32)
-    for j in range(start, chunk.tokens, BN):
-        o_query = j + tl.arange(0, BN)
-        b_ds = tl.load(panel_block(dpanel, i_slot, o_query, o_row, WIDTH), mask=m_row[None, :], other=0.0)
-        b_ds, b_q = factors(b_ds, chunk_rows(q, chunk, o_query, S, BS))
-        b_acc = tl.dot(b_ds.T, b_q, b_acc, input_precision=FACTORS)
-    store_rows(dk, row_pointers(dk, chunk.row, 0, chunk.first + o_row), m_stored, b_acc * number, S, BS)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def dbias_kernel(
-    dpanel, total, lengths, queries, keys, n_sequences, longest_m, longest_n,
-    n_chunks, first_block, last_block, first_row,
-    C: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """A block of the sum of dS (B, WIDTH, WIDTH) over a row's chunks, those of a panel added."""
-    sequences = Sequences(lengths, queries, keys, n_sequences, longest_m, longest_n)
-    ACROSS: tl.constexpr = WIDTH // BLOCK
-    i_batch, i_block = first_row + tl.program_id(0) // (ACROSS * ACROSS), tl.program_id(0) % (ACROSS * ACROSS)
-    o_query = i_block // ACROSS * BLOCK + tl.arange(0, BLOCK)
-    o_key = i_block % ACROSS * BLOCK + tl.arange(0, BLOCK)
-    low, high = first_block, last_block
-    if sequences.queries is None:  # the chunks of this row of the batch
-        low = tl.maximum(first_block, i_batch * n_chunks)
-        high = tl.minimum(last_block, i_batch * n_chunks + n_chunks)
-    p_total = panel_block(total, i_batch, o_query, o_key, WIDTH)
-    b_total = tl.load(p_total)
-    for i in range(low, high):
-        chunk = chunk_at(i, n_chunks, sequences, C)
-        m_there = (o_query < chunk.tokens)[:, None] & (o_key < chunk.tokens)[None, :]
-        p_ds = panel_block(dpanel, i - first_block, o_query, o_key, WIDTH)
-        b_total += tl.load(p_ds, mask=m_there, other=0.0).to(tl.float32)
-    tl.store(p_total, b_total)
-
-
-# ---------------------------------------------------------------- one token
-
-
-@triton.jit
-def join_token(x, held, i_row, place, o_chunk, o_column, C: tl.constexpr, WIDTH: tl.constexpr):
-    """A block of an open chunk with the new token in its place, zeros behind it."""
-    m_column = (o_column < WIDTH)[None, :]
-    p_held = held + (tl.cast(i_row, tl.int64) * C + o_chunk[:, None]) * WIDTH + o_column[None, :]
-    b_held = tl.load(p_held, mask=(o_chunk < place)[:, None] & m_column, other=0.0)
-    p_new = row_pointers(x, i_row, 0, 0) + tl.cast(o_column, tl.int64) * x.column
-    b_new = tl.load(p_new, mask=o_column < WIDTH, other=0.0)
-    return tl.where((o_chunk == place)[:, None], b_new[None, :], b_held)
-
-
-@triton.jit
-def keep_chunk(new_held, block, i_row, full, o_chunk, o_column, C: tl.constexpr, WIDTH: tl.constexpr):
-    """Write a block of the chunk that stays open: zeros if this token closes it."""
-    p_new = new_held + (tl.cast(i_row, tl.int64) * C + o_chunk[:, None]) * WIDTH + o_column[None, :]
-    m_there = (o_chunk < C)[:, None] & (o_column < WIDTH)[None, :]
-    tl.store(p_new, tl.where(full, 0.0, block).to(new_held.dtype.element_ty), mask=m_there)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def step_kernel(
-    quad_q, quad_k, lin_q, lin_k, v, gate, kv, held_quad_k, held_lin_k, held_v, position,
-    out, new_kv, new_quad_k, new_lin_k, new_v, new_position,
-    number, bias, bias_batch, reach, lin_number,
-    C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
-    SCORE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One token: a tile of its output and of the state after it. Each program joins a share of the chunk's keys."""
-    n_tiles = tl.cdiv(E, BE)
-    i_row, i_tile = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles
-    seen = tl.load(position + i_row)
-    place = tl.cast(seen % C, tl.int32)
-    full = place + 1 == C
-    o_s, o_column = tl.arange(0, BS).to(tl.int64), i_tile * BE + tl.arange(0, BE)
-    m_s, m_column = o_s < S, o_column < E
-    rule = Rule(None, 0, number, bias, bias_batch, reach)
-    p_bias = bias_pointer(rule, i_row)
-    b_quad_q = tl.load(row_pointers(quad_q, i_row, 0, 0) + o_s * quad_q.column, mask=m_s, other=0.0).to(tl.float32)
-    b_lin_q = tl.load(row_pointers(lin_q, i_row, 0, 0) + o_s * lin_q.column, mask=m_s, other=0.0).to(tl.float32)
-    m_state = m_s[:, None] & m_column[None, :]
-    b_kv = tl.load(state_pointers(kv, i_row, o_s, o_column, S, E), mask=m_state, other=0.0)
-    b_out = tl.sum(b_lin_q[:, None] * b_kv, 0)
-    if lin_number is not None:
-        b_out *= lin_number
-    else:
-        b_out /= tl.maximum(seen - place, 1).to(tl.float32)
-    for c in range(0, C, BC):
-        o_chunk = c + tl.arange(0, BC)
-        b_quad_k = join_token(quad_k, held_quad_k, i_row, place, o_chunk, o_s, C, S)
-        b_lin_k = join_token(lin_k, held_lin_k, i_row, place, o_chunk, o_s, C, S)
-        b_v = join_token(v, held_v, i_row, place, o_chunk, o_column, C, E)
-        b_s = tl.sum(b_quad_k.to(tl.float32) * b_quad_q[None, :], 1)
-        b_a = weights(scores(b_s, number, rule, p_bias, place + 0 * o_chunk, o_chunk, place + 1, True), 0.0, SCORE)
-        b_out += tl.sum(b_a[:, None] * b_v.to(tl.float32), 0)
-        if full:
-            b_kv = tl.dot(b_lin_k.T, b_v, b_kv, input_precision=PRECISION)
-        keep_chunk(new_v, b_v, i_row, full, o_chunk, o_column, C, E)
-        if c // BC % n_tiles == i_tile:
-            keep_chunk(new_quad_k, b_quad_k, i_row, full, o_chunk, o_s, C, S)
-            keep_chunk(new_lin_k, b_lin_k, i_row, full, o_chunk, o_s, C, S)
-    tl.store(state_pointers(new_kv, i_row, o_s, o_column, S, E), b_kv, mask=m_state)
-    if gate is not None:
-        p_gate = row_pointers(gate, i_row, 0, 0) + tl.cast(o_column, tl.int64) * gate.column
-        b_out *= tl.load(p_gate, mask=m_column, other=0.0).to(tl.float32)
-    p_out = out + tl.cast(i_row, tl.int64) * E + o_column
-    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_column)
-    if i_tile == 0:
-        tl.store(new_position + i_row, seen + 1)
-
-
-# ---------------------------------------------------------------- launchers
-
-
-# The extents that a kernel's blocks need not exceed: of its block_m, block_n and block_k.
+# The axes that limit a kernel's block_m, block_n and block_k.
 _EXTENTS = {
     "states": "SEC",
     "weights": "CC",
@@ -576,10 +45,10 @@ _EXTENTS = {
     "heads": "CC",
 }
 _PANEL_UNIT = 128  # tokens: blocks of a panel must divide it
-_FUSED_TILES = 1  # of columns, up to which A is cheaper made again for each tile than written and read
+_FUSED_TILES = 1  # of columns; up to it, recomputing A for each tile is cheaper than storing it
 
 
-class _Call(NamedTuple):
+class _ChunkCall(NamedTuple):
     """What all kernels of one call share."""
 
     tokens: Tensor  # the values, for their type and device
@@ -587,8 +56,8 @@ class _Call(NamedTuple):
     choose: Choose
     size: dict[str, int]  # C, S and E
     sequences: Sequences
-    rule: tuple[Any, ...]  # number, right, bias, bias_batch, reach
-    lin_number: float | None
+    rule: tuple[Any, ...]  # inv_norm, right, bias, bias_batch, max_distance
+    lin_inv_norm: float | None
     closed_tokens: Tensor | None
     initial: Tensor | None
     score: str
@@ -597,7 +66,7 @@ class _Call(NamedTuple):
     slots: int
     n_chunks: int  # slots of a row
     segments: tuple[int, int]  # of a row; and how many chunks a segment has
-    rows: int  # that have slots of their own: 1 when packed
+    rows: int  # of the batch that have their own slots: 1 when packed
 
     @property
     def causal(self) -> bool:
@@ -620,7 +89,7 @@ class _Call(NamedTuple):
         return triton.cdiv(self.largest_chunk, unit) * unit
 
     def config(self, kernel: str) -> Config:
-        """How a kernel is launched; no block is larger than what it is of."""
+        """How a kernel is launched; no block is larger than its axis."""
         x = self.tokens if kernel == "states" else self.weights
         chosen: Config = self.choose(f"mixed_chunk_{kernel}", x, self.width)
         extents = self.size | {"C": self.largest_chunk}
@@ -809,21 +278,21 @@ def _call(
     initial_kv: Tensor | None,
     closed_tokens: Tensor | None,
     choose: Choose,
-) -> _Call:
+) -> _ChunkCall:
     """The options as the kernels take them, and how sequences are cut into segments."""
     b, n, e = v.shape
     sequences = sequences_of(b, n, n, lengths, cu_seqlens, None)
     separate = b if cu_seqlens is None else 1
     n_chunks = blocks_of(sequences, n, 1, chunk_size)
     precision, factors, like = precisions(v)
-    call = _Call(
+    call = _ChunkCall(
         tokens=v,
         weights=like,
         choose=choose,
         size={"C": chunk_size, "S": quad_q.shape[-1], "E": e},
         sequences=sequences,
         rule=(1 / quad_normalizer, 0 if causal else None, *bias_rule(rel_bias)),
-        lin_number=None if lin_normalizer is None else 1 / lin_normalizer,
+        lin_inv_norm=None if lin_normalizer is None else 1 / lin_normalizer,
         closed_tokens=None if closed_tokens is None else closed_tokens.contiguous(),
         initial=initial_kv,
         score=score,
@@ -838,34 +307,38 @@ def _call(
         return call
     # As many segments as let every processor have two tiles; one for each sequence, if that is enough.
     wanted = triton.cdiv(2 * processors(v.device), _tiles(call))
-    long = triton.cdiv(call.slots, wanted)
-    if long >= n_chunks:
-        long = n // chunk_size + 1
-    return call._replace(segments=(blocks_of(sequences, n, 1, chunk_size * long, rest=False), long))
+    chunks_per_segment = triton.cdiv(call.slots, wanted)
+    if chunks_per_segment >= n_chunks:
+        chunks_per_segment = n // chunk_size + 1
+    n_segments = blocks_of(sequences, n, 1, chunk_size * chunks_per_segment, rest=False)
+    return call._replace(segments=(n_segments, chunks_per_segment))
 
 
-def _tiles(call: _Call) -> int:
+def _tiles(call: _ChunkCall) -> int:
     """How many programs sum one state."""
     config = call.config("states")
     return triton.cdiv(call.size["S"], config.block_m) * triton.cdiv(call.size["E"], config.block_n)
 
 
-def _untouched(call: _Call, start: Tensor | None) -> Tensor:
+def _untouched(call: _ChunkCall, start: Tensor | None) -> Tensor:
     """The state of sequences to which no token comes."""
     kv = call.tokens.new_zeros(call.sequences.n_sequences, call.size["S"], call.size["E"], dtype=torch.float32)
     return kv if start is None else kv.copy_(start)
 
 
-def _sum_states(call: _Call, x: Tensor, y: Tensor, start: Tensor | None, *, backward: bool) -> tuple[_States, Tensor]:
+def _sum_states(
+    call: _ChunkCall, x: Tensor, y: Tensor, start: Tensor | None, *, backward: bool
+) -> tuple[_States, Tensor]:
     """The sums of x^T y that chunks read, and the sum (G, S, E) of `start` and all of them."""
     s, e, count = call.size["S"], call.size["E"], call.sequences.n_sequences
-    n_segments, long = call.segments
+    n_segments, chunks_per_segment = call.segments
     config = call.config("states")
     running = call.weights.new_empty(call.slots, s, e) if call.causal else None
     totals = y.new_empty(n_segments * call.rows, s, e, dtype=torch.float32)
     states_kernel[(totals.shape[0] * _tiles(call),)](
-        rows(x), rows(y), running, totals, call.closed_tokens, *call.sequences, call.lin_number, call.n_chunks,
-        n_segments, long, **call.size, BS=config.block_m, BE=config.block_n, BK=config.block_k, CAUSAL=call.causal,
+        rows(x), rows(y), running, totals, call.closed_tokens, *call.sequences, call.lin_inv_norm, call.n_chunks,
+        n_segments, chunks_per_segment, **call.size, BS=config.block_m, BE=config.block_n, BK=config.block_k,
+        CAUSAL=call.causal,
         BACKWARD=backward, PRECISION=call.precision, **config.launch(),
     )  # fmt: skip
     if start is None and totals.shape[0] == count:  # a sequence's only segment is all of it
@@ -873,13 +346,13 @@ def _sum_states(call: _Call, x: Tensor, y: Tensor, start: Tensor | None, *, back
     result = totals.new_empty(count, s, e)
     carry_kernel[(count * triton.cdiv(s * e, 1024),)](
         totals, None if start is None else start.float().contiguous(), result, *call.sequences, n_segments,
-        call.size["C"] * long, SIZE=s * e, BLOCK=1024, BACKWARD=backward, **FUSED_ADDITION,
+        call.size["C"] * chunks_per_segment, SIZE=s * e, BLOCK=1024, BACKWARD=backward, **FUSED_ADDITION,
     )  # fmt: skip
     return _States(running, totals if call.causal else result), result
 
 
 def _multiply(
-    call: _Call,
+    call: _ChunkCall,
     quad_q: Tensor,
     quad_k: Tensor,
     lin: Tensor,
@@ -899,29 +372,29 @@ def _multiply(
     across = triton.cdiv(call.size["E"], config.block_n) * triton.cdiv(call.size["C"], config.block_m)
     product_kernel[(count * across,)](
         rows(quad_q), rows(quad_k), rows(lin), rows(x), panel, *states, rows(gate), rows(product), rows(out),
-        call.closed_tokens, *call.sequences, *call.rule, call.lin_number, call.n_chunks, *call.segments, first,
+        call.closed_tokens, *call.sequences, *call.rule, call.lin_inv_norm, call.n_chunks, *call.segments, first,
         **call.size, BS=call.width, BM=config.block_m, BE=config.block_n, BK=config.block_k, WIDTH=call.panel_width,
         SCORE=call.score, CONTINUED=call.initial is not None, BACKWARD=backward, PRECISION=call.precision,
         FACTORS=call.factors, **config.launch(),
     )  # fmt: skip
 
 
-def _linear(call: _Call, x: Tensor, states: _States, out: Tensor, *, backward: bool) -> None:
+def _linear(call: _ChunkCall, x: Tensor, states: _States, out: Tensor, *, backward: bool) -> None:
     """Start `linear_kernel` for all slots."""
     config = call.config("linear")
     across = triton.cdiv(call.size["S"], config.block_n) * triton.cdiv(call.size["C"], config.block_m)
     linear_kernel[(call.slots * across,)](
-        rows(x), *states, rows(out), call.closed_tokens, *call.sequences, call.lin_number, call.n_chunks,
+        rows(x), *states, rows(out), call.closed_tokens, *call.sequences, call.lin_inv_norm, call.n_chunks,
         *call.segments, **call.size, BM=config.block_m, BN=config.block_n, BK=config.block_k, CAUSAL=call.causal,
         BACKWARD=backward, FACTORS=call.factors, **config.launch(),
     )  # fmt: skip
 
 
 def _along_diagonals(total: Tensor, width: int) -> Tensor:
-    """Sums (B, width) of total[b, i, j], square, over j - i = t - width // 2; what lies further out is 0."""
+    """Sums (B, width) of total[b, i, j], square, over j - i = t - width // 2; 0 beyond the chunk."""
     size = total.shape[1]
     across = 2 * size - 1
-    # With as many columns more, read in rows one shorter, each row stands a place further right than the one above.
+    # Padded by `size` columns and read in rows one shorter, each row is shifted right by one from the row above.
     skewed = F.pad(total.flip(1), (0, size)).flatten(1)[:, : size * across].unflatten(1, (size, across))
-    beside = (width - across) // 2  # negative where the blocks of a chunk go beyond it
+    beside = (width - across) // 2  # negative, which crops, where the blocks of a chunk extend past the bias
     return F.pad(skewed.sum(1), (beside, beside))

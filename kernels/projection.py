@@ -1,8 +1,8 @@
-"""What surrounds gated attention in its layer (Hua et al. 2022, code 1 and equation 4).
+"""The projections around gated attention in its layer (Hua et al. 2022, code 1 and equation 4).
 
-gated projection  [u | v | z] = x W^T + b: one product of the vendor's library, then silu writes u and v to tensors of
-                  their own and the heads are made from z where it lies; the backward writes the gradients of all
-                  three side by side, for one product each
+gated projection  [u | v | z] = x W^T + b: one product of the vendor's library, then silu writes u and v to separate
+                  tensors and the heads are computed from z in that result, without a copy; the backward writes the
+                  gradients of all three into one tensor, for one product each
 heads             gamma_h silu(z) + beta_h and the rotation of RoPE, all heads while z is in registers
 """
 
@@ -38,7 +38,7 @@ def silu_backward_kernel(dout, x, dx, n_rows, n_columns, ROWS: tl.constexpr, COL
 
 @triton.jit
 def rotation(cos, sin, o_token, m_token, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
-    """cos, and sin with the sign of the partner's share, of each channel; its partner, and whether it turns."""
+    """cos and signed sin of each channel, the index of its partner channel, and whether it is rotated."""
     o_channel = tl.arange(0, BLOCK)
     if INTERLEAVED:
         second = o_channel % 2 == 1
@@ -62,7 +62,7 @@ def heads_kernel(
     H: tl.constexpr, S: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Each head's gamma silu(z) + beta, turned, of a block of rows. `outs` is one pointer per head."""
+    """Each head's gamma silu(z) + beta, rotated, of a block of rows. `outs` is one pointer per head."""
     o_row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     m_row, o_channel = o_row < n_rows, tl.arange(0, BS)
     mask = m_row[:, None] & (o_channel < S)[None, :]
@@ -92,7 +92,7 @@ def heads_backward_kernel(
     H: tl.constexpr, S: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """dZ of a block of rows, and its share of dGamma and dBeta (programs, H, S). A rotation's gradient turns back."""
+    """dZ of a block of rows, and its share of dGamma and dBeta (programs, H, S). Gradients are rotated back."""
     o_row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     m_row, o_channel = o_row < n_rows, tl.arange(0, BS)
     m_channel = o_channel < S
@@ -160,13 +160,13 @@ def gated_projection_backward(
     interleaved: bool,
     choose: Choose,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, gamma and beta; those of u, v and z lie side by side, for one product each."""
+    """Gradients of x, weight, bias, gamma and beta; those of u, v and z are in one tensor, for one product each."""
     (wide,) = saved
     dwide = wide.new_empty(wide.shape)
     *halves, z = _parts(wide, gamma)
     *dhalves, dz = _parts(dwide, gamma)
     for d, half, dhalf in zip((du, dv), halves, dhalves, strict=True):
-        flat = tuple(t.reshape(-1, t.shape[-1]) for t in (d, half, dhalf))  # a view of the last, which is written to
+        flat = tuple(t.reshape(-1, t.shape[-1]) for t in (d, half, dhalf))  # the last must be a view: it is written to
         elementwise(silu_backward_kernel, "projection", flat, choose)
     dgamma, dbeta = heads_backward(dheads, z, gamma, cos, sin, dz, interleaved=interleaved, choose=choose)
     return *projection_backward(dwide, x, weight, bias, choose=choose), dgamma, dbeta
@@ -199,7 +199,7 @@ def heads_forward(
     interleaved: bool,
     choose: Choose,
 ) -> list[Tensor]:
-    """z (B, N, S) -> each gamma_h silu(z) + beta_h, the first channels turned by angles (1 or B, N, pairs)."""
+    """z (B, N, S) -> each gamma_h silu(z) + beta_h, the first channels rotated by angles (1 or B, N, pairs)."""
     outs = [z.new_empty(z.shape) for _ in range(gamma.shape[0])]
     if z.numel():
         beta = beta if beta is None else beta.contiguous()
@@ -223,7 +223,7 @@ def heads_backward(
     interleaved: bool,
     choose: Choose,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of gamma and beta; that of z is written to `dz`, whose strides are its own."""
+    """Gradients of gamma and beta; that of z is written to `dz`, which may have any strides."""
     config = choose("heads", z, 0)
     programs = triton.cdiv(z.shape[0] * z.shape[1], config.block_m)
     if z.numel() == 0:
@@ -253,7 +253,7 @@ def _angles(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor | None, Tens
 
 
 def _sizes(z: Tensor, gamma: Tensor, cos: Tensor | None, interleaved: bool, rows: int) -> tuple[Any, ...]:
-    """Rows, tokens, how far the angles of the next row of the batch are, and what is compiled in."""
+    """Number of rows and tokens, the batch stride of the angles, and the compile-time constants."""
     b, n, s = z.shape
     angle_batch, pairs = (0, 0) if cos is None else (n if cos.shape[0] > 1 else 0, cos.shape[-1])
     return b * n, n, angle_batch, gamma.shape[0], s, pairs, interleaved, rows, max(16, triton.next_power_of_2(s))

@@ -32,7 +32,7 @@ from bench.cases import (  # noqa: E402
     FORWARD,
     PASSES,
     TRAINING,
-    Case,
+    BenchCase,
     Goal,
     Operation,
     Provider,
@@ -59,15 +59,15 @@ class FakeTimer:
         return times[(self.order.count(name) - 1) % len(times)]
 
 
-def square(case: Case, t: dict[str, Tensor]) -> Tensor:
+def square(case: BenchCase, t: dict[str, Tensor]) -> Tensor:
     return t["x"] * t["x"]
 
 
 def toy(*providers: Provider, goals: tuple[Goal, ...] = ()) -> Operation:
-    def cases(device: str, quick: bool) -> list[Case]:
-        return [Case("toy", n, "fp32", {"D": 4}, 8, goals=goals, work={FORWARD: float(n)}) for n in (8, 16)]
+    def cases(device: str, quick: bool) -> list[BenchCase]:
+        return [BenchCase("toy", n, "fp32", {"D": 4}, 8, goals=goals, work={FORWARD: float(n)}) for n in (8, 16)]
 
-    def inputs(case: Case, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def inputs(case: BenchCase, length: int, generator: torch.Generator) -> dict[str, Tensor]:
         return {"x": torch.randn(length, case.shape["D"], generator=generator)}
 
     build = on_tensors(square)
@@ -135,10 +135,10 @@ def test_garbage_collection_is_off_while_timing() -> None:
 
 
 def test_wrong_providers_are_reported_and_not_timed(tmp_path: Path) -> None:
-    def wrong_gradient(case: Case, t: dict[str, Tensor]) -> Tensor:
+    def wrong_gradient(case: BenchCase, t: dict[str, Tensor]) -> Tensor:
         return t["x"] * t["x"].detach()
 
-    def crash(case: Case, t: dict[str, Tensor]) -> Tensor:
+    def crash(case: BenchCase, t: dict[str, Tensor]) -> Tensor:
         raise NotImplementedError("no such luck\nsecond line")
 
     record = run(
@@ -209,7 +209,7 @@ def test_goals_and_rates_come_from_the_medians(tmp_path: Path) -> None:
     seen: list[str] = []
 
     def tracked(name: str) -> Provider:
-        def call(case: Case, t: dict[str, Tensor]) -> Tensor:
+        def call(case: BenchCase, t: dict[str, Tensor]) -> Tensor:
             seen.append(name)
             return square(case, t)
 
@@ -288,12 +288,12 @@ def test_crossings_count_what_a_peer_stands_for() -> None:
 def test_who_overwrites_its_inputs_spoils_nobody_elses(tmp_path: Path) -> None:
     seen: set[float] = set()
 
-    def overwrite(case: Case, t: dict[str, Tensor]) -> Tensor:
+    def overwrite(case: BenchCase, t: dict[str, Tensor]) -> Tensor:
         result = square(case, t)
         t["x"].detach().zero_()
         return result
 
-    def watch(case: Case, t: dict[str, Tensor]) -> Tensor:
+    def watch(case: BenchCase, t: dict[str, Tensor]) -> Tensor:
         if len(t["x"]) == 16:
             seen.add(t["x"].sum().item())
         return square(case, t)

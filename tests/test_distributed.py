@@ -37,7 +37,7 @@ from flashgau.distributed import (
     context_parallel_mixed_chunk,
     mixed_chunk,
 )
-from flashgau.distributed.agreement import Team, checksum, shares
+from flashgau.distributed.agreement import GroupContext, checksum, shares
 from flashgau.distributed.attention import _heads, _of_rank
 
 MEMBERS = {"all": (0, 1, 2), "pair": (0, 2)}
@@ -840,7 +840,7 @@ def test_a_group_must_exist_and_hold_the_process(world: World, alone: None) -> N
         context_parallel_attention(*[q.to("meta")] * 3)
     elsewhere: Any = SimpleNamespace(device=torch.device("cuda:0"))
     with pytest.raises(ValueError, match="`x` is on cuda:0"):
-        Team.of("op", None).check_device("x", elsewhere)
+        GroupContext.of("op", None).check_device("x", elsewhere)
 
 
 @pytest.mark.parametrize("group", MEMBERS)

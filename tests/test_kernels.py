@@ -44,12 +44,12 @@ from flashgau import kernels
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
-from flashgau.kernels import attention as attention_kernels
-from flashgau.kernels import common
+from flashgau.kernels import attention as attention_launchers
+from flashgau.kernels import attention_kernels, common, mixed_chunk_kernels
 from flashgau.kernels import gated as gated_kernels
 from flashgau.kernels import gau as gau_kernels
 from flashgau.kernels import glu as glu_kernels
-from flashgau.kernels import mixed_chunk as mixed_chunk_kernels
+from flashgau.kernels import mixed_chunk as mixed_chunk_launchers
 from flashgau.kernels import projection as projection_kernels
 from flashgau.kernels.common import Config
 
@@ -183,7 +183,7 @@ panel_pointers, load_lse, load_matrix = gau_kernels.panel_pointers, gau_kernels.
 state_pointers, panel_block = mixed_chunk_kernels.state_pointers, mixed_chunk_kernels.panel_block
 join_token, keep_chunk = mixed_chunk_kernels.join_token, mixed_chunk_kernels.keep_chunk
 Heads, Sequences, Matrix = common.Heads, common.Sequences, glu_kernels.Matrix
-Rule, GatedRule = attention_kernels.Rule, gated_kernels.Rule
+AttentionRule, GatedRule = attention_kernels.AttentionRule, gated_kernels.GatedRule
 
 
 @triton.jit
@@ -208,7 +208,7 @@ def touch_kernel(x, row, head, many, big, WHAT: tl.constexpr, WIDE: tl.constexpr
     elif WHAT == "row_offsets":
         tl.load(x + row_offsets(Sequences(None, None, None, 1, big, big), row, head, 7, o, head, 11, row))
     elif WHAT == "bias_pointers":
-        rule = Rule(None, None, None, None, x, big, big + 2, 11, None, None, 0, 1.0)
+        rule = AttentionRule(None, None, None, None, x, big, big + 2, 11, None, None, 0, 1.0)
         tl.load(bias_pointers(rule, row, o))
     elif WHAT == "bias_pointer":
         tl.load(gated_bias_pointer(GatedRule(None, None, 1.0, x, big, 11), row))
@@ -330,7 +330,7 @@ def intervals_kernel(
         left = tl.load(cases + 4 * n_cases + o_case)
     if RIGHT:
         right = tl.load(cases + 5 * n_cases + o_case)
-    visible = gated_kernels.Rule(left, right, 1.0, None, 0, 0)
+    visible = gated_kernels.GatedRule(left, right, 1.0, None, 0, 0)
     if WHOSE == "keys":
         a, b, c, d = common.keys_seen(visible, first, last, n, BLOCK)
     else:
@@ -541,7 +541,7 @@ def test_segments_of_a_sequence_change_rounding_only(causal, packed):
     options |= {"cu_seqlens": torch.tensor([0, 3, 3, 30, 42])} if packed else {"lengths": torch.tensor([42, 9])}
     results = []
     for count in (1, 2, 3, 100):
-        with mock.patch.object(mixed_chunk_kernels, "processors", return_value=count):
+        with mock.patch.object(mixed_chunk_launchers, "processors", return_value=count):
             found = gradients(Call("mixed_chunk_attention", tuple(operands), options), backend="triton")
             results.append([*found[0], *found[1]])
     for other in results[1:]:
@@ -659,7 +659,7 @@ def test_parts_of_the_keys_merge_into_the_whole(data):
     call = data.draw(attention_calls("triton", dtype=torch.float32)).with_options(return_lse=True)
     results = []
     for processors in (1, 7, 400):
-        with mock.patch.object(attention_kernels, "processors", lambda device, p=processors: p):
+        with mock.patch.object(attention_launchers, "processors", lambda device, p=processors: p):
             results.append(outputs(call(backend="triton")))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
@@ -717,7 +717,7 @@ def test_hidden_blocks_and_padding_do_no_products(monkeypatch):
         return count
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", counted)
-    monkeypatch.setattr(attention_kernels, "processors", lambda device: 1)  # keys are not split
+    monkeypatch.setattr(attention_launchers, "processors", lambda device: 1)  # keys are not split
     alone = products(128)
     assert alone > 0
     assert products(512, lengths=torch.tensor([128])) == alone
@@ -785,9 +785,9 @@ with compiling_for("sm_80") as found:
     for b, n, left in [(1, 2048, 100), (3, 4096, 256), (7, 2051, 1), (1, 2049, 0), (2, 16384, 16)]:
         call(b, 8, 2, 1, n, 64, (left, 0))
         call(b, 8, 2, n, n, 64, (left, 0), backward=True)
-from flashgau.kernels import attention
+from flashgau.kernels import attention_kernels
 for name in ("forward_kernel", "merge_kernel", "dq_kernel", "dkv_kernel"):
-    kernel = getattr(attention, name)
+    kernel = getattr(attention_kernels, name)
     print(name, sum(len(cache[0]) for cache in kernel.device_caches.values()))
 """
     )
@@ -801,7 +801,7 @@ def test_chunks_lengths_and_batches_cause_no_compilation():
     printed = compiled(
         """
 import torch
-from flashgau.kernels import mixed_chunk
+from flashgau.kernels import mixed_chunk, mixed_chunk_kernels
 from flashgau.kernels.common import Config
 from flashgau.tuning.ahead import compiling_for
 
@@ -813,8 +813,8 @@ with compiling_for("sm_80"):
         v = torch.empty(b, n, 64, dtype=torch.bfloat16, device="meta")
         mixed_chunk.mixed_chunk_attention_forward(*heads, v, v, **options, choose=choose)
         mixed_chunk.mixed_chunk_attention_backward(v, None, *heads, v, v, v, **options, choose=choose)
-for name in dir(mixed_chunk):
-    caches = getattr(getattr(mixed_chunk, name), "device_caches", {})
+for name in dir(mixed_chunk_kernels):
+    caches = getattr(getattr(mixed_chunk_kernels, name), "device_caches", {})
     if caches:
         print(name, sum(len(cache[0]) for cache in caches.values()))
 """
@@ -858,7 +858,7 @@ with compiling_for("sm_80"):
     )
     counts = {name: int(count) for name, count in (line.split() for line in printed.splitlines())}
     # Two widths of values, which are compiled in; and panels whose width 16 divides, as it always does.
-    assert {"weights_kernel", "product_kernel", "gradient_kernel", "columns_kernel", "dq_kernel"} <= counts.keys()
+    assert {"weights_kernel", "product_kernel", "gradient_kernel", "dkv_kernel", "dq_kernel"} <= counts.keys()
     assert counts["weights_kernel"] == 1
     assert all(count <= 4 for count in counts.values()), counts
 
@@ -894,7 +894,7 @@ import os
 os.environ["TRITON_DEFAULT_FP_FUSION"] = "0"
 from unittest import mock
 import torch, triton
-from flashgau.kernels import attention, gated, gau, glu, mixed_chunk, projection
+from flashgau.kernels import attention_kernels, gated, gau, glu, mixed_chunk_kernels, projection
 from flashgau.tuning import compiler, lookup
 from flashgau.tuning.ahead import target_of
 from flashgau.tuning.shipped import ENTRIES, Operands
@@ -915,7 +915,7 @@ with mock.patch.object(triton.JITFunction, "__getitem__", launch):
     x, w, gamma = (torch.empty(*shape, device="meta") for shape in ((1, 8, 4), (40, 4), (2, 8)))
     options = {"interleaved": False, "save": False, "choose": choose}
     projection.gated_projection_forward(x, w, None, gamma, None, None, None, **options)
-for module in (attention, gated, gau, glu, mixed_chunk, projection):
+for module in (attention_kernels, gated, gau, glu, mixed_chunk_kernels, projection):
     for name, kernel in vars(module).items():
         if name.endswith("_kernel") and kernel.fn.__module__ == module.__name__:
             print(name, launched.get(kernel))

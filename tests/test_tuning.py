@@ -24,7 +24,7 @@ from flashgau import tuning
 from flashgau.cli import app, check, configurations, main
 from flashgau.cli import tune as tune_command
 from flashgau.tuning import ahead, compiler, search, shipped, table
-from flashgau.tuning.table import FUSED, Entry, Key, Table
+from flashgau.tuning.table import FUSED, Key, Table, TableEntry
 
 CPU = torch.device("cpu")
 KEY = Key("attention_forward", 4, 64)
@@ -52,9 +52,9 @@ def chosen(kernel: str = "attention_forward", width: int = 64, **traits: Any) ->
 # ---- the format
 
 EXAMPLES = [
-    {KEY: Entry(Config(64, 32, 8, 3))},
-    {KEY: Entry(Config(64, 32, 8, 3, 16), 1.5, 2.25), Key("glu_linear", 2, 0, True): Entry(Config(16, 32))},
-    {Key(FUSED, 2, 1024): Entry(True, 1.0, 1.2), KEY._replace(options=True): Entry(Config(16, 16))},
+    {KEY: TableEntry(Config(64, 32, 8, 3))},
+    {KEY: TableEntry(Config(64, 32, 8, 3, 16), 1.5, 2.25), Key("glu_linear", 2, 0, True): TableEntry(Config(16, 32))},
+    {Key(FUSED, 2, 1024): TableEntry(True, 1.0, 1.2), KEY._replace(options=True): TableEntry(Config(16, 16))},
     {},
 ]
 
@@ -149,10 +149,10 @@ def test_processes_that_write_at_once_lose_nothing(folder):
 import sys
 from pathlib import Path
 from flashgau.kernels.common import Config
-from flashgau.tuning.table import Entry, Key, Table, merge
+from flashgau.tuning.table import TableEntry, Key, Table, merge
 for width in range(8):
     key = Key(f"kernel_{sys.argv[2]}", 2, 2**width)
-    merge(Path(sys.argv[1]), Table("g", "sm_90", True, entries={key: Entry(Config(16, 16), 1.0)}))
+    merge(Path(sys.argv[1]), Table("g", "sm_90", True, entries={key: TableEntry(Config(16, 16), 1.0)}))
 """
     path = folder / "t.json"
     runs = [subprocess.Popen([sys.executable, "-c", program, str(path), str(i)]) for i in range(2)]
@@ -169,10 +169,10 @@ def test_the_users_table_comes_before_the_shipped_one_before_the_architectures(f
     by_architecture = chosen()
     monkeypatch.setattr(tuning, "_SHIPPED", home)
     gpu, own = Config(16, 16, 2, 1), Config(32, 16, 1, 1)
-    table.write(home / "gpus" / "interpreter.json", user_table(entries={KEY: Entry(gpu), OTHER: Entry(gpu)}))
+    table.write(home / "gpus" / "interpreter.json", user_table(entries={KEY: TableEntry(gpu), OTHER: TableEntry(gpu)}))
     tuning.reload()
     assert chosen() == chosen("attention_dq") == gpu != by_architecture
-    table.write(tuning.user_path(CPU), user_table(entries={KEY: Entry(own)}))
+    table.write(tuning.user_path(CPU), user_table(entries={KEY: TableEntry(own)}))
     tuning.reload()
     assert (chosen(), chosen("attention_dq")) == (own, gpu)
     assert chosen(width=16) == own  # of the class
@@ -192,7 +192,7 @@ def test_tables_are_read_once(folder):
     with mock.patch.object(table, "read", side_effect=AssertionError("read again")):
         assert (chosen(rows=99), chosen("attention_dq")) == before
         assert chosen("attention_dkv") == tuning.lookup("interpreter", "attention_dkv", 4, 64)
-    table.write(tuning.user_path(CPU), user_table(entries={KEY: Entry(Config(16, 16))}))
+    table.write(tuning.user_path(CPU), user_table(entries={KEY: TableEntry(Config(16, 16))}))
     assert chosen() == before[0]
     tuning.reload()
     assert chosen() == Config(16, 16)
@@ -201,7 +201,7 @@ def test_tables_are_read_once(folder):
 def test_a_measurement_decides_who_makes_the_products(folder):
     x, w = torch.empty(50, 900), torch.empty(64, 900)
     assert not tuning.fuses_glu_linear(x, w)  # the rule, for fp32
-    table.write(tuning.user_path(CPU), user_table(entries={Key(FUSED, 4, 1024): Entry(True)}))
+    table.write(tuning.user_path(CPU), user_table(entries={Key(FUSED, 4, 1024): TableEntry(True)}))
     tuning.reload()
     assert tuning.fuses_glu_linear(x, w)
     assert not tuning.fuses_glu_linear(torch.empty(50, 1025), torch.empty(64, 1025))
@@ -390,7 +390,9 @@ def test_the_fastest_that_compiles_and_is_right_wins(folder):
     found = searching(folder, compile=compile, check=check, clock=clock)
     list(found.run())
     best = found.best()
-    assert best[KEY] == Entry(Config(64, 64, 4, 2), fast_where(Config(64, 64, 4, 2)), fast_where(Config(64, 32, 4, 2)))
+    assert best[KEY] == TableEntry(
+        Config(64, 64, 4, 2), fast_where(Config(64, 64, 4, 2)), fast_where(Config(64, 32, 4, 2))
+    )
     assert best[OTHER].choice == Config(64, 64, 4, 2)
     assert all(j.config.num_stages > 1 for j in checked)
     assert all(j.config.num_warps == 4 for j in timed)
@@ -400,7 +402,7 @@ def test_the_fastest_that_compiles_and_is_right_wins(folder):
 def test_a_gain_within_the_noise_changes_nothing(folder):
     found = searching(folder, clock=lambda j: 1.0 if j.config == Config(64, 32) else 0.99)
     list(found.run())
-    assert found.best()[KEY] == Entry(Config(64, 32), 1.0, 1.0)
+    assert found.best()[KEY] == TableEntry(Config(64, 32), 1.0, 1.0)
 
 
 def test_near_candidates_of_all_entries_come_first(folder):
@@ -578,7 +580,7 @@ def test_exporting_nothing_says_so(capsys):
 @pytest.mark.usefixtures("interpreted")
 def test_check_covers_every_configuration(folder):
     own = Config(16, 16, 1, 1)
-    table.write(tuning.user_path(CPU), user_table(entries={KEY: Entry(own)}))
+    table.write(tuning.user_path(CPU), user_table(entries={KEY: TableEntry(own)}))
     tuning.reload()
     pairs = check.select("attention", "triton", CPU, False)
     cases = [case for case, _ in pairs if isinstance(case, configurations.Configured)]

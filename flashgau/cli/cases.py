@@ -47,7 +47,7 @@ Arguments = tuple[tuple[Tensor, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Case:
+class CheckCase:
     """One comparison: `build` makes the positional and keyword arguments of `flashgau.<op>`."""
 
     op: str
@@ -94,7 +94,7 @@ def _attention(
     d: int = 8,
     e: int = 12,
     **keywords: Any,
-) -> Case:
+) -> CheckCase:
     m, (hq, hkv) = n if m is None else m, heads
 
     def build(draw: Draw) -> Arguments:
@@ -102,10 +102,10 @@ def _attention(
         return tensors, _filled(keywords, draw)
 
     shape = f"B{b} H{hq if hq == hkv else f'{hq}/{hkv}'} N{n if m == n else f'{m}/{n}'} D{d} E{e}"
-    return Case("attention", options, shape, dtype, build)
+    return CheckCase("attention", options, shape, dtype, build)
 
 
-def _attention_cases(thorough: bool) -> Iterator[Case]:
+def _attention_cases(thorough: bool) -> Iterator[CheckCase]:
     op = _attention
     for n, causal, dtype in product(LENGTHS, (False, True), DTYPES):
         yield op("causal" if causal else "full", dtype, n, d=n % 5 + 3, causal=causal)
@@ -204,7 +204,7 @@ def _wide(draw: Draw) -> torch.dtype:
 # glu and glu_linear -----------------------------------------------------------------------------------
 
 
-def _glu(options: str, dtype: str, shape: tuple[int, ...], layout: str = "apart", **keywords: Any) -> Case:
+def _glu(options: str, dtype: str, shape: tuple[int, ...], layout: str = "apart", **keywords: Any) -> CheckCase:
     def build(draw: Draw) -> Arguments:
         if layout == "joined":
             return (draw(*shape[:-1], 2 * shape[-1]),), keywords
@@ -213,10 +213,10 @@ def _glu(options: str, dtype: str, shape: tuple[int, ...], layout: str = "apart"
             return (gate, up), keywords
         return (draw(*shape), draw(*shape)), keywords
 
-    return Case("glu", options, str(shape).replace(" ", ""), dtype, build)
+    return CheckCase("glu", options, str(shape).replace(" ", ""), dtype, build)
 
 
-def _glu_cases(thorough: bool) -> Iterator[Case]:
+def _glu_cases(thorough: bool) -> Iterator[CheckCase]:
     for activation, up in product(ACTIVATIONS, ACTIVATIONS):
         for dtype in DTYPES if thorough else ("float32",):
             yield _glu(f"{activation} * {up}", dtype, (3, 17), activation=activation, up_activation=up)
@@ -230,16 +230,16 @@ def _glu_cases(thorough: bool) -> Iterator[Case]:
         yield _glu("strided, silu * identity", dtype, shape, "strided")
 
 
-def _glu_linear(options: str, dtype: str, n: int, d: int, f: int, biases: str = "", **keywords: Any) -> Case:
+def _glu_linear(options: str, dtype: str, n: int, d: int, f: int, biases: str = "", **keywords: Any) -> CheckCase:
     def build(draw: Draw) -> Arguments:
         x, weights = draw(2, n, d), (draw(f, d) / d**0.5, draw(f, d) / d**0.5)
         bias = {f"b_{name}": draw(f) for name in biases.split()}
         return (x, *weights), {**keywords, **bias}
 
-    return Case("glu_linear", options, f"N{n} d{d} F{f}", dtype, build)
+    return CheckCase("glu_linear", options, f"N{n} d{d} F{f}", dtype, build)
 
 
-def _glu_linear_cases(thorough: bool) -> Iterator[Case]:
+def _glu_linear_cases(thorough: bool) -> Iterator[CheckCase]:
     for n, dtype in product(LENGTHS, DTYPES):
         yield _glu_linear("silu", dtype, n, 24, 17)
     for activation, dtype in product(ACTIVATIONS, DTYPES):
@@ -272,7 +272,7 @@ def _gau(
     e: int = 20,
     gated: bool = True,
     **keywords: Any,
-) -> Case:
+) -> CheckCase:
     m = n if m is None else m
 
     def build(draw: Draw) -> Arguments:
@@ -280,7 +280,7 @@ def _gau(
         gate = (draw(b, m, e),) if gated else ()
         return (q, k, v, *gate), _filled(keywords, draw)
 
-    return Case("gau_attention", options, f"B{b} N{n if m == n else f'{m}/{n}'} S{s} E{e}", dtype, build)
+    return CheckCase("gau_attention", options, f"B{b} N{n if m == n else f'{m}/{n}'} S{s} E{e}", dtype, build)
 
 
 # Softmax scores take no normaliser of their own.
@@ -296,7 +296,7 @@ GAU_SCORES: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-def _gau_cases(thorough: bool) -> Iterator[Case]:
+def _gau_cases(thorough: bool) -> Iterator[CheckCase]:
     for n, causal, dtype in product(LENGTHS, (False, True), DTYPES):
         yield _gau("relu2, causal" if causal else "relu2", dtype, n, s=n % 5 + 3, causal=causal)
     for dtype in DTYPES:
@@ -346,7 +346,7 @@ def _mixed(
     prefix: int | None = None,
     op: str = "mixed_chunk_attention",
     **keywords: Any,
-) -> Case:
+) -> CheckCase:
     """`prefix`: so many tokens come before; the case continues from the state that they leave."""
     chunk_size = keywords.pop("chunk_size", CHUNK)
 
@@ -363,7 +363,7 @@ def _mixed(
             filled["chunk_size"] = chunk_size
         return _mixed_tensors(draw, b, n, s, e, gated), filled
 
-    return Case(op, options, f"B{b} N{n} S{s} E{e} C{chunk_size}", dtype, build)
+    return CheckCase(op, options, f"B{b} N{n} S{s} E{e} C{chunk_size}", dtype, build)
 
 
 MIXED_NORMALIZERS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -374,7 +374,7 @@ MIXED_NORMALIZERS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-def _mixed_cases(thorough: bool) -> Iterator[Case]:
+def _mixed_cases(thorough: bool) -> Iterator[CheckCase]:
     for n, causal, dtype in product(LENGTHS, (False, True), DTYPES):
         name = "relu2, causal" if causal else "relu2"
         yield _mixed(name, dtype, n, s=n % 5 + 3, causal=causal)
@@ -404,7 +404,7 @@ def _mixed_cases(thorough: bool) -> Iterator[Case]:
             yield _mixed(f"{name}, state, lengths, rel_bias", dtype, n, **state)
 
 
-def _step_cases(thorough: bool) -> Iterator[Case]:
+def _step_cases(thorough: bool) -> Iterator[CheckCase]:
     options = product(("relu2", "laplace"), MIXED_NORMALIZERS, DTYPES)
     for score, (normalizer, numbers), dtype in options:
         if not thorough and normalizer and dtype not in PAIR:
@@ -433,7 +433,7 @@ def _step_cases(thorough: bool) -> Iterator[Case]:
         )
 
 
-_LISTS: dict[str, Callable[[bool], Iterator[Case]]] = {
+_LISTS: dict[str, Callable[[bool], Iterator[CheckCase]]] = {
     "attention": _attention_cases,
     "glu": _glu_cases,
     "glu_linear": _glu_linear_cases,
@@ -443,7 +443,7 @@ _LISTS: dict[str, Callable[[bool], Iterator[Case]]] = {
 }
 
 
-def all_cases(op: str | None = None, thorough: bool = False) -> list[Case]:
+def all_cases(op: str | None = None, thorough: bool = False) -> list[CheckCase]:
     """The cases of one operation, or of all: about eleven hundred, and several times as many if `thorough`.
 
     Example:

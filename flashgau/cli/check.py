@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from flashgau.cli.cases import Case
+    from flashgau.cli.cases import CheckCase
     from flashgau.ops.compare import Report
 
 BACKENDS = ("triton", "eager", "reference")
@@ -53,7 +53,7 @@ class Row:
         return self.verdict == "ok"
 
 
-def select(op: str | None, backend: str | None, device: torch.device, thorough: bool) -> list[tuple[Case, str]]:
+def select(op: str | None, backend: str | None, device: torch.device, thorough: bool) -> list[tuple[CheckCase, str]]:
     """The cases that can run on `device`, each with the backend to hold to the reference.
 
     Without `backend` that is the one a call would use. A named backend that does not take a dtype (Triton and
@@ -93,7 +93,7 @@ def select(op: str | None, backend: str | None, device: torch.device, thorough: 
     return pairs
 
 
-def _row(case: Case, backend: str, device: torch.device, seed: int) -> Row:
+def _row(case: CheckCase, backend: str, device: torch.device, seed: int) -> Row:
     row = Row(case.op, case.options, case.shape, case.dtype, backend, verdict="error")
     try:
         report = _report(case, backend, device, seed)
@@ -114,7 +114,7 @@ def _row(case: Case, backend: str, device: torch.device, seed: int) -> Row:
     )
 
 
-def _report(case: Case, backend: str, device: torch.device, seed: int) -> Report:
+def _report(case: CheckCase, backend: str, device: torch.device, seed: int) -> Report:
     import torch
 
     import flashgau
@@ -140,7 +140,7 @@ def _nearness(tensor: dict[str, Any]) -> tuple[bool, float]:
 
 
 def run_cases(
-    pairs: Iterable[tuple[Case, str]],
+    pairs: Iterable[tuple[CheckCase, str]],
     device: torch.device,
     seed: int = 0,
     on_row: Callable[[Row], None] | None = None,
@@ -155,7 +155,7 @@ def run_cases(
     return rows
 
 
-def run_with_progress(pairs: list[tuple[Case, str]], device: torch.device, seed: int = 0) -> list[Row]:
+def run_with_progress(pairs: list[tuple[CheckCase, str]], device: torch.device, seed: int = 0) -> list[Row]:
     """`run_cases` with a progress bar on standard error where that is a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import flashgau
 import flashgau.nn
 from flashgau import tuning
-from flashgau.cli.cases import Arguments, Case, Draw
+from flashgau.cli.cases import Arguments, CheckCase, Draw
 from flashgau.kernels.common import Config
 from flashgau.ops import dispatch
 from flashgau.ops.compare import Report, held
@@ -29,7 +29,7 @@ LAYERS = ("projection", "heads")  # operations of a layer alone
 
 
 @dataclass(frozen=True)
-class Configured(Case):
+class Configured(CheckCase):
     """A case in which one kernel is launched as `config` says, and all others as they always are."""
 
     key_of_table: Key

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from flashgau.tuning.ahead import Job
     from flashgau.tuning.search import Search
-    from flashgau.tuning.table import Entry, Key
+    from flashgau.tuning.table import Key, TableEntry
 
 LENGTH, INTERPRETED_LENGTH = 8192, 32  # tokens of a timed call
 FUSED_WIDTHS = (512, 1024, 2048, 4096)  # inner axes for which the maker of glu_linear's products is chosen
@@ -83,14 +83,14 @@ class Bench:
         with launched(job.key, job.config):
             return self.median(call)
 
-    def fusing(self, itemsize: int, width: int, few_rows: bool) -> Entry:
+    def fusing(self, itemsize: int, width: int, few_rows: bool) -> TableEntry:
         """Whether one kernel makes glu_linear's products faster than the vendor's library."""
         import torch
 
         from flashgau import tuning
         from flashgau.kernels.glu import glu_linear_forward
         from flashgau.tuning.shipped import Operands
-        from flashgau.tuning.table import Entry
+        from flashgau.tuning.table import TableEntry
 
         make = Operands(torch.float32 if itemsize == 4 else torch.bfloat16, self.device)
         rows = 1 if few_rows else INTERPRETED_LENGTH if self.interpreted else LENGTH
@@ -100,7 +100,7 @@ class Bench:
             self.median(lambda f=fused: glu_linear_forward(x, w, u, None, None, save=True, fused=f, **options))  # type: ignore[misc]
             for fused in (True, False)
         )
-        return Entry(one < library, min(one, library), library)
+        return TableEntry(one < library, min(one, library), library)
 
     def _failed(self, error: Exception) -> str:
         import torch
@@ -225,7 +225,7 @@ def run_search(search: Search, limit: float, stop: Callable[[], bool]) -> bool:
     return True
 
 
-def fused_entries(bench: Bench, ops: set[str]) -> dict[Key, Entry]:
+def fused_entries(bench: Bench, ops: set[str]) -> dict[Key, TableEntry]:
     """Who makes the products of glu_linear, by inner axis and dtype."""
     from flashgau.tuning.table import FUSED, Key
 
@@ -371,7 +371,7 @@ def _export(where: torch.device, to: Path) -> int:
     return 0
 
 
-def _write(where: torch.device, path: Path, found: dict[Key, Entry]) -> None:
+def _write(where: torch.device, path: Path, found: dict[Key, TableEntry]) -> None:
     """Put what was found into the user's table."""
     from flashgau import tuning
     from flashgau.tuning import table
@@ -383,7 +383,7 @@ def _write(where: torch.device, path: Path, found: dict[Key, Entry]) -> None:
         tuning.reload()
 
 
-def _report(before: list[Job], found: dict[Key, Entry], path: Path, as_json: bool) -> None:
+def _report(before: list[Job], found: dict[Key, TableEntry], path: Path, as_json: bool) -> None:
     """What is now launched otherwise than as shipped, and what it gains."""
     from dataclasses import asdict
 

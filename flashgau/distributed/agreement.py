@@ -55,7 +55,7 @@ _numbers = itertools.count(1)  # of this process's calls
 
 
 @dataclass(frozen=True)
-class Team:
+class GroupContext:
     """The processes that share one call.
 
     Attributes:
@@ -73,7 +73,7 @@ class Team:
     call: int = 0
 
     @classmethod
-    def of(cls, op: str, group: Any) -> Team:
+    def of(cls, op: str, group: Any) -> GroupContext:
         """The processes of `group`, or of the default group.
 
         Raises:
@@ -119,7 +119,7 @@ class Team:
                 f"which is what the group's backend ({', '.join(sorted(set(backends.values())))}) sends"
             )
 
-    def agree(self, check: Callable[[], Note]) -> tuple[Team, dict[str, list[int]]]:
+    def agree(self, check: Callable[[], Note]) -> tuple[GroupContext, dict[str, list[int]]]:
         """Check the arguments in every process; give the call its number, and the fields of all notes, by process.
 
         Every process of the group must call this. It waits for the others (and for the device, if the group sends

@@ -14,8 +14,8 @@ from flashgau.ops.attention import attention
 from flashgau.ops.validate import Arguments, autocast
 
 from .agreement import (
+    GroupContext,
     Note,
-    Team,
     checking,
     checksum,
     digest,
@@ -115,7 +115,7 @@ def context_parallel_attention(
         torch.Size([2, 8, 100, 64])
         >>> dist.destroy_process_group()
     """
-    team = Team.of(_OP, group)
+    context = GroupContext.of(_OP, group)
     q, k, v = autocast(q, k, v)
     options: dict[str, Any] = {
         "causal": causal, "scale": scale, "window": window, "softcap": softcap, "dropout_p": dropout_p,
@@ -127,7 +127,7 @@ def context_parallel_attention(
         args.tensor("q", q, "B Hq M D")
         args.tensor("k", k, "B Hkv N D")
         args.tensor("v", v, "B Hkv N E")
-        team.check_device("q", q)
+        context.check_device("q", q)
         with checking(_OP, "attention"):  # sequences without tokens: all checks of the options, and no work
             attention(
                 q[:, :, :0], k[:, :, :0], v[:, :, :0], rel_bias=rel_bias, sinks=sinks, lengths=no_tokens(lengths),
@@ -135,8 +135,8 @@ def context_parallel_attention(
                 dropout_seed=0 if dropout_seed is None else dropout_seed, **options,
             )  # fmt: skip
         heads = args.sizes["Hq"]
-        if heads < team.size:
-            args.fail("q", f"has Hq = {heads} heads", f"at least one for each of the {team.size} processes")
+        if heads < context.size:
+            args.fail("q", f"has Hq = {heads} heads", f"at least one for each of the {context.size} processes")
         seed, drawn = _seeds(dropout_p, dropout_seed, q.device)
         return Note(
             sizes={name: args.sizes[name] for name in ("B", "Hq", "Hkv", "D", "E")},
@@ -153,7 +153,7 @@ def context_parallel_attention(
             },
         )  # fmt: skip
 
-    team, agreed = team.agree(check)
+    context, agreed = context.agree(check)
     batch, heads, _, width = q.shape
     kv_heads = k.shape[1]
     queries, keys = agreed["M"], agreed["N"]
@@ -163,8 +163,8 @@ def context_parallel_attention(
     longest = args.sequences(lengths, cu_seqlens, cu_seqlens_k)
     args.relative_bias(rel_bias, "B Hq", longest)
 
-    q_heads, k_heads = _heads(heads, kv_heads, team.size)
-    start, stop = q_heads[team.rank]
+    q_heads, k_heads = _heads(heads, kv_heads, context.size)
+    start, stop = q_heads[context.rank]
     if rel_bias is not None and rel_bias.dim() > 1 and rel_bias.shape[-2] > 1:
         rel_bias = rel_bias[..., start:stop, :]
     seed = (agreed["drawn"] if dropout_seed is None else agreed["dropout_seed"])[0]
@@ -172,15 +172,15 @@ def context_parallel_attention(
         Turn(1, slices, 2, tuple(tokens)) for slices, tokens in ((q_heads, queries), (k_heads, keys), (k_heads, keys))
     ]
     needed = wanted(agreed["needs"], 3)
-    given: list[Any] = exchange(Meeting(team, 2), (q, k, v), turns, needed)
+    given: list[Any] = exchange(Meeting(context, 2), (q, k, v), turns, needed)
     result = attention(
         *given, rel_bias=rel_bias, sinks=None if sinks is None else sinks[start:stop], lengths=lengths,
-        cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, dropout_seed=_of_rank(seed, team.rank), **options,
+        cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, dropout_seed=_of_rank(seed, context.rank), **options,
     )  # fmt: skip
     results = result if isinstance(result, tuple) else (result,)
     back = Turn(2, ranges(queries), 1, tuple(b - a for a, b in q_heads))
     need = any(needed) or any(agreed["shared"])
-    out, *lse = exchange(Meeting(team, 1), results, [back] * len(results), [need] * len(results))
+    out, *lse = exchange(Meeting(context, 1), results, [back] * len(results), [need] * len(results))
     assert out is not None
     return (out, lse[0]) if lse and lse[0] is not None else out
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .agreement import Team
+from .agreement import GroupContext
 
 _ALIGNMENT = 16  # bytes: a piece in a message begins where a tensor of any dtype may, and copies are fast
 
@@ -37,9 +37,9 @@ class Turn:
     join: int
     sizes: tuple[int, ...]
 
-    def cut_up(self, team: Team, x: Tensor) -> Parcel:
+    def cut_up(self, context: GroupContext, x: Tensor) -> Parcel:
         """What each process gets of this one's tensor, and what it gets from each."""
-        start, stop = self.slices[team.rank]
+        start, stop = self.slices[context.rank]
         shapes = [_resized(x, (self.cut, stop - start), (self.join, size)) for size in self.sizes]
         return Parcel([x.narrow(self.cut, a, b - a) for a, b in self.slices], shapes)
 
@@ -82,17 +82,17 @@ class Meeting:
     """One place of a call's backward, where every process must be before any tensor is sent from there.
 
     Args:
-        team: the processes, which have agreed on the call.
+        context: the processes, which have agreed on the call.
         part: the number of the place in the call, from 1.
     """
 
-    def __init__(self, team: Team, part: int) -> None:
-        self.team, self.part = team, part
+    def __init__(self, context: GroupContext, part: int) -> None:
+        self.context, self.part = context, part
         self._wait: Callable[[], None] | None = None
 
     def begin(self) -> None:
         """Tell the others that this process is on its way, so that `wait` need not wait long."""
-        self._wait = self.team.meet(self.part)
+        self._wait = self.context.meet(self.part)
 
     def wait(self) -> None:
         """Go on when all are here.
@@ -139,8 +139,8 @@ class _Exchange(torch.autograd.Function):
         ctx: Any, anchor: Tensor, meeting: Meeting, turns: list[Turn], needs: list[bool], *tensors: Tensor
     ) -> Any:
         ctx.meeting, ctx.turns, ctx.needs, ctx.shapes = meeting, turns, needs, [x.shape for x in tensors]
-        team = meeting.team
-        received = _all_to_all(team, [turn.cut_up(team, x) for turn, x in zip(turns, tensors, strict=True)])
+        context = meeting.context
+        received = _all_to_all(context, [turn.cut_up(context, x) for turn, x in zip(turns, tensors, strict=True)])
         results = tuple(turn.joined(parts) for turn, parts in zip(turns, received, strict=True))
         ctx.mark_non_differentiable(*(x for x, need in zip(results, needs, strict=True) if not need))
         return results
@@ -153,12 +153,12 @@ class _Exchange(torch.autograd.Function):
             parcels = [plan[place][0].cut_up_gradient(*plan[place][1:]) for place in wanted]
             ctx.meeting.wait()
             found: list[Tensor | None] = [None] * len(grads)
-            for place, parts in zip(wanted, _all_to_all(ctx.meeting.team, parcels), strict=True):
+            for place, parts in zip(wanted, _all_to_all(ctx.meeting.context, parcels), strict=True):
                 turn, _, shape = plan[place]
                 found[place] = turn.joined_gradient(parts, shape)
             return tuple(found)
 
-        return None, None, None, None, *once(ctx.meeting.team.op, send, *grads)
+        return None, None, None, None, *once(ctx.meeting.context.op, send, *grads)
 
 
 def once(op: str, compute: Callable[..., tuple[Tensor | None, ...]], *tensors: Tensor | None) -> Any:
@@ -196,7 +196,7 @@ class _Reaching(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         _ = ctx.saved_tensors  # activation checkpointing makes the whole call again here, and nothing from here on
         ctx.meeting.begin()
-        (own,) = once(ctx.meeting.team.op, lambda x: (x.view_as(x),), grad)
+        (own,) = once(ctx.meeting.context.op, lambda x: (x.view_as(x),), grad)
         return None, own, None
 
 
@@ -207,7 +207,7 @@ def _resized(x: Tensor, *changes: tuple[int, int]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _all_to_all(team: Team, parcels: list[Parcel]) -> list[list[Tensor]]:
+def _all_to_all(context: GroupContext, parcels: list[Parcel]) -> list[list[Tensor]]:
     """Send each process its pieces, of all tensors in one message; for each tensor, what came from each process."""
     device, dtypes = parcels[0].pieces[0].device, [parcel.pieces[0].dtype for parcel in parcels]
     sent, sizes, places = _messages(device, dtypes, [[tuple(x.shape) for x in parcel.pieces] for parcel in parcels])
@@ -215,8 +215,8 @@ def _all_to_all(team: Team, parcels: list[Parcel]) -> list[list[Tensor]]:
         for piece, place in zip(parcel.pieces, own, strict=True):
             place.copy_(piece)
     received, their_sizes, their_places = _messages(device, dtypes, [parcel.shapes for parcel in parcels])
-    with team.waiting():
-        dist.all_to_all_single(received, sent, their_sizes, sizes, group=team.group)
+    with context.waiting():
+        dist.all_to_all_single(received, sent, their_sizes, sizes, group=context.group)
     return their_places
 
 

@@ -13,8 +13,8 @@ from flashgau.ops.gau import gau_attention
 from flashgau.ops.validate import Arguments, autocast
 
 from .agreement import (
+    GroupContext,
     Note,
-    Team,
     checking,
     checksum,
     digest,
@@ -104,7 +104,7 @@ def context_parallel_gau(
         torch.Size([1, 50, 96])
         >>> dist.destroy_process_group()
     """
-    team = Team.of(_OP, group)
+    context = GroupContext.of(_OP, group)
     q, k, v, gate = autocast(q, k, v, gate)
     options: dict[str, Any] = {"score": score, "normalizer": normalizer, "causal": causal, "backend": backend}
 
@@ -115,15 +115,15 @@ def context_parallel_gau(
         args.tensor("v", v, "B N E")
         if gate is not None:
             args.tensor("gate", gate, "B M E")
-        team.check_device("q", q)
+        context.check_device("q", q)
         with checking(_OP, "gau_attention"):  # sequences without tokens: all checks of the options, and no work
             gau_attention(
                 q[:, :0], k[:, :0], v[:, :0], None if gate is None else gate[:, :0], rel_bias=rel_bias,
                 lengths=no_tokens(lengths), cu_seqlens=no_tokens(cu_seqlens), **options,
             )  # fmt: skip
         columns = args.sizes["E"]
-        if columns < team.size:
-            args.fail("v", f"has E = {columns} columns", f"at least one for each of the {team.size} processes")
+        if columns < context.size:
+            args.fail("v", f"has E = {columns} columns", f"at least one for each of the {context.size} processes")
         return Note(
             sizes={name: args.sizes[name] for name in ("B", "S", "E")},
             options={
@@ -138,7 +138,7 @@ def context_parallel_gau(
             },
         )  # fmt: skip
 
-    team, agreed = team.agree(check)
+    context, agreed = context.agree(check)
     batch, _, width = q.shape
     queries, keys = agreed["M"], agreed["N"]
     args = Arguments(_OP)  # the whole: alike in all processes, so that they raise alike
@@ -148,16 +148,16 @@ def context_parallel_gau(
     args.relative_bias(rel_bias, "B", longest)
 
     total = v.shape[-1]
-    counts = shares(total, team.size, _UNIT if total % _UNIT == 0 and total >= _UNIT * team.size else 1)
-    everything, columns = ((0, width),) * team.size, ranges(counts)
+    counts = shares(total, context.size, _UNIT if total % _UNIT == 0 and total >= _UNIT * context.size else 1)
+    everything, columns = ((0, width),) * context.size, ranges(counts)
     turns = [
         Turn(2, slices, 1, tuple(tokens))
         for slices, tokens in ((everything, queries), (everything, keys), (columns, keys), (columns, queries))
     ]
     needed = wanted(agreed["needs"], 4)
-    given: list[Any] = exchange(Meeting(team, 2), (q, k, v, gate), turns, needed)
+    given: list[Any] = exchange(Meeting(context, 2), (q, k, v, gate), turns, needed)
     result = gau_attention(*given, rel_bias=rel_bias, lengths=lengths, cu_seqlens=cu_seqlens, **options)
     need = any(needed) or any(agreed["shared"])
-    (out,) = exchange(Meeting(team, 1), (result,), [Turn(1, ranges(queries), 2, tuple(counts))], [need])
+    (out,) = exchange(Meeting(context, 1), (result,), [Turn(1, ranges(queries), 2, tuple(counts))], [need])
     assert out is not None
     return out

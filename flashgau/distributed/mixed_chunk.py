@@ -16,7 +16,18 @@ from flashgau.ops.mixed_chunk import mixed_chunk_attention
 from flashgau.ops.state import MixedChunkState
 from flashgau.ops.validate import Arguments, autocast
 
-from .agreement import Note, Team, checking, checksum, digest, no_tokens, not_compiled, stand_in, wanted, wanting
+from .agreement import (
+    GroupContext,
+    Note,
+    checking,
+    checksum,
+    digest,
+    no_tokens,
+    not_compiled,
+    stand_in,
+    wanted,
+    wanting,
+)
 from .exchange import Meeting, Turn, exchange, once, reaching
 
 _OP = "context_parallel_mixed_chunk"
@@ -100,7 +111,7 @@ def context_parallel_mixed_chunk(
         torch.Size([1, 1000, 128])
         >>> dist.destroy_process_group()
     """
-    team = Team.of(_OP, group)
+    context = GroupContext.of(_OP, group)
     quad_q, quad_k, lin_q, lin_k, v, gate = autocast(quad_q, quad_k, lin_q, lin_k, v, gate)
     tensors = {"quad_q": quad_q, "quad_k": quad_k, "lin_q": lin_q, "lin_k": lin_k, "v": v, "gate": gate}
     options: dict[str, Any] = {
@@ -113,7 +124,7 @@ def context_parallel_mixed_chunk(
         for name, x in tensors.items():
             if x is not None or name != "gate":
                 args.tensor(name, x, "B N E" if name in ("v", "gate") else "B N S")
-        team.check_device("quad_q", quad_q)
+        context.check_device("quad_q", quad_q)
         with checking(_OP, "mixed_chunk_attention"):  # sequences without tokens: all checks of the options, and no work
             none = [x[:, :0] if x is not None else None for x in tensors.values()]
             mixed_chunk_attention(*none, rel_bias=rel_bias, lengths=no_tokens(lengths), **options)  # type: ignore[arg-type]
@@ -128,7 +139,7 @@ def context_parallel_mixed_chunk(
             own={"N": args.sizes["N"], "needs": wanting((lin_k, v))},
         )  # fmt: skip
 
-    team, agreed = team.agree(check)
+    context, agreed = context.agree(check)
     tokens = agreed["N"]
     args = Arguments(_OP)  # the whole: alike in all processes, so that they raise alike
     args.tensor("quad_q", stand_in(quad_q, quad_q.shape[0], sum(tokens), quad_q.shape[-1]), "B N S")
@@ -136,15 +147,15 @@ def context_parallel_mixed_chunk(
     for rank, count in enumerate(tokens):
         if count % chunk_size and any(tokens[rank + 1 :]):
             expected = f"a multiple of chunk_size = {chunk_size} where tokens follow in later processes"
-            args.fail("quad_q", f"has {count} tokens in {team.process(rank)}", expected)
+            args.fail("quad_q", f"has {count} tokens in {context.process(rank)}", expected)
 
-    before = list(accumulate(tokens, initial=0))[team.rank]
-    own = None if lengths is None else (lengths.to(torch.int64) - before).clamp(0, tokens[team.rank])
+    before = list(accumulate(tokens, initial=0))[context.rank]
+    own = None if lengths is None else (lengths.to(torch.int64) - before).clamp(0, tokens[context.rank])
     needed = any(wanted(agreed["needs"], 2))
     sums = _Sums.apply(lin_k, v, own)
     # Everyone gets the sums of all, along a first axis that is not cut.
-    turn = Turn(1, ((0, v.shape[0]),) * team.size, 0, (1,) * team.size)
-    meeting = Meeting(team, 1)
+    turn = Turn(1, ((0, v.shape[0]),) * context.size, 0, (1,) * context.size)
+    meeting = Meeting(context, 1)
     (everyone,) = exchange(meeting, (sums[None],), [turn], [needed])
     assert everyone is not None
     options |= {"rel_bias": rel_bias, "lengths": own}
@@ -152,7 +163,7 @@ def context_parallel_mixed_chunk(
         state = MixedChunkState.empty(
             v.shape[0], lin_k.shape[-1], v.shape[-1], chunk_size, dtype=v.dtype, device=v.device
         )
-        state = replace(state, kv=everyone[: team.rank].sum(0), position=state.position + before)
+        state = replace(state, kv=everyone[: context.rank].sum(0), position=state.position + before)
         out = mixed_chunk_attention(quad_q, quad_k, lin_q, lin_k, v, gate, initial_state=state, **options)
         assert isinstance(out, Tensor)
     else:

@@ -49,7 +49,7 @@ def attention_forward(
     dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, Hq, M, E) and log-sum-exp (B, Hq, M) of every query row; `rel_bias` is (B, Hq, 2P-1)."""
-    rule = _Rule(scale, window, softcap, dropout_p, dropout_seed)
+    rule = _SoftmaxRule(scale, window, softcap, dropout_p, dropout_seed)
     if lengths is None and cu_seqlens is None and rule.is_plain(q, k, v, rel_bias, sinks):
         out, lse = _forward_fused(rule, q, k, v)  # out in the layout of q
         if not (q.is_contiguous() and out.is_contiguous()):
@@ -89,7 +89,7 @@ def attention_backward(
     dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, rel_bias (B, Hq, 2P-1) and sinks (Hq,); None where there is no such input."""
-    rule = _Rule(scale, window, softcap, dropout_p, dropout_seed)
+    rule = _SoftmaxRule(scale, window, softcap, dropout_p, dropout_seed)
     if lengths is None and cu_seqlens is None and dlse is None and rule.is_plain(q, k, v, rel_bias, sinks):
         dq, dk, dv = _backward_fused(rule, q, k, v, dout, out, lse)
         return _by_tokens(dq), _by_tokens(dk), _by_tokens(dv), None, None
@@ -118,7 +118,7 @@ def attention_backward(
     )
 
 
-class _Rule(NamedTuple):
+class _SoftmaxRule(NamedTuple):
     """How a score becomes a probability: everything that is not a differentiable tensor."""
 
     scale: float
@@ -147,7 +147,7 @@ class _Rule(NamedTuple):
 
 
 def _parts(
-    rule: _Rule,
+    rule: _SoftmaxRule,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -172,7 +172,7 @@ class _Part:
     def __init__(
         self,
         seq: Sequence,
-        rule: _Rule,
+        rule: _SoftmaxRule,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -271,29 +271,29 @@ def _forward_blocked(part: _Part, out: Tensor, lse: Tensor) -> None:
     for i, key_blocks in part.blocks():
         q_blk = part.q[:, :, i].to(acc)
         bm = i.stop - i.start
-        highest = q_blk.new_full((b, heads, bm), -math.inf)
+        row_max = q_blk.new_full((b, heads, bm), -math.inf)
         if part.sinks is not None:
-            highest = highest.maximum(part.sinks.to(acc)[:, None])
+            row_max = row_max.maximum(part.sinks.to(acc)[:, None])
         # The sink is one more key with value zero: it enters the sum with its own maximum, e^0.
-        total = torch.full_like(highest, 0.0 if part.sinks is None else 1.0)
+        row_sum = torch.full_like(row_max, 0.0 if part.sinks is None else 1.0)
         if part.sinks is not None:
-            total = torch.where(highest == -math.inf, 0.0, total)
+            row_sum = torch.where(row_max == -math.inf, 0.0, row_sum)
         weighted = q_blk.new_zeros(b, heads, bm, out.shape[-1])
         for j in key_blocks:
             s, _ = part.scores(q_blk, i, j)
-            new = torch.maximum(highest, s.amax(-1))
+            new = torch.maximum(row_max, s.amax(-1))
             pivot = torch.where(new == -math.inf, 0.0, new)  # a row that has seen nothing yet
             p = s.sub_(pivot[..., None]).exp_()
-            shrink = torch.exp(highest - pivot)
-            total = total * shrink + p.sum(-1)
+            alpha = torch.exp(row_max - pivot)
+            row_sum = row_sum * alpha + p.sum(-1)
             kept = part.kept(i, j)
             if kept is not None:
                 p = p * kept
             v_blk = part.v[:, :, j].to(factor)
-            weighted = weighted.mul_(shrink[..., None]) + (part.fold(p).to(factor) @ v_blk).view_as(weighted)
-            highest = new
-        out[:, :, i] = (weighted / torch.where(total == 0, 1.0, total)[..., None]).to(out.dtype)
-        lse[:, :, i] = highest + total.log()
+            weighted = weighted.mul_(alpha[..., None]) + (part.fold(p).to(factor) @ v_blk).view_as(weighted)
+            row_max = new
+        out[:, :, i] = (weighted / torch.where(row_sum == 0, 1.0, row_sum)[..., None]).to(out.dtype)
+        lse[:, :, i] = row_max + row_sum.log()
 
 
 def _backward_blocked(
@@ -356,12 +356,12 @@ def _backward_blocked(
     dv.copy_(dv_sum)
 
 
-def _forward_fused(rule: _Rule, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _forward_fused(rule: _SoftmaxRule, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return cpu_attention(*_fused_inputs(q, k, v), 0.0, _must_mask(rule, q), scale=rule.scale)
 
 
 def _backward_fused(
-    rule: _Rule, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor
+    rule: _SoftmaxRule, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PyTorch's kernel adds up all three gradients in the dtype of its inputs, block of scores by block of scores. So
     half inputs go through it as fp32, or a few blocks at a time where the processor multiplies halves faster."""
@@ -397,7 +397,7 @@ def _pieces(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _gradients_by_tiles(
-    rule: _Rule, masked: bool, rows: list[Tensor], keys: list[Tensor]
+    rule: _SoftmaxRule, masked: bool, rows: list[Tensor], keys: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of q, dout, out, lse and of k, v: a few of the kernel's blocks at a time, and the sums over those in fp32.
 
@@ -428,7 +428,7 @@ def _cuts(size: int) -> Iterator[slice]:
 
 
 def _fused_gradients(
-    rule: _Rule, masked: bool, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor
+    rule: _SoftmaxRule, masked: bool, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One call of the kernel; dk and dv of heads that share keys are added up in fp32."""
     operands = _last_contiguous(dout), *_fused_inputs(q, k, v), out, lse
@@ -439,7 +439,7 @@ def _fused_gradients(
     return dq, dk, dv
 
 
-def _must_mask(rule: _Rule, q: Tensor) -> bool:
+def _must_mask(rule: _SoftmaxRule, q: Tensor) -> bool:
     return rule.window[1] == 0 and q.shape[2] > 1  # one query at the end of the keys sees them all
 
 

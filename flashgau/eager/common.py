@@ -111,37 +111,37 @@ def panels(rows: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, rows.shape[0]))
 
 
-class Rooms:
+class Workspace:
     """Memory for intermediates of a loop, the same in every turn: fresh pages can cost more than the arithmetic."""
 
     def __init__(self) -> None:
-        self._rooms: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def of(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A contiguous tensor of that shape in the room of that name; what the room held is lost."""
+        """A contiguous tensor of that shape in the buffer of that name; what the buffer held is lost."""
         dtype = dtype or like.dtype
         count = math.prod(shape)
-        room = self._rooms.get((name, dtype))
-        if room is None or room.numel() < count:
-            room = self._rooms[name, dtype] = torch.empty(count, dtype=dtype, device=like.device)
-        return room[:count].view(shape)
+        buffer = self._buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < count:
+            buffer = self._buffers[name, dtype] = torch.empty(count, dtype=dtype, device=like.device)
+        return buffer[:count].view(shape)
 
     def like(self, name: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The same, shaped as x."""
         return self.of(name, x.shape, x, dtype)
 
     def held(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """x in that type: itself, or a copy in the room of that name."""
+        """x in that type: itself, or a copy in the buffer of that name."""
         return x if x.dtype == dtype else self.like(name, x, dtype).copy_(x)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, rooms: Rooms) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor, workspace: Workspace) -> None:
     """total += a b, matrices or batches of them, the sum kept in the total's own type."""
     if total.dtype == a.dtype:
         total.addmm_(a, b) if total.dim() == 2 else total.baddbmm_(a, b)
     else:
-        product = torch.matmul(a, b, out=rooms.of("a product", total.shape, a))
-        total += rooms.held("a product", product, total.dtype)
+        product = torch.matmul(a, b, out=workspace.of("a product", total.shape, a))
+        total += workspace.held("a product", product, total.dtype)
 
 
 def toeplitz_block(vector: Tensor, first: int, rows: int, columns: int) -> Tensor:

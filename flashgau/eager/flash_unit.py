@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .common import Rooms, accumulator, add_product, values_dtype
-from .mixed_chunk import Chunks, Group, Heads, Rule, add_bias_gradient, blank, chunked, chunks_together
+from .common import Workspace, accumulator, add_product, values_dtype
+from .mixed_chunk import ChunkRule, Chunks, Group, Heads, add_bias_gradient, blank, chunked, chunks_together
 from .projection import turn
 
 Order = list[int]  # the rows of gamma and beta that make quad_q, quad_k, lin_q and lin_k
@@ -52,17 +52,17 @@ class _Weights:
         return heads.unbind(0)
 
     def heads_backward(
-        self, part: Chunks, group: Group, z: Tensor, dheads: Heads, dgamma: Tensor, dbeta: Tensor, rooms: Rooms
+        self, part: Chunks, group: Group, z: Tensor, dheads: Heads, dgamma: Tensor, dbeta: Tensor, workspace: Workspace
     ) -> Tensor:
         """The gradient of z; those of gamma and beta (4, S) are added to."""
-        d = rooms.of("dheads", (4, *z.shape), z)
+        d = workspace.of("dheads", (4, *z.shape), z)
         for head, dhead in zip(d, dheads.all(), strict=True):
             head.copy_(dhead.view(z.shape))
         if self.cos is not None and self.sin is not None:
             cos, sin = self.angles(part, group)
             turn(d, cos, -sin, self.interleaved)  # a rotation's gradient turns back
         dbeta += d.sum((1, 2))
-        dz = torch.mul(d[0], self.gamma[0], out=rooms.like("dz", z))
+        dz = torch.mul(d[0], self.gamma[0], out=workspace.like("dz", z))
         for head, gamma in zip(d[1:], self.gamma[1:], strict=True):
             dz.addcmul_(head, gamma)
         dgamma += d.mul_(z).sum((1, 2))
@@ -105,29 +105,29 @@ def flash_unit_forward(
     """
     p = _weights(x, w, b, gamma, beta, w_out, cos, sin, order, interleaved)
     y = _without_attention(x, b_out, residual)  # which is all that rows of padding have
-    rooms, e = Rooms(), w_out.shape[1]
+    workspace, e = Workspace(), w_out.shape[1]
     together = chunks_together(chunk_size, gamma.shape[1], e, p.w.dtype)
     before, products = (x.new_empty(*x.shape[:2], width) if save else None for width in (w.shape[0], e))
     count = state_count(x, chunk_size, gamma.shape[1], e, causal, cu_seqlens)
     starts = p.gamma.new_empty(count, gamma.shape[1], e) if save else None
-    rule = Rule(chunk_size, score, causal, float(chunk_size), lin_normalizer)
+    rule = ChunkRule(chunk_size, score, causal, float(chunk_size), lin_normalizer)
     parts = chunked(rule, x, together, rel_bias, lengths, cu_seqlens)
     for part, begins in _with_starts(parts, starts):
         kv = _state(part, p)
         if not causal:
             for group in part.groups():
-                _, v, z = _activated(_project(part, group, x, p, rooms), p, rooms)
+                _, v, z = _activated(_project(part, group, x, p, workspace), p, workspace)
                 (lin_k,) = p.made(part, group, z, 3)
                 part.accumulate(kv, group.split(lin_k), group.split(v))
         for group, begin in zip(part.groups(), begins, strict=True):
             if begin is not None:
                 begin.copy_(kv)
-            u, v, z = _activated(_project(part, group, x, p, rooms, before), p, rooms)
+            u, v, z = _activated(_project(part, group, x, p, workspace, before), p, workspace)
             heads, v = p.heads(part, group, z), group.split(v)
             states = part.states(group, kv, heads.lin_k, v)
             keep = part.view(products, group) if products is not None else None
             product = part.product(group, heads, v, states, keep).view(u.shape)
-            _add_product(part.view(y, group), u.mul_(product), p.w_out.T, rooms)
+            _add_product(part.view(y, group), u.mul_(product), p.w_out.T, workspace)
     return [y, before, products, starts]
 
 
@@ -165,15 +165,15 @@ def flash_unit_backward(
     db = dw.new_zeros(w.shape[0])
     dbias = rel_bias.new_zeros(rel_bias.shape, dtype=acc) if rel_bias is not None else x.new_empty(0)
     together = chunks_together(chunk_size, gamma.shape[1], w_out.shape[1], p.w.dtype)
-    rule = Rule(chunk_size, score, causal, float(chunk_size), lin_normalizer)
+    rule = ChunkRule(chunk_size, score, causal, float(chunk_size), lin_normalizer)
     parts = chunked(rule, x, together, rel_bias, lengths, cu_seqlens)
-    rooms = Rooms()
+    workspace = Workspace()
     for part, begins in _with_starts(parts, starts):
         kv, dkv = _state(part, p), _state(part, p)
         ds_sum = torch.zeros_like(part.bias_block) if part.bias_block is not None else None
         if not causal:
             for group in part.groups():
-                u, v, z = _activated(part.view(before, group).to(part.factor), p, rooms)
+                u, v, z = _activated(part.view(before, group).to(part.factor), p, workspace)
                 lin_q, lin_k = map(group.split, p.made(part, group, z, 2))
                 part.accumulate(kv, lin_k, group.split(v))
                 dproduct = (part.view(dy, group).to(part.factor) @ p.w_out).mul_(u)
@@ -184,20 +184,20 @@ def flash_unit_backward(
             elif causal:
                 kv.zero_()
             h, dy_g, product = (part.view(t, group).to(part.factor) for t in (before, dy, products))
-            u, v, z = _activated(h, p, rooms)
+            u, v, z = _activated(h, p, workspace)
             heads, v = p.heads(part, group, z), group.split(v)
             states = part.states(group, kv, heads.lin_k, v)
-            dout = torch.matmul(dy_g, p.w_out, out=rooms.like("dout", u))
-            du = torch.mul(product, dout, out=rooms.like("du", u))
-            _add_outer(dw_out, dy_g, torch.mul(product, u, out=rooms.like("out", u)), rooms)
+            dout = torch.matmul(dy_g, p.w_out, out=workspace.like("dout", u))
+            du = torch.mul(product, dout, out=workspace.like("du", u))
+            _add_outer(dw_out, dy_g, torch.mul(product, u, out=workspace.like("out", u)), workspace)
             dheads, dv = part.gradients(group, group.split(dout.mul_(u)), heads, v, states, dkv, ds_sum)
-            dz = p.heads_backward(part, group, z, dheads, dgamma, dbeta, rooms)
-            dh = rooms.like("d(x W + b)", h)
+            dz = p.heads_backward(part, group, z, dheads, dgamma, dbeta, workspace)
+            dh = workspace.like("d(x W + b)", h)
             for d, h_part, into in zip((du, dv, dz), h.split(p.widths, -1), dh.split(p.widths, -1), strict=True):
                 d = d.view(h_part.shape).to(part.factor)
                 torch.ops.aten.silu_backward.grad_input(d, h_part, grad_input=into)
             db += dh.sum((0, 1))
-            _add_outer(dw, dh, part.view(x, group).to(part.factor), rooms)
+            _add_outer(dw, dh, part.view(x, group).to(part.factor), workspace)
             _product(dh, p.w, part.view(dx, group))
         if ds_sum is not None:
             add_bias_gradient(dbias, part, ds_sum)
@@ -278,23 +278,27 @@ def _without_attention(x: Tensor, b_out: Tensor | None, residual: Tensor | None)
     return y.copy_(residual) if b_out is None else torch.add(residual, b_out, out=y)
 
 
-def _project(part: Chunks, group: Group, x: Tensor, p: _Weights, rooms: Rooms, before: Tensor | None = None) -> Tensor:
+def _project(
+    part: Chunks, group: Group, x: Tensor, p: _Weights, workspace: Workspace, before: Tensor | None = None
+) -> Tensor:
     """x W + b of a group (b, T, 2e + S), also written to `before` if given."""
     flat = _flat(part.view(x, group).to(part.factor))
     target = part.view(before, group) if before is not None else None
     at_once = target is not None and target.dtype == flat.dtype and target.is_contiguous()
-    room = rooms.of("x W + b", (flat.shape[0], p.w.shape[0]), flat) if target is None or not at_once else _flat(target)
-    h = torch.mm(flat, p.w.T, out=room) if p.b is None else torch.addmm(p.b, flat, p.w.T, out=room)
+    buffer = (
+        workspace.of("x W + b", (flat.shape[0], p.w.shape[0]), flat) if target is None or not at_once else _flat(target)
+    )
+    h = torch.mm(flat, p.w.T, out=buffer) if p.b is None else torch.addmm(p.b, flat, p.w.T, out=buffer)
     h = h.view(part.rows, -1, h.shape[-1])
     if target is not None and not at_once:
         target.copy_(h)
     return h
 
 
-def _activated(h: Tensor, p: _Weights, rooms: Rooms) -> tuple[Tensor, Tensor, Tensor]:
+def _activated(h: Tensor, p: _Weights, workspace: Workspace) -> tuple[Tensor, Tensor, Tensor]:
     """u, v and z = silu(h), each contiguous, as products of halves want it; z in the type that sums are kept in."""
     u, v, z = (
-        torch.ops.aten.silu.out(part, out=rooms.like(name, part))
+        torch.ops.aten.silu.out(part, out=workspace.like(name, part))
         for name, part in zip("uvz", h.split(p.widths, -1), strict=True)
     )
     return u, v, z.to(p.gamma.dtype)
@@ -309,15 +313,15 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _add_outer(total: Tensor, a: Tensor, b: Tensor, rooms: Rooms) -> None:
+def _add_outer(total: Tensor, a: Tensor, b: Tensor, workspace: Workspace) -> None:
     """total += a^T b over the rows of (b, T, .) tensors."""
-    add_product(total, _flat(a).T, _flat(b), rooms)
+    add_product(total, _flat(a).T, _flat(b), workspace)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, rooms: Rooms) -> None:
+def _add_product(total: Tensor, a: Tensor, b: Tensor, workspace: Workspace) -> None:
     """total += a b for a (b, T, .) and a matrix b."""
     if total.is_contiguous():
-        add_product(_flat(total), _flat(a), b, rooms)
+        add_product(_flat(total), _flat(a), b, workspace)
     else:
         total += a @ b
 

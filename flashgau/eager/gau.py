@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .common import (
-    Rooms,
     Sequence,
+    Workspace,
     accumulator,
     add_product,
     power_of_two_below,
@@ -80,7 +80,7 @@ def gau_attention_backward(
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     dgate = gate.new_zeros(gate.shape) if gate is not None else None
     dbias = torch.zeros(rel_bias.shape, dtype=acc, device=q.device) if rel_bias is not None else None
-    rooms = Rooms()
+    workspace = Workspace()
     for seq in sequences(q.shape[0], q.shape[1], k.shape[1], lengths, cu_seqlens):
         part = _Part(seq, q, k, v, rel_bias, score, normalizer, causal)
         dk_sum = torch.zeros_like(part.k, dtype=acc)
@@ -93,7 +93,7 @@ def gau_attention_backward(
                 dx = (dx * gate[seq.batch, rows]).to(part.factor)
             s, a, scale = part.weights(i)
             seen = a.shape[-1]
-            add_product(part.keys_seen(dv_sum, seen), a.to(part.factor).mT, dx, rooms)
+            add_product(part.keys_seen(dv_sum, seen), a.to(part.factor).mT, dx, workspace)
             da = part.times_transposed(dx, part.keys_seen(part.v, seen)).to(acc)
             ds = part.score_gradient(da, s, a)
             if dbias is not None:
@@ -102,7 +102,7 @@ def gau_attention_backward(
                 dbias[seq.batch, start : start + sums.shape[-1]] += sums
             ds = ds.mul_(scale).to(part.factor)
             dq[seq.batch, rows] = (ds @ part.keys_seen(part.k, seen).to(part.factor)).to(dq.dtype)
-            add_product(part.keys_seen(dk_sum, seen), ds.mT, part.q[:, i].to(part.factor), rooms)
+            add_product(part.keys_seen(dk_sum, seen), ds.mT, part.q[:, i].to(part.factor), workspace)
         dk[seq.batch, seq.keys] = dk_sum.to(dk.dtype)
         dv[seq.batch, seq.keys] = dv_sum.to(dv.dtype)
     dbias = dbias.to(rel_bias.dtype) if dbias is not None and rel_bias is not None else None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import pytorch
-from .common import Rooms, accumulator, add_product, factor_dtype, panels
+from .common import Workspace, accumulator, add_product, factor_dtype, panels
 
 _PIECE = 2**22  # bytes of a tensor worked on at a time on a CPU, so that intermediates take no memory
 
@@ -69,18 +69,18 @@ def glu_forward(
     """
     contiguous = gate.is_contiguous() and (up is None or up.is_contiguous())
     gate, up = _halves(gate, up)
-    room = None if contiguous else gate.new_empty(gate.shape)
+    buffer = None if contiguous else gate.new_empty(gate.shape)
     if _at_once(gate, activation, up_activation):
         if up_activation != "identity":
             gate, up, activation = up, gate, up_activation  # the sides are alike
-        activated = ACTIVATIONS[activation][0](gate, room)
+        activated = ACTIVATIONS[activation][0](gate, buffer)
         if save:
             return torch.mul(activated, up), activated
-        return torch.mul(activated, up, out=room if activated is gate else activated), None
-    out = gate.new_empty(gate.shape) if room is None else room
-    rooms = Rooms()
+        return torch.mul(activated, up, out=buffer if activated is gate else activated), None
+    out = gate.new_empty(gate.shape) if buffer is None else buffer
+    workspace = Workspace()
     for g, u, o in _pieces(gate, up, out):
-        _gated(g, u, activation, up_activation, o, rooms)
+        _gated(g, u, activation, up_activation, o, workspace)
     return out, None
 
 
@@ -106,9 +106,9 @@ def glu_backward(
         torch.mul(dout, value(gate, du) if activated is None else activated, out=du)
         derivative(torch.mul(dout, up, out=dg), gate, dg)
         return dgate, dup
-    rooms = Rooms()
+    workspace = Workspace()
     for d, g, u, dg_piece, du_piece in _pieces(dout, gate, up, dg, du):
-        _gated_backward(d, g, u, activation, up_activation, dg_piece, du_piece, rooms)
+        _gated_backward(d, g, u, activation, up_activation, dg_piece, du_piece, workspace)
     return dgate, dup
 
 
@@ -130,13 +130,13 @@ def glu_linear_forward(
     out_rows = _rows(out)
     factor = factor_dtype(x)
     wg, wu = w_gate.to(factor).T, w_up.to(factor).T
-    rooms = Rooms()
+    workspace = Workspace()
     for r in panels(rows):
         panel = rows[r].to(factor)
         g_r, u_r = _affine(panel, wg, b_gate), _affine(panel, wu, b_up)
         if g is not None and u is not None:
             _rows(g)[r], _rows(u)[r] = g_r, u_r
-        _gated(g_r, u_r, activation, up_activation, out_rows[r], rooms)
+        _gated(g_r, u_r, activation, up_activation, out_rows[r], workspace)
     return out, g, u
 
 
@@ -161,7 +161,7 @@ def glu_linear_backward(
     wg, wu = w_gate.to(factor), w_up.to(factor)
     d, rows, dx_rows = _rows(dout), _rows(x), _rows(dx)
     saved = (_rows(g), _rows(u)) if g is not None and u is not None else None
-    rooms = Rooms()
+    workspace = Workspace()
     for r in panels(d):
         x_r = rows[r].to(factor)
         if saved is None:
@@ -169,13 +169,13 @@ def glu_linear_backward(
         else:
             g_r, u_r = saved[0][r], saved[1][r]
         d_r, g_r, u_r = (t.to(factor) for t in (d[r], g_r, u_r))
-        dg, du = rooms.like("dg", g_r), rooms.like("du", u_r)
-        _gated_backward(d_r, g_r, u_r, activation, up_activation, dg, du, rooms)
+        dg, du = workspace.like("dg", g_r), workspace.like("du", u_r)
+        _gated_backward(d_r, g_r, u_r, activation, up_activation, dg, du, workspace)
         dbg += dg.sum(0)
         dbu += du.sum(0)
-        add_product(dwg, dg.T, x_r, rooms)
-        add_product(dwu, du.T, x_r, rooms)
-        dx_r = dx_rows[r] if dx.dtype == factor else rooms.like("dx", x_r)
+        add_product(dwg, dg.T, x_r, workspace)
+        add_product(dwu, du.T, x_r, workspace)
+        dx_r = dx_rows[r] if dx.dtype == factor else workspace.like("dx", x_r)
         torch.mm(dg, wg, out=dx_r).addmm_(du, wu)
         if dx.dtype != factor:
             dx_rows[r] = dx_r
@@ -188,22 +188,22 @@ def _at_once(gate: Tensor, activation: str, up_activation: str) -> bool:
     return gate.dtype != torch.float16 and "identity" in (activation, up_activation)
 
 
-def _gated(g: Tensor, u: Tensor, activation: str, up_activation: str, out: Tensor, rooms: Rooms) -> None:
-    g, u = _in_range(g, "g", rooms), _in_range(u, "u", rooms)
-    a = ACTIVATIONS[activation][0](g, out if out.dtype == g.dtype else rooms.like("act(g)", g))
+def _gated(g: Tensor, u: Tensor, activation: str, up_activation: str, out: Tensor, workspace: Workspace) -> None:
+    g, u = _in_range(g, "g", workspace), _in_range(u, "u", workspace)
+    a = ACTIVATIONS[activation][0](g, out if out.dtype == g.dtype else workspace.like("act(g)", g))
     if up_activation != "identity":
-        u = ACTIVATIONS[up_activation][0](u, rooms.like("act(u)", u))
+        u = ACTIVATIONS[up_activation][0](u, workspace.like("act(u)", u))
     torch.mul(a, u, out=out)
 
 
 def _gated_backward(
-    d: Tensor, g: Tensor, u: Tensor, activation: str, up_activation: str, dg: Tensor, du: Tensor, rooms: Rooms
+    d: Tensor, g: Tensor, u: Tensor, activation: str, up_activation: str, dg: Tensor, du: Tensor, workspace: Workspace
 ) -> None:
-    d, g, u = _in_range(d, "d", rooms), _in_range(g, "g", rooms), _in_range(u, "u", rooms)
+    d, g, u = _in_range(d, "d", workspace), _in_range(g, "g", workspace), _in_range(u, "u", workspace)
     sides = (g, activation, dg, u, up_activation), (u, up_activation, du, g, activation)
     for x, act, grad, other, other_act in sides:
         # Each step writes over the one before, in the gradient's own memory where the types agree.
-        target = grad if grad.dtype == d.dtype else rooms.like("grad", d)
+        target = grad if grad.dtype == d.dtype else workspace.like("grad", d)
         value = ACTIVATIONS[other_act][0](other, target)
         incoming = torch.mul(d, value, out=target)
         result = ACTIVATIONS[act][1](incoming, x, target)
@@ -211,9 +211,9 @@ def _gated_backward(
             grad.copy_(result)
 
 
-def _in_range(x: Tensor, name: str, rooms: Rooms) -> Tensor:
+def _in_range(x: Tensor, name: str, workspace: Workspace) -> Tensor:
     """fp16 as fp32: a square or a product of two values leaves its range. bf16 has the range of fp32."""
-    return rooms.like(name, x, torch.float32).copy_(x) if x.dtype == torch.float16 else x
+    return workspace.like(name, x, torch.float32).copy_(x) if x.dtype == torch.float16 else x
 
 
 def _affine(x: Tensor, w_t: Tensor, bias: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .common import Rooms, Sequence, accumulator, sequences, toeplitz_block, toeplitz_sums, values_dtype
+from .common import Sequence, Workspace, accumulator, sequences, toeplitz_block, toeplitz_sums, values_dtype
 from .scores import score as elementwise_score
 from .scores import score_slope
 
@@ -25,7 +25,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a nu
 
 
 @dataclass(frozen=True)
-class Rule:
+class ChunkRule:
     """The options of one call."""
 
     chunk_size: int
@@ -65,13 +65,13 @@ class Group:
 class Chunks:
     """The chunks of one sequence, or of several rows of a batch of equally long ones, and what is computed of them."""
 
-    rule: Rule
+    rule: ChunkRule
     seq: Sequence
     factor: torch.dtype  # of wide matrix products
     together: int  # chunks in a group, at most
     bias_block: Tensor | None  # (b, C, C), the same for every chunk
     closed_tokens: Tensor | None  # (b, 1) tokens before the sequence's start, whose chunks are closed
-    rooms: Rooms = field(default_factory=Rooms)
+    workspace: Workspace = field(default_factory=Workspace)
 
     @property
     def rows(self) -> int:
@@ -135,21 +135,21 @@ class Chunks:
 
     def outer(self, lin: Tensor, wide: Tensor) -> Tensor:
         """lin^T wide of each chunk (b * count, S, E); it stays until the next call."""
-        room = self.rooms.of("outer", (lin.shape[0], lin.shape[2], wide.shape[2]), wide)
-        return torch.bmm(lin.to(wide.dtype).mT, wide, out=room)
+        buffer = self.workspace.of("outer", (lin.shape[0], lin.shape[2], wide.shape[2]), wide)
+        return torch.bmm(lin.to(wide.dtype).mT, wide, out=buffer)
 
     def accumulate(self, total: Tensor, lin: Tensor, wide: Tensor) -> None:
         """total (b, S, E) += lin^T wide, summed over the chunks of each row, all in the total's own type.
 
         Products of halves would be rounded to them before they are summed, where one product of all tokens is not.
         """
-        parts = self.outer(lin, self.rooms.held("wide", wide, total.dtype))
+        parts = self.outer(lin, self.workspace.held("wide", wide, total.dtype))
         total += parts.view(self.rows, -1, *total.shape[1:]).sum(1)
 
     def running(self, total: Tensor, parts: Tensor, into: Tensor, reverse: bool = False) -> Tensor:
         """What `total` (b, S, E) is when the part of each chunk (b * count, S, E) comes to be added to it, `into` that
         memory; `total` ends with all of them."""
-        parts = self.rooms.held("outer", parts, total.dtype)
+        parts = self.workspace.held("outer", parts, total.dtype)
         by_row = (x.view(self.rows, -1, *total.shape[1:]).unbind(1) for x in (parts, into))
         steps = list(zip(*by_row, strict=True))
         steps = steps[::-1] if reverse else steps
@@ -168,8 +168,8 @@ class Chunks:
         if not self.is_closed(group):
             return kv.clone() if keep else kv
         parts = self.outer(lin_k, v)
-        room = torch.empty_like(parts, dtype=kv.dtype) if keep else self.rooms.like("states", parts, kv.dtype)
-        return self.running(kv, parts, room)
+        buffer = torch.empty_like(parts, dtype=kv.dtype) if keep else self.workspace.like("states", parts, kv.dtype)
+        return self.running(kv, parts, buffer)
 
     def product(self, group: Group, heads: Heads, v: Tensor, states: Tensor, keep: Tensor | None = None) -> Tensor:
         """local + global: A v + lin_q KV / lin_normalizer, also written to `keep` (b, T, E).
@@ -178,9 +178,9 @@ class Chunks:
         """
         a = self.weights(heads)[1].to(self.factor)
         there = keep if keep is not None and keep.dtype == self.factor and keep.is_contiguous() else None
-        out = self.rooms.of("product", (*a.shape[:2], v.shape[-1]), v) if there is None else group.split(there)
+        out = self.workspace.of("product", (*a.shape[:2], v.shape[-1]), v) if there is None else group.split(there)
         x = torch.bmm(a, v, out=out)
-        x.baddbmm_(self.scaled(heads.lin_q, group).to(self.factor), self.rooms.held("read", states, self.factor))
+        x.baddbmm_(self.scaled(heads.lin_q, group).to(self.factor), self.workspace.held("read", states, self.factor))
         if keep is not None and there is None:
             keep.copy_(x.view(keep.shape))
         return x
@@ -202,21 +202,21 @@ class Chunks:
         """
         causal = self.rule.causal
         s, a = self.weights(heads)
-        dv = torch.bmm(a.to(self.factor).mT, dx, out=self.rooms.like("dv", v))
+        dv = torch.bmm(a.to(self.factor).mT, dx, out=self.workspace.like("dv", v))
         ds = torch.bmm(dx, v.mT).to(s.dtype).mul_(score_slope(self.rule.score, s))
         if causal:
             ds.tril_()
             parts = self.outer(self.scaled(heads.lin_q, group), dx)
-            after = self.running(dkv, parts, self.rooms.like("dstates", parts, dkv.dtype), reverse=True)
+            after = self.running(dkv, parts, self.workspace.like("dstates", parts, dkv.dtype), reverse=True)
         else:
             after = self.states(group, dkv, heads.lin_k, v)
         if not causal or self.is_closed(group):
-            after = self.rooms.held("after", after, self.factor)
+            after = self.workspace.held("after", after, self.factor)
             dlin_k = torch.bmm(v, after.mT)
             dv.baddbmm_(heads.lin_k.to(self.factor), after)
         else:
             dlin_k = torch.zeros_like(heads.lin_k)
-        dlin_q = self.scaled(torch.bmm(dx, self.rooms.held("read", states, self.factor).mT), group)
+        dlin_q = self.scaled(torch.bmm(dx, self.workspace.held("read", states, self.factor).mT), group)
         if ds_sum is not None:
             size = ds.shape[-1]
             ds_sum[:, :size, :size] += ds.view(self.rows, group.count, size, size).sum(1)
@@ -233,7 +233,7 @@ def chunks_together(chunk_size: int, narrow: int, wide: int, factor: torch.dtype
 
 
 def chunked(
-    rule: Rule,
+    rule: ChunkRule,
     v: Tensor,
     together: int,
     rel_bias: Tensor | None,
@@ -296,7 +296,7 @@ def mixed_chunk_attention_forward(
     `lin_normalizer` None divides by the number of tokens summed. `initial_kv` (G, S, E) and `closed_tokens` (G,)
     continue sequences (causal only) whose chunks so far are closed. KV is what a causal continuation starts from.
     """
-    rule = Rule(chunk_size, score, causal, quad_normalizer, lin_normalizer)
+    rule = ChunkRule(chunk_size, score, causal, quad_normalizer, lin_normalizer)
     together = chunks_together(chunk_size, lin_k.shape[-1], v.shape[-1], values_dtype(v))
     begin = blank(lengths, cu_seqlens)
     out = begin(v)
@@ -342,14 +342,14 @@ def mixed_chunk_attention_backward(
     closed_tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias (B, 2P-1) and initial_kv (None without it)."""
-    rule = Rule(chunk_size, score, causal, quad_normalizer, lin_normalizer)
+    rule = ChunkRule(chunk_size, score, causal, quad_normalizer, lin_normalizer)
     begin = blank(lengths, cu_seqlens)
     dheads, dv = Heads(*(begin(t) for t in (quad_q, quad_k, lin_q, lin_k))), begin(v)
     dgate = begin(gate) if gate is not None else None
     dbias = rel_bias.new_zeros(rel_bias.shape, dtype=accumulator(v.dtype)) if rel_bias is not None else None
     states = _states(v, lin_k.shape[-1], cu_seqlens, initial_kv)
     dfinal = _states(v, lin_k.shape[-1], cu_seqlens, dkv)
-    rooms = Rooms()
+    workspace = Workspace()
     together = chunks_together(chunk_size, lin_k.shape[-1], v.shape[-1], values_dtype(v))
     for part in chunked(rule, v, together, rel_bias, lengths, cu_seqlens, closed_tokens):
         kv, dkv = states[part.seq.states], dfinal[part.seq.states]
@@ -357,7 +357,7 @@ def mixed_chunk_attention_backward(
 
         def ungated(c: Group, part: Chunks = part) -> Tensor:
             dx = part.split(dout, c).to(part.factor)
-            return dx if gate is None else torch.mul(dx, part.split(gate, c), out=rooms.like("dx", dx))
+            return dx if gate is None else torch.mul(dx, part.split(gate, c), out=workspace.like("dx", dx))
 
         seen = []  # the states that each group read, if causal
         for c in part.groups():

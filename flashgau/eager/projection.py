@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .common import Rooms, accumulator, add_product, factor_dtype, panels
+from .common import Workspace, accumulator, add_product, factor_dtype, panels
 
 
 def gated_projection_forward(
@@ -116,7 +116,7 @@ def parts_backward(
     dx = torch.empty_like(rows, memory_format=torch.contiguous_format)
     flat = [d.reshape(-1, width) for d, width in zip(dparts, widths, strict=True)]
     before = [h.reshape(-1, h.shape[-1]) for h in saved]
-    rooms = Rooms()
+    workspace = Workspace()
     for r in panels(rows):
         panel = rows[r].to(factor)
         dpanel = dx[r] if dx.dtype == factor else torch.empty_like(panel)
@@ -129,7 +129,7 @@ def parts_backward(
                 torch.mm(d, w, out=dpanel)
             else:
                 dpanel.addmm_(d, w)
-            add_product(dw, d.T, panel, rooms)
+            add_product(dw, d.T, panel, workspace)
         if dx.dtype != factor:
             dx[r] = dpanel
     return dx.view(x.shape), dweight.to(weight.dtype), dbias.to(weight.dtype)

@@ -21,7 +21,7 @@ from flashgau.kernels.common import Config
 
 from .ahead import Job, Row, op_of
 from .shipped import ENTRIES
-from .table import Entry, Fields, Key, config_of, key_of, time_of
+from .table import Fields, Key, TableEntry, config_of, key_of, time_of
 
 WARPS, STAGES = (4, 8), (1, 2, 3, 4)
 NOISE = 0.02  # a gain below this is none
@@ -206,7 +206,7 @@ class Search:
         self.journal.add(job, outcome)
         return outcome
 
-    def best(self) -> dict[Key, Entry]:
+    def best(self) -> dict[Key, TableEntry]:
         """The fastest configuration of every entry that was timed: the one it had, unless another gains something."""
         found = {}
         for job in self.starts:
@@ -217,7 +217,7 @@ class Search:
                 fastest = min(times, key=lambda c: times[c])
                 if default is not None and times[fastest] > (1 - NOISE) * default:
                     fastest = job.config
-                found[job.key] = Entry(fastest, times[fastest], default)
+                found[job.key] = TableEntry(fastest, times[fastest], default)
         return found
 
 

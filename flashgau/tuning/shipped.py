@@ -64,7 +64,7 @@ class Kept(Operands):
 
 
 @dataclass(frozen=True)
-class Entry:
+class LaunchEntry:
     """A kernel, and the calls of its launcher that are compiled or timed.
 
     Attributes:
@@ -218,48 +218,50 @@ _MIXED: dict[str, Any] = {
 _STEP: dict[str, tuple[str, ...]] = {dtype: ("step",) for dtype in DTYPES}
 _SOFTMAX = {"fp16": ("softmax causal",), "bf16": ("softmax causal",), "fp32": ("softmax causal",)}
 
-ENTRIES: dict[str, Entry] = {
-    "attention_forward": Entry(
+ENTRIES: dict[str, LaunchEntry] = {
+    "attention_forward": LaunchEntry(
         "forward_kernel", partial(_attention, False, None, False), matrix=_LARGE, **_ATTENTION
     ),
-    "attention_forward_few_rows": Entry(
+    "attention_forward_few_rows": LaunchEntry(
         "forward_kernel", partial(_attention, False, 1, False), matrix=_ANY, **_ATTENTION
     ),
-    "attention_dq": Entry("dq_kernel", partial(_attention, True, None, False), matrix=_LARGE, **_ATTENTION),
-    "attention_dkv": Entry("dkv_kernel", partial(_attention, True, None, False), matrix=_LARGE, **_ATTENTION),
-    "attention_dbias": Entry("dbias_kernel", partial(_attention, True, None, True), matrix=_ANY, **_ATTENTION),
-    "glu_forward": Entry("glu_kernel", partial(_glu, False), **_GLU),
-    "glu_backward": Entry("glu_backward_kernel", partial(_glu, True), **_GLU),
-    "glu_linear": Entry("linear_kernel", partial(_glu_linear, None), matrix=_LARGE, **_PRODUCT),
-    "glu_linear_few_rows": Entry("linear_kernel", partial(_glu_linear, 1), matrix=_ANY, **_PRODUCT),
-    "glu_linear_backward": Entry(
+    "attention_dq": LaunchEntry("dq_kernel", partial(_attention, True, None, False), matrix=_LARGE, **_ATTENTION),
+    "attention_dkv": LaunchEntry("dkv_kernel", partial(_attention, True, None, False), matrix=_LARGE, **_ATTENTION),
+    "attention_dbias": LaunchEntry("dbias_kernel", partial(_attention, True, None, True), matrix=_ANY, **_ATTENTION),
+    "glu_forward": LaunchEntry("glu_kernel", partial(_glu, False), **_GLU),
+    "glu_backward": LaunchEntry("glu_backward_kernel", partial(_glu, True), **_GLU),
+    "glu_linear": LaunchEntry("linear_kernel", partial(_glu_linear, None), matrix=_LARGE, **_PRODUCT),
+    "glu_linear_few_rows": LaunchEntry("linear_kernel", partial(_glu_linear, 1), matrix=_ANY, **_PRODUCT),
+    "glu_linear_backward": LaunchEntry(
         "linear_backward_kernel", partial(_glu_linear, None), _BACKWARD, matrix=_LARGE
     ),
-    "glu_linear_backward_few_rows": Entry(
+    "glu_linear_backward_few_rows": LaunchEntry(
         "linear_backward_kernel", partial(_glu_linear, 1), _BACKWARD, matrix=_ANY
     ),
-    "projection": Entry("silu_backward_kernel", _projection, _BACKWARD, vectors=True),
-    "heads": Entry("heads_backward_kernel", _heads, _BACKWARD),
-    "gau_lse": Entry("lse_kernel", partial(_gau, False, None, 1024), _SOFTMAX, (64, 128, 256), matrix=_LARGE),
-    "gau_weights": Entry("weights_kernel", partial(_gau, False, None, 1024), matrix=_LARGE, **_GAU),
-    "gau_weights_few_rows": Entry("weights_kernel", partial(_gau, False, 1, 1024), matrix=_ANY, **_GAU),
-    "gau_product": Entry("product_kernel", partial(_gau, False, None, 1024), matrix=_LARGE, **_GAU),
-    "gau_product_few_rows": Entry("product_kernel", partial(_gau, False, 1, 1024), matrix=_ANY, **_GAU),
-    "gau_fused": Entry("product_kernel", partial(_gau, False, None, 512), matrix=_LARGE, **_GAU),
-    "gau_prologue": Entry("prologue_kernel", lambda kind, _, *rest: _gau(True, None, 1024, kind, 64, *rest), _SOFTMAX),
-    "gau_gradient": Entry("gradient_kernel", partial(_gau, True, None, 1024), matrix=_LARGE, **_GAU),
-    "gau_dv": Entry("columns_kernel", partial(_gau, True, None, 1024), matrix=_ANY, **_GAU),
-    "gau_dq": Entry("dq_kernel", partial(_gau, True, None, 1024), matrix=_ANY, **_GAU),
-    "mixed_chunk_states": Entry("states_kernel", _mixed_chunk_both, widths=(128,), matrix=_LARGE, **_MIXED),
-    "mixed_chunk_weights": Entry("weights_kernel", _mixed_chunk_both, widths=(64, 256), matrix=_LARGE, **_MIXED),
-    "mixed_chunk_fused": Entry(
+    "projection": LaunchEntry("silu_backward_kernel", _projection, _BACKWARD, vectors=True),
+    "heads": LaunchEntry("heads_backward_kernel", _heads, _BACKWARD),
+    "gau_lse": LaunchEntry("lse_kernel", partial(_gau, False, None, 1024), _SOFTMAX, (64, 128, 256), matrix=_LARGE),
+    "gau_weights": LaunchEntry("weights_kernel", partial(_gau, False, None, 1024), matrix=_LARGE, **_GAU),
+    "gau_weights_few_rows": LaunchEntry("weights_kernel", partial(_gau, False, 1, 1024), matrix=_ANY, **_GAU),
+    "gau_product": LaunchEntry("product_kernel", partial(_gau, False, None, 1024), matrix=_LARGE, **_GAU),
+    "gau_product_few_rows": LaunchEntry("product_kernel", partial(_gau, False, 1, 1024), matrix=_ANY, **_GAU),
+    "gau_fused": LaunchEntry("product_kernel", partial(_gau, False, None, 512), matrix=_LARGE, **_GAU),
+    "gau_prologue": LaunchEntry(
+        "prologue_kernel", lambda kind, _, *rest: _gau(True, None, 1024, kind, 64, *rest), _SOFTMAX
+    ),
+    "gau_gradient": LaunchEntry("gradient_kernel", partial(_gau, True, None, 1024), matrix=_LARGE, **_GAU),
+    "gau_dv": LaunchEntry("dkv_kernel", partial(_gau, True, None, 1024), matrix=_ANY, **_GAU),
+    "gau_dq": LaunchEntry("dq_kernel", partial(_gau, True, None, 1024), matrix=_ANY, **_GAU),
+    "mixed_chunk_states": LaunchEntry("states_kernel", _mixed_chunk_both, widths=(128,), matrix=_LARGE, **_MIXED),
+    "mixed_chunk_weights": LaunchEntry("weights_kernel", _mixed_chunk_both, widths=(64, 256), matrix=_LARGE, **_MIXED),
+    "mixed_chunk_fused": LaunchEntry(
         "product_kernel", partial(_mixed_chunk, False, 64), widths=(64, 128, 256), matrix=_LARGE, **_MIXED
     ),
-    "mixed_chunk_product": Entry("product_kernel", _mixed_chunk_both, widths=(128,), matrix=_LARGE, **_MIXED),
-    "mixed_chunk_gradient": Entry(
+    "mixed_chunk_product": LaunchEntry("product_kernel", _mixed_chunk_both, widths=(128,), matrix=_LARGE, **_MIXED),
+    "mixed_chunk_gradient": LaunchEntry(
         "gradient_kernel", _mixed_chunk_both, widths=(64, 128, 256), matrix=_LARGE, **_MIXED
     ),
-    "mixed_chunk_linear": Entry("linear_kernel", _mixed_chunk_both, widths=(64, 128), matrix=_LARGE, **_MIXED),
-    "mixed_chunk_heads": Entry("heads_kernel", _mixed_chunk_both, widths=(64, 128, 256), matrix=_ANY, **_MIXED),
-    "mixed_chunk_step": Entry("step_kernel", _mixed_chunk_step, _STEP, (64, 128, 256), matrix=_ANY),
+    "mixed_chunk_linear": LaunchEntry("linear_kernel", _mixed_chunk_both, widths=(64, 128), matrix=_LARGE, **_MIXED),
+    "mixed_chunk_heads": LaunchEntry("heads_kernel", _mixed_chunk_both, widths=(64, 128, 256), matrix=_ANY, **_MIXED),
+    "mixed_chunk_step": LaunchEntry("step_kernel", _mixed_chunk_step, _STEP, (64, 128, 256), matrix=_ANY),
 }  # fmt: skip

@@ -60,7 +60,7 @@ class Key(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Entry:
+class TableEntry:
     """One choice: a configuration or, of `FUSED`, whether one kernel does it; measured, its time and the default's."""
 
     choice: Config | bool
@@ -86,7 +86,7 @@ class Table:
     measured: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
     date: str = ""
-    entries: Mapping[Key, Entry] = field(default_factory=dict)
+    entries: Mapping[Key, TableEntry] = field(default_factory=dict)
 
     def config(self, key: Key) -> Config | None:
         """The configuration of a kernel, if there is one."""
@@ -120,7 +120,7 @@ def parse(text: str, where: str) -> Table:
     }
     rows = read("entries", "a list", lambda x: isinstance(x, list))
     read.nothing_else()
-    entries: dict[Key, Entry] = {}
+    entries: dict[Key, TableEntry] = {}
     for place, row in enumerate(rows):
         key, entry = _entry(Fields(row, f"{where}: entry {place}"))
         if key in entries:
@@ -192,10 +192,10 @@ def time_of(read: Fields, name: str) -> float | None:
     return time
 
 
-def _entry(read: Fields) -> tuple[Key, Entry]:
+def _entry(read: Fields) -> tuple[Key, TableEntry]:
     key = key_of(read)
     choice: Config | bool = read("fused", "true or false", _is_bool) if key.kernel == FUSED else config_of(read)
-    entry = Entry(choice, time_of(read, "ms"), time_of(read, "default_ms"))
+    entry = TableEntry(choice, time_of(read, "ms"), time_of(read, "default_ms"))
     read.nothing_else()
     return key, entry
 
@@ -223,7 +223,7 @@ def dump(table: Table) -> str:
     return json.dumps(header)[:-1] + ', "entries": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
-def _row(key: Key, entry: Entry) -> dict[str, Any]:
+def _row(key: Key, entry: TableEntry) -> dict[str, Any]:
     row = key._asdict()
     if not key.options:
         del row["options"]

@@ -1,0 +1,472 @@
+"""Softmax attention: FlashAttention's passes (Dao et al. 2022, algorithms 1 and 4; Dao 2023) with every option.
+
+Queries that share a key head are rows of the same blocks: row r of a program is query r // GROUPS of head r % GROUPS of
+the group. So keys and values are never expanded, dK and dV are summed over the whole group inside one program, and one
+decoded token gives GROUPS rows. A row sees an interval of keys: blocks outside it are skipped, and those inside it for
+all rows need no mask (`common.keys_seen`).
+
+    forward     rows, over the keys they see: running maximum and sum, then O and LSE
+    merge       combines the results of split keys by their maxima and sums (few rows, many keys)
+    delta       rowsum(dO * O) - dLSE, which is subtracted from a row's dP
+    dq          rows, over the keys they see
+    dkv         keys, over the rows that see them
+    dbias       diagonals of a relative bias, over the queries
+
+The last three recompute P = exp(S - LSE). Each result has one writer and no atomics, so it is bitwise repeatable.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .common import (
+    LOG2_E,
+    VARYING,
+    Sequences,
+    bounds,
+    is_visible,
+    keys_seen,
+    load_rows,
+    place,
+    row_pointers,
+    rows_seeing,
+    store_rows,
+    tanh,
+    toeplitz,
+)
+
+
+class AttentionRule(NamedTuple):
+    """Options of the scores. A field that is None is compiled out; windows and caps may change without recompiling."""
+
+    scale: float
+    left: Any  # a query at position p sees the keys p - left .. p + right
+    right: Any
+    softcap: Any
+    bias: Any  # pointer to (B, Hq, 2 max_distance + 1); may be float32 when q is half
+    bias_batch: int
+    bias_head: int
+    max_distance: int
+    sinks: Any  # pointer to (Hq,)
+    seed: Any  # pointer to the seed of dropout
+    threshold: int  # random 32-bit words below it are dropped; less 2^31, for a signed comparison
+    dropout_scale: float  # 1 / (1 - dropout)
+
+
+@triton.jit
+def scores(b_qk, rule, p_bias, o_position, o_key, n, MASKED: tl.constexpr):
+    """S of a block, and the softcap's slope. Positions and keys broadcast against the block."""
+    b_slope = 1.0
+    b_s = b_qk * rule.scale
+    if rule.softcap is not None:
+        b_t = tanh(b_s / rule.softcap)
+        b_slope = 1 - b_t * b_t
+        b_s = b_t * rule.softcap
+    if rule.bias is not None:
+        # Out-of-range rows have positions >= n, where the bias is undefined.
+        b_s += toeplitz(p_bias, o_key - o_position, rule.max_distance, (o_key < n) & (o_position < n))
+    if MASKED:
+        b_s = tl.where(is_visible(rule, o_position, o_key, n), b_s, -float("inf"))
+    return b_s, b_slope
+
+
+@triton.jit
+def bias_pointers(rule, row, o_head):
+    """Pointers to each head's bias at distance 0; a placeholder if there is no bias."""
+    p_bias = o_head
+    if rule.bias is not None:
+        p_bias = (
+            rule.bias
+            + tl.cast(row, tl.int64) * rule.bias_batch
+            + tl.cast(o_head, tl.int64) * rule.bias_head
+            + rule.max_distance
+        )
+    return p_bias
+
+
+@triton.jit
+def kept(rule, i_seq, o_head, o_query, start, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Dropout's mask [ROWS, BLOCK] for keys from `start`, a multiple of 4: Philox-4x32-10 of seed and position.
+
+    One counter (key // 4, query, head, sequence) gives the words of four neighbouring keys.
+    """
+    zero = tl.zeros([ROWS, BLOCK // 4], tl.int32)
+    o_four = start // 4 + tl.arange(0, BLOCK // 4)
+    w0, w1, w2, w3 = tl.philox(
+        tl.load(rule.seed), zero + o_four[None, :], zero + o_query[:, None], zero + o_head[:, None], zero + i_seq
+    )
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    return (words ^ 0x80000000).to(tl.int32, bitcast=True) >= rule.threshold
+
+
+@triton.jit
+def kept_at(rule, i_seq, i_head, o_query, o_key, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Dropout's factor, 0 or 1/(1-p), for arbitrary keys: each element selects its own Philox word."""
+    zero = tl.zeros([ROWS, COLUMNS], tl.int32)
+    o_word = (zero + o_key[None, :]) & 3
+    w0, w1, w2, w3 = tl.philox(
+        tl.load(rule.seed), zero + (o_key >> 2)[None, :], zero + o_query[:, None], zero + i_head, zero + i_seq
+    )
+    word = tl.where(o_word == 0, w0, tl.where(o_word == 1, w1, tl.where(o_word == 2, w2, w3)))
+    return tl.where((word ^ 0x80000000).to(tl.int32, bitcast=True) >= rule.threshold, rule.dropout_scale, 0.0)
+
+
+@triton.jit
+def row_offsets(sequences, i_seq, i_head, n_heads, o_query, o_head, first_m, row):
+    """Offsets of rows in a contiguous (B, Hq, M) tensor, such as LSE and delta."""
+    return (tl.cast(row, tl.int64) * n_heads + o_head) * sequences.max_seqlen_q + first_m + o_query
+
+
+@triton.jit
+def block_of_rows(sequences, n_blocks, n_kv_heads, GROUPS: tl.constexpr, BM: tl.constexpr):
+    """(block of rows, key head, sequence) of a program, and the `bounds` of the sequence.
+
+    Of a causal mask, blocks with the most keys come first. A negative block has nothing to do.
+    """
+    i_block, i_head, i_seq = place(
+        tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.cu_seqlens_q, sequences.max_seqlen_q, GROUPS, BM
+    )  # fmt: skip
+    row, first_m, m, stored, first_n, n, _stored_n = bounds(sequences, i_seq)
+    i_block = (stored * GROUPS + BM - 1) // BM - 1 - i_block
+    return i_block, i_head, i_seq, row, first_m, m, stored, first_n, n
+
+
+@triton.jit
+def rows_of_block(i_block, i_head, m, n, GROUPS: tl.constexpr, BM: tl.constexpr):
+    """Query, head and position of each row, and whether it is in range."""
+    o_row = i_block * BM + tl.arange(0, BM)
+    o_query, o_head = o_row // GROUPS, i_head * GROUPS + o_row % GROUPS
+    return o_query, o_head, o_query + n - m, o_query < m
+
+
+@triton.jit
+def keys_of_block(rule, i_block, m, n, GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Blocks of keys that a block of rows sees, as `in_blocks` returns them."""
+    last = tl.minimum((i_block * BM + BM - 1) // GROUPS, m - 1)
+    return keys_seen(rule, i_block * BM // GROUPS + n - m, last + n - m, n, BN)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def forward_kernel(
+    q, k, v, out, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
+    scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
+    sinks, seed, threshold, dropout_scale, n_blocks, n_kv_heads, n_parts,
+    GROUPS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """O and LSE of a block of rows; with `n_parts`, of every n-th part of its keys."""
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
+    rule = AttentionRule(
+        scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale
+    )
+    i_block, i_head, i_seq, row, first_m, m, stored, first_n, n = block_of_rows(
+        sequences, n_blocks, n_kv_heads, GROUPS, BM
+    )
+    if i_block < 0:
+        return
+    o_query, o_head, o_position, m_row = rows_of_block(i_block, i_head, m, n, GROUPS, BM)
+    p_bias = bias_pointers(rule, row, o_head)
+    b_q = load_rows(q, row_pointers(q, row, o_head, first_m + o_query), m_row, D, BD, False)
+    p_k = row_pointers(k, row, i_head, first_n)
+    p_v = row_pointers(v, row, i_head, first_n)
+
+    # The range of keys that the rows see, restricted to this program's part.
+    start, full_start, full_stop, stop = keys_of_block(rule, i_block, m, n, GROUPS, BM, BN)
+    i_part = tl.program_id(1)
+    if n_parts is not None:
+        per_part = ((stop - start + BN - 1) // BN + n_parts - 1) // n_parts * BN
+        start += i_part * per_part
+        stop = tl.minimum(start + per_part, stop)
+        full_start = tl.minimum(tl.maximum(full_start, start), tl.maximum(stop, start))
+        full_stop = tl.maximum(tl.minimum(full_stop, stop // BN * BN), full_start)
+
+    # A sink is an additional key with value 0: the maximum starts with its score, the sum with exp(0) = 1.
+    b_m = tl.full([BM], -float("inf"), tl.float32)
+    b_l = tl.zeros([BM], tl.float32)
+    if rule.sinks is not None:
+        b_sink = tl.load(rule.sinks + o_head).to(tl.float32)
+        if n_parts is not None:
+            b_sink = tl.where(i_part == 0, b_sink, -float("inf"))
+        b_m = b_sink
+        b_l = tl.where(b_sink == -float("inf"), 0.0, 1.0)
+    b_acc = tl.zeros([BM, BE], tl.float32)
+
+    for phase in tl.static_range(3):  # masked blocks on the left, unmasked, masked on the right
+        if phase != 0 or rule.left is not None:
+            lo = start if phase == 0 else (full_start if phase == 1 else full_stop)
+            hi = full_start if phase == 0 else (full_stop if phase == 1 else stop)
+            for j in range(lo, hi, BN):
+                o_key = j + tl.arange(0, BN)
+                b_k = load_rows(k, p_k + tl.cast(o_key, tl.int64) * k.token, o_key < n, D, BD, phase == 1)
+                b_qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
+                b_s, _ = scores(b_qk, rule, p_bias[:, None], o_position[:, None], o_key[None, :], n, phase != 1)
+                b_new = tl.maximum(b_m, tl.max(b_s, 1))
+                b_pivot = tl.where(b_new == -float("inf"), 0.0, b_new)  # no visible key so far: avoids inf - inf
+                b_p = tl.exp2((b_s - b_pivot[:, None]) * LOG2_E)
+                b_alpha = tl.exp2((b_m - b_pivot) * LOG2_E)
+                b_l = b_l * b_alpha + tl.sum(b_p, 1)
+                if rule.seed is not None:
+                    b_p = tl.where(kept(rule, i_seq, o_head, o_query, j, BM, BN), b_p, 0.0)
+                b_v = load_rows(v, p_v + tl.cast(o_key, tl.int64) * v.token, o_key < n, E, BE, phase == 1)
+                b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
+                b_m = b_new
+
+    # LSE = m + log l. A row that sees nothing has O = 0 and LSE = -inf.
+    b_acc *= (rule.dropout_scale / tl.where(b_l == 0, 1.0, b_l))[:, None]
+    b_acc = tl.where(m_row[:, None], b_acc, 0.0)
+    b_lse = tl.where(m_row & (b_l != 0), b_m + tl.log(b_l), -float("inf"))
+    p_out = row_pointers(out, row, o_head, first_m + o_query)
+    p_lse = lse + row_offsets(sequences, i_seq, i_head, n_kv_heads * GROUPS, o_query, o_head, first_m, row)
+    if n_parts is not None:
+        all_rows = tl.cast(sequences.max_seqlen_q, tl.int64) * n_kv_heads * GROUPS
+        if sequences.cu_seqlens_q is None:
+            all_rows *= sequences.n_sequences
+        p_out += i_part * all_rows * E
+        p_lse += i_part * all_rows
+        # Maximum and sum are stored separately: LSE = m + log l loses low bits of l when m is large.
+        tl.store(p_lse + n_parts * all_rows, tl.where(m_row, b_l, 0.0), mask=o_query < stored)
+        b_lse = b_m
+    store_rows(out, p_out, o_query < stored, b_acc, E, BE)
+    tl.store(p_lse, b_lse, mask=o_query < stored)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def merge_kernel(parts, sums, out, lse, n_rows, n_parts, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr):
+    """Parts (n_parts, rows, E), with maxima m and sums l (2, n_parts, rows), combined: O ~ sum of l e^m O_part."""
+    o_row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    o_column = tl.arange(0, BE)
+    m_row = o_row < n_rows
+    m_out = m_row[:, None] & (o_column[None, :] < E)
+    b_acc = tl.zeros([BM, BE], tl.float32)
+    b_m = tl.full([BM], -float("inf"), tl.float32)
+    b_l = tl.zeros([BM], tl.float32)
+    for i_part in range(n_parts):
+        o_part = o_row + i_part * n_rows
+        b_part_m = tl.load(sums + o_part, mask=m_row, other=-float("inf"))
+        b_part_l = tl.load(sums + n_parts * n_rows + o_part, mask=m_row, other=0.0)
+        b_new = tl.maximum(b_m, b_part_m)
+        b_pivot = tl.where(b_new == -float("inf"), 0.0, b_new)
+        b_alpha = tl.exp2((b_m - b_pivot) * LOG2_E)
+        b_weight = tl.exp2((b_part_m - b_pivot) * LOG2_E) * b_part_l
+        b_part = tl.load(parts + o_part[:, None] * E + o_column[None, :], mask=m_out, other=0.0)
+        b_acc = b_acc * b_alpha[:, None] + b_part * b_weight[:, None]
+        b_l = b_l * b_alpha + b_weight
+        b_m = b_new
+    b_acc /= tl.where(b_l == 0, 1.0, b_l)[:, None]
+    b_lse = tl.where(b_l == 0, -float("inf"), b_m + tl.log(b_l))
+    tl.store(out + o_row[:, None] * E + o_column[None, :], b_acc.to(out.dtype.element_ty), mask=m_out)
+    tl.store(lse + o_row, b_lse, mask=m_row)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def delta_kernel(
+    dout, out, lse, dlse, delta,
+    lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k, n_blocks, n_heads,
+    E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(dO * O) - dLSE for a block of queries of one head."""
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
+    i_block, i_head, i_seq = place(
+        tl.program_id(0), n_blocks, n_heads, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM
+    )
+    row, first_m, m, stored, _, _, _ = bounds(sequences, i_seq)
+    o_query = i_block * BM + tl.arange(0, BM)
+    m_row = o_query < m
+    b_dout = load_rows(dout, row_pointers(dout, row, i_head, first_m + o_query), m_row, E, BE, False)
+    b_out = load_rows(out, row_pointers(out, row, i_head, first_m + o_query), m_row, E, BE, False)
+    b_delta = tl.sum(b_dout.to(tl.float32) * b_out.to(tl.float32), 1)
+    o_flat = row_offsets(sequences, i_seq, i_head, n_heads, o_query, i_head, first_m, row)
+    if dlse is not None:  # it may be NaN for a row without visible keys
+        b_lse = tl.load(lse + o_flat, mask=m_row, other=-float("inf"))
+        b_delta -= tl.load(dlse + o_flat, mask=m_row & (b_lse != -float("inf")), other=0.0)
+    tl.store(delta + o_flat, b_delta, mask=o_query < stored)
+
+
+@triton.jit
+def probabilities(b_s, b_lse):
+    """P = exp(S - LSE). Rows without visible keys and out-of-range rows have LSE = -inf and P = 0."""
+    return tl.exp2((b_s - tl.where(b_lse == -float("inf"), float("inf"), b_lse)) * LOG2_E)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def dq_kernel(
+    q, k, v, dout, lse, delta, dq, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
+    scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
+    sinks, seed, threshold, dropout_scale, n_blocks, n_kv_heads,
+    GROUPS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ = scale dS K of a block of rows, over the keys they see."""
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
+    rule = AttentionRule(
+        scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale
+    )
+    i_block, i_head, i_seq, row, first_m, m, stored, first_n, n = block_of_rows(
+        sequences, n_blocks, n_kv_heads, GROUPS, BM
+    )
+    if i_block < 0:
+        return
+    o_query, o_head, o_position, m_row = rows_of_block(i_block, i_head, m, n, GROUPS, BM)
+    p_bias = bias_pointers(rule, row, o_head)
+    b_q = load_rows(q, row_pointers(q, row, o_head, first_m + o_query), m_row, D, BD, False)
+    b_dout = load_rows(dout, row_pointers(dout, row, o_head, first_m + o_query), m_row, E, BE, False)
+    o_flat = row_offsets(sequences, i_seq, i_head, n_kv_heads * GROUPS, o_query, o_head, first_m, row)
+    b_lse = tl.load(lse + o_flat, mask=m_row, other=-float("inf"))
+    b_delta = tl.load(delta + o_flat, mask=m_row, other=0.0)
+    p_k = row_pointers(k, row, i_head, first_n)
+    p_v = row_pointers(v, row, i_head, first_n)
+
+    start, full_start, full_stop, stop = keys_of_block(rule, i_block, m, n, GROUPS, BM, BN)
+    b_dq = tl.zeros([BM, BD], tl.float32)
+    for phase in tl.static_range(3):
+        if phase != 0 or rule.left is not None:
+            lo = start if phase == 0 else (full_start if phase == 1 else full_stop)
+            hi = full_start if phase == 0 else (full_stop if phase == 1 else stop)
+            for j in range(lo, hi, BN):
+                o_key = j + tl.arange(0, BN)
+                b_k = load_rows(k, p_k + tl.cast(o_key, tl.int64) * k.token, o_key < n, D, BD, phase == 1)
+                b_v = load_rows(v, p_v + tl.cast(o_key, tl.int64) * v.token, o_key < n, E, BE, phase == 1)
+                b_qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
+                b_s, b_slope = scores(
+                    b_qk, rule, p_bias[:, None], o_position[:, None], o_key[None, :], n, phase != 1
+                )  # fmt: skip
+                b_p = probabilities(b_s, b_lse[:, None])
+                b_dp = tl.dot(b_dout, b_v.T, input_precision=PRECISION)
+                if rule.seed is not None:
+                    b_dp = tl.where(kept(rule, i_seq, o_head, o_query, j, BM, BN), b_dp * rule.dropout_scale, 0.0)
+                b_ds = b_p * (b_dp - b_delta[:, None]) * b_slope
+                b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+    b_dq = tl.where(m_row[:, None], b_dq * rule.scale, 0.0)
+    store_rows(dq, row_pointers(dq, row, o_head, first_m + o_query), o_query < stored, b_dq, D, BD)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def dkv_kernel(
+    q, k, v, dout, lse, delta, dk, dv, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
+    scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
+    sinks, seed, threshold, dropout_scale, n_blocks, n_kv_heads,
+    GROUPS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK = scale dS^T Q and dV = P^T dO of a block of keys, over the rows of all heads of the group that see them."""
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
+    rule = AttentionRule(
+        scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale
+    )
+    i_block, i_head, i_seq = place(
+        tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.cu_seqlens_k, max_seqlen_k, 1, BN
+    )
+    row, first_m, m, _, first_n, n, stored = bounds(sequences, i_seq)
+    if i_block * BN >= stored:
+        return
+
+    o_key = i_block * BN + tl.arange(0, BN)
+    m_key = o_key < n
+    b_k = load_rows(k, row_pointers(k, row, i_head, first_n + o_key), m_key, D, BD, False)
+    b_v = load_rows(v, row_pointers(v, row, i_head, first_n + o_key), m_key, E, BE, False)
+    b_dk = tl.zeros([BN, BD], tl.float32)
+    b_dv = tl.zeros([BN, BE], tl.float32)
+    # Out-of-range queries have P = 0, out-of-range keys are masked at the store: neither needs a mask here.
+    last = tl.minimum(i_block * BN + BN, n) - 1
+    start, full_start, full_stop, stop = rows_seeing(rule, i_block * BN, last, m, n, GROUPS, BM)
+    if rule.left is None:
+        full_stop = stop
+    for phase in tl.static_range(3):
+        if phase == 1 or (phase == 0 and rule.right is not None) or (phase == 2 and rule.left is not None):
+            lo = start if phase == 0 else (full_start if phase == 1 else full_stop)
+            hi = full_start if phase == 0 else (full_stop if phase == 1 else stop)
+            for r in range(lo, hi, BM):
+                o_row = r + tl.arange(0, BM)
+                o_query, o_head = o_row // GROUPS, i_head * GROUPS + o_row % GROUPS
+                m_row = o_query < m
+                o_position = o_query + n - m
+                b_q = load_rows(q, row_pointers(q, row, o_head, first_m + o_query), m_row, D, BD, False)
+                p_dout = row_pointers(dout, row, o_head, first_m + o_query)
+                b_dout = load_rows(dout, p_dout, m_row, E, BE, False)
+                o_flat = row_offsets(sequences, i_seq, i_head, n_kv_heads * GROUPS, o_query, o_head, first_m, row)
+                b_lse = tl.load(lse + o_flat, mask=m_row, other=-float("inf"))
+                b_delta = tl.load(delta + o_flat, mask=m_row, other=0.0)
+                # S^T, keys by rows: P^T and dS^T are then left operands of tl.dot without a transposition.
+                b_kq = tl.dot(b_k, b_q.T, input_precision=PRECISION)
+                p_bias = bias_pointers(rule, row, o_head)
+                b_s, b_slope = scores(b_kq, rule, p_bias[None, :], o_position[None, :], o_key[:, None], n, phase != 1)
+                b_p = probabilities(b_s, b_lse[None, :])
+                b_weight = b_p
+                if rule.seed is not None:
+                    m_kept = kept(rule, i_seq, o_head, o_query, i_block * BN, BM, BN).T
+                    b_weight = tl.where(m_kept, b_p * rule.dropout_scale, 0.0)
+                b_dv = tl.dot(b_weight.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
+                b_dp = tl.dot(b_v, b_dout.T, input_precision=PRECISION)
+                if rule.seed is not None:
+                    b_dp = tl.where(m_kept, b_dp * rule.dropout_scale, 0.0)
+                b_ds = b_p * (b_dp - b_delta[None, :]) * b_slope
+                b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    b_dk = tl.where(m_key[:, None], b_dk * rule.scale, 0.0)
+    b_dv = tl.where(m_key[:, None], b_dv, 0.0)
+    store_rows(dk, row_pointers(dk, row, i_head, first_n + o_key), o_key < stored, b_dk, D, BD)
+    store_rows(dv, row_pointers(dv, row, i_head, first_n + o_key), o_key < stored, b_dv, E, BE)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def dbias_kernel(
+    q, k, v, dout, lse, delta, dbias, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
+    scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
+    sinks, seed, threshold, dropout_scale, n_blocks, n_heads,
+    GROUPS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dBias of a block of BN = BM distances j - p, over all queries: dS summed along diagonals."""
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
+    rule = AttentionRule(
+        scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale
+    )
+    i_block = tl.program_id(0) % n_blocks
+    i_head = tl.program_id(0) // n_blocks % n_heads
+    i_batch = tl.program_id(0) // n_blocks // n_heads
+    nearest = i_block * BN - rule.max_distance  # distance of the first diagonal
+    o_column = tl.arange(0, BM + BN)
+    o_step = tl.arange(0, BM)[:, None] + tl.zeros([1, BN], tl.int32)
+    b_dbias = tl.zeros([BN], tl.float32)
+    first_seq = i_batch
+    last_seq = i_batch + 1
+    if sequences.cu_seqlens_q is not None:
+        last_seq = sequences.n_sequences
+    for i_seq in range(first_seq, last_seq):
+        row, first_m, m, _stored_m, first_n, n, _stored_n = bounds(sequences, i_seq)
+        # The range of queries that have a key at one of these distances.
+        start = tl.maximum(m - n - nearest - BN + 1, 0) // BM * BM
+        stop = tl.minimum(m - nearest, m)
+        if rule.right is not None:
+            stop = tl.where(nearest > rule.right, 0, stop)
+        if rule.left is not None:
+            stop = tl.where(nearest + BN - 1 < -rule.left, 0, stop)
+        for i in range(start, stop, BM):
+            o_query = i + tl.arange(0, BM)
+            o_position = o_query + n - m
+            o_key = i + n - m + nearest + o_column
+            m_row = o_query < m
+            m_key = (o_key >= 0) & (o_key < n)
+            b_q = load_rows(q, row_pointers(q, row, i_head, first_m + o_query), m_row, D, BD, False)
+            b_dout = load_rows(dout, row_pointers(dout, row, i_head, first_m + o_query), m_row, E, BE, False)
+            b_k = load_rows(k, row_pointers(k, row, i_head // GROUPS, first_n + o_key), m_key, D, BD, False)
+            b_v = load_rows(v, row_pointers(v, row, i_head // GROUPS, first_n + o_key), m_key, E, BE, False)
+            o_flat = row_offsets(sequences, i_seq, i_head, n_heads, o_query, i_head, first_m, row)
+            b_lse = tl.load(lse + o_flat, mask=m_row, other=-float("inf"))
+            b_delta = tl.load(delta + o_flat, mask=m_row, other=0.0)
+            b_qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
+            p_bias = bias_pointers(rule, row, i_head)
+            b_s, _ = scores(b_qk, rule, p_bias, o_position[:, None], o_key[None, :], n, True)
+            b_p = tl.where(m_key[None, :], probabilities(b_s, b_lse[:, None]), 0.0)
+            b_dp = tl.dot(b_dout, b_v.T, input_precision=PRECISION)
+            if rule.seed is not None:
+                b_dp *= kept_at(rule, i_seq, i_head, o_query, o_key, BM, BM + BN)
+            b_ds = b_p * (b_dp - b_delta[:, None])
+            # Element (r, c) of dS is on diagonal c - r: shift row r to the left by r, and sum the columns.
+            b_dbias += tl.sum(tl.gather(b_ds, o_step + tl.arange(0, BN)[None, :], 1), 0)
+    o_bias = i_block * BN + tl.arange(0, BN)
+    width = 2 * rule.max_distance + 1
+    p_dbias = dbias + (tl.cast(i_batch, tl.int64) * n_heads + i_head) * width + o_bias
+    tl.store(p_dbias, b_dbias, mask=o_bias < width)
