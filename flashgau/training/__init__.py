@@ -6,11 +6,14 @@ result.bits_per_byte, result.model
 """
 
 from .checkpoint import CheckpointError
-from .config import TrainConfig, learning_rate
+from .config import TrainConfig
 from .data import Corpus, load_corpus, load_text
 from .evaluation import Evaluation, evaluate
+from .optimization import learning_rate
 from .processes import Elsewhere, Processes, launched
-from .trainer import Callback, Event, TrainResult, load_config, load_model, resume_config, train
+from .restore import load_config, load_model, resume_config
+from .results import Callback, Event, TrainResult
+from .trainer import train
 
 __all__ = [
     "Callback",

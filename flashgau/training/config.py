@@ -180,24 +180,3 @@ _POSITIVE = frozenset(
         *("eval_windows", "eval_every", "save_every", "log_every"),
     }
 )
-
-
-def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
-    """Learning rate of the optimizer step that `step` steps came before: linear warm-up times cosine decay.
-
-        lr * min(1, (step + 1) / warmup) * (f + (1 - f) (1 + cos(pi * progress)) / 2),      f = lr_final
-
-    Args:
-        config: gives `lr`, `lr_final` and the warm-up.
-        step: steps already taken.
-        progress: share of the run that lies behind, 0 to 1: `step / steps`, or of the time when only that is
-            limited.
-
-    Example:
-        >>> config = TrainConfig(lr=1.0, lr_final=0.5, warmup=4, steps=100)
-        >>> learning_rate(config, 0, 0.0), learning_rate(config, 50, 0.5), learning_rate(config, 100, 1.0)
-        (0.25, 0.75, 0.5)
-    """
-    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps > 0 else 1.0
-    cosine = 0.5 * (1.0 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
-    return config.lr * warm * (config.lr_final + (1.0 - config.lr_final) * cosine)
