@@ -21,10 +21,12 @@ pytest.importorskip("triton")
 from flashgau.kernels.common import Config
 
 from flashgau import tuning
-from flashgau.cli import app, check, configurations, main
-from flashgau.cli import tune as tune_command
+from flashgau.cli import app, main
 from flashgau.tuning import ahead, compiler, search, shipped, table
 from flashgau.tuning.table import FUSED, Entry, Key, Table
+from flashgau.verification import candidates as tune_command
+from flashgau.verification import checking as check
+from flashgau.verification import configurations
 
 CPU = torch.device("cpu")
 KEY = Key("attention_forward", 4, 64)
