@@ -20,11 +20,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import flashgau
-from flashgau.cli import app, check, demo, doctor, main, measure, report
-from flashgau.cli.cases import ACTIVATIONS, all_cases
+from flashgau.cli import app, demo, doctor, main, report
 from flashgau.cli.console import with_outputs
 from flashgau.cli.doctor import OPERATIONS
 from flashgau.tuning import table
+from flashgau.verification import checking as check
+from flashgau.verification import measuring as measure
+from flashgau.verification.cases import ACTIVATIONS, all_cases
 
 runner = CliRunner()
 COMMANDS = ("doctor", "check", "train", "sample", "eval", "demo")
@@ -447,7 +449,7 @@ def test_check_refuses_a_backend_that_cannot_run(monkeypatch, capsys):
 def few_cases(monkeypatch, op, count=3):
     """Let check run only the first cases of an operation."""
     cases = all_cases(op)[:count]
-    monkeypatch.setattr("flashgau.cli.cases.all_cases", lambda *_: cases)
+    monkeypatch.setattr("flashgau.verification.checking.all_cases", lambda *_: cases)
 
 
 def test_check_finds_a_wrong_operation(monkeypatch):

@@ -8,11 +8,11 @@ import torch
 from strategies import randn
 
 import flashgau
-from flashgau.cli.cases import all_cases
-from flashgau.cli.check import run_cases
 from flashgau.eager import attention as eager_attention
 from flashgau.eager import gau as eager_gau
 from flashgau.eager import glu as eager_glu
+from flashgau.verification.cases import all_cases
+from flashgau.verification.checking import run_cases
 
 OPERANDS = {
     "attention": [randn(i, 2, 2, 9, 4) for i in range(3)],

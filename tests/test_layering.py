@@ -23,7 +23,8 @@ ALLOWED: dict[str, set[str]] = {
     "integrations": {"nn", *OPS},
     "distributed": {"nn", *OPS},
     "training": {"models", "nn", *OPS},
-    "cli": {"bench", "training", "convert", "models", "nn", *OPS},
+    "verification": {"nn", "ops", "tuning", "reference", "kernels"},
+    "cli": {"bench", "verification", "training", "convert", "models", "nn", *OPS},
 }
 
 
@@ -113,7 +114,7 @@ def test_nothing_is_left_undone():
 
 def test_importing_the_package_loads_no_layers():
     """`import flashgau` brings the operations; layers, models and tools come when they are used."""
-    late = ["nn", "models", "training", "convert", "cli"]
+    late = ["nn", "models", "training", "convert", "verification", "cli"]
     code = f"""
 import sys, flashgau
 loaded = [m for m in {late!r} if "flashgau." + m in sys.modules]

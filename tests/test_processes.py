@@ -24,7 +24,7 @@ from flashgau.cli import app
 from flashgau.models import CausalLM, MaskedLM, ModelConfig
 from flashgau.training import Elsewhere, Event, Processes, TrainConfig, launched, load_model, processes, train, trainer
 from flashgau.training.checkpoint import read_checkpoint
-from flashgau.training.trainer import BEST, LAST, LOG
+from flashgau.training.folder import BEST, LAST, LOG
 
 PAIR = 2
 

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from flashgau.cli import app, main
 from flashgau.models import KINDS, CausalLM, Encoder, MaskedLM, ModelConfig, sample
 from flashgau.training import TrainConfig, evaluate, load_model, load_text, train, trainer
+from flashgau.training.folder import BEST, LAST
 from flashgau.training.objective import examples, fixed_mask_seeds
-from flashgau.training.trainer import BEST, LAST
 
 WRONG_MODELS: dict[str, str] = {
     "option_of_2027": json.dumps({"class": "CausalLM", "config": {"layer": {"option_of_2027": 1}}}),

@@ -44,6 +44,7 @@ from flashgau.training import (
     TrainConfig,
     TrainResult,
     learning_rate,
+    load_config,
     load_corpus,
     load_model,
     load_text,
@@ -67,8 +68,10 @@ from flashgau.training.data import (
     validation_starts,
     windows,
 )
+from flashgau.training.folder import BEST, LAST, LOG, PLOT
 from flashgau.training.objective import MASK, examples, mask_seeds
-from flashgau.training.trainer import BEST, LAST, LOG, PLOT, parameter_groups
+from flashgau.training.optimization import parameter_groups
+from flashgau.training.restore import State
 
 FIXTURES = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -630,7 +633,7 @@ def tiny_checkpoint() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     described = ModelConfig(dim=8, depth=2, key_dim=4, chunk_size=4)
     data = {"source": "", "fingerprint": "", "train_bytes": 1, "train_files": 1}
     metadata = {"config": TrainConfig().to_dict(), "model": described.to_dict(), "data": data}
-    state = {field.name: field.default for field in fields(trainer._State)}
+    state = {field.name: field.default for field in fields(State)}
     return {f"model.{k}": v for k, v in CausalLM(described).state_dict().items()}, {**metadata, "state": state}
 
 
@@ -649,7 +652,7 @@ def test_a_checkpoint_of_any_form_is_a_model_or_refused(data: st.DataObject, tmp
     tensors, whole = tiny_checkpoint()
     path = tmp_path_factory.mktemp("form") / LAST
     write_checkpoint(path, tensors, data.draw(mutations(whole)))
-    for read in (load_model, trainer.load_config, lambda file: resume_config(file.parent)):
+    for read in (load_model, load_config, lambda file: resume_config(file.parent)):
         message = refusal(read, path)
         assert str(path) in message
         assert len(message) < 900
@@ -687,7 +690,7 @@ def test_a_header_that_is_no_object_is_refused(text: str, tmp_path: Path) -> Non
 
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     save_file({"model.a": torch.ones(2)}, tmp_path / "x", {"flashgau": text, "digest": digest})
-    for read in (read_metadata, read_checkpoint, load_model, trainer.load_config):
+    for read in (read_metadata, read_checkpoint, load_model, load_config):
         with pytest.raises(CheckpointError, match=r"checkpoint .*/x (is damaged: its header: not JSON|has format)"):
             read(tmp_path / "x")
 

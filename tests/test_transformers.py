@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import flashgau
-from flashgau.integrations import transformers as ours
+from flashgau.integrations.transformers import attention as ours
 from flashgau.integrations.transformers import patch_glu, register_attention
 
 transformers = pytest.importorskip("transformers", minversion="5.5")
@@ -675,7 +675,7 @@ def test_a_window_of_nothing_gives_nothing():
 
 
 def test_masks_of_another_make_that_mean_the_same_are_taken(monkeypatch):
-    monkeypatch.setattr(ours, "_BLOCK", 20)  # several blocks
+    monkeypatch.setattr("flashgau.integrations.transformers.intervals._BLOCK", 20)  # several blocks
     call = {"batch_size": 1, "q_length": 9, "kv_length": 9}
     plain = masking.or_masks(masking.causal_mask_function, lambda b, h, q, k: k == q)
     assert ours._facts(ours._attention_mask(**call, mask_function=plain, use_vmap=True)).kind == ours._PLAIN

@@ -21,10 +21,12 @@ pytest.importorskip("triton")
 from flashgau.kernels.common import Config
 
 from flashgau import tuning
-from flashgau.cli import app, check, configurations, main
-from flashgau.cli import tune as tune_command
+from flashgau.cli import app, main
 from flashgau.tuning import ahead, compiler, search, shipped, table
-from flashgau.tuning.table import FUSED, Key, Table, TableEntry
+from flashgau.tuning.table import FUSED, TableEntry, Key, Table
+from flashgau.verification import candidates as tune_command
+from flashgau.verification import checking as check
+from flashgau.verification import configurations
 
 CPU = torch.device("cpu")
 KEY = Key("attention_forward", 4, 64)
@@ -390,9 +392,7 @@ def test_the_fastest_that_compiles_and_is_right_wins(folder):
     found = searching(folder, compile=compile, check=check, clock=clock)
     list(found.run())
     best = found.best()
-    assert best[KEY] == TableEntry(
-        Config(64, 64, 4, 2), fast_where(Config(64, 64, 4, 2)), fast_where(Config(64, 32, 4, 2))
-    )
+    assert best[KEY] == TableEntry(Config(64, 64, 4, 2), fast_where(Config(64, 64, 4, 2)), fast_where(Config(64, 32, 4, 2)))
     assert best[OTHER].choice == Config(64, 64, 4, 2)
     assert all(j.config.num_stages > 1 for j in checked)
     assert all(j.config.num_warps == 4 for j in timed)

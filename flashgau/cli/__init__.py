@@ -1,7 +1,7 @@
 """The `flashgau` command.
 
-Every command lives in a module of its own. Nothing here imports PyTorch: a command does that when it runs, so
-`flashgau --help` answers at once.
+Every command lives in a module of its own, which parses, calls and prints; what it calls lives in the other packages.
+Nothing here imports PyTorch: a command does that when it runs, so `flashgau --help` answers at once.
 """
 
 from __future__ import annotations

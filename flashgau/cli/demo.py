@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
-    from flashgau.cli.measure import Point
+    from flashgau.verification.measuring import Point
 
 FACTS, REPORT, TRAINING = "demo.json", "report.html", "training"
 PROMPT = "def "
@@ -130,8 +130,10 @@ class Demo:
         """`flashgau check`, or an even quarter of its cases when there is no time."""
         import torch
 
+        from flashgau.verification import checking
+
         device = torch.device("cpu")
-        pairs = check.select(None, None, device, thorough=False)
+        pairs = checking.select(None, None, device, thorough=False)
         extent = "Every operation and option"
         if self.quick:
             pairs, extent = pairs[::4], "Every fourth case of the check of every operation and option"
@@ -143,7 +145,7 @@ class Demo:
             "cases": len(rows),
             "missed": len(missed),
             "seconds": time.perf_counter() - began,
-            "summary": check.summary(rows),
+            "summary": checking.summary(rows),
             # Without the tensors of each case, which would make the file ten times as long.
             "rows": [{key: value for key, value in asdict(row).items() if key != "tensors"} for row in rows],
         }
@@ -214,7 +216,7 @@ class Demo:
 
     def measure(self) -> None:
         """Time and memory of the three ways to mix tokens."""
-        from flashgau.cli.measure import Sizes, measure
+        from flashgau.verification.measuring import Sizes, measure
 
         available = doctor.available_memory()
         longest = 2048 if self.quick else 8192

@@ -2,98 +2,57 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 import signal
+from collections.abc import Callable
+from dataclasses import Field, fields
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any
+from types import NoneType, TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from flashgau.cli.console import FAILURE, dump_json, failing, make_console, seconds
+from flashgau.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from flashgau.training import Event, TrainResult
 
-# Written here because asking flashgau.models would load PyTorch for a page of help; a test compares them.
-_KINDS = "flash, flash-quad, transformer, transformer++, mc-tfm++"
-_SIZES = "tiny, small, medium, base"
+_PATHS = ("data", "out")  # fields that name files, which the configuration keeps as text
 
 
+def _option_of(field: Field[Any], hint: Any) -> inspect.Parameter:
+    """The option that sets a field of the configuration; but for `out` it is None where it is not given."""
+    name, flag = field.name, field.name.replace("_", "-")
+    text, shown, metavar = (field.metadata[key] for key in ("help", "shown", "metavar"))
+    kind: Any = Path if name in _PATHS else next(k for k in (get_args(hint) or (hint,)) if k is not NoneType)
+    default: Any = None
+    if name == "out":
+        default, option = Path(TrainConfig.out), typer.Option(help=text)
+    elif kind is bool:
+        option = typer.Option(f"--{flag}/--no-{flag}", help=text, show_default=False)
+    else:
+        option = typer.Option(help=f"{text} [default: {shown}]" if shown else text, metavar=metavar)
+    annotation: Any = Annotated[kind if default else kind | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _with_options_of_config(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that takes `**given` an option for each field of the configuration that is described as one."""
+    hints = get_type_hints(TrainConfig)
+    generated = [_option_of(field, hints[field.name]) for field in fields(TrainConfig) if field.metadata]
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    named = [parameter for parameter in own if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    command.__signature__ = inspect.Signature([*generated, *named])  # type: ignore[attr-defined]
+    return command
+
+
+@_with_options_of_config
 def train(
-    model: Annotated[
-        str | None, typer.Option(help=f"Kind of model: {_KINDS}. [default: flash]", metavar="KIND")
-    ] = None,
-    size: Annotated[str | None, typer.Option(help=f"Its size: {_SIZES}. [default: small]", metavar="NAME")] = None,
-    objective: Annotated[
-        str | None,
-        typer.Option(help="clm: predict the next byte; mlm: fill in masked bytes. [default: clm]", metavar="clm|mlm"),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Text: any file, or a folder, whose files are split into training and validation. "
-            "[default: Python's standard library]"
-        ),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints, log and loss curve.")] = Path("runs/train"),
-    steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps. [default: 2000, or no limit with --max-minutes]")
-    ] = None,
-    max_minutes: Annotated[
-        float | None,
-        typer.Option(
-            help="Minutes after which the run ends, earlier parts of a resumed run included. "
-            "Without --steps the learning rate follows the clock."
-        ),
-    ] = None,
-    batch: Annotated[
-        int | None, typer.Option(help="Windows per forward pass, over all processes. [default: 8]")
-    ] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Forward passes per optimizer step. [default: 1]")] = None,
-    length: Annotated[int | None, typer.Option(help="Bytes per window. [default: 512]")] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate. [default: 0.001]")] = None,
-    lr_final: Annotated[
-        float | None, typer.Option(help="Learning rate at the end, as a fraction of --lr. [default: 0.1]")
-    ] = None,
-    warmup: Annotated[
-        int | None, typer.Option(help="Steps of linear warm-up. [default: 100, at most a tenth of --steps]")
-    ] = None,
-    weight_decay: Annotated[
-        float | None, typer.Option(help="Decoupled weight decay of matrices. [default: 0.1]")
-    ] = None,
-    grad_clip: Annotated[
-        float | None, typer.Option(help="Largest norm of the gradient; 0 for no limit. [default: 1.0]")
-    ] = None,
-    checkpointing: Annotated[
-        bool | None,
-        typer.Option(
-            "--checkpointing/--no-checkpointing",
-            help="Compute layers again in the backward pass rather than keep what they computed.",
-            show_default=False,
-        ),
-    ] = None,
-    shard: Annotated[
-        bool | None,
-        typer.Option(
-            "--shard/--no-shard", help="Divide the parameters among the processes of torchrun.", show_default=False
-        ),
-    ] = None,
-    bf16: Annotated[
-        bool | None,
-        typer.Option("--bf16/--no-bf16", help="Compute in bfloat16; parameters stay fp32.", show_default=False),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, batches, masks and dropout. [default: 0]")] = None,
-    validation_fraction: Annotated[
-        float | None, typer.Option(help="Share of the text that is not trained on. [default: 0.05]")
-    ] = None,
-    eval_windows: Annotated[int | None, typer.Option(help="Most windows per validation. [default: 64]")] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Steps between validations. [default: 200]")] = None,
-    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. [default: 200]")] = None,
-    log_every: Annotated[int | None, typer.Option(help="Steps between rows of the log. [default: 10]")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... [default: auto]")] = None,
+    *,
     timeout: Annotated[
         float | None,
         typer.Option(
@@ -111,6 +70,7 @@ def train(
         ),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the final report as JSON.")] = False,
+    **given: Any,
 ) -> None:
     """Train a byte-level language model; Ctrl-C saves, --resume continues bit for bit.
 
@@ -127,40 +87,17 @@ def train(
     """
     import flashgau.training as training
 
-    given: dict[str, Any] = {
-        "model": model,
-        "size": size,
-        "objective": objective,
-        "data": None if data is None else str(data.absolute()),
-        "steps": steps,
-        "max_minutes": max_minutes,
-        "batch": batch,
-        "accumulate": accumulate,
-        "length": length,
-        "lr": lr,
-        "lr_final": lr_final,
-        "warmup": warmup,
-        "weight_decay": weight_decay,
-        "grad_clip": grad_clip,
-        "checkpointing": checkpointing,
-        "shard": shard,
-        "bf16": bf16,
-        "seed": seed,
-        "validation_fraction": validation_fraction,
-        "eval_windows": eval_windows,
-        "eval_every": eval_every,
-        "save_every": save_every,
-        "log_every": log_every,
-        "device": device,
-    }
+    out: Path = given.pop("out")
     given = {name: value for name, value in given.items() if value is not None}
+    if "data" in given:
+        given["data"] = str(given["data"].absolute())
     if given.get("grad_clip") == 0:
         given["grad_clip"] = None
-    if max_minutes is not None and steps is None and not resume:
+    if "max_minutes" in given and "steps" not in given and not resume:
         given["steps"] = None
 
-    def configure() -> training.TrainConfig:
-        return training.resume_config(out, **given) if resume else training.TrainConfig(out=str(out), **given)
+    def configure() -> TrainConfig:
+        return training.resume_config(out, **given) if resume else TrainConfig(out=str(out), **given)
 
     progress = ProgressDisplay(make_console(stderr=True))
     limit: dict[str, Any] = {} if timeout is None else {"timeout": timeout}

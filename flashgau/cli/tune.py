@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,150 +27,7 @@ if TYPE_CHECKING:
 
     from flashgau.tuning.ahead import Job
     from flashgau.tuning.search import Search
-    from flashgau.tuning.table import Key, TableEntry
-
-LENGTH, INTERPRETED_LENGTH = 8192, 32  # tokens of a timed call
-FUSED_WIDTHS = (512, 1024, 2048, 4096)  # inner axes for which the maker of glu_linear's products is chosen
-DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
-class Bench:
-    """Checks and times candidates on one device.
-
-    Attributes:
-        broken: whether the device refuses all work since a candidate's, so that the process must end.
-    """
-
-    def __init__(self, device: torch.device, clock: Callable[[Callable[[], object]], float] | None = None) -> None:
-        from flashgau import tuning
-
-        self.device, self.broken = device, False
-        self.interpreted = tuning.architecture(device) == "interpreter"
-        self.median = clock or (_wall_clock if self.interpreted else _gpu_clock)
-        self._operands: tuple[Any, Any] = None, None
-
-    def check(self, job: Job) -> str | None:
-        """Why a candidate's results are wrong, if they are: held to the fp64 reference on a small awkward call."""
-        from flashgau.cli import configurations
-
-        assert job.config is not None
-        case = configurations.case_of(job.key, job.config, DTYPE_NAMES[job.dtype], self.interpreted)
-        try:
-            report = configurations.hold(case, self.device)
-        except Exception as error:  # whatever a launch fails with is the candidate's fate
-            return self._failed(error)
-        worst = [row for row in report.rows if not row.ok]
-        return f"{worst[0].name} is off by {worst[0].max_error:.1e}" if worst else None
-
-    def clock(self, job: Job) -> float:
-        """Milliseconds of the whole call of a candidate's launcher, all else launched as the tables say."""
-        from flashgau import tuning
-        from flashgau.cli.configurations import launched
-        from flashgau.tuning.shipped import DTYPES, ENTRIES, Kept
-
-        key = job.entry, job.dtype, job.width, job.kind
-        if self._operands[0] != key:  # those of one entry at a time: they are large
-            length = INTERPRETED_LENGTH if self.interpreted else LENGTH
-            self._operands = key, Kept(DTYPES[job.dtype], self.device, length)
-        make = self._operands[1]
-
-        def call() -> None:
-            make.rewind()
-            ENTRIES[job.entry].call(job.kind, job.width, make, tuning.choose)
-
-        assert job.config is not None
-        with launched(job.key, job.config):
-            return self.median(call)
-
-    def fusing(self, itemsize: int, width: int, few_rows: bool) -> TableEntry:
-        """Whether one kernel makes glu_linear's products faster than the vendor's library."""
-        import torch
-
-        from flashgau import tuning
-        from flashgau.kernels.glu import glu_linear_forward
-        from flashgau.tuning.shipped import Operands
-        from flashgau.tuning.table import TableEntry
-
-        make = Operands(torch.float32 if itemsize == 4 else torch.bfloat16, self.device)
-        rows = 1 if few_rows else INTERPRETED_LENGTH if self.interpreted else LENGTH
-        x, w, u = make(rows, width), make(4096, width), make(4096, width)
-        options: dict[str, Any] = {"activation": "silu", "up_activation": "identity", "choose": tuning.choose}
-        one, library = (
-            self.median(lambda f=fused: glu_linear_forward(x, w, u, None, None, save=True, fused=f, **options))  # type: ignore[misc]
-            for fused in (True, False)
-        )
-        return TableEntry(one < library, min(one, library), library)
-
-    def _failed(self, error: Exception) -> str:
-        import torch
-
-        if self.device.type == "cuda":
-            try:
-                torch.cuda.synchronize(self.device)
-            except RuntimeError:
-                self.broken = True
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _gpu_clock(call: Callable[[], object]) -> float:
-    """Median milliseconds, the cache emptied before each call."""
-    from triton.testing import do_bench
-
-    return float(do_bench(call, warmup=10, rep=60, return_mode="median"))
-
-
-def _wall_clock(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - began)
-
-
-def versions() -> dict[str, str]:
-    """Of what a measurement depends on."""
-    import torch
-    import triton
-
-    import flashgau
-
-    found = {"flashgau": flashgau.__version__, "torch": str(torch.__version__), "triton": triton.__version__}
-    runtime = torch.version.hip or torch.version.cuda
-    return found | ({"runtime": runtime} if runtime else {})
-
-
-def starts(device: torch.device, ops: set[str], widths: list[int] | None) -> list[Job]:
-    """A job for every entry, with the shipped configuration, around which others are tried."""
-    from dataclasses import replace
-
-    from flashgau import tuning
-    from flashgau.cli.configurations import is_asked
-    from flashgau.tuning import ahead, search
-
-    arch = tuning.architecture(device)
-    half = "fp16" if arch == "interpreter" else "bf16"
-    jobs = search.tasks(ahead.target_here(device), ops, widths, (half, "fp32"))
-    return [
-        replace(job, config=tuning.shipped_config(device, job.key))
-        for job in jobs
-        if is_asked(job.key, arch == "interpreter")
-    ]
-
-
-def show(device: torch.device) -> list[dict[str, Any]]:
-    """Every choice for a device: where it comes from, and what measuring it gave."""
-    from dataclasses import asdict
-
-    from flashgau import tuning
-    from flashgau.kernels.common import Config
-
-    sources = [*tuning.measured_tables(device), tuning.shipped_table(tuning.architecture(device))]
-    rows = []
-    for key in sorted({key for source in sources for key in source.entries}):
-        source = next(source for source in sources if key in source.entries)
-        entry = source.entries[key]
-        choice = asdict(entry.choice) if isinstance(entry.choice, Config) else entry.choice
-        where = source.gpu if source.measured else source.architecture
-        rows.append({**key._asdict(), "choice": choice, "from": where, "ms": entry.ms, "default_ms": entry.default_ms})
-    return rows
+    from flashgau.tuning.table import TableEntry, Key
 
 
 def block_text(choice: Any) -> str:
@@ -225,18 +81,6 @@ def run_search(search: Search, limit: float, stop: Callable[[], bool]) -> bool:
     return True
 
 
-def fused_entries(bench: Bench, ops: set[str]) -> dict[Key, TableEntry]:
-    """Who makes the products of glu_linear, by inner axis and dtype."""
-    from flashgau.tuning.table import FUSED, Key
-
-    if "glu_linear" not in ops or bench.interpreted or bench.broken:
-        return {}
-    places = [
-        Key(FUSED, itemsize, width, few) for itemsize in (2, 4) for width in FUSED_WIDTHS for few in (True, False)
-    ]
-    return {key: bench.fusing(key.itemsize, key.width, key.few_rows) for key in places}
-
-
 def tune(
     op: Annotated[
         str | None, typer.Option(metavar="NAMES", help=f"Only these operations: {', '.join(OPERATIONS)}.")
@@ -288,11 +132,12 @@ def _tune(
 ) -> int:
     """What `flashgau tune` does with options that are right."""
     from flashgau import tuning
+    from flashgau.verification import candidates
 
     if export is not None:
         return _export(where, export)
     if show_only:
-        rows = show(where)
+        rows = candidates.choices(where)
         if as_json:
             print(dump_json({"schema": "flashgau-tuning", "schema_version": 1, "device": str(where), "rows": rows}))
         else:
@@ -302,16 +147,16 @@ def _tune(
     from flashgau.tuning import ahead
     from flashgau.tuning.search import Journal, Search
 
-    path, bench = tuning.user_path(where), Bench(where)
-    before = starts(where, ops, widths)
-    journal = Journal(path.with_suffix(".journal.jsonl"), versions())
+    path, bench = tuning.user_path(where), candidates.Bench(where)
+    before = candidates.starts(where, ops, widths)
+    journal = Journal(path.with_suffix(".journal.jsonl"), candidates.versions())
     search = Search(before, bench.check, bench.clock, journal, ahead.compile_each)
     finished = run_search(search, 60 * minutes, lambda: bench.broken)
     found = search.best()
     if finished:
-        _write(where, path, found)  # whose products the fused form is then timed with
-        found |= fused_entries(bench, ops)
-    _write(where, path, found)
+        candidates.keep(where, path, found)  # whose products the fused form is then timed with
+        found |= candidates.fused_entries(bench, ops)
+    candidates.keep(where, path, found)
     _report(before, found, path, as_json)
     if bench.broken:
         fail("tune", "a candidate left the GPU unusable for this process; the same command goes on without it")
@@ -338,7 +183,7 @@ def _device(name: str) -> torch.device:
 
 
 def _names(op: str | None) -> set[str]:
-    from flashgau.cli.configurations import LAYERS
+    from flashgau.verification.configurations import LAYERS
 
     names = set(OPERATIONS) if op is None else {name.strip() for name in op.split(",") if name.strip()}
     if unknown := sorted(names - set(OPERATIONS)):
@@ -369,18 +214,6 @@ def _export(where: torch.device, to: Path) -> int:
     table.write(to, own)
     print(f"wrote {to}: {len(own.entries)} entries of {own.gpu}")
     return 0
-
-
-def _write(where: torch.device, path: Path, found: dict[Key, TableEntry]) -> None:
-    """Put what was found into the user's table."""
-    from flashgau import tuning
-    from flashgau.tuning import table
-
-    if found:
-        date = datetime.date.today().isoformat()
-        arch = tuning.architecture(where)
-        table.merge(path, table.Table(tuning.gpu_name(where), arch, True, versions(), date, found))
-        tuning.reload()
 
 
 def _report(before: list[Job], found: dict[Key, TableEntry], path: Path, as_json: bool) -> None:

@@ -5,12 +5,19 @@ result = train(TrainConfig(model="flash", steps=None, max_minutes=2, out="runs/t
 result.bits_per_byte, result.model
 """
 
-from .checkpoint import CheckpointError
-from .config import TrainConfig, learning_rate
-from .data import Corpus, load_corpus, load_text
-from .evaluation import Evaluation, evaluate
-from .processes import Elsewhere, Processes, launched
-from .trainer import Callback, Event, TrainResult, load_config, load_model, resume_config, train
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import CheckpointError
+    from .config import TrainConfig
+    from .data import Corpus, load_corpus, load_text
+    from .evaluation import Evaluation, evaluate
+    from .optimization import learning_rate
+    from .processes import Elsewhere, Processes, launched
+    from .restore import load_config, load_model, resume_config
+    from .results import Callback, Event, TrainResult
+    from .trainer import train
 
 __all__ = [
     "Callback",
@@ -32,3 +39,28 @@ __all__ = [
     "resume_config",
     "train",
 ]
+
+# Each loads when it is first used: the help of `flashgau train` asks for the configuration, and not for PyTorch.
+_HOMES = {
+    "checkpoint": ("CheckpointError",),
+    "config": ("TrainConfig",),
+    "data": ("Corpus", "load_corpus", "load_text"),
+    "evaluation": ("Evaluation", "evaluate"),
+    "optimization": ("learning_rate",),
+    "processes": ("Elsewhere", "Processes", "launched"),
+    "restore": ("load_config", "load_model", "resume_config"),
+    "results": ("Callback", "Event", "TrainResult"),
+    "trainer": ("train",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_type_hints
 
 # What may differ between a checkpoint and the run that resumes it: how long, how often, where, and how the memory is
@@ -19,6 +19,24 @@ OBJECTIVES = ("clm", "mlm")
 
 MOST_BYTES = 2**32
 """Of the windows of one step, which are all in memory at once, 17 bytes for each: far more than anybody trains on."""
+
+# Written here because asking flashgau.models would load PyTorch for a page of help; a test compares them.
+_KINDS = "flash, flash-quad, transformer, transformer++, mc-tfm++"
+_SIZES = "tiny, small, medium, base"
+
+
+def _option(default: Any, help: str, *, shown: str = "{}", metavar: str | None = None) -> Any:
+    """A field for which `flashgau train` has an option: the command makes it from what is said here.
+
+    Args:
+        default: of the field.
+        help: of the option.
+        shown: how the help shows the default, {}; of a default None nothing is shown unless this says what it means.
+        metavar: how the help shows the value; its type unless given.
+    """
+    if default is None and shown == "{}":
+        shown = ""
+    return field(default=default, metadata={"help": help, "shown": shown.format(default), "metavar": metavar})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,50 +79,60 @@ class TrainConfig:
         device: "auto" (a GPU if there is one), or a PyTorch device.
     """
 
-    model: str = "flash"
-    size: str = "small"
-    objective: str = "clm"
-    data: str | None = None
-    out: str = "runs/train"
-    steps: int | None = 2000
-    max_minutes: float | None = None
-    batch: int = 8
-    accumulate: int = 1
-    length: int = 512
-    lr: float = 1e-3
-    lr_final: float = 0.1
-    warmup: int | None = None
-    weight_decay: float = 0.1
+    model: str = _option("flash", f"Kind of model: {_KINDS}.", metavar="KIND")
+    size: str = _option("small", f"Its size: {_SIZES}.", metavar="NAME")
+    objective: str = _option("clm", "clm: predict the next byte; mlm: fill in masked bytes.", metavar="clm|mlm")
+    data: str | None = _option(
+        None,
+        "Text: any file, or a folder, whose files are split into training and validation.",
+        shown="Python's standard library",
+    )
+    out: str = _option("runs/train", "Folder for checkpoints, log and loss curve.")
+    steps: int | None = _option(2000, "Optimizer steps.", shown="{}, or no limit with --max-minutes")
+    max_minutes: float | None = _option(
+        None,
+        "Minutes after which the run ends, earlier parts of a resumed run included. "
+        "Without --steps the learning rate follows the clock.",
+    )
+    batch: int = _option(8, "Windows per forward pass, over all processes.")
+    accumulate: int = _option(1, "Forward passes per optimizer step.")
+    length: int = _option(512, "Bytes per window.")
+    lr: float = _option(1e-3, "Highest learning rate.")
+    lr_final: float = _option(0.1, "Learning rate at the end, as a fraction of --lr.")
+    warmup: int | None = _option(None, "Steps of linear warm-up.", shown="100, at most a tenth of --steps")
+    weight_decay: float = _option(0.1, "Decoupled weight decay of matrices.")
     beta1: float = 0.9
     beta2: float = 0.95
-    grad_clip: float | None = 1.0
-    checkpointing: bool = False
-    shard: bool = False
-    bf16: bool = False
-    seed: int = 0
-    validation_fraction: float = 0.05
-    eval_windows: int = 64
-    eval_every: int = 200
-    save_every: int = 200
-    log_every: int = 10
-    device: str = "auto"
+    grad_clip: float | None = _option(1.0, "Largest norm of the gradient; 0 for no limit.")
+    checkpointing: bool = _option(
+        False, "Compute layers again in the backward pass rather than keep what they computed."
+    )
+    shard: bool = _option(False, "Divide the parameters among the processes of torchrun.")
+    bf16: bool = _option(False, "Compute in bfloat16; parameters stay fp32.")
+    seed: int = _option(0, "Of weights, batches, masks and dropout.")
+    validation_fraction: float = _option(0.05, "Share of the text that is not trained on.")
+    eval_windows: int = _option(64, "Most windows per validation.")
+    eval_every: int = _option(200, "Steps between validations.")
+    save_every: int = _option(200, "Steps between checkpoints.")
+    log_every: int = _option(10, "Steps between rows of the log.")
+    device: str = _option("auto", "cpu, cuda, cuda:1 ...")
 
     def __post_init__(self) -> None:
         if self.steps is None and self.max_minutes is None:
             raise ValueError("TrainConfig: `steps` and `max_minutes` are both None; expected at least one limit")
         hints = get_type_hints(type(self))
-        for field in fields(self):
-            value, hint = getattr(self, field.name), hints[field.name]
+        for told in fields(self):
+            value, hint = getattr(self, told.name), hints[told.name]
             if value is None and hint in (int | None, float | None, str | None):
                 continue
             if type(value) is int and not -(2**63) <= value < 2**63:  # which no tensor or counter holds
-                raise ValueError(f"TrainConfig: `{field.name}` is {_shown(value)}; expected a number within 64 bits")
+                raise ValueError(f"TrainConfig: `{told.name}` is {_shown(value)}; expected a number within 64 bits")
             if hint in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
-                object.__setattr__(self, field.name, value := float(value))
+                object.__setattr__(self, told.name, value := float(value))
             kind = {int | None: int, float | None: float, str | None: str}.get(hint, hint)
             if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-                raise TypeError(f"TrainConfig: `{field.name}` is {_shown(repr(value))}; expected {kind.__name__}")
-            self._check_range(field.name, value)
+                raise TypeError(f"TrainConfig: `{told.name}` is {_shown(repr(value))}; expected {kind.__name__}")
+            self._check_range(told.name, value)
         for name in ("batch", "accumulate", "length"):
             if getattr(self, name) > MOST_BYTES:
                 raise ValueError(f"TrainConfig: `{name}` is {getattr(self, name)}; expected at most {MOST_BYTES}")
@@ -162,7 +190,7 @@ class TrainConfig:
             >>> TrainConfig.from_dict(TrainConfig(steps=5).to_dict()) == TrainConfig(steps=5)
             True
         """
-        unknown = sorted(values.keys() - {field.name for field in fields(cls)})
+        unknown = sorted(values.keys() - {told.name for told in fields(cls)})
         if unknown:
             raise ValueError(f"TrainConfig: no field named {_shown(', '.join(unknown))}")
         return cls(**values)
@@ -180,24 +208,3 @@ _POSITIVE = frozenset(
         *("eval_windows", "eval_every", "save_every", "log_every"),
     }
 )
-
-
-def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
-    """Learning rate of the optimizer step that `step` steps came before: linear warm-up times cosine decay.
-
-        lr * min(1, (step + 1) / warmup) * (f + (1 - f) (1 + cos(pi * progress)) / 2),      f = lr_final
-
-    Args:
-        config: gives `lr`, `lr_final` and the warm-up.
-        step: steps already taken.
-        progress: share of the run that lies behind, 0 to 1: `step / steps`, or of the time when only that is
-            limited.
-
-    Example:
-        >>> config = TrainConfig(lr=1.0, lr_final=0.5, warmup=4, steps=100)
-        >>> learning_rate(config, 0, 0.0), learning_rate(config, 50, 0.5), learning_rate(config, 100, 1.0)
-        (0.25, 0.75, 0.5)
-    """
-    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps > 0 else 1.0
-    cosine = 0.5 * (1.0 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
-    return config.lr * warm * (config.lr_final + (1.0 - config.lr_final) * cosine)

@@ -18,12 +18,12 @@ from torch import Tensor
 import flashgau
 import flashgau.nn
 from flashgau import tuning
-from flashgau.cli.cases import Arguments, CheckCase, Draw
 from flashgau.kernels.common import Config
 from flashgau.ops import dispatch
 from flashgau.ops.compare import Report, held
 from flashgau.tuning.ahead import op_of
 from flashgau.tuning.table import Key, Table
+from flashgau.verification.cases import Arguments, CheckCase, Draw
 
 LAYERS = ("projection", "heads")  # operations of a layer alone
 
