@@ -6,17 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import assume, given
-from hypothesis import strategies as st
-from strategies import (
+from backends import (
     DTYPES,
-    REST,
     TINY,
-    Call,
-    attention_calls,
     backend_fixture,
     backends_of,
     blocks,
+    dtypes_of,
+    largest_storages,
+    needs,
+    small_blocks,
+)
+from checks import (
+    REST,
     check_agrees,
     check_backward_repeats,
     check_leaves_inputs_alone,
@@ -26,16 +28,13 @@ from strategies import (
     check_some_gradients,
     close,
     close_gradients,
-    dtypes_of,
     gradients,
-    largest_storages,
-    needs,
     outputs,
-    randn,
-    seeds,
-    small_blocks,
     weighted,
 )
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from strategies import Call, attention_calls, randn, seeds
 from torch import Tensor
 
 import flashgau

@@ -22,9 +22,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from checks import close, close_gradients, outputs
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import Call, attention_calls, close, close_gradients, gau_calls, mixed_chunk_calls, outputs, randn
+from strategies import Call, attention_calls, gau_calls, mixed_chunk_calls, randn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -16,23 +16,17 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from backends import PANELS, TINY, backends_of, blocks
+from checks import check_agrees, close_gradients, gradients, outputs
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
-    PANELS,
-    TINY,
     Call,
     attention_calls,
-    backends_of,
-    blocks,
-    check_agrees,
-    close_gradients,
     gau_calls,
     glu_calls,
     glu_linear_calls,
-    gradients,
     mixed_chunk_calls,
-    outputs,
     randn,
     step_calls,
 )

@@ -6,17 +6,9 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import (
-    DTYPES,
-    PANELS,
+from backends import DTYPES, PANELS, TINY, backend_fixture, backends_of, blocks, dtypes_of, largest_storages, needs
+from checks import (
     REST,
-    TINY,
-    Call,
-    backend_fixture,
-    backends_of,
-    blocks,
     check_agrees,
     check_backward_repeats,
     check_leaves_inputs_alone,
@@ -26,16 +18,12 @@ from strategies import (
     check_some_gradients,
     close,
     close_gradients,
-    dtypes_of,
     gradients,
-    largest_storages,
-    mixed_chunk_calls,
-    needs,
     outputs,
-    randn,
-    seeds,
-    step_calls,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Call, mixed_chunk_calls, randn, seeds, step_calls
 from torch import Tensor
 
 import flashgau

@@ -15,9 +15,9 @@ import pytest
 import safetensors.torch as safetensors
 import torch
 import torch.nn.functional as F
+from checks import check_owned
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import check_owned
 
 from flashgau.models import KINDS, SIZES, CausalLM, Encoder, MaskedLM, ModelConfig, load, mask_tokens, sample
 

@@ -27,10 +27,10 @@ import numpy as np
 import pytest
 import torch
 import typer
+from checks import check_owned
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from strategies import check_owned
 from torch import nn
 from typer.testing import CliRunner
 
