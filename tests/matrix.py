@@ -43,7 +43,10 @@ FILES = [
     "mixed_chunk",
     "fused_layers",
     "nn",
-    "models",
+    "models_decoding",
+    "models_loss",
+    "models_config",
+    "models_files",
 ]
 
 
