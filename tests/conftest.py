@@ -20,6 +20,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 torch.set_num_threads(1)
 
+# A failed assertion of these helpers shows its values, as one of a test file does.
+pytest.register_assert_rewrite("distributed_world", "transformers_models")
+
 try:
     import triton
     import triton.runtime.interpreter
