@@ -27,7 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 10.0  # seconds between the wish that a step end, as by Ctrl-C, and its end
 # Operations by what their results are wanted for most; those that are not here come after, in their own order.
 FIRST = ("attention", "mixed_chunk", "gau", "glu", "flash_layer")
-TESTS = ("tests/test_attention.py", "tests/test_glu.py", "tests/test_gau.py", "tests/test_mixed_chunk.py")
+TESTED = (
+    *("attention", "attention_laws", "attention_packing", "glu", "gau"),
+    *("mixed_chunk", "mixed_chunk_laws", "mixed_chunk_states", "mixed_chunk_packing"),
+)
+TESTS = tuple(f"tests/test_{name}.py" for name in TESTED)
 
 
 @dataclass(frozen=True)

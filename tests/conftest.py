@@ -20,6 +20,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 torch.set_num_threads(1)
 
+# A failed assertion of these helpers shows its values, as one of a test file does.
+pytest.register_assert_rewrite("distributed_world", "transformers_models")
+
 try:
     import triton
     import triton.runtime.interpreter
@@ -35,7 +38,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     test = getattr(item.obj, "__func__", item.obj)
     usual = _usual.setdefault(test, test._hypothesis_internal_use_settings)
     values = [str(value) for value in parameters.params.values()]
-    triton = item.path.name == "test_kernels.py" or any(value.startswith("triton") for value in values)
+    triton = item.path.name.startswith("test_kernels_") or any(value.startswith("triton") for value in values)
     interpreted = triton and not torch.cuda.is_available()
     test._hypothesis_internal_use_settings = (
         settings(usual, max_examples=max(2, usual.max_examples * (1 if "triton, panels" in values else 2) // 12))

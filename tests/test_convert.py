@@ -9,9 +9,9 @@ import pytest
 import safetensors.torch as safetensors
 import torch
 import torch.nn.functional as F
+from checks import check_owned
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import check_owned
 
 from flashgau import nn
 from flashgau.convert import from_flash_pytorch, to_flash_pytorch

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from strategies import outputs, randn
+from checks import outputs
+from strategies import randn
 
 import flashgau
 from flashgau.ops import autograd, dispatch

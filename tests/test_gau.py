@@ -4,18 +4,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import (
-    DTYPES,
-    GAU_SCORES,
-    PANELS,
+from backends import DTYPES, PANELS, TINY, backend_fixture, backends_of, blocks, dtypes_of, largest_storages, needs
+from checks import (
     REST,
-    TINY,
-    Call,
-    backend_fixture,
-    backends_of,
-    blocks,
     check_agrees,
     check_backward_repeats,
     check_leaves_inputs_alone,
@@ -25,15 +16,12 @@ from strategies import (
     check_some_gradients,
     close,
     close_gradients,
-    dtypes_of,
-    gau_calls,
     gradients,
-    largest_storages,
-    needs,
     outputs,
-    randn,
-    seeds,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import GAU_SCORES, Call, gau_calls, randn, seeds
 from torch import Tensor
 
 import flashgau

@@ -5,7 +5,7 @@ import math
 import pytest
 import safetensors.torch as safetensors
 import torch
-from strategies import check_owned
+from checks import check_owned
 
 from flashgau.convert import from_gau_alpha
 from flashgau.models import Encoder, MaskedLM, ModelConfig

@@ -5,13 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import assume, given
-from hypothesis import strategies as st
-from strategies import (
-    ACTIVATIONS,
-    DTYPES,
-    Call,
-    backend_fixture,
+from backends import DTYPES, backend_fixture, dtypes_of, needs
+from checks import (
     check_agrees,
     check_backward_repeats,
     check_leaves_inputs_alone,
@@ -19,13 +14,11 @@ from strategies import (
     check_repeats_bitwise,
     check_some_gradients,
     close,
-    dtypes_of,
-    glu_calls,
-    glu_linear_calls,
     gradients,
-    needs,
-    randn,
 )
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from strategies import ACTIVATIONS, Call, glu_calls, glu_linear_calls, randn
 
 import flashgau
 

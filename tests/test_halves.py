@@ -2,17 +2,10 @@
 
 import pytest
 import torch
+from checks import check_agrees
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import (
-    attention_calls,
-    check_agrees,
-    gau_calls,
-    glu_calls,
-    glu_linear_calls,
-    mixed_chunk_calls,
-    randn,
-)
+from strategies import attention_calls, gau_calls, glu_calls, glu_linear_calls, mixed_chunk_calls, randn
 
 import flashgau
 from flashgau.eager import common

@@ -6,21 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from backends import backends_of
+from checks import close, gradients, outputs
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import (
-    Call,
-    attention_calls,
-    backends_of,
-    close,
-    gau_calls,
-    glu_calls,
-    glu_linear_calls,
-    gradients,
-    mixed_chunk_calls,
-    outputs,
-    randn,
-)
+from strategies import Call, attention_calls, gau_calls, glu_calls, glu_linear_calls, mixed_chunk_calls, randn
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode

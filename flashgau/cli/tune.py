@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from flashgau.tuning.ahead import Job
     from flashgau.tuning.search import Search
-    from flashgau.tuning.table import TableEntry, Key
+    from flashgau.tuning.table import Key, TableEntry
 
 
 def block_text(choice: Any) -> str:

@@ -20,7 +20,7 @@ from flashgau.kernels.glu import glu_linear_forward
 from flashgau.tuning import ahead, search, table
 from flashgau.tuning.ahead import Job
 from flashgau.tuning.shipped import DTYPES, ENTRIES, Kept, Operands
-from flashgau.tuning.table import FUSED, TableEntry, Key
+from flashgau.tuning.table import FUSED, Key, TableEntry
 from flashgau.verification import configurations
 from flashgau.verification.configurations import is_asked, launched
 

@@ -1,0 +1,140 @@
+"""The backends that run here, what each computes, and how they are made to cut small inputs into many blocks."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import flashgau
+from flashgau.eager import attention as eager_attention
+from flashgau.eager import common as eager_common
+from flashgau.eager import gau as eager_gau
+from flashgau.eager import glu as eager_glu
+from flashgau.eager import mixed_chunk as eager_mixed_chunk
+from flashgau.ops import autograd, dispatch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# How the eager floor cuts its work: its own sizes, and the smallest, at which small inputs cross borders.
+_BLOCKS = {
+    (eager_attention, "_BLOCK_ELEMENTS"): 1,
+    (eager_attention, "_PIECE_ELEMENTS"): 1,
+    (eager_gau, "_PANEL_ELEMENTS"): 1,
+    (eager_glu, "_PIECE"): 64,
+    (eager_common, "_PANEL"): 4,
+    (eager_mixed_chunk, "_GROUP_ELEMENTS"): 1,
+    (importlib.import_module("flashgau.ops.glu"), "_KEPT_BYTES"): 0,  # its name is the function's, too
+}
+# Gated attention of any width by panels of one block, which Triton takes for wide values only; and all the chunks of
+# a sequence in one segment, where otherwise 16 processors leave one chunk to each.
+PANELS: dict[tuple[Any, str], Any] = {}
+TINY: dict[tuple[Any, str], Any] = {}  # the smallest blocks that kernels may have, so that few rows cross many borders
+if "triton" in [name for name, reason in dispatch.explain("gau_attention", "cpu").items() if reason is None]:
+    _gau_kernels = importlib.import_module("flashgau.kernels.gau")
+    _gated_kernels = importlib.import_module("flashgau.kernels.gated")
+    _mixed_chunk_kernels = importlib.import_module("flashgau.kernels.mixed_chunk")
+    PANELS = {
+        (_gau_kernels, "_FUSED_WIDTH"): 0,
+        (_gated_kernels, "_PANEL_BYTES"): 1,
+        (_mixed_chunk_kernels, "_FUSED_TILES"): 0,
+        (_mixed_chunk_kernels, "processors"): lambda device: 1,
+    }
+    _Config = importlib.import_module("flashgau.kernels.common").Config
+
+    def _smallest(kernel: str, *args: Any, **traits: Any) -> Any:
+        """Of chunks more queries than keys, where both need not be as many."""
+        return _Config(32 if kernel.startswith("mixed_chunk") else 16, 16, block_k=16)
+
+    TINY = {
+        (importlib.import_module("flashgau.tuning"), "choose"): _smallest,
+        (importlib.import_module("flashgau.kernels.attention"), "processors"): lambda device: 4,
+    }
+_SMALL = {"eager": _BLOCKS, "triton": PANELS}
+_OWN_BLOCKS = {place: getattr(*place) for place in _BLOCKS}
+
+
+@contextmanager
+def blocks(sizes: dict[tuple[Any, str], Any]) -> Iterator[None]:
+    """Let the eager floor cut its work into blocks of these sizes."""
+    with ExitStack() as stack:
+        for (module, name), size in sizes.items():
+            stack.enter_context(mock.patch.object(module, name, size))
+        yield
+
+
+def small_blocks() -> Any:
+    """The eager floor with its smallest blocks."""
+    return blocks(_BLOCKS)
+
+
+def backends_of(op: str) -> list[str]:
+    """The optimised backends that can run an operation here."""
+    return [name for name, reason in dispatch.explain(op, "cpu").items() if reason is None and name != "reference"]
+
+
+def backend_fixture(op: str) -> Any:
+    """A fixture over the optimised backends of an operation; eager also with its smallest blocks."""
+
+    params = [*backends_of(op), "eager, small blocks"]
+    if "triton" in params and op in ("gau_attention", "mixed_chunk_attention"):
+        params.append("triton, panels")
+
+    @pytest.fixture(params=params)
+    def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+        name, *small = request.param.split(", ")
+        with flashgau.use_backend(name), blocks(_SMALL[name] if small else _OWN_BLOCKS):
+            yield name
+
+    return backend
+
+
+def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
+    """What the backend computes here. Triton's interpreter multiplies bf16 wrongly; no kernel takes fp64."""
+    return (torch.float32, torch.float16) if backend == "triton" else DTYPES
+
+
+def needs(backend: str, dtype: torch.dtype) -> None:
+    """Skip the test where the backend does not take the dtype."""
+    if dtype not in dtypes_of(backend):
+        pytest.skip(f"no {dtype} on this backend")
+
+
+@contextmanager
+def largest_storages() -> Iterator[list[int]]:
+    """Collect the bytes of every tensor that a backend makes; views count as what they look into."""
+    found: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            for x in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(x, Tensor):
+                    found.append(x.untyped_storage().nbytes())
+            return result
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with Watch():
+            return run(*args, **kwargs)
+
+    run = autograd.run
+    with mock.patch.object(autograd, "run", watched), blocks(_OWN_BLOCKS):
+        yield found
+
+
+@contextmanager
+def fresh_memory_is_nan() -> Iterator[None]:
+    """PyTorch fills what it allocates without a value: an element that nobody writes shows in the result."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -1,0 +1,258 @@
+"""Triton kernels: every launch configuration gives the same, to rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import kernel_calls
+import pytest
+import torch
+from checks import check_agrees, gradients, outputs
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Call, glu_linear_calls, randn
+from torch import Tensor
+
+import flashgau
+
+pytest.importorskip("triton")
+from flashgau.kernels import gated as gated_kernels
+from flashgau.kernels import gau as gau_kernels
+from flashgau.kernels import mixed_chunk as mixed_chunk_launchers
+from flashgau.kernels import projection as projection_kernels
+from flashgau.kernels.common import Config
+
+from flashgau import tuning
+from flashgau.eager import projection as eager_projection
+from flashgau.tuning import search, shipped
+
+pytestmark = kernel_calls.pytestmark
+
+
+def blocks_of(op: str) -> list[Config]:
+    """Every configuration of every table, without warps and stages, which change no result."""
+    tables = [*map(tuning.shipped_table, tuning.ARCHITECTURES), *tuning.shipped_gpus()]
+    found = {
+        (c.block_m, c.block_n, c.block_k)
+        for table in tables
+        for key in table.entries
+        if key.kernel.startswith(op) and (c := table.config(key))
+    }
+    return [Config(m, n, block_k=k) for m, n, k in sorted(found)]
+
+
+def block_name(c: Config) -> str:
+    return f"{c.block_m}x{c.block_n}x{c.block_k}"
+
+
+@pytest.mark.parametrize("config", blocks_of("glu_linear"), ids=block_name)
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
+def test_every_shipped_product_agrees(config, recompute):
+    x, w, b = randn(0, 3, 47, 41), [randn(i, 137, 41) for i in (1, 2)], [randn(i, 137) for i in (3, 4)]
+    small = tuning.lookup("interpreter", "glu_backward", 4, 0)
+
+    def choose(kernel: str, *args: Any, **kwargs: Any) -> Config:
+        return config if kernel.startswith("glu_linear") else small
+
+    options = {"activation": "gelu", "up_activation": "silu", "recompute": recompute}
+    with (
+        mock.patch.object(tuning, "choose", choose),
+        mock.patch.object(tuning, "fuses_glu_linear", return_value=True),
+    ):
+        check_agrees(Call("glu_linear", (x, *w, *b), options), "triton")
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
+@pytest.mark.parametrize("fused", [False, True], ids=["library", "fused"])
+@given(st.data())
+def test_products_of_either_maker_agree(fused, recompute, data):
+    call = data.draw(glu_linear_calls("triton")).with_options(recompute=recompute)
+    with mock.patch.object(tuning, "fuses_glu_linear", return_value=fused):
+        check_agrees(call, "triton")
+
+
+@pytest.mark.parametrize("config", blocks_of("glu_"), ids=block_name)
+def test_every_shipped_elementwise_block_agrees(config):
+    with mock.patch.object(tuning, "choose", return_value=config):
+        for shape in ((3, 5, 7), (1, 4099), (4099, 3), (2, 2048)):
+            check_agrees(Call("glu", (randn(0, *shape), randn(1, *shape)), {"activation": "gelu"}), "triton")
+            check_agrees(Call("glu", (randn(2, *shape[:-1], 2 * shape[-1]),), {}), "triton")
+
+
+@pytest.mark.parametrize("arch", tuning.ARCHITECTURES[:-1])
+@pytest.mark.parametrize("regime", ["fused", "panels"])
+@pytest.mark.parametrize("head", [64, 128, 256])
+def test_every_shipped_gated_attention_agrees(arch, regime, head):
+    n = 150
+    q, k, v, gate = randn(0, 1, n, 20), randn(1, 1, n, 20), randn(2, 1, n, 70), randn(3, 1, n, 70)
+
+    def choose(kernel: str, x: Tensor, width: int, rows: int | None = None, options: bool = False) -> Config:
+        return tuning.lookup(arch, kernel, 2, head if width else 0, rows)
+
+    fused_width = 512 if regime == "fused" else 0
+    with mock.patch.object(tuning, "choose", choose), mock.patch.object(gau_kernels, "_FUSED_WIDTH", fused_width):
+        options = {"causal": True, "rel_bias": randn(4, 2 * n - 1), "normalizer": "row"}
+        check_agrees(Call("gau_attention", (q, k, v, gate), options), "triton")
+        check_agrees(Call("gau_attention", (q[:, -1:], k, v, gate[:, -1:]), {"score": "softmax"}), "triton")
+
+
+@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("head", [64, 128, 256])
+def test_kernels_of_a_panel_share_its_blocks(arch, itemsize, head):
+    for rows in (1, 100):
+        product, weights = (tuning.lookup(arch, f"gau_{name}", itemsize, head, rows) for name in ("product", "weights"))
+        assert (weights.block_m, weights.block_n) == (product.block_m, product.block_k)
+
+
+@pytest.mark.parametrize("panel_bytes", [1, 4000, 2**25])
+def test_the_size_of_a_panel_changes_rounding_only(panel_bytes):
+    q, k, v, gate = (randn(i, 3, 70, 24) for i in range(4))
+    options = {"rel_bias": randn(4, 3, 151), "lengths": torch.tensor([70, 3, 41]), "causal": True}
+    with (
+        mock.patch.object(gated_kernels, "_PANEL_BYTES", panel_bytes),
+        mock.patch.object(gau_kernels, "_FUSED_WIDTH", 0),
+    ):
+        found = gradients(Call("gau_attention", (q, k, v, gate), options), backend="triton")
+        with mock.patch.object(gated_kernels, "_PANEL_BYTES", 9000):
+            other = gradients(Call("gau_attention", (q, k, v, gate), options), backend="triton")
+    for a, b in zip([*found[0], *found[1]], [*other[0], *other[1]], strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("arch", tuning.ARCHITECTURES[:-1])
+@pytest.mark.parametrize("head", [256])
+def test_every_shipped_mixed_chunk_agrees(arch, head):
+    heads, (v, gate) = [randn(i, 1, 190, 20) for i in range(4)], [randn(i, 1, 190, 140) for i in (4, 5)]
+
+    def choose(kernel: str, x: Tensor, width: int, **traits: Any) -> Config:
+        return tuning.lookup(arch, kernel, 2, head if width else 0)
+
+    options = {"causal": True, "chunk_size": 150, "rel_bias": randn(6, 299)}
+    with mock.patch.object(tuning, "choose", choose):
+        check_agrees(Call("mixed_chunk_attention", (*heads, v, gate), options), "triton")
+        check_agrees(Call("mixed_chunk_attention", (*heads, v[..., :30]), {"chunk_size": 70}), "triton")
+        token = Call("mixed_chunk_step", tuple(x[:, :1] for x in (*heads, v, gate)), {})
+        _, state = flashgau.mixed_chunk_attention(*(x[:, :40] for x in (*heads, v)), causal=True, return_state=True)
+        found, expected = (outputs(token(state=state, backend=name)) for name in ("triton", "reference"))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_segments_of_a_sequence_change_rounding_only(causal, packed):
+    """However many programs share the chunks of a sequence, results, gradients and states are those of one."""
+    operands = [randn(i, 1 if packed else 2, 42, 6) for i in range(6)]
+    options: dict[str, Any] = {"chunk_size": 4, "causal": causal, "return_state": causal}
+    options |= {"cu_seqlens": torch.tensor([0, 3, 3, 30, 42])} if packed else {"lengths": torch.tensor([42, 9])}
+    results = []
+    for count in (1, 2, 3, 100):
+        with mock.patch.object(mixed_chunk_launchers, "processors", return_value=count):
+            found = gradients(Call("mixed_chunk_attention", tuple(operands), options), backend="triton")
+            results.append([*found[0], *found[1]])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@given(st.data())
+def test_gated_projections_are_those_of_eager(interleaved, data):
+    """Every pair of a rotation, of all channels or the first of them, angles of the row or shared by the batch."""
+    b, n, s = (data.draw(st.sampled_from(sizes)) for sizes in ((1, 3), (0, 1, 7, 20), (2, 5, 16, 20)))
+    count, pairs, wide = data.draw(st.integers(1, 4)), data.draw(st.integers(0, s // 2)), data.draw(st.integers(1, 40))
+    x, weight, bias = randn(0, b, n, 6), randn(1, 2 * wide + s, 6), randn(2, 2 * wide + s)
+    gamma, beta = randn(3, count, s), randn(4, count, s) if data.draw(st.booleans()) else None
+    cos, sin = None, None
+    if pairs:
+        angles = randn(5, b if data.draw(st.booleans()) else 1, n, pairs)
+        cos, sin = angles.cos(), angles.sin()
+    douts = [randn(6 + i, b, n, w) for i, w in enumerate([wide, wide, *[s] * count])]
+    douts[0] = douts[0].transpose(0, 1).contiguous().transpose(0, 1)
+    results = []
+    for module, choose in ((projection_kernels, {"choose": tuning.choose}), (eager_projection, {})):
+        forward, backward = module.gated_projection_forward, module.gated_projection_backward
+        options = {"interleaved": interleaved, **choose}
+        found = forward(x, weight, bias, gamma, beta, cos, sin, save=True, **options)
+        outs, saved = found[: 2 + count], found[2 + count :]
+        grads = backward(*douts[:2], douts[2:], x, weight, gamma, cos, sin, saved, **options)
+        results.append([*outs, *grads])
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 50])
+def test_projections_are_those_of_eager(rows):
+    x, weight, bias, residual, dy = (
+        randn(i, *s) for i, s in enumerate([(rows, 2, 6), (7, 6), (7,), *[(rows, 2, 7)] * 2])
+    )
+    results = []
+    for module, choose in ((projection_kernels, {"choose": tuning.choose}), (eager_projection, {})):
+        y = module.projection_forward(x, weight, bias, residual, **choose)
+        results.append([y, *module.projection_backward(dy, x, weight, **choose)])
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+def test_the_fused_product_is_chosen_where_it_can_win():
+    def chosen(rows: int, k: int, dtype: torch.dtype) -> bool:
+        x, w = (torch.empty(n, k, dtype=dtype, device="meta") for n in (rows, 64))
+        return tuning.fuses_glu_linear(x, w)
+
+    assert chosen(4096, 768, torch.bfloat16)
+    assert not chosen(4096, 4096, torch.bfloat16)  # the vendor's product is too good
+    assert not chosen(4096, 768, torch.float32)
+    assert chosen(1, 4096, torch.float32)  # a decoded token
+    assert not chosen(4096, 0, torch.float32)
+
+
+@pytest.mark.parametrize("config", blocks_of("attention"), ids=block_name)
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": (40, 3), "softcap": 3.0}], ids=["causal", "window"])
+def test_every_shipped_configuration_agrees(config, options):
+    n = 150
+    q, k, v = randn(0, 1, 3, n, 20), randn(1, 1, 1, n, 20), randn(2, 1, 1, n, 9)
+    square = Config(config.block_n, config.block_n)
+
+    def choose(kernel: str, *args: Any, **kwargs: Any) -> Config:
+        return square if kernel == "attention_dbias" else config
+
+    with mock.patch.object(tuning, "choose", choose):
+        bias = randn(3, 3, 2 * n - 1) if config.block_m == config.block_n else None
+        check_agrees(Call("attention", (q, k, v), {**options, "rel_bias": bias}), "triton")
+
+
+@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
+@pytest.mark.parametrize("width", [16, 64, 128, 256])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tables_are_complete(arch, width, itemsize):
+    for name, entry in shipped.ENTRIES.items():
+        has_heads = entry.widths != (0,)
+        for options in (False, True) if has_heads else (False,):
+            rows = 1 if "few" in name else None
+            kernel = name.removesuffix("_few_rows")
+            config = tuning.lookup(arch, kernel, itemsize, width if has_heads else 0, rows, options)
+            sizes = config.block_m, config.block_n, config.block_k
+            assert all(n & (n - 1) == 0 for n in sizes)
+            own = [n for n, axis in zip(sizes, "mnk", strict=True) if axis in search.BLOCKS[kernel]]
+            assert entry.matrix is None or min(own, default=16) >= 16
+            if name == "attention_dbias":
+                assert config.block_m == config.block_n
+
+
+@pytest.mark.parametrize(
+    ("shared", "major", "arch"),
+    [
+        (232_448, 9, "sm_90"),
+        (232_448, 10, "sm_100"),
+        (166_912, 8, "sm_80"),
+        (101_376, 12, "sm_86"),
+        (65_536, 7, "sm_75"),
+    ],
+)
+def test_an_unknown_gpu_gets_what_fits_its_shared_memory(monkeypatch, shared, major, arch):
+    properties = mock.Mock(shared_memory_per_block_optin=shared, major=major)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert tuning.architecture(torch.device("cuda")) == arch

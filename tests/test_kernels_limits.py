@@ -1,0 +1,61 @@
+"""Triton kernels: what goes to eager, and what the interpreter is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import kernel_calls
+import numpy as np
+import pytest
+import torch
+from strategies import randn
+
+import flashgau
+from flashgau import kernels
+
+pytest.importorskip("triton")
+import triton.language as tl
+
+pytestmark = kernel_calls.pytestmark
+
+
+def test_what_is_too_wide_goes_to_eager():
+    assert kernels.SUPPORTED["attention"] == 256
+    for width, reason in ((256, None), (257, "its kernels take widths of up to 256, not 257")):
+        assert flashgau.ops.dispatch.explain("attention", "cpu", width=width)["triton"] == reason
+    wide = randn(0, 1, 1, 3, 257)
+    with pytest.raises(RuntimeError, match=r'attention: backend="triton" cannot run this call: .* up to 256, not 257'):
+        flashgau.attention(wide, wide, wide, backend="triton")
+    assert flashgau.ops.dispatch.default_backend("attention", "cuda", width=257) == "eager"
+    assert flashgau.attention(wide, wide, wide).shape == wide.shape
+
+
+@pytest.mark.parametrize("hidden", ["_patch_builtin", "_get_np_dtype", "is_builtin", None])
+def test_interpreting_needs_none_of_the_names_that_make_it_faster(monkeypatch, hidden):
+    """The tests' patch of Triton's interpreter leaves alone what a version calls otherwise."""
+    from conftest import _patch_the_language_once
+
+    calls = []
+    plain = {"_patch_builtin": lambda *args: calls.append(args), "_get_np_dtype": lambda dtype: np.float32}
+    module = SimpleNamespace(**{name: value for name, value in plain.items() if name != hidden})
+    if hidden == "is_builtin":
+        monkeypatch.delattr(tl.core, "is_builtin")
+    _patch_the_language_once(module)
+    assert hidden is None or not hasattr(module, hidden)
+    replaced = {name for name, value in vars(module).items() if value is not plain[name]}
+    assert replaced == {
+        None: set(plain), "_patch_builtin": {"_get_np_dtype"}, "_get_np_dtype": {"_patch_builtin"},
+        "is_builtin": {"_get_np_dtype"},
+    }[hidden]  # fmt: skip
+    if "_patch_builtin" in replaced:  # with a scope, or as Triton 3.5 without
+        module._patch_builtin(SimpleNamespace(), "builder", "scope")
+        module._patch_builtin(SimpleNamespace(), "builder")
+        assert [args[1:] for args in calls] == [("builder", "scope"), ("builder",)]
+
+
+def test_the_interpreter_is_refused_what_it_computes_wrongly():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, and Triton compiles")
+    q = randn(0, 1, 1, 3, 4).bfloat16()
+    with pytest.raises(RuntimeError, match="interpreter"):
+        flashgau.attention(q, q, q, backend="triton")

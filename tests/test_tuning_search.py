@@ -1,0 +1,297 @@
+"""The search for faster launch configurations: what it takes from Triton, its order, and its command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import tuning_tables
+from tuning_tables import CPU, KEY, OTHER, chosen, fast_where, job, row_of
+from typer.testing import CliRunner
+
+pytest.importorskip("triton")
+from flashgau.kernels.common import Config
+
+from flashgau import tuning
+from flashgau.cli import app, main
+from flashgau.tuning import ahead, compiler, search, shipped, table
+from flashgau.tuning.table import TableEntry
+from flashgau.verification import candidates as tune_command
+from flashgau.verification import configurations
+
+folder = tuning_tables.folder
+interpreted = tuning_tables.interpreted
+
+runner = CliRunner()
+
+
+# ---- what is taken from Triton
+
+
+def test_a_driver_that_was_there_is_there_again():
+    seen, there = [], object()
+    before = compiler.driver.active if torch.cuda.is_available() else None
+    try:
+        for active in (there, None):
+            compiler.driver.set_active(active)
+            with compiler.instead_of_launching("sm_80", ahead.target_of("sm_80"), lambda *args: seen.append(args)):
+                assert compiler.driver.active.get_current_target() == ahead.target_of("sm_80")
+            if active is not None or torch.cuda.is_available():
+                assert compiler.driver.active is active or active is None
+            else:
+                with pytest.raises(RuntimeError):  # there is none
+                    _ = compiler.driver.active
+    finally:
+        compiler.driver.set_active(before)
+    assert not seen
+
+
+def test_cuobjdump_is_found_without_tritons_help(monkeypatch, tmp_path):
+    """Its path among Triton's knobs, the package, the PATH: each is hidden in turn, and what is nowhere is named."""
+    triton = pytest.importorskip("triton")
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    assert Path(compiler.cuobjdump()) == bundled
+    monkeypatch.setattr(triton, "knobs", object())
+    assert Path(compiler.cuobjdump()) == bundled
+    monkeypatch.setattr(triton, "__file__", str(tmp_path / "triton" / "__init__.py"))
+    (tmp_path / "cuobjdump").symlink_to(bundled)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert compiler.cuobjdump() == str(tmp_path / "cuobjdump")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(RuntimeError, match="compile: cuobjdump is neither in Triton nor on the PATH"):
+        compiler.cuobjdump()
+
+
+# ---- the search
+
+
+@pytest.mark.parametrize("entry", list(shipped.ENTRIES))
+@pytest.mark.parametrize("arch", ["sm_90", "interpreter"])
+def test_the_space_is_around_the_entry(entry, arch):
+    key = ahead.Job("", entry, "bf16", shipped.ENTRIES[entry].widths[0], "").key
+    start = tuning.lookup(arch, key.kernel, key.itemsize, key.width, 1 if key.few_rows else None)
+    found = search.space(key, start)
+    assert found[0] == (0, start)
+    assert len({c for _, c in found}) == len(found)
+    assert [far for far, _ in found] == sorted(far for far, _ in found)
+    for _, c in found:
+        assert c == start or c.num_warps in (4, 8)
+        assert c.num_stages == start.num_stages or 1 <= c.num_stages <= 4
+        for name in ("block_m", "block_n", "block_k"):
+            assert getattr(c, name) in {getattr(start, name) * 2**i // 2 for i in range(3)}
+        if entry == "attention_dbias":
+            assert c.block_m == c.block_n
+
+
+def searching(folder: Path, **changes: Any) -> search.Search:
+    options: dict[str, Any] = {
+        "starts": [job(), job(Config(32, 32), "attention_dq")],
+        "check": lambda j: None,
+        "clock": lambda j: fast_where(j.config),
+        "journal": search.Journal(folder / "j.jsonl", {"torch": "2"}),
+        "compile": lambda work: ((j, row_of(j)) for j in work),
+    }
+    return search.Search(**(options | changes))
+
+
+def test_the_fastest_that_compiles_and_is_right_wins(folder):
+    checked, timed = [], []
+
+    def compile(work: list[ahead.Job]) -> Iterator[tuple[ahead.Job, ahead.Row]]:
+        return ((j, row_of(j, ok=j.config.num_stages != 1)) for j in work)
+
+    def check(j: ahead.Job) -> str | None:
+        checked.append(j)
+        return "out is off by 1" if j.config.num_warps == 8 else None
+
+    def clock(j: ahead.Job) -> float:
+        assert checked[-1] == j  # checked right before
+        timed.append(j)
+        return fast_where(j.config) - (j.config.num_warps == 8)
+
+    found = searching(folder, compile=compile, check=check, clock=clock)
+    list(found.run())
+    best = found.best()
+    assert best[KEY] == TableEntry(
+        Config(64, 64, 4, 2), fast_where(Config(64, 64, 4, 2)), fast_where(Config(64, 32, 4, 2))
+    )
+    assert best[OTHER].choice == Config(64, 64, 4, 2)
+    assert all(j.config.num_stages > 1 for j in checked)
+    assert all(j.config.num_warps == 4 for j in timed)
+    assert found.outcomes[KEY, Config(64, 32, 4, 1)].reason == "spills"
+
+
+def test_a_gain_within_the_noise_changes_nothing(folder):
+    found = searching(folder, clock=lambda j: 1.0 if j.config == Config(64, 32) else 0.99)
+    list(found.run())
+    assert found.best()[KEY] == TableEntry(Config(64, 32), 1.0, 1.0)
+
+
+def test_near_candidates_of_all_entries_come_first(folder):
+    found = searching(folder)
+    order = [j for j, _ in found.run()]
+    assert [j.config for j in order[:2]] == [Config(64, 32), Config(32, 32)]
+    assert len(order) == len(found.candidates()) == len(set(order))
+
+
+def test_a_search_goes_on_where_it_was_stopped(folder):
+    clock = iter(range(10_000))
+    first = searching(folder)
+    some = list(first.run(seconds=30, now=lambda: next(clock)))
+    assert 2 < len(some) < len(first.candidates())
+    with open(folder / "j.jsonl", "a") as file:
+        file.write('{"key": {"kern')  # killed while it wrote
+    tried = []
+    second = searching(folder, check=tried.append)
+    assert len(list(second.run())) == len(second.candidates())
+    assert not {j for j, _ in some} & set(tried)
+    assert len(tried) + len(some) == len(second.candidates())
+    whole = searching(folder / "other")
+    list(whole.run())
+    assert second.best() == whole.best()
+
+
+def test_measurements_of_other_versions_count_for_nothing(folder):
+    list(searching(folder).run())
+    tried = []
+    list(searching(folder, check=tried.append, journal=search.Journal(folder / "j.jsonl", {"torch": "3"})).run())
+    assert len(tried) == len(searching(folder).candidates())
+
+
+# ---- the command
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_tuning_from_end_to_end(folder, monkeypatch):
+    """Compiled ahead of time for sm_80, held to the reference in the interpreter, ranked by a clock of the test."""
+    near = [(0, Config(64, 32, 4, 2)), (1, Config(32, 32, 4, 2)), (2, Config(32, 32, 8, 1))]
+    huge = Config(16, 128, 4, 4)  # whose stages take 256 KB of shared memory
+    monkeypatch.setattr(search, "space", lambda key, start: [*near, (3, huge)])
+    monkeypatch.setattr(
+        search, "tasks", lambda target, *rest: [ahead.Job(target, "attention_forward", "fp32", 64, "causal")]
+    )
+    monkeypatch.setattr(tune_command.Bench, "clock", lambda self, j: fast_where(j.config))
+    result = runner.invoke(app, ["tune", "--device", "cpu", "--op", "attention", "--shapes", "64", "--json"])
+    assert result.exit_code == 0, result.output
+    row = json.loads(result.stdout)["rows"][0]
+    assert row["choice"] == dataclasses.asdict(Config(64, 32, 4, 2))
+    assert not row["changed"]
+    outcomes = search.Journal(folder / "interpreter.journal.jsonl", tune_command.versions()).read()
+    assert "shared memory" in outcomes[KEY, huge].reason
+    assert all(outcomes[KEY, c].ms == fast_where(c) for _, c in near)
+    assert chosen() == Config(64, 32, 4, 2)
+
+    # A clock that likes small blocks; the journal of the first has to go.
+    (folder / "interpreter.journal.jsonl").unlink()
+    monkeypatch.setattr(tune_command.Bench, "clock", lambda self, j: float(j.config.block_m * j.config.num_warps))
+    result = runner.invoke(app, ["tune", "--device", "cpu", "--op", "attention", "--shapes", "64"])
+    assert result.exit_code == 0, result.output
+    assert "2.00x" in result.stdout
+    assert "1 entries measured, 1 changed" in result.stdout
+    assert chosen() == Config(32, 32, 4, 2)
+
+    result = runner.invoke(app, ["tune", "--device", "cpu", "--show"])
+    assert "2.00x" in result.stdout
+    assert len(result.stdout.splitlines()) > 100
+    (folder / "out").mkdir()
+    result = runner.invoke(app, ["tune", "--device", "cpu", "--export", str(folder / "out")])
+    assert result.exit_code == 0
+    assert table.read(folder / "out" / "interpreter.json") == table.read(tuning.user_path(CPU))
+    again = runner.invoke(app, ["tune", "--device", "cpu", "--export", str(folder / "out")])
+    assert again.exit_code == 2
+    assert "exists already" in again.stderr
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_ctrl_c_keeps_the_best_so_far(folder, monkeypatch):
+    count = 0
+
+    def clock(self: Any, j: ahead.Job) -> float:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        return 1 / count
+
+    monkeypatch.setattr(tune_command.Bench, "clock", clock)
+    monkeypatch.setattr(tune_command.Bench, "check", lambda self, j: None)
+    monkeypatch.setattr(ahead, "compile_each", lambda work: ((j, row_of(j)) for j in work))
+    assert main(["tune", "--device", "cpu", "--op", "glu"]) == 130
+    measured = table.read(tuning.user_path(CPU)).entries
+    assert len(measured) > 0
+    assert all(e.ms is not None for e in measured.values())
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_candidate_whose_results_are_wrong_is_not_timed(folder, monkeypatch):
+    bench = tune_command.Bench(CPU)
+    good = job(Config(16, 32))
+    assert bench.check(good) is None
+    assert bench.clock(dataclasses.replace(good, kind="causal")) > 0
+    forward = configurations.flashgau.ops.autograd.implementation
+
+    def spoiled(op: str, backend: str, function: str) -> Any:
+        call = forward(op, backend, function)
+        if backend != "triton" or function != "attention_forward":
+            return call
+        return lambda *args, **kwargs: tuple(x * 1.01 for x in call(*args, **kwargs))
+
+    monkeypatch.setattr(configurations.flashgau.ops.autograd, "implementation", spoiled)
+    assert "is off by" in bench.check(good)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("entry", ["attention_forward", "glu_backward", "gau_fused", "projection"])
+def test_timed_calls_run_on_tensors_made_once(entry, monkeypatch):
+    """The very calls that are compiled, with values; the second makes no operand."""
+    dtype = "fp32"
+    j = ahead.Job(
+        "sm_80", entry, dtype, shipped.ENTRIES[entry].widths[0], search._kind(shipped.ENTRIES[entry].kinds[dtype])
+    )
+    j = dataclasses.replace(j, config=tuning.shipped_config(CPU, j.key))
+    made = []
+
+    def twice(call: Any) -> float:
+        call()
+        with mock.patch.object(Tensor, "normal_", lambda x: made.append(x)):
+            call()
+        return 1.0
+
+    from torch import Tensor
+
+    assert tune_command.Bench(CPU, twice).clock(j) == 1.0
+    assert not made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--op", "softmax"], ["softmax", "glu_linear"]),
+        (["--minutes", "0"], ["--minutes", "positive"]),
+        (["--minutes", "nan"], ["--minutes", "positive"]),
+        (["--shapes", "100"], ["--shapes", "100", "64, 128 and 256"]),
+        (["--device", "abacus"], ["abacus"]),
+    ],
+)
+@pytest.mark.usefixtures("interpreted")
+def test_wrong_use_is_one_line_and_status_2(arguments, words, capsys):
+    assert main(["tune", "--device", "cpu", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("flashgau tune: ")
+    assert error.count("\n") == 1
+    for word in words:
+        assert word in error
+
+
+def test_exporting_nothing_says_so(capsys):
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("there is a GPU, and Triton compiles")
+    assert main(["tune", "--device", "cpu", "--export", "x.json"]) == 1
+    assert "no table of yours" in capsys.readouterr().err

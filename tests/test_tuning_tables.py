@@ -1,0 +1,311 @@
+"""Tables of launch configurations: their format, who decides, and that `check` covers them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import tuning_tables
+from tuning_tables import CPU, KEY, OTHER, chosen, user_table
+
+pytest.importorskip("triton")
+from flashgau.kernels.common import Config
+
+from flashgau import tuning
+from flashgau.tuning import ahead, shipped, table
+from flashgau.tuning.table import FUSED, Key, TableEntry
+from flashgau.verification import checking as check
+from flashgau.verification import configurations
+
+folder = tuning_tables.folder
+interpreted = tuning_tables.interpreted
+
+
+# ---- the format
+
+
+EXAMPLES = [
+    {KEY: TableEntry(Config(64, 32, 8, 3))},
+    {KEY: TableEntry(Config(64, 32, 8, 3, 16), 1.5, 2.25), Key("glu_linear", 2, 0, True): TableEntry(Config(16, 32))},
+    {Key(FUSED, 2, 1024): TableEntry(True, 1.0, 1.2), KEY._replace(options=True): TableEntry(Config(16, 16))},
+    {},
+]
+
+
+@pytest.mark.parametrize("entries", EXAMPLES)
+def test_a_table_is_read_as_it_was_written(entries, tmp_path):
+    written = user_table(entries=entries)
+    table.write(tmp_path / "deep" / "t.json", written)
+    assert table.read(tmp_path / "deep" / "t.json") == written
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["t.json"]
+
+
+ROW = {"kernel": "attention_dq", "itemsize": 2, "width": 64, "few_rows": False,
+       "config": {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2}}  # fmt: skip
+HEADER = {"format": 1, "gpu": None, "architecture": "sm_90", "measured": False}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "t.json: `format` is 2; expected 1, which this version reads"),
+        ({"measured": "no"}, 't.json: `measured` is "no"; expected true or false'),
+        ({"gpu": 3}, "t.json: `gpu` is 3; expected a name or null"),
+        ({"versions": {"torch": 2}}, "expected an object of strings"),
+        ({"speed": 1}, "t.json: `speed` is no field; expected architecture, date"),
+        ({"entries": {}}, "t.json: `entries` is {}; expected a list"),
+        ({"entries": [ROW, 7]}, "t.json: entry 1: 7; expected an object"),
+        ({"entries": [ROW, ROW]}, r"t.json: entry 1: attention_dq \(16 bit, width 64\) is there twice"),
+        ({"entries": [{**ROW, "itemsize": 3}]}, "t.json: entry 0: `itemsize` is 3; expected 1, 2, 4 or 8 bytes"),
+        ({"entries": [{**ROW, "itemsize": True}]}, "`itemsize` is true"),
+        ({"entries": [{**ROW, "width": 100}]}, "`width` is 100; expected a power of two, or 0"),
+        ({"entries": [{**ROW, "few_rows": 0}]}, "`few_rows` is 0; expected true or false"),
+        ({"entries": [{**ROW, "ms": -1}]}, "`ms` is -1; expected milliseconds above 0"),
+        ({"entries": [{**ROW, "batch": 8}]}, "t.json: entry 0: `batch` is no field"),
+        ({"entries": [{**ROW, "kernel": FUSED}]}, "`fused` is missing; expected true or false"),
+        (
+            {"entries": [{**ROW, "config": {}}]},
+            "t.json: entry 0: config: `block_m` is missing; expected a power of two",
+        ),
+        (
+            {"entries": [{**ROW, "config": {**ROW["config"], "block_m": 48}}]},
+            "config: `block_m` is 48; expected a power",
+        ),
+        ({"entries": [{**ROW, "config": {**ROW["config"], "num_warps": 3}}]}, "`num_warps` is 3; expected 1, 2, 4"),
+        ({"entries": [{**ROW, "config": {**ROW["config"], "num_stages": 0}}]}, "`num_stages` is 0; expected 1 to 8"),
+    ],
+)
+def test_a_wrong_table_is_refused_by_file_entry_and_field(change, message):
+    table.parse(json.dumps({**HEADER, "entries": [ROW]}), "t.json")
+    with pytest.raises(ValueError, match=message):
+        table.parse(json.dumps({**HEADER, "entries": [ROW], **change}), "t.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"null"])
+def test_a_corrupt_table_is_reported_once_and_skipped(content, folder):
+    path = tuning.user_path(CPU)
+    path.write_bytes(content)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert chosen() == tuning.lookup("interpreter", "attention_forward", 4, 64)
+        assert chosen("attention_dq") == tuning.lookup("interpreter", "attention_dq", 4, 64)
+    assert [w.category for w in warned] == [RuntimeWarning]
+    assert str(path) in str(warned[0].message)
+    assert path.read_bytes() == content
+
+
+def test_a_corrupt_table_is_kept_when_another_is_written(folder):
+    path = tuning.user_path(CPU)
+    path.write_text("my notes")
+    with pytest.warns(RuntimeWarning, match="kept as"):
+        table.merge(path, user_table(entries=EXAMPLES[0]))
+    assert table.read(path).entries == EXAMPLES[0]
+    assert [p.read_text() for p in folder.glob("*.unreadable*")] == ["my notes"]
+
+
+def test_a_write_that_fails_leaves_the_table_alone(folder, monkeypatch):
+    path = folder / "t.json"
+    table.write(path, user_table(entries=EXAMPLES[0]))
+
+    def full(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        table.write(path, user_table(entries=EXAMPLES[1]))
+    assert table.read(path).entries == EXAMPLES[0]
+    assert list(folder.iterdir()) == [path]
+
+
+def test_processes_that_write_at_once_lose_nothing(folder):
+    program = """
+import sys
+from pathlib import Path
+from flashgau.kernels.common import Config
+from flashgau.tuning.table import TableEntry, Key, Table, merge
+for width in range(8):
+    key = Key(f"kernel_{sys.argv[2]}", 2, 2**width)
+    merge(Path(sys.argv[1]), Table("g", "sm_90", True, entries={key: TableEntry(Config(16, 16), 1.0)}))
+"""
+    path = folder / "t.json"
+    runs = [subprocess.Popen([sys.executable, "-c", program, str(path), str(i)]) for i in range(2)]
+    assert [run.wait(timeout=120) for run in runs] == [0, 0]
+    assert len(table.read(path).entries) == 16
+
+
+# ---- who decides
+
+
+def test_the_users_table_comes_before_the_shipped_one_before_the_architectures(folder, tmp_path_factory, monkeypatch):
+    home = tmp_path_factory.mktemp("shipped")
+    (home / "architectures").symlink_to(Path(tuning.__file__).parent / "architectures")
+    by_architecture = chosen()
+    monkeypatch.setattr(tuning, "_SHIPPED", home)
+    gpu, own = Config(16, 16, 2, 1), Config(32, 16, 1, 1)
+    table.write(home / "gpus" / "interpreter.json", user_table(entries={KEY: TableEntry(gpu), OTHER: TableEntry(gpu)}))
+    tuning.reload()
+    assert chosen() == chosen("attention_dq") == gpu != by_architecture
+    table.write(tuning.user_path(CPU), user_table(entries={KEY: TableEntry(own)}))
+    tuning.reload()
+    assert (chosen(), chosen("attention_dq")) == (own, gpu)
+    assert chosen(width=16) == own  # of the class
+    assert chosen(width=128) == by_architecture
+    assert chosen(rows=1) == tuning.lookup("interpreter", "attention_forward", 4, 64, rows=1)
+    assert chosen(options=True) == tuning.lookup("interpreter", "attention_forward", 4, 64, options=True)
+
+
+def test_a_table_of_another_gpu_is_not_used(folder):
+    table.write(tuning.user_path(CPU), dataclasses.replace(user_table(entries=EXAMPLES[0]), gpu="NVIDIA H200"))
+    assert chosen() == tuning.lookup("interpreter", "attention_forward", 4, 64)
+
+
+def test_tables_are_read_once(folder):
+    table.write(tuning.user_path(CPU), user_table(entries=EXAMPLES[0]))
+    before = chosen(), chosen("attention_dq")
+    with mock.patch.object(table, "read", side_effect=AssertionError("read again")):
+        assert (chosen(rows=99), chosen("attention_dq")) == before
+        assert chosen("attention_dkv") == tuning.lookup("interpreter", "attention_dkv", 4, 64)
+    table.write(tuning.user_path(CPU), user_table(entries={KEY: TableEntry(Config(16, 16))}))
+    assert chosen() == before[0]
+    tuning.reload()
+    assert chosen() == Config(16, 16)
+
+
+def test_a_measurement_decides_who_makes_the_products(folder):
+    x, w = torch.empty(50, 900), torch.empty(64, 900)
+    assert not tuning.fuses_glu_linear(x, w)  # the rule, for fp32
+    table.write(tuning.user_path(CPU), user_table(entries={Key(FUSED, 4, 1024): TableEntry(True)}))
+    tuning.reload()
+    assert tuning.fuses_glu_linear(x, w)
+    assert not tuning.fuses_glu_linear(torch.empty(50, 1025), torch.empty(64, 1025))
+    assert tuning.fuses_glu_linear(x[:1], w)
+
+
+def test_unknown_kernels_and_widths_are_refused():
+    with pytest.raises(ValueError, match=r"tuning: flash \(32 bit, width 64\); expected a kernel of the table"):
+        chosen("flash")
+    with pytest.raises(ValueError, match="width 512"):
+        chosen(width=512)
+
+
+def test_shipped_tables_are_valid_and_complete():
+    names = {p.stem for p in (Path(tuning.__file__).parent / "architectures").glob("*.json")}
+    assert names == set(tuning.ARCHITECTURES)
+    wanted = {ahead.Job("", name, dtype, width, "").key for name, e in shipped.ENTRIES.items() for width in e.widths
+              for dtype in e.kinds}  # fmt: skip
+    for arch in tuning.ARCHITECTURES:
+        found = tuning.shipped_table(arch)
+        assert (found.architecture, found.gpu, found.measured) == (arch, None, False)
+        assert wanted <= found.entries.keys()
+    for gpu in tuning.shipped_gpus():
+        assert gpu.measured
+        assert gpu.gpu is not None
+        assert gpu.architecture in tuning.ARCHITECTURES
+
+
+@pytest.mark.parametrize(
+    ("target", "limit"), [("sm_75", 65_536), ("sm_89", 101_376), ("sm_120", 101_376), ("sm_999", 65_536)]
+)
+def test_devices_with_little_shared_memory_get_what_fits(target, limit):
+    """Compiled for GPUs of 64 KB and 100 KB: what `choose` would give there."""
+    assert ahead.shared_bytes_of(target) == limit
+    assert ahead.table_of(target) == ("sm_75" if limit == 65_536 else "sm_86")
+    if target == "sm_999":
+        return  # which this compiler does not know
+    if target == "sm_75":  # which it compiles without the matrix units, so that no row is ok
+        widths = {"attention_dkv": 128, "mixed_chunk_product": 128, "glu_linear": 0}
+        kinds = {entry: shipped.ENTRIES[entry].kinds["fp16"][0] for entry in widths}
+        work = [ahead.Job(target, entry, "fp16", width, kinds[entry]) for entry, width in widths.items()]
+        work.append(ahead.Job(target, "attention_forward", "fp16", 256, "causal"))  # the widest head
+        assert all(0 < row.shared_bytes <= limit for row in ahead.compile_all(work, processes=1))
+        return
+    work = [
+        ahead.Job(target, "attention_dq", "bf16", 256, "causal"),
+        ahead.Job(target, "gau_product", "bf16", 128, "relu2 causal"),
+        ahead.Job(target, "mixed_chunk_product", "bf16", 128, "relu2 causal"),
+        ahead.Job(target, "glu_linear", "bf16", 0, "training"),
+    ]
+    for row in ahead.compile_all(work, processes=1):
+        assert 0 < row.shared_bytes <= limit, row
+        assert row.ok, row
+
+
+@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("kernel", ["attention_forward", "attention_dq", "attention_dkv", "attention_dbias"])
+def test_options_leave_room_for_what_they_take(arch, itemsize, kernel):
+    """A cap's slope or dropout's words take a block of registers more: the blocks of the next wider heads, no pipeline.
+
+    Behind the widest heads there is no wider class: their blocks are of 32 at most.
+    """
+    for rows in (None, 1) if kernel == "attention_forward" else (None,):
+        plain = [tuning.lookup(arch, kernel, itemsize, width, rows) for width in (64, 128, 256)]
+        found = [tuning.lookup(arch, kernel, itemsize, width, rows, options=True) for width in (64, 128, 256)]
+        assert all(c.num_stages == 1 for c in found)
+        for c, wider in zip(found, plain[1:], strict=False):
+            assert (c.block_m, c.block_n, c.num_warps) == (wider.block_m, wider.block_n, wider.num_warps)
+        assert (found[-1].block_m, found[-1].block_n) == (min(plain[-1].block_m, 32), min(plain[-1].block_n, 32))
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, e in shipped.ENTRIES.items() if n.startswith("attention") and e.matrix is not None]
+)
+def test_the_widest_heads_fit_64_kilobytes(name):
+    """Rows, keys and their gradients of 256 columns, in fp16: blocks of 32 at most, one of each at a time."""
+    widest = ahead.Job("", name, "fp16", 256, "").key
+    config = tuning.shipped_table("sm_75").config(widest)
+    assert config is not None
+    assert max(config.block_m, config.block_n) <= 32
+    assert config.num_stages == 1
+    operands = (2 if name in ("attention_dq", "attention_dkv", "attention_dbias") else 1) * (
+        config.block_m + config.block_n
+    )
+    assert operands * 256 * 2 <= ahead.shared_bytes_of("sm_75")
+
+
+# ---- check covers the tables
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_check_covers_every_configuration(folder):
+    own = Config(16, 16, 1, 1)
+    table.write(tuning.user_path(CPU), user_table(entries={KEY: TableEntry(own)}))
+    tuning.reload()
+    pairs = check.select("attention", "triton", CPU, False)
+    cases = [case for case, _ in pairs if isinstance(case, configurations.Configured)]
+    entries = tuning.shipped_table("interpreter").entries.items()
+    wanted = {(key, e.choice) for key, e in entries if key.kernel.startswith("attention")} | {(KEY, own)}
+    assert {(case.key_of_table, case.config) for case in cases} == wanted
+    assert not [case for case, _ in check.select("attention", "eager", CPU, False) if hasattr(case, "config")]
+    rows = check.run_cases([(case, "triton") for case in cases[-2:]], CPU)
+    assert all(row.ok for row in rows), rows
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("kernel", ["glu_forward", "glu_linear_backward", "mixed_chunk_step", "heads"])
+def test_a_case_asks_for_its_kernel(kernel):
+    key = next(key for key in tuning.shipped_table("interpreter").entries if key.kernel == kernel and key.itemsize == 4)
+    case = configurations.case_of(key, tuning.shipped_config(CPU, key), "float32", True)
+    assert configurations.hold(case, CPU).ok
+    with pytest.raises(RuntimeError, match="no launch asked for"):
+        configurations.hold(dataclasses.replace(case, key_of_table=key._replace(kernel="other")), CPU)
+
+
+def test_choosing_is_one_look_into_a_dictionary():
+    x = torch.empty(1)
+    before = tuning.choose("attention_forward", x, 64, rows=100)
+    with (
+        mock.patch.object(tuning, "lookup", side_effect=AssertionError),
+        mock.patch.object(tuning, "architecture", side_effect=AssertionError),
+    ):
+        for rows in range(17, 40):
+            assert tuning.choose("attention_forward", x, 64, rows=rows) == before
