@@ -1,5 +1,7 @@
 """Which backend runs a call: argument, block, environment, default."""
 
+import importlib
+import inspect
 import threading
 from unittest import mock
 
@@ -225,3 +227,19 @@ def test_fp32_heads_that_do_not_fit_a_small_gpu_go_to_eager(monkeypatch, shared,
     for width, dtype, small in ((256, torch.float32, True), (128, torch.float32, False), (256, torch.float16, False)):
         name = default_backend("attention", "cuda", dtype, width)
         assert name == ("triton" if runs or not small else "eager")
+
+
+@pytest.mark.parametrize("file", sorted(kernels.SUPPORTED))
+def test_floors_have_the_same_functions_with_the_same_arguments(file):
+    """But for how kernels are launched."""
+    pytest.importorskip("triton")
+    floors = [importlib.import_module(f"flashgau.{floor}.{file}") for floor in ("eager", "kernels")]
+    names = [
+        f"{op}_{way}" for op in (*dispatch.FILES, "projection", "gated_projection") for way in ("forward", "backward")
+    ] + ["mixed_chunk_step"]
+    found = [name for name in names if all(hasattr(floor, name) for floor in floors)]
+    assert found
+    assert [name for name in names if any(hasattr(floor, name) for floor in floors)] == found
+    for name in found:
+        eager, launcher = (list(inspect.signature(getattr(floor, name)).parameters) for floor in floors)
+        assert [x for x in launcher if x not in ("choose", "fused")] == eager, name
