@@ -67,7 +67,10 @@ def test_chunks_of_one_token_are_linear_attention(backend, data):
     out = Call(call.name, (zero, zero, *call.args[2:]), {**call.kwargs, "rel_bias": None})()
     scores = (lin_q.double() @ lin_k.double().mT).tril(-1) / 2
     expected = scores @ v.double()
-    close(out, (expected * gate[0] if gate else expected).float(), ulps=64)
+    terms = scores.abs() @ v.double().abs()  # how large they are: the result may cancel
+    if gate:
+        expected, terms = expected * gate[0], terms * gate[0].abs()
+    close(out, expected.float(), ulps=64, scale=float(terms.max()))
 
 
 @given(data)

@@ -133,23 +133,22 @@ class Chunks:
         a = elementwise_score(self.rule.score, s)
         return s, a.tril_() if self.rule.causal else a
 
-    def outer(self, lin: Tensor, wide: Tensor) -> Tensor:
-        """lin^T wide of each chunk (b * count, S, E); it stays until the next call."""
+    def outer(self, lin: Tensor, wide: Tensor, dtype: torch.dtype) -> Tensor:
+        """lin^T wide of each chunk (b * count, S, E) in the type that states are kept in; it stays until the next call.
+
+        A product of halves would be rounded to them before it enters the sum over chunks, which may cancel.
+        """
+        wide = self.workspace.held("wide", wide, dtype)
         buffer = self.workspace.of("outer", (lin.shape[0], lin.shape[2], wide.shape[2]), wide)
-        return torch.bmm(lin.to(wide.dtype).mT, wide, out=buffer)
+        return torch.bmm(lin.to(dtype).mT, wide, out=buffer)
 
     def accumulate(self, total: Tensor, lin: Tensor, wide: Tensor) -> None:
-        """total (b, S, E) += lin^T wide, summed over the chunks of each row, all in the total's own type.
-
-        Products of halves would be rounded to them before they are summed, where one product of all tokens is not.
-        """
-        parts = self.outer(lin, self.workspace.held("wide", wide, total.dtype))
-        total += parts.view(self.rows, -1, *total.shape[1:]).sum(1)
+        """total (b, S, E) += lin^T wide, summed over the chunks of each row."""
+        total += self.outer(lin, wide, total.dtype).view(self.rows, -1, *total.shape[1:]).sum(1)
 
     def running(self, total: Tensor, parts: Tensor, into: Tensor, reverse: bool = False) -> Tensor:
         """What `total` (b, S, E) is when the part of each chunk (b * count, S, E) comes to be added to it, `into` that
         memory; `total` ends with all of them."""
-        parts = self.workspace.held("outer", parts, total.dtype)
         by_row = (x.view(self.rows, -1, *total.shape[1:]).unbind(1) for x in (parts, into))
         steps = list(zip(*by_row, strict=True))
         steps = steps[::-1] if reverse else steps
@@ -167,8 +166,8 @@ class Chunks:
             return kv.repeat_interleave(group.count, 0) if self.rows > 1 else kv.expand(group.count, -1, -1)
         if not self.is_closed(group):
             return kv.clone() if keep else kv
-        parts = self.outer(lin_k, v)
-        buffer = torch.empty_like(parts, dtype=kv.dtype) if keep else self.workspace.like("states", parts, kv.dtype)
+        parts = self.outer(lin_k, v, kv.dtype)
+        buffer = torch.empty_like(parts) if keep else self.workspace.like("states", parts)
         return self.running(kv, parts, buffer)
 
     def product(self, group: Group, heads: Heads, v: Tensor, states: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -206,8 +205,8 @@ class Chunks:
         ds = torch.bmm(dx, v.mT).to(s.dtype).mul_(score_slope(self.rule.score, s))
         if causal:
             ds.tril_()
-            parts = self.outer(self.scaled(heads.lin_q, group), dx)
-            after = self.running(dkv, parts, self.workspace.like("dstates", parts, dkv.dtype), reverse=True)
+            parts = self.outer(self.scaled(heads.lin_q, group), dx, dkv.dtype)
+            after = self.running(dkv, parts, self.workspace.like("dstates", parts), reverse=True)
         else:
             after = self.states(group, dkv, heads.lin_k, v)
         if not causal or self.is_closed(group):

@@ -18,8 +18,8 @@ from .autograd import run
 from .names import Options, flat, grouped, names
 from .operator import Operator
 
-_SCHEMA = {bool: "bool", int: "SymInt", float: "float", str: "str", list[int]: "SymInt[]"}
-_SCHEMA |= {Optional[kind]: f"{_SCHEMA[kind]}?" for kind in (int, float)}
+_SCHEMA: dict[Any, str] = {bool: "bool", int: "SymInt", float: "float", str: "str", list[int]: "SymInt[]"}
+_SCHEMA |= {Optional[int]: "SymInt?", Optional[float]: "float?"}
 Shapes = Callable[..., list[Any]]
 
 
