@@ -177,7 +177,7 @@ def test_gated_projections_are_those_of_eager(interleaved, data):
         options = {"interleaved": interleaved, **choose}
         found = forward(x, weight, bias, gamma, beta, cos, sin, save=True, **options)
         outs, saved = found[: 2 + count], found[2 + count :]
-        grads = backward(*douts[:2], douts[2:], x, weight, gamma, cos, sin, saved, **options)
+        grads = backward(*douts[:2], douts[2:], x, weight, bias, gamma, beta, cos, sin, saved, **options)
         results.append([*outs, *grads])
     for a, e in zip(*results, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=2e-5)
@@ -191,7 +191,7 @@ def test_projections_are_those_of_eager(rows):
     results = []
     for module, choose in ((projection_kernels, {"choose": tuning.choose}), (eager_projection, {})):
         y = module.projection_forward(x, weight, bias, residual, **choose)
-        results.append([y, *module.projection_backward(dy, x, weight, **choose)])
+        results.append([y, *module.projection_backward(dy, x, weight, bias, **choose)])
     for a, e in zip(*results, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
 

@@ -115,15 +115,15 @@ class Workspace:
     """Memory for intermediates of a loop, the same in every turn: fresh pages can cost more than the arithmetic."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def of(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A contiguous tensor of that shape in the buffer of that name; what the buffer held is lost."""
         dtype = dtype or like.dtype
         count = math.prod(shape)
-        buffer = self._buffers.get((name, dtype))
+        buffer = self._memory.get((name, dtype))
         if buffer is None or buffer.numel() < count:
-            buffer = self._buffers[name, dtype] = torch.empty(count, dtype=dtype, device=like.device)
+            buffer = self._memory[name, dtype] = torch.empty(count, dtype=dtype, device=like.device)
         return buffer[:count].view(shape)
 
     def like(self, name: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

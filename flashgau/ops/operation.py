@@ -14,7 +14,7 @@ from typing import Any, Optional
 
 from torch import Tensor
 
-from .autograd import run
+from . import autograd
 from .names import Options, flat, grouped, names
 from .operator import Operator
 
@@ -77,7 +77,7 @@ class Operation:
         """What a floor's function makes of everything by name."""
         if self.adapt is not None:
             self.adapt(named)
-        return run(self.op, named.pop("backend"), function, **named)
+        return autograd.run(self.op, named.pop("backend"), function, **named)
 
     def _forward(self, *args: Any) -> Any:
         results = self._run(self.function, dict(zip(self.arguments, args, strict=True)))
@@ -111,11 +111,11 @@ class Operation:
         ctx.fixed = [named[field] for field in self.options._fields] + [named["backend"]]
         ctx.set_materialize_grads(False)  # or zeros would be made for what is saved, which has no gradient
 
-    def _differentiate(self, ctx: Any, gradients: list[Any]) -> list[Any]:
+    def _differentiate(self, ctx: Any, gradients: list[Any]) -> tuple[Any, ...]:
         """The gradients of all arguments, from those of the results."""
         given = grouped(self.results, gradients, ctx.sizes)
         if all(x is None for x in flat(given.values())):
-            return [None] * len(self.arguments)
+            return tuple(None for _ in self.arguments)
         kept = grouped(self.kept, ctx.saved_tensors, {})
         for x in self.required:
             parts = zip(flat([given[x.name]]), ctx.shapes[x.name], strict=True)
@@ -125,4 +125,4 @@ class Operation:
         found = dict(zip((x.name for x in self.differentiated), results, strict=True))
         found |= {x.name: given[self.results[0].name] for x in self.inputs if x.mark == "+"}
         needed = zip(self.arguments, ctx.needs_input_grad, strict=False)  # which has one more: the function that ran
-        return [found.get(name) if need else None for name, need in needed]
+        return tuple(found.get(name) if need else None for name, need in needed)
