@@ -51,10 +51,11 @@ def write(results: Path, docs: Path) -> list[Path]:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{path} is no record of a benchmark of this version: {reason}") from error
     text, written = [HEAD], []
-    for machine in dict.fromkeys(_machine(record) for _, record in found):
-        text.append(f"\n## {machine}\n")
+    places = {path: _place(path.relative_to(results), record) for path, record in found}
+    for place in dict.fromkeys(places.values()):
+        text.append(f"\n## {place}\n")
         for path, record in found:
-            if _machine(record) == machine:
+            if places[path] == place:
                 name = "_".join(path.relative_to(results).parent.parts)
                 plots = {}
                 for kind, draw in (("time", report.plot_times), ("rate", report.plot_rates)):
@@ -68,9 +69,10 @@ def write(results: Path, docs: Path) -> list[Path]:
     return [page, *written]
 
 
-def _machine(record: dict[str, Any]) -> str:
+def _place(path: Path, record: dict[str, Any]) -> str:
+    """The machine's name, and the folder under `results` that is its own: machines of one name may differ."""
     facts = record["machine"]
-    return str(facts.get("gpu") or facts["cpu"])
+    return f"{facts.get('gpu') or facts['cpu']} ({path.parts[0]})"
 
 
 def section(record: dict[str, Any], plots: dict[str, Path], name: str) -> str:
