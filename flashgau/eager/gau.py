@@ -93,16 +93,16 @@ def gau_attention_backward(
                 dx = (dx * gate[seq.batch, rows]).to(part.factor)
             s, a, scale = part.weights(i)
             seen = a.shape[-1]
-            add_product(part.keys_seen(dv_sum, seen), a.to(part.factor).mT, dx, workspace)
-            da = part.times_transposed(dx, part.keys_seen(part.v, seen)).to(acc)
+            add_product(_keys_seen(dv_sum, seen), a.to(part.factor).mT, dx, workspace)
+            da = _times_transposed(dx, _keys_seen(part.v, seen)).to(acc)
             ds = part.score_gradient(da, s, a)
             if dbias is not None:
                 start = part.bias_start(i) - (ds.shape[-2] - 1)
                 sums = toeplitz_sums(ds)
                 dbias[seq.batch, start : start + sums.shape[-1]] += sums
             ds = ds.mul_(scale).to(part.factor)
-            dq[seq.batch, rows] = (ds @ part.keys_seen(part.k, seen).to(part.factor)).to(dq.dtype)
-            add_product(part.keys_seen(dk_sum, seen), ds.mT, part.q[:, i].to(part.factor), workspace)
+            dq[seq.batch, rows] = (ds @ _keys_seen(part.k, seen).to(part.factor)).to(dq.dtype)
+            add_product(_keys_seen(dk_sum, seen), ds.mT, part.q[:, i].to(part.factor), workspace)
         dk[seq.batch, seq.keys] = dk_sum.to(dk.dtype)
         dv[seq.batch, seq.keys] = dv_sum.to(dv.dtype)
     dbias = dbias.to(rel_bias.dtype) if dbias is not None and rel_bias is not None else None
@@ -130,29 +130,21 @@ class _Part:
         self.bias = bias[seq.batch] if bias is not None else None
         self.m, self.n = seq.sizes
         self.step = power_of_two_below(_PANEL_ELEMENTS / max(1, self.n * self.q.shape[0]), 16, 256)
+        self.last = (self.m - 1) // self.step * self.step  # where the last panel begins
 
     @cached_property
     def bias_block(self) -> Tensor:
         """The bias (b, rows, .) of any panel's rows at all distances, the last panel's first: a panel's is a part."""
         assert self.bias is not None
         rows = min(self.step, self.m)
-        last = (self.m - 1) // self.step * self.step
-        first = self.bias_start(slice(last, self.m))
+        first = self.bias_start(slice(self.last, self.m))
         before = F.pad(self.bias.to(self.acc), (rows - 1, 0))  # read by rows that the last panel may not have
-        return toeplitz_block(before, first + rows - 1, rows, last + self.n)
+        return toeplitz_block(before, first + rows - 1, rows, self.last + self.n)
 
     def bias_of(self, i: slice, seen: int) -> Tensor:
         """The bias (b, rows, seen) of a panel."""
-        first = (self.m - 1) // self.step * self.step - i.start
+        first = self.last - i.start
         return self.bias_block[:, : i.stop - i.start, first : first + seen]
-
-    def keys_seen(self, x: Tensor, seen: int) -> Tensor:
-        """The first rows of keys or values; of a single sequence laid out as a tensor of its own, not to be copied."""
-        return x[:, :seen] if x.shape[0] > 1 else x[0, :seen][None]
-
-    def times_transposed(self, a: Tensor, b: Tensor) -> Tensor:
-        """a b^T. Of halves PyTorch would copy b^T first, but for a product of two matrices."""
-        return a @ b.mT if a.shape[0] > 1 else (a[0] @ b[0].mT)[None]
 
     def panels(self) -> Iterator[slice]:
         """Panels of queries; those in which no query sees any key are left out."""
@@ -191,7 +183,7 @@ class _Part:
         """Scores and weights A (b, rows, keys seen) of a panel, and the scale of its q k^T."""
         offset = self.n - self.m
         seen, scale = self.seen(i), self.scale(i)
-        s = self.times_transposed(self.q[:, i], self.keys_seen(self.k, seen)).mul_(scale)
+        s = _times_transposed(self.q[:, i], _keys_seen(self.k, seen)).mul_(scale)
         if self.bias is not None:
             s += self.bias_of(i, seen)
         # Keys before `edge` are seen by every row of the panel.
@@ -207,7 +199,7 @@ class _Part:
         return s, a, scale
 
     def times_values(self, a: Tensor) -> Tensor:
-        return a.to(self.factor) @ self.keys_seen(self.v, a.shape[-1])
+        return a.to(self.factor) @ _keys_seen(self.v, a.shape[-1])
 
     def score_gradient(self, da: Tensor, s: Tensor, a: Tensor) -> Tensor:
         """dS from dA: the slope of an elementwise score, or softmax's a * (da - sum a da)."""
@@ -219,3 +211,13 @@ class _Part:
         """Index into the bias vector of the panel's first entry: P-1 + (0 - p)."""
         assert self.bias is not None
         return self.bias.shape[-1] // 2 - (i.start + self.n - self.m)
+
+
+def _keys_seen(x: Tensor, seen: int) -> Tensor:
+    """The first rows of keys or values; of a single sequence laid out as a tensor of its own, not to be copied."""
+    return x[:, :seen] if x.shape[0] > 1 else x[0, :seen][None]
+
+
+def _times_transposed(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T. Of halves PyTorch would copy b^T first, but for a product of two matrices."""
+    return a @ b.mT if a.shape[0] > 1 else (a[0] @ b[0].mT)[None]

@@ -213,7 +213,7 @@ def _gated_backward(
 
 def _in_range(x: Tensor, name: str, workspace: Workspace) -> Tensor:
     """fp16 as fp32: a square or a product of two values leaves its range. bf16 has the range of fp32."""
-    return workspace.like(name, x, torch.float32).copy_(x) if x.dtype == torch.float16 else x
+    return workspace.held(name, x, torch.float32) if x.dtype == torch.float16 else x
 
 
 def _affine(x: Tensor, w_t: Tensor, bias: Tensor | None) -> Tensor:

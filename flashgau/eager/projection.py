@@ -119,7 +119,7 @@ def parts_backward(
     workspace = Workspace()
     for r in panels(rows):
         panel = rows[r].to(factor)
-        dpanel = dx[r] if dx.dtype == factor else torch.empty_like(panel)
+        dpanel = dx[r] if dx.dtype == factor else workspace.like("dx", panel)
         for i, (w, dw, db) in enumerate(zip(weights, dweight.split(widths), dbias.split(widths), strict=True)):
             d = flat[i][r].to(factor)
             if i < silu:
