@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import convert, distributed, integrations, kernels, models, nn, reference, training
+    from .bias import alibi_bias, rotary_bias, t5_bias
     from .ops.attention import attention
-    from .ops.bias import alibi_bias, rotary_bias, t5_bias
     from .ops.compare import Report, compare
     from .ops.dispatch import use_backend
     from .ops.gau import gau_attention

@@ -140,7 +140,7 @@ def context_parallel_attention(
     turns = [Turn(1, q_heads, 2, tuple(queries)), Turn(1, k_heads, 2, keys), Turn(1, k_heads, 2, keys)]
     back = Turn(2, ranges(queries), 1, tuple(b - a for a, b in q_heads))
     operate = partial(
-        attention,
+        call.operation,
         **call.options, **call.sequences, rel_bias=rel_bias, sinks=sinks, dropout_seed=_of_rank(seed, context.rank),
     )  # fmt: skip
     out, *lse = call.exchanged(agreed, turns, back, operate)

@@ -123,6 +123,6 @@ def context_parallel_gau(
         for slices, tokens in ((everything, queries), (everything, keys), (columns, keys), (columns, queries))
     ]
     back = Turn(1, ranges(queries), 2, tuple(counts))
-    operate = partial(gau_attention, **call.options, **call.parameters, **call.sequences)
+    operate = partial(call.operation, **call.options, **call.parameters, **call.sequences)
     (out,) = call.exchanged(agreed, turns, back, operate)
     return out

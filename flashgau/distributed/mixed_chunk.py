@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -133,7 +132,7 @@ def context_parallel_mixed_chunk(
     meeting = Meeting(call.context, 1)
     (everyone,) = exchange(meeting, (linear_sums(lin_k, v, own)[None],), [turn], [needed])
     assert everyone is not None
-    operate: Any = partial(mixed_chunk_attention, **call.options, rel_bias=rel_bias, lengths=own)
+    operate = partial(call.operation, **call.options, rel_bias=rel_bias, lengths=own)
     if causal:
         state = MixedChunkState.empty(
             v.shape[0], lin_k.shape[-1], v.shape[-1], chunk_size, dtype=v.dtype, device=v.device
