@@ -13,6 +13,7 @@ from ..ops import MixedChunkState, mixed_chunk_attention, mixed_chunk_step
 from ..ops.flash_unit import flash_unit, runs_whole
 from ..ops.mixed_chunk import check_options
 from ..ops.validate import Arguments
+from ..options import FlashWeights, Layout, MixedChunkOptions
 from .gated_unit import GatedUnit, UnitOptions, UnitState, chosen, last_shifted
 
 HEADS = ("quad_q", "quad_k", "lin_q", "lin_k")
@@ -181,27 +182,19 @@ class FLASH(GatedUnit):
             "lin_normalizer": self.lin_normalizer,
             "rel_bias": None if self.rel_bias is None else self.rel_bias(self.chunk_size),
         }
-        sequences: dict[str, Any] = {
-            "chunk_size": self.chunk_size,
-            "causal": self.causal,
-            "lengths": lengths,
-            "cu_seqlens": cu_seqlens,
-        }
         memory = None
         if not recurrent and not (self.qk_dropout and self.training) and runs_whole(x):
             # All of it as one operator, which keeps nothing wide but x W + b and what u multiplies.
+            hidden, scale, out = self.to_hidden, self.offset_scale, self.to_out
+            order = [self.head_order.index(name) for name in HEADS]
             y = flash_unit(
                 normed,
-                self.to_hidden,
-                self.offset_scale.gamma,
-                self.offset_scale.beta,
-                self.to_out,
+                FlashWeights(hidden.weight, hidden.bias, scale.gamma, scale.beta, out.weight, out.bias, order),
                 residual=x if self.residual else None,
                 angles=angles,
                 interleaved=self._interleaved,
-                order=[self.head_order.index(name) for name in HEADS],
-                **options,
-                **sequences,
+                layout=Layout(lengths, cu_seqlens),
+                options=MixedChunkOptions(chunk_size=self.chunk_size, causal=self.causal, **options),
             )
         else:
             gate, v, heads = self._heads(normed, angles)
@@ -211,8 +204,16 @@ class FLASH(GatedUnit):
             if before is not None and lengths is None and x.shape[1] == 1:  # in constant time
                 result = mixed_chunk_step(state=before, **options)
             else:
-                result = mixed_chunk_attention(initial_state=before, return_state=recurrent, **options, **sequences)
-            out, memory = result if recurrent else (result, None)
-            y = self._output(x, out)
+                result = mixed_chunk_attention(
+                    chunk_size=self.chunk_size,
+                    causal=self.causal,
+                    lengths=lengths,
+                    cu_seqlens=cu_seqlens,
+                    initial_state=before,
+                    return_state=recurrent,
+                    **options,
+                )
+            attended, memory = result if recurrent else (result, None)
+            y = self._output(x, attended)
         y = self.post_norm(y)
         return (y, UnitState(memory, last_shifted(moving, lengths))) if return_state else y
