@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashgau.bias import alibi_bias
 from flashgau.ops.attention import attend
-from flashgau.ops.bias import alibi_bias
 from flashgau.ops.validate import Arguments
 from flashgau.options import AttentionOptions, Layout
 
