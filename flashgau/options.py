@@ -53,11 +53,8 @@ class AttentionOptions(NamedTuple):
     def resolved(self, width: int) -> AttentionOptions:
         """With the scale that None stands for, and the window that a causal mask closes."""
         scale = width**-0.5 if self.scale is None else float(self.scale)
-        return (
-            self._replace(scale=scale, causal=False, window=(self.window[0], 0))
-            if self.causal
-            else self._replace(scale=scale)
-        )
+        window = (self.window[0], 0) if self.causal else self.window
+        return AttentionOptions(scale, False, window, *self[3:])
 
 
 class AttentionResults(NamedTuple):
@@ -172,9 +169,11 @@ def takes_fields(function: Callable[..., Any]) -> Callable[..., Any]:
     kinds = {name: globals().get(str(p.annotation)) for name, p in parameters.items()}
     place = {field: name for name, kind in kinds.items() for field in getattr(kind, "_fields", ())}
 
+    own = frozenset(parameters)
+
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.keys() <= parameters.keys():
+        if own.issuperset(kwargs):
             return function(*args, **kwargs)
         given: dict[str, dict[str, Any]] = {}
         for field in kwargs.keys() - parameters.keys():

@@ -111,7 +111,9 @@ def attend(
     if options.softcap is not None:
         args.number("softcap", options.softcap, "a positive number or None", low=0, open_low=True)
     window = _window(args, options.window)
-    longest, layout = args.sequences(*layout), layout._replace(lengths=widened(layout.lengths))
+    longest = args.sequences(*layout)
+    if layout.lengths is not None:
+        layout = layout._replace(lengths=widened(layout.lengths))
     rel_bias = options.rel_bias
     args.relative_bias(rel_bias, "B Hq", longest)
     if options.sinks is not None:
@@ -124,14 +126,17 @@ def attend(
     if name == "reference":
         given = options._replace(dropout_seed=seed)._asdict() | layout._asdict()
         return autograd.run("attention", name, "attention", q, k, v, **given, return_lse=return_lse)
-    options = options._replace(
-        scale=None if options.scale is None else float(options.scale),
-        window=window,
-        rel_bias=rel_bias.expand(q.shape[0], heads, -1) if rel_bias is not None else None,
-        dropout_p=float(options.dropout_p),
-        dropout_seed=seed,
+    options = AttentionOptions(
+        None if options.scale is None else float(options.scale),
+        options.causal,
+        window,
+        options.softcap,
+        rel_bias.expand(q.shape[0], heads, -1) if rel_bias is not None else None,
+        options.sinks,
+        float(options.dropout_p),
+        seed,
     )
-    out, lse = _attention(q, k, v, options=options.resolved(q.shape[-1]), layout=layout, backend=name)
+    out, lse = _attention(q, k, v, options=options, layout=layout, backend=name)
     return (out, lse) if return_lse else out
 
 

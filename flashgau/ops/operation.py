@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from . import autograd
-from .names import fields, flat, grouped, names
+from .names import flat, grouped, names
 from .operator import Operator
+from .tuples import Flattening, fields
 
 Shapes = Callable[..., list[Any]]
 
@@ -51,15 +52,15 @@ class Operation:
         self.differentiated = [x for x in self.inputs if x.mark != "+"]
         self.required = [x for x in self.results if x.mark != "?"] if len(self.results) > 1 else []
         self.kept = [*self.differentiated, *names(data), *names(reads), *names(saved, mark="?")]
-        plain = [field for kind in self.tuples.values() for field in fields(kind)]
-        self.split_fields = [field for field in plain if len(field.parts) > 1]
-        tensors, inside = [*self.inputs, *names(data)], {x for kind in self.tuples.values() for x in kind._fields}
-        self.given = [x.name for x in tensors if x.name not in inside]  # in a call; the others come in tuples
-        fixed = [*(part for field in plain for part in field.schema), "str backend"]
+        tensors = [*self.inputs, *names(data)]
+        fixed = [*(part for kind in self.tuples.values() for x in fields(kind) for part in x.schema), "str backend"]
         takes = [*(x.schema for x in tensors), *(["bool save"] if saved else []), *fixed]
         takes_back = [*(x.schema for x in (*names(results, prefix="d"), *self.kept)), *fixed]
         self.arguments, self.arguments_back, self.fixed = (
             [part.split()[-1] for part in parts] for parts in (takes, takes_back, fixed)
+        )
+        self.flattening, self.flattening_back = (
+            Flattening(self.tuples, x) for x in (self.arguments, self.arguments_back)
         )
         self.gradients = gradients or self._like_inputs
         self.function = f"{name}_forward" if differentiable else name
@@ -73,36 +74,22 @@ class Operation:
 
     def __call__(self, *tensors: Any, save: bool = False, backend: str, **tuples: Any) -> list[Any]:
         """The results, and what was saved."""
-        named = dict(zip(self.given, tensors, strict=True), save=save, backend=backend)
-        for values in tuples.values():
-            named.update(zip(values._fields, values, strict=True))
-        for field in self.split_fields:
-            named.update(zip(field.parts, field.split(named[field.name]), strict=True))
-        return self.forward(*(named[name] for name in self.arguments))
-
-    def _run(self, function: str, named: dict[str, Any]) -> Any:
-        """What a floor's function makes of everything by name."""
-        backend = named.pop("backend")
-        for field in self.split_fields:
-            named[field.name] = field.join(*map(named.pop, field.parts))
-        for name, kind in self.tuples.items():
-            values = {field: named.pop(field) for field in kind._fields if field in named}
-            if values:
-                named[name] = kind(**values)
-        return autograd.run(self.op, backend, function, **named)
+        plain = [*tensors, *([save] if self.saved else []), backend]
+        return self.forward(*self.flattening.flat(plain, tuples))
 
     def _forward(self, *args: Any) -> Any:
-        results = self._run(self.function, dict(zip(self.arguments, args, strict=True)))
+        named = self.flattening.named(args)
+        results = autograd.run(self.op, named.pop("backend"), self.function, **named)
         return [results] if isinstance(results, Tensor) else results
 
     def _fake(self, *args: Any) -> list[Any]:
         return self.shapes(**dict(zip(self.arguments, args, strict=True)))
 
     def _backward(self, *args: Any) -> list[Any]:
-        named = dict(zip(self.arguments_back, args, strict=True))
-        given = [named[x.name] is not None for x in self.differentiated]
-        results = self._run(f"{self.name}_backward", named)
-        return [gradient if there else None for gradient, there in zip(results, given, strict=True)]
+        named = self.flattening_back.named(args)
+        results = autograd.run(self.op, named.pop("backend"), f"{self.name}_backward", **named)
+        given = args[len(self.results) :]
+        return [gradient if x is not None else None for gradient, x in zip(results, given, strict=False)]
 
     def _fake_back(self, *args: Any) -> list[Any]:
         return self.gradients(**dict(zip(self.arguments_back, args, strict=True)))
