@@ -75,14 +75,14 @@ class Flattening:
         whence = {name: i for i, name in enumerate(given)}
         self.split = [(x.split, whence[x.name]) for x in split]
         whence |= {part: len(given) + i for i, part in enumerate(part for x in split for part in x.parts)}
-        self.order = _pick([whence[name] for name in arguments])
+        self.order = [whence[name] for name in arguments]
 
-    def flat(self, plain: list[Any], tuples: dict[str, Any]) -> tuple[Any, ...]:
+    def flat(self, plain: list[Any], tuples: dict[str, Any]) -> list[Any]:
         """The arguments, from those that are in no tuple, in order, and the tuples."""
         values = plain + [value for name, _, _ in self.tuples for value in tuples[name]]
         for split, i in self.split:
             values += split(values[i])
-        return self.order(values)
+        return [values[i] for i in self.order]  # torch.compile traces this, and no itemgetter
 
     def named(self, args: Sequence[Any]) -> dict[str, Any]:
         """What a function is given: tuples, and what is in none, by name. A field that is no argument is None."""
