@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashgau
+from flashgau import tables
 from flashgau.eager import attention as eager_attention
 from flashgau.eager import common as eager_common
 from flashgau.eager import gau as eager_gau
 from flashgau.eager import glu as eager_glu
 from flashgau.eager import mixed_chunk as eager_mixed_chunk
 from flashgau.ops import autograd, dispatch
+from flashgau.tables.config import Config
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -47,14 +49,13 @@ if "triton" in [name for name, reason in dispatch.explain("gau_attention", "cpu"
         (_mixed_chunk_kernels, "_FUSED_TILES"): 0,
         (_mixed_chunk_kernels, "processors"): lambda device: 1,
     }
-    _Config = importlib.import_module("flashgau.kernels.common").Config
 
-    def _smallest(kernel: str, *args: Any, **traits: Any) -> Any:
+    def _smallest(kernel: str, *args: Any, **traits: Any) -> Config:
         """Of chunks more queries than keys, where both need not be as many."""
-        return _Config(32 if kernel.startswith("mixed_chunk") else 16, 16, block_k=16)
+        return Config(32 if kernel.startswith("mixed_chunk") else 16, 16, block_k=16)
 
     TINY = {
-        (importlib.import_module("flashgau.tuning"), "choose"): _smallest,
+        (tables, "choose"): _smallest,
         (importlib.import_module("flashgau.kernels.attention"), "processors"): lambda device: 4,
     }
 _SMALL = {"eager": _BLOCKS, "triton": PANELS}

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import tables
 from . import autograd, dispatch
 from .operation import Operation
 from .validate import Arguments, autocast
@@ -177,9 +178,7 @@ def _linear_results(x: Tensor, w_gate: Tensor, save: bool, **_: Any) -> list[Ten
 def _choose_products(named: dict[str, Any]) -> None:
     """Let the Triton kernel make the products or the vendor's library. (Eager has only one way.)"""
     if named["backend"] == "triton":
-        from flashgau import tuning  # which needs Triton
-
-        named["fused"] = tuning.fuses_glu_linear(named["x"], named["w_gate"])
+        named["fused"] = tables.fuses_glu_linear(named["x"], named["w_gate"])
 
 
 _glu = Operation(

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from flashgau.kernels import attention, gau, glu, mixed_chunk, projection
-from flashgau.kernels.common import Config
 from flashgau.kernels.glu import elementwise
+from flashgau.tables.config import Choose
 
-Choose = Callable[..., Config]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
