@@ -36,7 +36,7 @@ runner = CliRunner()
 
 
 def test_a_driver_that_was_there_is_there_again():
-    seen, there = [], object()
+    seen, there, launched = [], object(), compiler.triton.JITFunction.__getitem__
     before = compiler.driver.active if torch.cuda.is_available() else None
     try:
         for active in (there, None):
@@ -51,6 +51,7 @@ def test_a_driver_that_was_there_is_there_again():
     finally:
         compiler.driver.set_active(before)
     assert not seen
+    assert compiler.triton.JITFunction.__getitem__ is launched
 
 
 def test_cuobjdump_is_found_without_tritons_help(monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,7 +19,9 @@ import tuning_tables
 from tuning_tables import CPU, KEY, OTHER, chosen, user_table
 
 pytest.importorskip("triton")
-from flashgau import tables
+from flashgau.kernels.common import chosen_by
+
+from flashgau import tables, tuning
 from flashgau.tables import table
 from flashgau.tables.config import Config
 from flashgau.tables.table import FUSED, Key, TableEntry
@@ -195,6 +198,53 @@ def test_unknown_kernels_and_widths_are_refused():
         chosen("flash")
     with pytest.raises(ValueError, match="width 512"):
         chosen(width=512)
+
+
+def test_a_configuration_is_in_force_inside_its_block_in_every_thread():
+    """A backward on a GPU runs in a thread of autograd's."""
+    x, w = torch.empty(50, 900), torch.empty(64, 900)
+
+    def seen() -> tuple[Config, bool]:
+        return tables.in_force()("attention_forward", x, 64), tables.fuses_glu_linear(x, w)
+
+    outer, inner, before = Config(16, 16), Config(32, 32), (chosen(), False)
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(seen).result() == seen() == before
+        with tables.configured(chosen_by(outer), fuse_glu_linear=True):
+            assert other.submit(seen).result() == seen() == (outer, True)
+            with tables.configured(chosen_by(inner)):  # which leaves the other choice alone
+                assert other.submit(seen).result() == seen() == (inner, True)
+            with pytest.raises(ZeroDivisionError), tables.configured(chosen_by(inner)):
+                _ = 1 / 0
+            with tables.configured(fuse_glu_linear=False):
+                assert other.submit(seen).result() == seen() == (outer, False)
+            assert seen() == (outer, True)
+            assert chosen() == before[0]  # what the tables say
+        assert other.submit(seen).result() == seen() == before
+
+
+def test_a_launcher_takes_a_configuration_a_function_or_nothing():
+    x, one, other = torch.empty(1), Config(16, 16), Config(32, 16)
+    assert chosen_by(one)("attention_dq", x, 64, rows=3, options=True) == one
+    assert chosen_by(tables.choose) is tables.choose
+    assert chosen_by(None) is tables.choose
+    with tables.configured(chosen_by(other)):
+        assert chosen_by(None)("attention_dq", x, 64) == other
+        assert chosen_by(one)("attention_dq", x, 64) == one
+
+
+@pytest.mark.parametrize(("target", "arch"), [("sm_90", "sm_90"), ("sm_89", "sm_86"), ("gfx942", "gfx942")])
+def test_what_is_compiled_for_a_target_has_its_table(target, arch):
+    x = torch.empty(1, device="meta")
+    with ahead.compiling_for(target):
+        found = chosen_by(None)("attention_forward", x, 128, rows=1, options=True)
+    assert found == tables.lookup(arch, "attention_forward", 4, 128, rows=1, options=True)
+    assert chosen_by(None) is tables.choose
+
+
+def test_documented_names_are_those_of_the_tables():
+    for name in ("choose", "fuses_glu_linear", "lookup", "reload"):
+        assert getattr(tuning, name) is getattr(tables, name)
 
 
 def test_shipped_tables_are_valid_and_complete():
