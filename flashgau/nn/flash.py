@@ -12,6 +12,7 @@ from ..ops import MixedChunkState, mixed_chunk_attention, mixed_chunk_step
 from ..ops.flash_unit import flash_unit, runs_whole
 from ..ops.mixed_chunk import check_options
 from ..ops.validate import Arguments
+from ..options import FlashWeights, Layout, MixedChunkOptions
 from .biases import make_bias
 from .gated_unit import GatedUnit, UnitState, from_preset, last_shifted
 
@@ -226,22 +227,16 @@ class FLASH(GatedUnit):
     def _forward_whole(self, x: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         """The same as one operator, which keeps nothing wide but x W + b and what u multiplies."""
         normed, _ = self._normed(x, cu_seqlens, None)
+        hidden, scale, out = self.to_hidden, self.offset_scale, self.to_out
+        order = [self.head_order.index(name) for name in HEADS]
+        rel_bias = None if self.rel_bias is None else self.rel_bias(self.chunk_size)
         y = flash_unit(
             normed,
-            self.to_hidden,
-            self.offset_scale.gamma,
-            self.offset_scale.beta,
-            self.to_out,
+            FlashWeights(hidden.weight, hidden.bias, scale.gamma, scale.beta, out.weight, out.bias, order),
             residual=x if self.residual else None,
             angles=self._angles(x, 0, cu_seqlens),
             interleaved=self.rotary is not None and self.rotary.interleaved,
-            order=[self.head_order.index(name) for name in HEADS],
-            chunk_size=self.chunk_size,
-            score=self.score,
-            causal=self.causal,
-            lin_normalizer=self.lin_normalizer,
-            rel_bias=None if self.rel_bias is None else self.rel_bias(self.chunk_size),
-            lengths=lengths,
-            cu_seqlens=cu_seqlens,
+            layout=Layout(lengths, cu_seqlens),
+            options=MixedChunkOptions(self.chunk_size, self.score, self.causal, None, self.lin_normalizer, rel_bias),
         )
         return self.post_norm(y)

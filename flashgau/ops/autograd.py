@@ -16,6 +16,8 @@ def run(op: str, backend: str, function: str, *args: Any, **kwargs: Any) -> Any:
     call = implementation(op, backend, function)
     if backend == "triton":
         kwargs["choose"] = tables.in_force()
+        if op == "glu_linear":
+            kwargs["fused"] = tables.fuses_glu_linear(kwargs["x"], kwargs["weights"].w_gate)
     if not pytorch.any_autocast():
         return call(*args, **kwargs)
     device = next(x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import tables
+from flashgau.options import GluOptions, GluWeights
+
 from . import autograd, dispatch
 from .operation import Operation
 from .validate import Arguments, autocast
@@ -134,7 +135,8 @@ def glu_linear(
         )  # fmt: skip
     save = not recompute and autograd.needs_grad(x, w_gate, w_up, b_gate, b_up)
     options = GluOptions(activation, up_activation)
-    return _glu_linear(x, w_gate, w_up, b_gate, b_up, options=options, save=save, backend=name)[0]
+    weights = GluWeights(w_gate, w_up, b_gate, b_up)
+    return _glu_linear(x, weights=weights, options=options, save=save, backend=name)[0]
 
 
 def _check_activations(args: Arguments, activation: Any, up_activation: Any) -> None:
@@ -158,13 +160,6 @@ def _keeps(gate: Tensor, up: Tensor | None, activation: str, up_activation: str,
     )
 
 
-class GluOptions(NamedTuple):
-    """The activations of both sides."""
-
-    activation: str
-    up_activation: str
-
-
 def _results(gate: Tensor, up: Tensor | None, save: bool, **_: Any) -> list[Tensor | None]:
     shape = gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2)
     return [gate.new_empty(shape), gate.new_empty(shape) if save else None]
@@ -175,18 +170,12 @@ def _linear_results(x: Tensor, w_gate: Tensor, save: bool, **_: Any) -> list[Ten
     return [x.new_empty(shape), *(x.new_empty(shape) if save else None for _ in range(2))]
 
 
-def _choose_products(named: dict[str, Any]) -> None:
-    """Let the Triton kernel make the products or the vendor's library. (Eager has only one way.)"""
-    if named["backend"] == "triton":
-        named["fused"] = tables.fuses_glu_linear(named["x"], named["w_gate"])
-
-
 _glu = Operation(
     "glu",
     inputs="gate up?",
     results="out",
     saved="activated",
-    options=GluOptions,
+    tuples={"options": GluOptions},
     shapes=_results,
     op="glu",
 )
@@ -195,8 +184,7 @@ _glu_linear = Operation(
     inputs="x w_gate w_up b_gate? b_up?",
     results="out",
     saved="g u",
-    options=GluOptions,
+    tuples={"weights": GluWeights, "options": GluOptions},
     shapes=_linear_results,
-    adapt=_choose_products,
     op="glu_linear",
 )

@@ -1,4 +1,4 @@
-"""The names in the declaration of an operation, separated by spaces, and values grouped by them.
+"""The names in the declaration of an operation, separated by spaces, and the fields of its tuples.
 
 `x` is a tensor, `x?` one that may be None, `x+` one that may be None and is added to the first result, whose gradient
 it gets, `xs:y` a list with a tensor for each row of the input y, and `xs*` a list of any length, at the end.
@@ -7,13 +7,51 @@ it gets, `xs:y` a list with a tensor for each row of the input y, and `xs*` a li
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import typing
+from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
+
+from flashgau.options import NumberOrRule, Window
+
+_SCHEMA: dict[Any, str] = {bool: "bool", int: "SymInt", float: "float", str: "str", list[int]: "SymInt[]"}
+_SCHEMA |= {Optional[int]: "SymInt?", Optional[float]: "float?"}
 
 
-class Options(NamedTuple):
-    """The options of an operation that has none."""
+class Field(NamedTuple):
+    """A field of a tuple that is no tensor, as one argument or two of a PyTorch operator."""
+
+    name: str
+    parts: tuple[str, ...]  # the arguments' names
+    types: tuple[str, ...]  # and types, in PyTorch's language of schemas
+    split: Callable[[Any], tuple[Any, ...]] = lambda x: (x,)
+    join: Callable[..., Any] = lambda x: x
+
+    @property
+    def schema(self) -> list[str]:
+        """The arguments in PyTorch's language of schemas."""
+        return [f"{type_} {part}" for type_, part in zip(self.types, self.parts, strict=True)]
+
+
+def fields(kind: Any) -> list[Field]:
+    """Those of a tuple."""
+    found = []
+    for name, type_ in typing.get_type_hints(kind).items():
+        if type_ in _SCHEMA:
+            found.append(Field(name, (name,), (_SCHEMA[type_],)))
+        elif type_ == Window:
+            found.append(Field(name, ("left", "right"), ("SymInt?", "SymInt?"), lambda x: x, lambda *sides: sides))
+        elif type_ == NumberOrRule:
+            found.append(Field(name, (f"{name}_rule", f"{name}_value"), ("str", "float"), _of_rule, _rule_or_value))
+    return found
+
+
+def _of_rule(x: str | float) -> tuple[str, float]:
+    return (x, 1.0) if isinstance(x, str) else ("", float(x))
+
+
+def _rule_or_value(rule: str, value: float) -> str | float:
+    return rule or value
 
 
 class Name(NamedTuple):

@@ -16,6 +16,7 @@ from triton.testing import do_bench
 import flashgau
 from flashgau import tables
 from flashgau.kernels.glu import glu_linear_forward
+from flashgau.options import GluWeights
 from flashgau.tables import table
 from flashgau.tables.config import Config
 from flashgau.tables.table import FUSED, Key, TableEntry
@@ -77,7 +78,7 @@ class Bench:
         x, w, u = make(rows, width), make(4096, width), make(4096, width)
         options: dict[str, Any] = {"activation": "silu", "up_activation": "identity", "choose": tables.in_force()}
         one, library = (
-            self.median(lambda f=fused: glu_linear_forward(x, w, u, None, None, save=True, fused=f, **options))  # type: ignore[misc]
+            self.median(lambda f=fused: glu_linear_forward(x, GluWeights(w, u), save=True, fused=f, **options))  # type: ignore[misc]
             for fused in (True, False)
         )
         return TableEntry(one < library, min(one, library), library)
