@@ -130,7 +130,7 @@ def mixed_chunk_attention_forward(
         return out, _untouched(call, initial_kv), product
     states, kv = _sum_states(call, lin_k, v, initial_kv, backward=False)
     if triton.cdiv(v.shape[-1], call.config("fused").block_n) <= _FUSED_TILES:
-        _multiply(call, quad_q, quad_k, lin_q, v, None, states, gate, product, out, 0, call.slots, backward=False)
+        _multiply(call, quad_q, quad_k, lin_q, v, None, states, gate, product, out, range(call.slots), backward=False)
         return out, kv, product
     config, wide = call.config("weights"), call.panel_width
     panel, step = room_for_panel(call.weights, wide * wide, call.slots)
@@ -141,7 +141,20 @@ def mixed_chunk_attention_forward(
             C=options.chunk_size, S=call.size["S"], BS=call.width, BM=config.block_m, BN=config.block_n, WIDTH=wide,
             SCORE=options.score, PRECISION=call.precision, **config.launch(),
         )  # fmt: skip
-        _multiply(call, quad_q, quad_k, lin_q, v, panel, states, gate, product, out, first, count, backward=False)
+        _multiply(
+            call,
+            quad_q,
+            quad_k,
+            lin_q,
+            v,
+            panel,
+            states,
+            gate,
+            product,
+            out,
+            range(first, first + count),
+            backward=False,
+        )
     return out, kv, product
 
 
@@ -186,7 +199,9 @@ def mixed_chunk_attention_backward(
             first, E=call.size["E"], BM=config.block_m, BN=config.block_n, BK=config.block_k, SCORE=options.score,
             PRECISION=call.precision, **sizes, **config.launch(),
         )  # fmt: skip
-        _multiply(call, quad_q, quad_k, lin_k, dx, panel, dstates, None, None, dv, first, count, backward=True)
+        _multiply(
+            call, quad_q, quad_k, lin_k, dx, panel, dstates, None, None, dv, range(first, first + count), backward=True
+        )
         heads_kernel[(count * triton.cdiv(options.chunk_size, of_heads.block_m),)](
             rows(quad_q), rows(quad_k), rows(dquad_q), rows(dquad_k), dpanel, *call.sequences, *call.rule[:2],
             call.n_chunks, first, BM=of_heads.block_m, BN=of_heads.block_n, FACTORS=call.factors, **sizes,
@@ -329,17 +344,16 @@ def _multiply(
     gate: Tensor | None,
     product: Tensor | None,
     out: Tensor,
-    first: int,
-    count: int,
+    slots: range,
     *,
     backward: bool,
 ) -> None:
-    """Start `product_kernel` for the slots from `first` on."""
+    """Start `product_kernel` for some slots."""
     config = call.config("fused" if panel is None else "product")
     across = triton.cdiv(call.size["E"], config.block_n) * triton.cdiv(call.size["C"], config.block_m)
-    product_kernel[(count * across,)](
+    product_kernel[(len(slots) * across,)](
         rows(quad_q), rows(quad_k), rows(lin), rows(x), panel, *states, rows(gate), rows(product), rows(out),
-        call.closed_tokens, *call.sequences, *call.rule, call.lin_inv_norm, call.n_chunks, *call.segments, first,
+        call.closed_tokens, *call.sequences, *call.rule, call.lin_inv_norm, call.n_chunks, *call.segments, slots.start,
         **call.size, BS=call.width, BM=config.block_m, BE=config.block_n, BK=config.block_k, WIDTH=call.panel_width,
         SCORE=call.score, CONTINUED=call.initial is not None, BACKWARD=backward, PRECISION=call.precision,
         FACTORS=call.factors, **config.launch(),

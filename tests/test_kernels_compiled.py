@@ -87,7 +87,7 @@ from flashgau.kernels.common import Config
 from flashgau.tuning.ahead import compiling_for
 
 choose = lambda *args, **traits: Config(16, 16, 4, 1, 16)
-options = {"chunk_size": 32, "score": "relu2", "causal": True, "quad_normalizer": 32.0, "lin_normalizer": None}
+options = {"chunk_size": 32, "score": "relu2", "causal": True, "quad_normalizer": 32.0}
 with compiling_for("sm_80"):
     for b, n in [(1, 2048), (3, 4096), (7, 2051), (1, 20), (2, 65536), (64, 128)]:
         heads = torch.empty(4, b, n, 16, dtype=torch.bfloat16, device="meta")

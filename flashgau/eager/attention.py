@@ -26,10 +26,7 @@ from .common import (
     toeplitz_sums,
     values_dtype,
 )
-
-_BLOCK_ELEMENTS = 2**20  # of the scores of one block, all heads together: a few MB, so that it stays in cache
-_PIECE_ELEMENTS = 2**22  # of queries and keys that are widened to fp32 together
-_TILE = 1024  # queries or keys of a call of PyTorch's kernel on halves: four or two of its largest blocks
+from .sizes import SIZES
 
 
 @takes_fields
@@ -153,7 +150,7 @@ class _Part:
     def blocks(self) -> Iterator[tuple[slice, list[slice]]]:
         """Blocks of queries, each with the blocks of keys that any of its rows sees."""
         heads = max(1, self.q.shape[0] * self.q.shape[1])
-        side = power_of_two_below(math.sqrt(_BLOCK_ELEMENTS / heads), 32, 512)
+        side = power_of_two_below(math.sqrt(SIZES.attention_scores / heads), 32, 512)
         for i0 in range(0, self.m, side):
             i1 = min(i0 + side, self.m)
             lo, hi = self.visible(i0)[0], self.visible(i1 - 1)[1]
@@ -337,7 +334,7 @@ def _pieces(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
     batch, heads, *_ = k.shape
     groups = q.shape[1] // heads
     size = (q.numel() + k.numel()) // (batch * heads)
-    count = max(_PIECE_ELEMENTS // size, -(-2 * torch.get_num_threads() // groups))
+    count = max(SIZES.attention_widened // size, -(-2 * torch.get_num_threads() // groups))
     rows, step = max(1, count // heads), min(count, heads)
     for b, h in product(range(0, batch, rows), range(0, heads, step)):
         yield slice(b, min(b + rows, batch)), slice(h, min(h + step, heads))
@@ -368,10 +365,11 @@ def _gradients_by_tiles(
 
 
 def _cuts(size: int) -> Iterator[slice]:
-    """Parts of `_TILE`; the last has three to seven quarters of it, as the kernel takes small blocks of fewer rows."""
-    count = 1 + max(0, size - 3 * _TILE // 4) // _TILE if size else 0
+    """Parts of a tile; the last has three to seven quarters of it, as the kernel takes small blocks of fewer rows."""
+    tile = SIZES.attention_tile
+    count = 1 + max(0, size - 3 * tile // 4) // tile if size else 0
     for part in range(count):
-        yield slice(part * _TILE, size if part == count - 1 else (part + 1) * _TILE)
+        yield slice(part * tile, size if part == count - 1 else (part + 1) * tile)
 
 
 def _fused_gradients(

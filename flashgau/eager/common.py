@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..options import Layout
-
-_PANEL = 2048  # rows of four bytes a number: the weights' way through the cache no longer counts
+from .sizes import SIZES
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,11 @@ def values_dtype(v: Tensor) -> torch.dtype:
 
 def panels(rows: Tensor) -> Iterator[slice]:
     """The rows of a matrix some thousand at a time on a CPU, so that what is made of them takes no memory; else all."""
-    step = _PANEL * max(1, 4 // factor_dtype(rows).itemsize) if rows.device.type == "cpu" else max(1, rows.shape[0])
+    step = (
+        SIZES.panel_rows * max(1, 4 // factor_dtype(rows).itemsize)
+        if rows.device.type == "cpu"
+        else max(1, rows.shape[0])
+    )
     for start in range(0, rows.shape[0], step):
         yield slice(start, min(start + step, rows.shape[0]))
 

@@ -28,8 +28,7 @@ from .common import (
 )
 from .scores import score as elementwise_score
 from .scores import score_slope
-
-_PANEL_ELEMENTS = 2**21  # scores of a panel: 8 MB in fp32
+from .sizes import SIZES
 
 
 @takes_fields
@@ -112,7 +111,7 @@ class _Part:
         self.v = v[seq.batch, seq.keys].to(self.factor)
         self.bias = options.rel_bias[seq.batch] if options.rel_bias is not None else None
         self.m, self.n = seq.sizes
-        self.step = power_of_two_below(_PANEL_ELEMENTS / max(1, self.n * self.q.shape[0]), 16, 256)
+        self.step = power_of_two_below(SIZES.gau_scores / max(1, self.n * self.q.shape[0]), 16, 256)
         self.last = (self.m - 1) // self.step * self.step  # where the last panel begins
 
     @cached_property

@@ -15,8 +15,7 @@ from torch import Tensor
 from .. import pytorch
 from ..options import GluOptions, GluWeights, takes_fields
 from .common import Workspace, accumulator, add_product, factor_dtype, panels
-
-_PIECE = 2**22  # bytes of a tensor worked on at a time on a CPU, so that intermediates take no memory
+from .sizes import SIZES
 
 Forward = Callable[[Tensor, Optional[Tensor]], Tensor]
 Backward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -230,10 +229,10 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     first = tensors[0]
     if first.numel() == 0:
         return
-    if first.device.type != "cpu" or first.nbytes <= 4 * _PIECE:
+    if first.device.type != "cpu" or first.nbytes <= 4 * SIZES.glu_bytes:
         yield tensors
         return
-    step = _PIECE // first.itemsize
+    step = SIZES.glu_bytes // first.itemsize
     if all(t.is_contiguous() for t in tensors):
         flat = [t.view(-1) for t in tensors]
         yield from zip(*(t.split(step) for t in flat), strict=True)

@@ -18,10 +18,8 @@ from ..options import Layout, MixedChunkHeads, MixedChunkOptions, OpenChunk, tak
 from .common import Sequence, Workspace, accumulator, sequences, toeplitz_block, toeplitz_sums, values_dtype
 from .scores import score as elementwise_score
 from .scores import score_slope
+from .sizes import SIZES
 
-# Chunks are multiplied together until one of their tensors or their tokens are that many: enough that neither the calls
-# nor the weights' way through the cache count, and not more than the cache holds.
-_GROUP_ELEMENTS, _GROUP_TOKENS = 2**20, 2**10
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 
 
@@ -218,7 +216,7 @@ def chunks_together(chunk_size: int, narrow: int, wide: int, factor: torch.dtype
     """How many chunks with states (narrow, wide) are multiplied together, as factors of that type."""
     largest = max(chunk_size * chunk_size, chunk_size * wide, narrow * wide)
     room = max(1, 4 // factor.itemsize)  # halves take half of it, and the units that multiply them want more rows
-    return max(1, room * min(_GROUP_ELEMENTS // largest, _GROUP_TOKENS // chunk_size))
+    return max(1, room * min(SIZES.chunk_elements // largest, SIZES.chunk_tokens // chunk_size))
 
 
 def chunked(v: Tensor, together: int, layout: Layout, options: MixedChunkOptions) -> list[Chunks]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashgau.eager.sizes import SIZES
 from flashgau.options import GluOptions, GluWeights
 
 from . import autograd, dispatch
@@ -144,9 +145,6 @@ def _check_activations(args: Arguments, activation: Any, up_activation: Any) -> 
     args.choice("up_activation", up_activation, ACTIVATIONS)
 
 
-_KEPT_BYTES = 2**25  # allocators reuse memory up to about this size; larger tensors pay for fresh pages
-
-
 def _keeps(gate: Tensor, up: Tensor | None, activation: str, up_activation: str, backend: str) -> bool:
     """Whether the forward keeps act(gate) for the backward: on a CPU, of a small tensor."""
     return (
@@ -156,7 +154,8 @@ def _keeps(gate: Tensor, up: Tensor | None, activation: str, up_activation: str,
         and gate.dtype != torch.float16  # which is computed in fp32
         and activation != "identity"
         and up_activation == "identity"
-        and gate.numel() * gate.itemsize // (2 if up is None else 1) <= _KEPT_BYTES  # `nbytes` cannot be traced
+        and gate.numel() * gate.itemsize // (2 if up is None else 1)
+        <= SIZES.glu_kept_bytes  # `nbytes` cannot be traced
     )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from flashgau.bias import alibi_bias
 from flashgau.ops.attention import attend
-from flashgau.ops.bias import alibi_bias
 from flashgau.ops.validate import Arguments
 from flashgau.options import AttentionOptions, Layout
 
@@ -23,6 +23,23 @@ _THEIRS = {
     "scale": "softmax_scale",
     "window": "window_size",
 }
+
+
+class Given(NamedTuple):
+    """The options that all functions have, unchecked."""
+
+    dropout_p: float
+    scale: float | None
+    causal: bool
+    window: tuple[int, int]
+    softcap: float
+    slopes: Tensor | None
+    deterministic: bool
+    more: bool
+
+    def checked(self, args: Arguments) -> dict[str, Any]:
+        """Those of `flashgau.attention` but for dropout and bias."""
+        return checked_options(args, self.scale, self.causal, self.window, self.softcap, self.deterministic, self.more)
 
 
 def attend_batch(
