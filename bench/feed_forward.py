@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor
 import flashgau
 from bench import peers
 from bench.cases import FORWARD, TRAINING, BenchCase, Goal, Operation, Provider, on_tensors, ours
-from flashgau import reference
+from flashgau import reference, tables
 
 
 def cases(device: str, quick: bool) -> list[BenchCase]:
@@ -52,9 +51,7 @@ def made_by(fused: bool) -> Callable[[BenchCase, dict[str, Tensor]], Tensor]:
     """Our kernels with one of the two ways to make the products."""
 
     def call(case: BenchCase, t: dict[str, Tensor]) -> Tensor:
-        from flashgau import tuning
-
-        with mock.patch.object(tuning, "fuses_glu_linear", return_value=fused):
+        with tables.configured(fuse_glu_linear=fused):
             return library(case, t, "triton")
 
     return call

@@ -7,7 +7,6 @@ of values. Tensors come as `Heads`, a pointer with its strides.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any, NamedTuple
 
@@ -15,6 +14,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from flashgau import tables
+from flashgau.tables.config import FUSED_ADDITION as FUSED_ADDITION  # for every launch of a kernel
+from flashgau.tables.config import Choose, Config
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # multiplies differences of scores only: a large score would be rounded twice
 
@@ -25,27 +28,15 @@ VARYING = ("n_sequences", "max_seqlen_q", "max_seqlen_k", "left", "right", "bias
            "n_key_blocks", "n_across", "n_tokens", "angle_batch", "n_chunks", "n_segments", "chunks_per_segment",
            "span", "first_row")  # fmt: skip
 
-# Every launch enables fused multiply-add explicitly: Triton's default differs between versions.
-FUSED_ADDITION = {"enable_fp_fusion": True}
 
+def chosen_by(config: Config | Choose | None) -> Choose:
+    """Who configures the kernels of a launcher that is given this: one for all, a function, or the device's table.
 
-@dataclass(frozen=True)
-class Config:
-    """How one kernel is launched: its block (of queries by keys, of rows by columns), warps, stages of its pipeline."""
-
-    block_m: int
-    block_n: int
-    num_warps: int = 4
-    num_stages: int = 2
-    block_k: int = 32  # of a product of matrices: how much of the inner axis at a time
-
-    def launch(self) -> dict[str, int]:
-        """The keywords of a Triton launch."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **FUSED_ADDITION}
-
-
-# Called by a launcher for each kernel that it starts: (kernel, first tensor, widest head, traits) -> Config.
-Choose = Callable[..., Config]
+    Inside `flashgau.tables.configured`, None stands for what that was given.
+    """
+    if isinstance(config, Config):
+        return lambda kernel, x, width, **traits: config
+    return tables.in_force() if config is None else config
 
 
 class Heads(NamedTuple):

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashgau
+from flashgau import tables
 from flashgau.eager.sizes import SIZES, sized
 from flashgau.ops import autograd, dispatch
+from flashgau.tables.config import Config
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -38,14 +40,13 @@ if "triton" in [name for name, reason in dispatch.explain("gau_attention", "cpu"
         (_mixed_chunk_kernels, "_FUSED_TILES"): 0,
         (_mixed_chunk_kernels, "processors"): lambda device: 1,
     }
-    _Config = importlib.import_module("flashgau.kernels.common").Config
 
-    def _smallest(kernel: str, *args: Any, **traits: Any) -> Any:
+    def _smallest(kernel: str, *args: Any, **traits: Any) -> Config:
         """Of chunks more queries than keys, where both need not be as many."""
-        return _Config(32 if kernel.startswith("mixed_chunk") else 16, 16, block_k=16)
+        return Config(32 if kernel.startswith("mixed_chunk") else 16, 16, block_k=16)
 
     TINY = {
-        (importlib.import_module("flashgau.tuning"), "choose"): _smallest,
+        (tables, "choose"): _smallest,
         (importlib.import_module("flashgau.kernels.attention"), "processors"): lambda device: 4,
     }
 _OWN_SIZES = {name: getattr(SIZES, name) for name in _SMALLEST}

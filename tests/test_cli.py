@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import flashgau
 from flashgau.cli import app, main
 from flashgau.cli.doctor import OPERATIONS
-from flashgau.tuning import table
+from flashgau.tables import table
 
 COMMANDS = ("doctor", "check", "train", "sample", "eval", "demo")
 

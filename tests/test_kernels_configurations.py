@@ -21,11 +21,12 @@ from flashgau.kernels import gated as gated_kernels
 from flashgau.kernels import gau as gau_kernels
 from flashgau.kernels import mixed_chunk as mixed_chunk_launchers
 from flashgau.kernels import projection as projection_kernels
-from flashgau.kernels.common import Config
+from flashgau.kernels.common import chosen_by
 
-from flashgau import tuning
+from flashgau import tables
 from flashgau.eager import projection as eager_projection
 from flashgau.options import Angles, ProjectionWeights
+from flashgau.tables.config import Config
 from flashgau.tuning import search, shipped
 
 pytestmark = kernel_calls.pytestmark
@@ -33,10 +34,10 @@ pytestmark = kernel_calls.pytestmark
 
 def blocks_of(op: str) -> list[Config]:
     """Every configuration of every table, without warps and stages, which change no result."""
-    tables = [*map(tuning.shipped_table, tuning.ARCHITECTURES), *tuning.shipped_gpus()]
+    sources = [*map(tables.shipped_table, tables.ARCHITECTURES), *tables.shipped_gpus()]
     found = {
         (c.block_m, c.block_n, c.block_k)
-        for table in tables
+        for table in sources
         for key in table.entries
         if key.kernel.startswith(op) and (c := table.config(key))
     }
@@ -51,16 +52,13 @@ def block_name(c: Config) -> str:
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
 def test_every_shipped_product_agrees(config, recompute):
     x, w, b = randn(0, 3, 47, 41), [randn(i, 137, 41) for i in (1, 2)], [randn(i, 137) for i in (3, 4)]
-    small = tuning.lookup("interpreter", "glu_backward", 4, 0)
+    small = tables.lookup("interpreter", "glu_backward", 4, 0)
 
     def choose(kernel: str, *args: Any, **kwargs: Any) -> Config:
         return config if kernel.startswith("glu_linear") else small
 
     options = {"activation": "gelu", "up_activation": "silu", "recompute": recompute}
-    with (
-        mock.patch.object(tuning, "choose", choose),
-        mock.patch.object(tuning, "fuses_glu_linear", return_value=True),
-    ):
+    with tables.configured(choose, fuse_glu_linear=True):
         check_agrees(Call("glu_linear", (x, *w, *b), options), "triton")
 
 
@@ -69,19 +67,19 @@ def test_every_shipped_product_agrees(config, recompute):
 @given(st.data())
 def test_products_of_either_maker_agree(fused, recompute, data):
     call = data.draw(glu_linear_calls("triton")).with_options(recompute=recompute)
-    with mock.patch.object(tuning, "fuses_glu_linear", return_value=fused):
+    with tables.configured(fuse_glu_linear=fused):
         check_agrees(call, "triton")
 
 
 @pytest.mark.parametrize("config", blocks_of("glu_"), ids=block_name)
 def test_every_shipped_elementwise_block_agrees(config):
-    with mock.patch.object(tuning, "choose", return_value=config):
+    with tables.configured(chosen_by(config)):
         for shape in ((3, 5, 7), (1, 4099), (4099, 3), (2, 2048)):
             check_agrees(Call("glu", (randn(0, *shape), randn(1, *shape)), {"activation": "gelu"}), "triton")
             check_agrees(Call("glu", (randn(2, *shape[:-1], 2 * shape[-1]),), {}), "triton")
 
 
-@pytest.mark.parametrize("arch", tuning.ARCHITECTURES[:-1])
+@pytest.mark.parametrize("arch", tables.ARCHITECTURES[:-1])
 @pytest.mark.parametrize("regime", ["fused", "panels"])
 @pytest.mark.parametrize("head", [64, 128, 256])
 def test_every_shipped_gated_attention_agrees(arch, regime, head):
@@ -89,21 +87,21 @@ def test_every_shipped_gated_attention_agrees(arch, regime, head):
     q, k, v, gate = randn(0, 1, n, 20), randn(1, 1, n, 20), randn(2, 1, n, 70), randn(3, 1, n, 70)
 
     def choose(kernel: str, x: Tensor, width: int, rows: int | None = None, options: bool = False) -> Config:
-        return tuning.lookup(arch, kernel, 2, head if width else 0, rows)
+        return tables.lookup(arch, kernel, 2, head if width else 0, rows)
 
     fused_width = 512 if regime == "fused" else 0
-    with mock.patch.object(tuning, "choose", choose), mock.patch.object(gau_kernels, "_FUSED_WIDTH", fused_width):
+    with tables.configured(choose), mock.patch.object(gau_kernels, "_FUSED_WIDTH", fused_width):
         options = {"causal": True, "rel_bias": randn(4, 2 * n - 1), "normalizer": "row"}
         check_agrees(Call("gau_attention", (q, k, v, gate), options), "triton")
         check_agrees(Call("gau_attention", (q[:, -1:], k, v, gate[:, -1:]), {"score": "softmax"}), "triton")
 
 
-@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
+@pytest.mark.parametrize("arch", tables.ARCHITECTURES)
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("head", [64, 128, 256])
 def test_kernels_of_a_panel_share_its_blocks(arch, itemsize, head):
     for rows in (1, 100):
-        product, weights = (tuning.lookup(arch, f"gau_{name}", itemsize, head, rows) for name in ("product", "weights"))
+        product, weights = (tables.lookup(arch, f"gau_{name}", itemsize, head, rows) for name in ("product", "weights"))
         assert (weights.block_m, weights.block_n) == (product.block_m, product.block_k)
 
 
@@ -122,16 +120,16 @@ def test_the_size_of_a_panel_changes_rounding_only(panel_bytes):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("arch", tuning.ARCHITECTURES[:-1])
+@pytest.mark.parametrize("arch", tables.ARCHITECTURES[:-1])
 @pytest.mark.parametrize("head", [256])
 def test_every_shipped_mixed_chunk_agrees(arch, head):
     heads, (v, gate) = [randn(i, 1, 190, 20) for i in range(4)], [randn(i, 1, 190, 140) for i in (4, 5)]
 
     def choose(kernel: str, x: Tensor, width: int, **traits: Any) -> Config:
-        return tuning.lookup(arch, kernel, 2, head if width else 0)
+        return tables.lookup(arch, kernel, 2, head if width else 0)
 
     options = {"causal": True, "chunk_size": 150, "rel_bias": randn(6, 299)}
-    with mock.patch.object(tuning, "choose", choose):
+    with tables.configured(choose):
         check_agrees(Call("mixed_chunk_attention", (*heads, v, gate), options), "triton")
         check_agrees(Call("mixed_chunk_attention", (*heads, v[..., :30]), {"chunk_size": 70}), "triton")
         token = Call("mixed_chunk_step", tuple(x[:, :1] for x in (*heads, v, gate)), {})
@@ -173,7 +171,7 @@ def test_gated_projections_are_those_of_eager(interleaved, data):
     douts = [randn(6 + i, b, n, w) for i, w in enumerate([wide, wide, *[s] * count])]
     douts[0] = douts[0].transpose(0, 1).contiguous().transpose(0, 1)
     results = []
-    for module, choose in ((projection_kernels, {"choose": tuning.choose}), (eager_projection, {})):
+    for module, choose in ((projection_kernels, {"choose": tables.choose}), (eager_projection, {})):
         forward, backward = module.gated_projection_forward, module.gated_projection_backward
         weights, rotary = ProjectionWeights(weight, bias, gamma, beta), Angles(cos, sin, interleaved)
         found = forward(x, weights, rotary, save=True, **choose)
@@ -190,7 +188,7 @@ def test_projections_are_those_of_eager(rows):
         randn(i, *s) for i, s in enumerate([(rows, 2, 6), (7, 6), (7,), *[(rows, 2, 7)] * 2])
     )
     results = []
-    for module, choose in ((projection_kernels, {"choose": tuning.choose}), (eager_projection, {})):
+    for module, choose in ((projection_kernels, {"choose": tables.choose}), (eager_projection, {})):
         y = module.projection_forward(x, weight, bias, residual, **choose)
         results.append([y, *module.projection_backward(dy, x, weight, bias, **choose)])
     for a, e in zip(*results, strict=True):
@@ -200,7 +198,7 @@ def test_projections_are_those_of_eager(rows):
 def test_the_fused_product_is_chosen_where_it_can_win():
     def chosen(rows: int, k: int, dtype: torch.dtype) -> bool:
         x, w = (torch.empty(n, k, dtype=dtype, device="meta") for n in (rows, 64))
-        return tuning.fuses_glu_linear(x, w)
+        return tables.fuses_glu_linear(x, w)
 
     assert chosen(4096, 768, torch.bfloat16)
     assert not chosen(4096, 4096, torch.bfloat16)  # the vendor's product is too good
@@ -219,12 +217,12 @@ def test_every_shipped_configuration_agrees(config, options):
     def choose(kernel: str, *args: Any, **kwargs: Any) -> Config:
         return square if kernel == "attention_dbias" else config
 
-    with mock.patch.object(tuning, "choose", choose):
+    with tables.configured(choose):
         bias = randn(3, 3, 2 * n - 1) if config.block_m == config.block_n else None
         check_agrees(Call("attention", (q, k, v), {**options, "rel_bias": bias}), "triton")
 
 
-@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
+@pytest.mark.parametrize("arch", tables.ARCHITECTURES)
 @pytest.mark.parametrize("width", [16, 64, 128, 256])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_tables_are_complete(arch, width, itemsize):
@@ -233,7 +231,7 @@ def test_tables_are_complete(arch, width, itemsize):
         for options in (False, True) if has_heads else (False,):
             rows = 1 if "few" in name else None
             kernel = name.removesuffix("_few_rows")
-            config = tuning.lookup(arch, kernel, itemsize, width if has_heads else 0, rows, options)
+            config = tables.lookup(arch, kernel, itemsize, width if has_heads else 0, rows, options)
             sizes = config.block_m, config.block_n, config.block_k
             assert all(n & (n - 1) == 0 for n in sizes)
             own = [n for n, axis in zip(sizes, "mnk", strict=True) if axis in search.BLOCKS[kernel]]
@@ -256,4 +254,4 @@ def test_an_unknown_gpu_gets_what_fits_its_shared_memory(monkeypatch, shared, ma
     properties = mock.Mock(shared_memory_per_block_optin=shared, major=major)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.version, "hip", None)
-    assert tuning.architecture(torch.device("cuda")) == arch
+    assert tables.architecture(torch.device("cuda")) == arch

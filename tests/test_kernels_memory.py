@@ -28,7 +28,7 @@ from flashgau.kernels import gated as gated_kernels
 from flashgau.kernels import gau as gau_kernels
 from flashgau.kernels import glu as glu_kernels
 
-from flashgau import tuning
+from flashgau import tables
 from flashgau.ops import validate
 
 pytestmark = kernel_calls.pytestmark
@@ -58,7 +58,7 @@ def guarded_results() -> Iterator[list[Tensor]]:
 @given(st.data())
 def test_everything_is_written_and_nothing_beside_it(op, data):
     call = data.draw(CALLS[op]("triton"))
-    with mock.patch.object(tuning, "fuses_glu_linear", return_value=True):
+    with tables.configured(fuse_glu_linear=True):
         plain = gradients(call, backend="triton")
         with guarded_results() as guards:
             guarded = gradients(call, backend="triton")

@@ -13,20 +13,21 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "flashgau"
 # The two floors that stand at the top of the tree, and what they are imported as.
 ELSEWHERE = {"kernels": ROOT / "kernels", "reference": ROOT / "reference"}
-FLOORS = {"reference": set(), "eager": set(), "kernels": set()}
-OPS = {"ops", "tuning", *FLOORS}
+FLOORS = {"reference": set(), "eager": set(), "kernels": {"tables"}}
+OPS = {"ops", "tables", *FLOORS}
 ALLOWED: dict[str, set[str]] = {
+    "tables": set(),
     **FLOORS,
-    "tuning": {"kernels"},
-    "ops": {"tuning", *FLOORS},
+    "tuning": {"kernels", "tables"},
+    "ops": {"tables", *FLOORS},
     "nn": OPS,
     "models": {"nn", *OPS},
     "convert": {"models", "nn", *OPS},
     "integrations": {"nn", *OPS},
     "distributed": {"nn", *OPS},
     "training": {"models", "nn", *OPS},
-    "verification": {"nn", "ops", "tuning", "reference", "kernels"},
-    "cli": {"bench", "verification", "training", "convert", "models", "nn", *OPS},
+    "verification": {"nn", "ops", "tuning", "tables", "reference", "kernels"},
+    "cli": {"bench", "verification", "training", "convert", "models", "nn", "tuning", *OPS},
 }
 
 

@@ -17,12 +17,12 @@ from tuning_tables import CPU, KEY, OTHER, chosen, fast_where, job, row_of
 from typer.testing import CliRunner
 
 pytest.importorskip("triton")
-from flashgau.kernels.common import Config
-
-from flashgau import tuning
+from flashgau import tables
 from flashgau.cli import app, main
-from flashgau.tuning import ahead, compiler, search, shipped, table
-from flashgau.tuning.table import TableEntry
+from flashgau.tables import table
+from flashgau.tables.config import Config
+from flashgau.tables.table import TableEntry
+from flashgau.tuning import ahead, compiler, search, shipped
 from flashgau.verification import candidates as tune_command
 from flashgau.verification import configurations
 
@@ -36,7 +36,7 @@ runner = CliRunner()
 
 
 def test_a_driver_that_was_there_is_there_again():
-    seen, there = [], object()
+    seen, there, launched = [], object(), compiler.triton.JITFunction.__getitem__
     before = compiler.driver.active if torch.cuda.is_available() else None
     try:
         for active in (there, None):
@@ -51,6 +51,7 @@ def test_a_driver_that_was_there_is_there_again():
     finally:
         compiler.driver.set_active(before)
     assert not seen
+    assert compiler.triton.JITFunction.__getitem__ is launched
 
 
 def test_cuobjdump_is_found_without_tritons_help(monkeypatch, tmp_path):
@@ -76,7 +77,7 @@ def test_cuobjdump_is_found_without_tritons_help(monkeypatch, tmp_path):
 @pytest.mark.parametrize("arch", ["sm_90", "interpreter"])
 def test_the_space_is_around_the_entry(entry, arch):
     key = ahead.Job("", entry, "bf16", shipped.ENTRIES[entry].widths[0], "").key
-    start = tuning.lookup(arch, key.kernel, key.itemsize, key.width, 1 if key.few_rows else None)
+    start = tables.lookup(arch, key.kernel, key.itemsize, key.width, 1 if key.few_rows else None)
     found = search.space(key, start)
     assert found[0] == (0, start)
     assert len({c for _, c in found}) == len(found)
@@ -203,7 +204,7 @@ def test_tuning_from_end_to_end(folder, monkeypatch):
     (folder / "out").mkdir()
     result = runner.invoke(app, ["tune", "--device", "cpu", "--export", str(folder / "out")])
     assert result.exit_code == 0
-    assert table.read(folder / "out" / "interpreter.json") == table.read(tuning.user_path(CPU))
+    assert table.read(folder / "out" / "interpreter.json") == table.read(tables.user_path(CPU))
     again = runner.invoke(app, ["tune", "--device", "cpu", "--export", str(folder / "out")])
     assert again.exit_code == 2
     assert "exists already" in again.stderr
@@ -224,7 +225,7 @@ def test_ctrl_c_keeps_the_best_so_far(folder, monkeypatch):
     monkeypatch.setattr(tune_command.Bench, "check", lambda self, j: None)
     monkeypatch.setattr(ahead, "compile_each", lambda work: ((j, row_of(j)) for j in work))
     assert main(["tune", "--device", "cpu", "--op", "glu"]) == 130
-    measured = table.read(tuning.user_path(CPU)).entries
+    measured = table.read(tables.user_path(CPU)).entries
     assert len(measured) > 0
     assert all(e.ms is not None for e in measured.values())
 
@@ -255,7 +256,7 @@ def test_timed_calls_run_on_tensors_made_once(entry, monkeypatch):
     j = ahead.Job(
         "sm_80", entry, dtype, shipped.ENTRIES[entry].widths[0], search._kind(shipped.ENTRIES[entry].kinds[dtype])
     )
-    j = dataclasses.replace(j, config=tuning.shipped_config(CPU, j.key))
+    j = dataclasses.replace(j, config=tables.shipped_config(CPU, j.key))
     made = []
 
     def twice(call: Any) -> float:

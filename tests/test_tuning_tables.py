@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,11 +19,13 @@ import tuning_tables
 from tuning_tables import CPU, KEY, OTHER, chosen, user_table
 
 pytest.importorskip("triton")
-from flashgau.kernels.common import Config
+from flashgau.kernels.common import chosen_by
 
-from flashgau import tuning
-from flashgau.tuning import ahead, shipped, table
-from flashgau.tuning.table import FUSED, Key, TableEntry
+from flashgau import tables, tuning
+from flashgau.tables import table
+from flashgau.tables.config import Config
+from flashgau.tables.table import FUSED, Key, TableEntry
+from flashgau.tuning import ahead, shipped
 from flashgau.verification import checking as check
 from flashgau.verification import configurations
 
@@ -92,19 +95,19 @@ def test_a_wrong_table_is_refused_by_file_entry_and_field(change, message):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"null"])
 def test_a_corrupt_table_is_reported_once_and_skipped(content, folder):
-    path = tuning.user_path(CPU)
+    path = tables.user_path(CPU)
     path.write_bytes(content)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        assert chosen() == tuning.lookup("interpreter", "attention_forward", 4, 64)
-        assert chosen("attention_dq") == tuning.lookup("interpreter", "attention_dq", 4, 64)
+        assert chosen() == tables.lookup("interpreter", "attention_forward", 4, 64)
+        assert chosen("attention_dq") == tables.lookup("interpreter", "attention_dq", 4, 64)
     assert [w.category for w in warned] == [RuntimeWarning]
     assert str(path) in str(warned[0].message)
     assert path.read_bytes() == content
 
 
 def test_a_corrupt_table_is_kept_when_another_is_written(folder):
-    path = tuning.user_path(CPU)
+    path = tables.user_path(CPU)
     path.write_text("my notes")
     with pytest.warns(RuntimeWarning, match="kept as"):
         table.merge(path, user_table(entries=EXAMPLES[0]))
@@ -130,8 +133,8 @@ def test_processes_that_write_at_once_lose_nothing(folder):
     program = """
 import sys
 from pathlib import Path
-from flashgau.kernels.common import Config
-from flashgau.tuning.table import TableEntry, Key, Table, merge
+from flashgau.tables.config import Config
+from flashgau.tables.table import TableEntry, Key, Table, merge
 for width in range(8):
     key = Key(f"kernel_{sys.argv[2]}", 2, 2**width)
     merge(Path(sys.argv[1]), Table("g", "sm_90", True, entries={key: TableEntry(Config(16, 16), 1.0)}))
@@ -147,47 +150,47 @@ for width in range(8):
 
 def test_the_users_table_comes_before_the_shipped_one_before_the_architectures(folder, tmp_path_factory, monkeypatch):
     home = tmp_path_factory.mktemp("shipped")
-    (home / "architectures").symlink_to(Path(tuning.__file__).parent / "architectures")
+    (home / "architectures").symlink_to(Path(tables.__file__).parent / "architectures")
     by_architecture = chosen()
-    monkeypatch.setattr(tuning, "_SHIPPED", home)
+    monkeypatch.setattr(tables, "_SHIPPED", home)
     gpu, own = Config(16, 16, 2, 1), Config(32, 16, 1, 1)
     table.write(home / "gpus" / "interpreter.json", user_table(entries={KEY: TableEntry(gpu), OTHER: TableEntry(gpu)}))
-    tuning.reload()
+    tables.reload()
     assert chosen() == chosen("attention_dq") == gpu != by_architecture
-    table.write(tuning.user_path(CPU), user_table(entries={KEY: TableEntry(own)}))
-    tuning.reload()
+    table.write(tables.user_path(CPU), user_table(entries={KEY: TableEntry(own)}))
+    tables.reload()
     assert (chosen(), chosen("attention_dq")) == (own, gpu)
     assert chosen(width=16) == own  # of the class
     assert chosen(width=128) == by_architecture
-    assert chosen(rows=1) == tuning.lookup("interpreter", "attention_forward", 4, 64, rows=1)
-    assert chosen(options=True) == tuning.lookup("interpreter", "attention_forward", 4, 64, options=True)
+    assert chosen(rows=1) == tables.lookup("interpreter", "attention_forward", 4, 64, rows=1)
+    assert chosen(options=True) == tables.lookup("interpreter", "attention_forward", 4, 64, options=True)
 
 
 def test_a_table_of_another_gpu_is_not_used(folder):
-    table.write(tuning.user_path(CPU), dataclasses.replace(user_table(entries=EXAMPLES[0]), gpu="NVIDIA H200"))
-    assert chosen() == tuning.lookup("interpreter", "attention_forward", 4, 64)
+    table.write(tables.user_path(CPU), dataclasses.replace(user_table(entries=EXAMPLES[0]), gpu="NVIDIA H200"))
+    assert chosen() == tables.lookup("interpreter", "attention_forward", 4, 64)
 
 
 def test_tables_are_read_once(folder):
-    table.write(tuning.user_path(CPU), user_table(entries=EXAMPLES[0]))
+    table.write(tables.user_path(CPU), user_table(entries=EXAMPLES[0]))
     before = chosen(), chosen("attention_dq")
     with mock.patch.object(table, "read", side_effect=AssertionError("read again")):
         assert (chosen(rows=99), chosen("attention_dq")) == before
-        assert chosen("attention_dkv") == tuning.lookup("interpreter", "attention_dkv", 4, 64)
-    table.write(tuning.user_path(CPU), user_table(entries={KEY: TableEntry(Config(16, 16))}))
+        assert chosen("attention_dkv") == tables.lookup("interpreter", "attention_dkv", 4, 64)
+    table.write(tables.user_path(CPU), user_table(entries={KEY: TableEntry(Config(16, 16))}))
     assert chosen() == before[0]
-    tuning.reload()
+    tables.reload()
     assert chosen() == Config(16, 16)
 
 
 def test_a_measurement_decides_who_makes_the_products(folder):
     x, w = torch.empty(50, 900), torch.empty(64, 900)
-    assert not tuning.fuses_glu_linear(x, w)  # the rule, for fp32
-    table.write(tuning.user_path(CPU), user_table(entries={Key(FUSED, 4, 1024): TableEntry(True)}))
-    tuning.reload()
-    assert tuning.fuses_glu_linear(x, w)
-    assert not tuning.fuses_glu_linear(torch.empty(50, 1025), torch.empty(64, 1025))
-    assert tuning.fuses_glu_linear(x[:1], w)
+    assert not tables.fuses_glu_linear(x, w)  # the rule, for fp32
+    table.write(tables.user_path(CPU), user_table(entries={Key(FUSED, 4, 1024): TableEntry(True)}))
+    tables.reload()
+    assert tables.fuses_glu_linear(x, w)
+    assert not tables.fuses_glu_linear(torch.empty(50, 1025), torch.empty(64, 1025))
+    assert tables.fuses_glu_linear(x[:1], w)
 
 
 def test_unknown_kernels_and_widths_are_refused():
@@ -197,19 +200,66 @@ def test_unknown_kernels_and_widths_are_refused():
         chosen(width=512)
 
 
+def test_a_configuration_is_in_force_inside_its_block_in_every_thread():
+    """A backward on a GPU runs in a thread of autograd's."""
+    x, w = torch.empty(50, 900), torch.empty(64, 900)
+
+    def seen() -> tuple[Config, bool]:
+        return tables.in_force()("attention_forward", x, 64), tables.fuses_glu_linear(x, w)
+
+    outer, inner, before = Config(16, 16), Config(32, 32), (chosen(), False)
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(seen).result() == seen() == before
+        with tables.configured(chosen_by(outer), fuse_glu_linear=True):
+            assert other.submit(seen).result() == seen() == (outer, True)
+            with tables.configured(chosen_by(inner)):  # which leaves the other choice alone
+                assert other.submit(seen).result() == seen() == (inner, True)
+            with pytest.raises(ZeroDivisionError), tables.configured(chosen_by(inner)):
+                _ = 1 / 0
+            with tables.configured(fuse_glu_linear=False):
+                assert other.submit(seen).result() == seen() == (outer, False)
+            assert seen() == (outer, True)
+            assert chosen() == before[0]  # what the tables say
+        assert other.submit(seen).result() == seen() == before
+
+
+def test_a_launcher_takes_a_configuration_a_function_or_nothing():
+    x, one, other = torch.empty(1), Config(16, 16), Config(32, 16)
+    assert chosen_by(one)("attention_dq", x, 64, rows=3, options=True) == one
+    assert chosen_by(tables.choose) is tables.choose
+    assert chosen_by(None) is tables.choose
+    with tables.configured(chosen_by(other)):
+        assert chosen_by(None)("attention_dq", x, 64) == other
+        assert chosen_by(one)("attention_dq", x, 64) == one
+
+
+@pytest.mark.parametrize(("target", "arch"), [("sm_90", "sm_90"), ("sm_89", "sm_86"), ("gfx942", "gfx942")])
+def test_what_is_compiled_for_a_target_has_its_table(target, arch):
+    x = torch.empty(1, device="meta")
+    with ahead.compiling_for(target):
+        found = chosen_by(None)("attention_forward", x, 128, rows=1, options=True)
+    assert found == tables.lookup(arch, "attention_forward", 4, 128, rows=1, options=True)
+    assert chosen_by(None) is tables.choose
+
+
+def test_documented_names_are_those_of_the_tables():
+    for name in ("choose", "fuses_glu_linear", "lookup", "reload"):
+        assert getattr(tuning, name) is getattr(tables, name)
+
+
 def test_shipped_tables_are_valid_and_complete():
-    names = {p.stem for p in (Path(tuning.__file__).parent / "architectures").glob("*.json")}
-    assert names == set(tuning.ARCHITECTURES)
+    names = {p.stem for p in (Path(tables.__file__).parent / "architectures").glob("*.json")}
+    assert names == set(tables.ARCHITECTURES)
     wanted = {ahead.Job("", name, dtype, width, "").key for name, e in shipped.ENTRIES.items() for width in e.widths
               for dtype in e.kinds}  # fmt: skip
-    for arch in tuning.ARCHITECTURES:
-        found = tuning.shipped_table(arch)
+    for arch in tables.ARCHITECTURES:
+        found = tables.shipped_table(arch)
         assert (found.architecture, found.gpu, found.measured) == (arch, None, False)
         assert wanted <= found.entries.keys()
-    for gpu in tuning.shipped_gpus():
+    for gpu in tables.shipped_gpus():
         assert gpu.measured
         assert gpu.gpu is not None
-        assert gpu.architecture in tuning.ARCHITECTURES
+        assert gpu.architecture in tables.ARCHITECTURES
 
 
 @pytest.mark.parametrize(
@@ -239,7 +289,7 @@ def test_devices_with_little_shared_memory_get_what_fits(target, limit):
         assert row.ok, row
 
 
-@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
+@pytest.mark.parametrize("arch", tables.ARCHITECTURES)
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("kernel", ["attention_forward", "attention_dq", "attention_dkv", "attention_dbias"])
 def test_options_leave_room_for_what_they_take(arch, itemsize, kernel):
@@ -248,8 +298,8 @@ def test_options_leave_room_for_what_they_take(arch, itemsize, kernel):
     Behind the widest heads there is no wider class: their blocks are of 32 at most.
     """
     for rows in (None, 1) if kernel == "attention_forward" else (None,):
-        plain = [tuning.lookup(arch, kernel, itemsize, width, rows) for width in (64, 128, 256)]
-        found = [tuning.lookup(arch, kernel, itemsize, width, rows, options=True) for width in (64, 128, 256)]
+        plain = [tables.lookup(arch, kernel, itemsize, width, rows) for width in (64, 128, 256)]
+        found = [tables.lookup(arch, kernel, itemsize, width, rows, options=True) for width in (64, 128, 256)]
         assert all(c.num_stages == 1 for c in found)
         for c, wider in zip(found, plain[1:], strict=False):
             assert (c.block_m, c.block_n, c.num_warps) == (wider.block_m, wider.block_n, wider.num_warps)
@@ -262,7 +312,7 @@ def test_options_leave_room_for_what_they_take(arch, itemsize, kernel):
 def test_the_widest_heads_fit_64_kilobytes(name):
     """Rows, keys and their gradients of 256 columns, in fp16: blocks of 32 at most, one of each at a time."""
     widest = ahead.Job("", name, "fp16", 256, "").key
-    config = tuning.shipped_table("sm_75").config(widest)
+    config = tables.shipped_table("sm_75").config(widest)
     assert config is not None
     assert max(config.block_m, config.block_n) <= 32
     assert config.num_stages == 1
@@ -278,11 +328,11 @@ def test_the_widest_heads_fit_64_kilobytes(name):
 @pytest.mark.usefixtures("interpreted")
 def test_check_covers_every_configuration(folder):
     own = Config(16, 16, 1, 1)
-    table.write(tuning.user_path(CPU), user_table(entries={KEY: TableEntry(own)}))
-    tuning.reload()
+    table.write(tables.user_path(CPU), user_table(entries={KEY: TableEntry(own)}))
+    tables.reload()
     pairs = check.select("attention", "triton", CPU, False)
     cases = [case for case, _ in pairs if isinstance(case, configurations.Configured)]
-    entries = tuning.shipped_table("interpreter").entries.items()
+    entries = tables.shipped_table("interpreter").entries.items()
     wanted = {(key, e.choice) for key, e in entries if key.kernel.startswith("attention")} | {(KEY, own)}
     assert {(case.key_of_table, case.config) for case in cases} == wanted
     assert not [case for case, _ in check.select("attention", "eager", CPU, False) if hasattr(case, "config")]
@@ -293,8 +343,8 @@ def test_check_covers_every_configuration(folder):
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("kernel", ["glu_forward", "glu_linear_backward", "mixed_chunk_step", "heads"])
 def test_a_case_asks_for_its_kernel(kernel):
-    key = next(key for key in tuning.shipped_table("interpreter").entries if key.kernel == kernel and key.itemsize == 4)
-    case = configurations.case_of(key, tuning.shipped_config(CPU, key), "float32", True)
+    key = next(key for key in tables.shipped_table("interpreter").entries if key.kernel == kernel and key.itemsize == 4)
+    case = configurations.case_of(key, tables.shipped_config(CPU, key), "float32", True)
     assert configurations.hold(case, CPU).ok
     with pytest.raises(RuntimeError, match="no launch asked for"):
         configurations.hold(dataclasses.replace(case, key_of_table=key._replace(kernel="other")), CPU)
@@ -302,10 +352,10 @@ def test_a_case_asks_for_its_kernel(kernel):
 
 def test_choosing_is_one_look_into_a_dictionary():
     x = torch.empty(1)
-    before = tuning.choose("attention_forward", x, 64, rows=100)
+    before = tables.choose("attention_forward", x, 64, rows=100)
     with (
-        mock.patch.object(tuning, "lookup", side_effect=AssertionError),
-        mock.patch.object(tuning, "architecture", side_effect=AssertionError),
+        mock.patch.object(tables, "lookup", side_effect=AssertionError),
+        mock.patch.object(tables, "architecture", side_effect=AssertionError),
     ):
         for rows in range(17, 40):
-            assert tuning.choose("attention_forward", x, 64, rows=rows) == before
+            assert tables.choose("attention_forward", x, 64, rows=rows) == before

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from flashgau.kernels.common import Config
-
-from flashgau import tuning
+from flashgau import tables
+from flashgau.tables.config import Config
+from flashgau.tables.table import Key, Table
 from flashgau.tuning import ahead
-from flashgau.tuning.table import Key, Table
 
 CPU = torch.device("cpu")
 KEY = Key("attention_forward", 4, 64)
@@ -26,9 +25,9 @@ OTHER = Key("attention_dq", 4, 64)
 def folder(tmp_path, monkeypatch) -> Iterator[Path]:
     """The user's tables are in a folder of the test, and nothing read in it stays."""
     monkeypatch.setenv("FLASHGAU_TUNING", str(tmp_path))
-    tuning.reload()
+    tables.reload()
     yield tmp_path
-    tuning.reload()
+    tables.reload()
 
 
 def user_table(**entries: Any) -> Table:
@@ -36,7 +35,7 @@ def user_table(**entries: Any) -> Table:
 
 
 def chosen(kernel: str = "attention_forward", width: int = 64, **traits: Any) -> Config:
-    return tuning.choose(kernel, torch.empty(1), width, **traits)
+    return tables.choose(kernel, torch.empty(1), width, **traits)
 
 
 def job(config: Config = Config(64, 32), entry: str = "attention_forward", dtype: str = "fp32") -> ahead.Job:  # noqa: B008

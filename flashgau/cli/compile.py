@@ -38,7 +38,7 @@ def compile(
         fail("compile", reason)
     from rich.progress import Progress
 
-    from flashgau.kernels.common import Config
+    from flashgau.tables.config import Config
     from flashgau.tuning import ahead
 
     names = [name.strip() for name in target.split(",") if name.strip()]

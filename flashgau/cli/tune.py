@@ -25,9 +25,9 @@ from flashgau.cli.doctor import OPERATIONS
 if TYPE_CHECKING:
     import torch
 
+    from flashgau.tables.table import Key, TableEntry
     from flashgau.tuning.ahead import Job
     from flashgau.tuning.search import Search
-    from flashgau.tuning.table import Key, TableEntry
 
 
 def block_text(choice: Any) -> str:
@@ -110,7 +110,7 @@ def tune(
       flashgau tune --minutes 60
       flashgau tune --op attention --shapes 64,128
       flashgau tune --show
-      flashgau tune --export flashgau/tuning/gpus/
+      flashgau tune --export flashgau/tables/gpus/
     """
     where = _device(device)
     if not minutes > 0:
@@ -131,7 +131,7 @@ def _tune(
     as_json: bool,
 ) -> int:
     """What `flashgau tune` does with options that are right."""
-    from flashgau import tuning
+    from flashgau import tables
     from flashgau.verification import candidates
 
     if export is not None:
@@ -147,7 +147,7 @@ def _tune(
     from flashgau.tuning import ahead
     from flashgau.tuning.search import Journal, Search
 
-    path, bench = tuning.user_path(where), candidates.Bench(where)
+    path, bench = tables.user_path(where), candidates.Bench(where)
     before = candidates.starts(where, ops, widths)
     journal = Journal(path.with_suffix(".journal.jsonl"), candidates.versions())
     search = Search(before, bench.check, bench.clock, journal, ahead.compile_each)
@@ -201,10 +201,10 @@ def _widths(shapes: str | None) -> list[int] | None:
 
 
 def _export(where: torch.device, to: Path) -> int:
-    from flashgau import tuning
-    from flashgau.tuning import table
+    from flashgau import tables
+    from flashgau.tables import table
 
-    path = tuning.user_path(where)
+    path = tables.user_path(where)
     own = table.usable(path)
     if own is None:
         fail("tune", f"there is no table of yours to export at {path}; `flashgau tune` makes it")
@@ -220,7 +220,7 @@ def _report(before: list[Job], found: dict[Key, TableEntry], path: Path, as_json
     """What is now launched otherwise than as shipped, and what it gains."""
     from dataclasses import asdict
 
-    from flashgau.kernels.common import Config
+    from flashgau.tables.config import Config
 
     shipped = {job.key: job.config for job in before}
     rows = []

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import pytorch
+from .. import pytorch, tables
 from .dispatch import implementation
 
 
@@ -15,11 +15,9 @@ def run(op: str, backend: str, function: str, *args: Any, **kwargs: Any) -> Any:
     """Call one floor's function with autocast off: operands were cast before, and sums stay in fp32."""
     call = implementation(op, backend, function)
     if backend == "triton":
-        from flashgau import tuning  # which needs Triton
-
-        kwargs["choose"] = tuning.choose
+        kwargs["choose"] = tables.in_force()
         if op == "glu_linear":
-            kwargs["fused"] = tuning.fuses_glu_linear(kwargs["x"], kwargs["weights"].w_gate)
+            kwargs["fused"] = tables.fuses_glu_linear(kwargs["x"], kwargs["weights"].w_gate)
     if not pytorch.any_autocast():
         return call(*args, **kwargs)
     device = next(x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor))

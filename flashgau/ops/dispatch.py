@@ -62,9 +62,10 @@ def _floor(backend: str) -> dict[str, ModuleType]:
 
 
 class _Selected(threading.local):
-    """The backend that `use_backend` asked for in this thread. (torch.compile can read and guard this.)"""
+    """The backends that were asked for in this thread. (torch.compile can read and guard this.)"""
 
-    name: str | None = None
+    name: str | None = None  # by `use_backend`
+    inner: str | None = None  # by `use_backend_in_layers`
 
 
 _selected = _Selected()
@@ -94,6 +95,16 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _selected.name = outer
+
+
+@contextmanager
+def use_backend_in_layers(name: str) -> Iterator[None]:
+    """Run the pieces of layers, which no caller asks a backend for, on this one, whatever is best. For verification."""
+    outer, _selected.inner = _selected.inner, name
+    try:
+        yield
+    finally:
+        _selected.inner = outer
 
 
 def explain(
@@ -136,6 +147,8 @@ def resolve(
 
 def resolve_inner(op: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend for a piece of a layer: a request for the reference is honoured, else the best that can run."""
+    if _selected.inner is not None:
+        return _selected.inner
     requested = _selected.name or os.environ.get("FLASHGAU_BACKEND")
     return "reference" if requested == "reference" else default_backend(op, device, dtype)
 

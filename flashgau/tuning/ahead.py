@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgau.kernels.common import Config
+from flashgau import tables
+from flashgau.tables.config import Config
+from flashgau.tables.table import Key
 
-from . import compiler, lookup, shipped_gpus, table_for
+from . import compiler
 from .shipped import DTYPES, ENTRIES, Operands
-from .table import Key
 
 # Shared memory that one program may take, in bytes, by compute capability (CUDA programming guide).
 SHARED_BYTES = {75: 65_536, 80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448,
@@ -94,7 +95,8 @@ class Compiled:
 def compiling_for(target: str, only: str | None = None) -> Iterator[list[Compiled]]:
     """Inside the block every launch (or those of kernel `only`) compiles for `target`, and nothing runs.
 
-    The list collects what the kernels need. Triton must not be interpreting (TRITON_INTERPRET).
+    The list collects what the kernels need. What is given no configuration has that of the table that serves the
+    target. Triton must not be interpreting (TRITON_INTERPRET).
 
     Example:
         >>> import torch
@@ -117,7 +119,8 @@ def compiling_for(target: str, only: str | None = None) -> Iterator[list[Compile
             inspected[result] = _inspect(kernel, target, result)
         found.append(inspected[result])
 
-    with compiler.instead_of_launching(target, target_of(target), compile_only):
+    in_table = tables.configured(tables.of_architecture(table_of(target)))
+    with in_table, compiler.instead_of_launching(target, target_of(target), compile_only):
         yield found
 
 
@@ -175,7 +178,7 @@ def jobs(targets: list[str]) -> list[Job]:
     """
     for target in targets:
         target_of(target)
-    gpus = shipped_gpus()
+    gpus = tables.shipped_gpus()
     found = []
     for target in targets:
         for name, entry in ENTRIES.items():
@@ -190,17 +193,17 @@ def jobs(targets: list[str]) -> list[Job]:
 
 
 def table_of(target: str) -> str:
-    """The architecture whose table serves a target, as `tuning.architecture` would choose on that device."""
+    """The architecture whose table serves a target, as `tables.architecture` would choose on that device."""
     known = target_of(target)
-    return table_for(known.arch // 10, shared_bytes_of(target)) if known.backend == "cuda" else "gfx942"
+    return tables.table_for(known.arch // 10, shared_bytes_of(target)) if known.backend == "cuda" else "gfx942"
 
 
 def compile_one(job: Job) -> Row:
     """Compile one kernel; what goes wrong is the row's reason."""
     entry, row = ENTRIES[job.entry], _row(job)
 
-    def choose(kernel: str, x: Tensor, width: int, rows: int | None = None, options: bool = False) -> Config:
-        config = lookup(table_of(job.target), kernel, x.element_size(), width, rows, options)
+    def choose(kernel: str, x: Tensor, width: int, **traits: Any) -> Config:
+        config = tables.of_architecture(table_of(job.target))(kernel, x, width, **traits)
         if job.key.kernel == kernel:
             config = job.config or config
             row.keywords["configuration"] = asdict(config)

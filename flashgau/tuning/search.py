@@ -17,11 +17,11 @@ from itertools import groupby, product
 from pathlib import Path
 
 from flashgau.files import parse_json
-from flashgau.kernels.common import Config
+from flashgau.tables.config import Config
+from flashgau.tables.table import Fields, Key, TableEntry, config_of, key_of, time_of
 
 from .ahead import Job, Row, op_of
 from .shipped import ENTRIES
-from .table import Fields, Key, TableEntry, config_of, key_of, time_of
 
 WARPS, STAGES = (4, 8), (1, 2, 3, 4)
 NOISE = 0.02  # a gain below this is none

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from flashgau.kernels import attention, gau, glu, mixed_chunk, projection
-from flashgau.kernels.common import Config
 from flashgau.kernels.glu import elementwise
 from flashgau.options import Angles
+from flashgau.tables.config import Choose
 
-Choose = Callable[..., Config]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 

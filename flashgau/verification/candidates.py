@@ -14,14 +14,15 @@ import triton
 from triton.testing import do_bench
 
 import flashgau
-from flashgau import tuning
-from flashgau.kernels.common import Config
+from flashgau import tables
 from flashgau.kernels.glu import glu_linear_forward
 from flashgau.options import GluWeights
-from flashgau.tuning import ahead, search, table
+from flashgau.tables import table
+from flashgau.tables.config import Config
+from flashgau.tables.table import FUSED, Key, TableEntry
+from flashgau.tuning import ahead, search
 from flashgau.tuning.ahead import Job
 from flashgau.tuning.shipped import DTYPES, ENTRIES, Kept, Operands
-from flashgau.tuning.table import FUSED, Key, TableEntry
 from flashgau.verification import configurations
 from flashgau.verification.configurations import is_asked, launched
 
@@ -39,7 +40,7 @@ class Bench:
 
     def __init__(self, device: torch.device, clock: Callable[[Callable[[], object]], float] | None = None) -> None:
         self.device, self.broken = device, False
-        self.interpreted = tuning.architecture(device) == "interpreter"
+        self.interpreted = tables.architecture(device) == "interpreter"
         self.median = clock or (_wall_clock if self.interpreted else _gpu_clock)
         self._operands: tuple[Any, Any] = None, None
 
@@ -64,7 +65,7 @@ class Bench:
 
         def call() -> None:
             make.rewind()
-            ENTRIES[job.entry].call(job.kind, job.width, make, tuning.choose)
+            ENTRIES[job.entry].call(job.kind, job.width, make, tables.in_force())
 
         assert job.config is not None
         with launched(job.key, job.config):
@@ -75,7 +76,7 @@ class Bench:
         make = Operands(torch.float32 if itemsize == 4 else torch.bfloat16, self.device)
         rows = 1 if few_rows else INTERPRETED_LENGTH if self.interpreted else LENGTH
         x, w, u = make(rows, width), make(4096, width), make(4096, width)
-        options: dict[str, Any] = {"activation": "silu", "up_activation": "identity", "choose": tuning.choose}
+        options: dict[str, Any] = {"activation": "silu", "up_activation": "identity", "choose": tables.in_force()}
         one, library = (
             self.median(lambda f=fused: glu_linear_forward(x, GluWeights(w, u), save=True, fused=f, **options))  # type: ignore[misc]
             for fused in (True, False)
@@ -111,11 +112,11 @@ def versions() -> dict[str, str]:
 
 def starts(device: torch.device, ops: set[str], widths: list[int] | None) -> list[Job]:
     """A job for every entry, with the shipped configuration, around which others are tried."""
-    arch = tuning.architecture(device)
+    arch = tables.architecture(device)
     half = "fp16" if arch == "interpreter" else "bf16"
     jobs = search.tasks(ahead.target_here(device), ops, widths, (half, "fp32"))
     return [
-        replace(job, config=tuning.shipped_config(device, job.key))
+        replace(job, config=tables.shipped_config(device, job.key))
         for job in jobs
         if is_asked(job.key, arch == "interpreter")
     ]
@@ -133,7 +134,7 @@ def fused_entries(bench: Bench, ops: set[str]) -> dict[Key, TableEntry]:
 
 def choices(device: torch.device) -> list[dict[str, Any]]:
     """Every choice for a device: where it comes from, and what measuring it gave."""
-    sources = [*tuning.measured_tables(device), tuning.shipped_table(tuning.architecture(device))]
+    sources = [*tables.measured_tables(device), tables.shipped_table(tables.architecture(device))]
     rows = []
     for key in sorted({key for source in sources for key in source.entries}):
         source = next(source for source in sources if key in source.entries)
@@ -148,6 +149,6 @@ def keep(where: torch.device, path: Path, found: dict[Key, TableEntry]) -> None:
     """Put what was found into the user's table."""
     if found:
         date = datetime.date.today().isoformat()
-        arch = tuning.architecture(where)
-        table.merge(path, table.Table(tuning.gpu_name(where), arch, True, versions(), date, found))
-        tuning.reload()
+        arch = tables.architecture(where)
+        table.merge(path, table.Table(tables.gpu_name(where), arch, True, versions(), date, found))
+        tables.reload()

@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 import flashgau
 import flashgau.nn
-from flashgau import tuning
-from flashgau.kernels.common import Config
+from flashgau import tables
 from flashgau.ops import dispatch
 from flashgau.ops.compare import Report, held
+from flashgau.tables.config import Config
+from flashgau.tables.table import Key, Table
 from flashgau.tuning.ahead import op_of
-from flashgau.tuning.table import Key, Table
 from flashgau.verification.cases import Arguments, CheckCase, Draw
 
 LAYERS = ("projection", "heads")  # operations of a layer alone
@@ -57,10 +56,10 @@ def cases_of(device: torch.device, ops: set[str]) -> list[Configured]:
     operations of their own, but a layer's: they come with "gau_attention".
     """
     ops = ops | (set(LAYERS) if "gau_attention" in ops else set())
-    arch = tuning.architecture(device)
+    arch = tables.architecture(device)
     interpreted = arch == "interpreter"
-    tables: list[Table] = [*tuning.measured_tables(device), tuning.shipped_table(arch)]
-    found = {(key, config): None for table in tables for key in table.entries if (config := table.config(key))}
+    sources: list[Table] = [*tables.measured_tables(device), tables.shipped_table(arch)]
+    found = {(key, config): None for table in sources for key in table.entries if (config := table.config(key))}
     half = "float16" if interpreted else "bfloat16"  # bf16 products are wrong there
     return [
         case_of(key, config, "float32" if key.itemsize == 4 else half, interpreted)
@@ -83,19 +82,16 @@ def is_asked(key: Key, interpreted: bool) -> bool:
 def launched(key: Key, config: Config) -> Iterator[list[Key]]:
     """Inside, a kernel is launched as `config` says. The list collects its launches, so that one sees it was asked."""
     asked: list[Key] = []
-    choose = tuning.choose
+    outer = tables.in_force()
 
     def chosen(kernel: str, x: Tensor, width: int, rows: int | None = None, options: bool = False) -> Config:
-        own = (kernel, x.element_size(), rows is not None and rows <= tuning.FEW_ROWS, options)
+        own = (kernel, x.element_size(), rows is not None and rows <= tables.FEW_ROWS, options)
         if own == (key.kernel, key.itemsize, key.few_rows, key.options):
             asked.append(key)
             return config
-        return choose(kernel, x, width, rows, options)
+        return outer(kernel, x, width, rows, options)
 
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(tuning, "choose", chosen))
-        if key.kernel.startswith("glu_linear"):
-            stack.enter_context(mock.patch.object(tuning, "fuses_glu_linear", return_value=True))
+    with tables.configured(chosen, fuse_glu_linear=True if key.kernel.startswith("glu_linear") else None):
         yield asked
 
 
@@ -176,7 +172,7 @@ def _run_layer(layer: torch.nn.Module, x: Tensor, backend: str, dtype: torch.dty
     """The output of a copy of a layer in `dtype`, and the gradients of its input and parameters."""
     layer, x = copy.deepcopy(layer).to(dtype), x.detach().to(dtype).requires_grad_()
     # A layer's own pieces run on what is best for the device: interpreted, they would be left out.
-    with flashgau.use_backend(backend), mock.patch.object(dispatch, "resolve_inner", return_value=backend):
+    with flashgau.use_backend(backend), dispatch.use_backend_in_layers(backend):
         out = layer(x)
         names, leaves = zip(*layer.named_parameters(), ("x", x), strict=True)
         weights = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)

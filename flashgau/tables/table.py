@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flashgau.files import atomic_write, parse_json, read_text
-from flashgau.kernels.common import Config
+
+from .config import Config
 
 try:
     import fcntl

@@ -1,0 +1,278 @@
+"""How kernels are launched: the only place that decides a configuration. Nothing is measured during a call.
+
+Who decides, the first that has an entry: the user's table, which `flashgau tune` measures; the table shipped for this
+GPU by its name; the table of its architecture, which has one for every kernel. A GPU that nobody knows gets that of the
+largest architecture whose shared memory it has, in which everything fits.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import table
+from .config import Choose, Config
+from .table import FUSED, Key, Table
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "gfx942", "interpreter")
+_SHIPPED = Path(__file__).parent
+FEW_ROWS = 16  # that fit one matrix instruction: a decoded token of a few heads
+_PRODUCT_SPEED = 0.8  # of a Triton product, as a part of the vendor's library's: an assumption until it is measured
+
+
+def choose(kernel: str, x: Tensor, width: int, rows: int | None = None, options: bool = False) -> Config:
+    """The configuration of a kernel for a tensor's device and dtype: after the first time, one look into a dictionary.
+
+    Args:
+        kernel: the launcher's name for it, such as "attention_dq".
+        x: the call's first tensor.
+        width: the widest head, a power of two; 0 for a kernel without heads.
+        rows: rows of queries per key head, or of a product, where the kernel distinguishes few of them from many.
+        options: whether the scores go through more than a scale and a mask, which takes registers and shared memory.
+
+    Returns:
+        The entry of the user's table, else of the GPU's, else of its architecture's.
+
+    Raises:
+        ValueError: for a kernel, or a width, that no table has.
+
+    Example:
+        >>> import torch
+        >>> choose("attention_forward", torch.empty(1, 1, 5, 64), 64).block_m
+        64
+    """
+    return _chosen(x.device, kernel, x.element_size(), width, rows is not None and rows <= FEW_ROWS, options)
+
+
+@cache
+def _chosen(device: torch.device, kernel: str, itemsize: int, width: int, few_rows: bool, options: bool) -> Config:
+    width = _class(architecture(device), kernel, itemsize, width, few_rows)
+    return chosen(device, Key(kernel, itemsize, width, few_rows, options))
+
+
+def chosen(device: torch.device, key: Key) -> Config:
+    """What `choose` gives for a key, whose width is that of a class."""
+    own = user_table(device)
+    return (own and own.config(key)) or shipped_config(device, key)
+
+
+def shipped_config(device: torch.device, key: Key) -> Config:
+    """What a user without a table gets."""
+    measured = gpu_table(device)
+    rows = FEW_ROWS if key.few_rows else None
+    return (measured and measured.config(key)) or lookup(architecture(device), *key[:3], rows, key.options)
+
+
+def lookup(arch: str, kernel: str, itemsize: int, width: int, rows: int | None = None, options: bool = False) -> Config:
+    """The entry of one architecture's table, for the head dimension's class: up to 64, 128 or 256.
+
+    With `options` that of the next wider class, without a pipeline.
+
+    Raises:
+        ValueError: for a kernel, or a width, that the table does not have.
+    """
+    few_rows = rows is not None and rows <= FEW_ROWS
+    widths = _widths(arch, kernel, itemsize, few_rows)
+    place = widths.index(_class(arch, kernel, itemsize, width, few_rows))
+    by_width = [shipped_table(arch).config(Key(kernel, itemsize, w, few_rows)) for w in widths]
+    config = by_width[min(place + options, len(widths) - 1)]
+    assert config is not None
+    if not options:
+        return config
+    if place == len(widths) - 1:
+        config = replace(config, block_m=min(config.block_m, 32), block_n=min(config.block_n, 32))
+    return replace(config, num_stages=1)
+
+
+def of_architecture(arch: str) -> Choose:
+    """As `choose` does, but from one architecture's table, wherever the tensors are."""
+
+    def choose(kernel: str, x: Tensor, width: int, rows: int | None = None, options: bool = False) -> Config:
+        return lookup(arch, kernel, x.element_size(), width, rows, options)
+
+    return choose
+
+
+def _class(arch: str, kernel: str, itemsize: int, width: int, few_rows: bool) -> int:
+    """The class of a width: the least that is not below it."""
+    widths = _widths(arch, kernel, itemsize, few_rows)
+    if not widths or width > widths[-1]:
+        raise ValueError(f"tuning: {Key(kernel, itemsize, width, few_rows)}; expected a kernel of the table of {arch}")
+    return next(w for w in widths if width <= w)
+
+
+@cache
+def _widths(arch: str, kernel: str, itemsize: int, few_rows: bool) -> list[int]:
+    """The classes of widths that a kernel has entries for."""
+    wanted = kernel, itemsize, few_rows
+    return sorted(
+        key.width for key in shipped_table(arch).entries if (key.kernel, key.itemsize, key.few_rows) == wanted
+    )
+
+
+def fuses_glu_linear(x: Tensor, w_gate: Tensor) -> bool:
+    """Whether one kernel that makes both sides of a gated linear unit beats the vendor's products and the unit after.
+
+    Inside `configured` what that was given decides, if anything. Else, where a table has a measurement for the inner
+    axis K (rounded up to a power of two) and dtype, that; else a rule. The fused form spares three tensors on their way
+    to memory and back, which is worth 1 + 276 / K to a product over K (on a GPU that does 184 FLOP while a byte
+    travels); and a Triton product is taken to run at 4/5 of the vendor's speed, in half precision. In IEEE fp32
+    arithmetic is so slow that there is nothing to spare. Up to 16 rows reading the weights is all the work, and one
+    kernel reads them both.
+
+    On a CPU this is a question for interpreted kernels only: the eager backend has one form, the unit in panels after
+    whole products.
+    """
+    if _configured.fuse_glu_linear is not None:
+        return _configured.fuse_glu_linear
+    k = w_gate.shape[1]
+    few_rows = math.prod(x.shape[:-1]) <= FEW_ROWS
+    measured = _fusing_measured(x.device, x.element_size(), 1 << max(0, k - 1).bit_length(), few_rows)
+    if measured is not None:
+        return measured
+    return few_rows or (x.element_size() == 2 and _PRODUCT_SPEED * (1 + 276 / max(1, k)) >= 1)
+
+
+@cache
+def _fusing_measured(device: torch.device, itemsize: int, k: int, few_rows: bool) -> bool | None:
+    for own in measured_tables(device):
+        entry = own.entries.get(Key(FUSED, itemsize, k, few_rows))
+        if entry is not None:
+            return bool(entry.choice)
+    return None
+
+
+# ---- another choice
+
+
+class _Configured(NamedTuple):
+    """What `configured` was given; None where the tables decide."""
+
+    choose: Choose | None = None
+    fuse_glu_linear: bool | None = None
+
+
+# One for all threads, not a context variable nor a thread's own: on a GPU autograd runs the backward in a thread of
+# its own, and a forward inside `configured` shall have its backward there, too.
+_configured = _Configured()
+
+
+@contextmanager
+def configured(choose: Choose | None = None, *, fuse_glu_linear: bool | None = None) -> Iterator[None]:
+    """Inside the block, in every thread, kernels that are given no configuration have that of `choose`.
+
+    Args:
+        choose: called as the function `choose` of this package is; None leaves what is in force.
+        fuse_glu_linear: what `fuses_glu_linear` answers; None leaves that, too.
+
+    Example:
+        >>> import torch
+        >>> with configured(lambda kernel, x, width, **traits: Config(block_m=32, block_n=16)):
+        ...     in_force()("attention_forward", torch.empty(1, 1, 5, 64), 64).block_m
+        32
+    """
+    global _configured
+    outer = _configured
+    _configured = _Configured(
+        outer.choose if choose is None else choose,
+        outer.fuse_glu_linear if fuse_glu_linear is None else fuse_glu_linear,
+    )
+    try:
+        yield
+    finally:
+        _configured = outer
+
+
+def in_force() -> Choose:
+    """Who configures kernels that are given no configuration: `configured`'s, else `choose`, which reads the tables."""
+    return _configured.choose or choose
+
+
+# ---- tables
+
+
+def measured_tables(device: torch.device) -> list[Table]:
+    """What was measured on a device: the user's table, then the shipped one, as far as they can be used."""
+    return [found for found in (user_table(device), gpu_table(device)) if found is not None]
+
+
+def user_table(device: torch.device) -> Table | None:
+    """The table that the user measured on such a device."""
+    return _of_device(user_path(device), device)
+
+
+def gpu_table(device: torch.device) -> Table | None:
+    """The table that is shipped for such a device."""
+    return _of_device(_SHIPPED / "gpus" / table.file_name(gpu_name(device)), device)
+
+
+def _of_device(path: Path, device: torch.device) -> Table | None:
+    found = table.usable(path)
+    return found if found is not None and found.gpu == gpu_name(device) else None
+
+
+@cache
+def shipped_table(arch: str) -> Table:
+    """The table of one of `ARCHITECTURES`, which has every kernel."""
+    return table.read(_SHIPPED / "architectures" / f"{arch}.json")
+
+
+def shipped_gpus() -> list[Table]:
+    """The tables that were measured on one GPU and contributed."""
+    return [table.read(path) for path in sorted((_SHIPPED / "gpus").glob("*.json"))]
+
+
+def user_path(device: torch.device) -> Path:
+    """Where the user's table for a device is, or would be: a file of its name in a folder of the user's data.
+
+    The variable FLASHGAU_TUNING names another folder.
+    """
+    name = table.file_name(gpu_name(device))
+    if folder := os.environ.get("FLASHGAU_TUNING"):
+        return Path(folder) / name
+    import platformdirs  # which only who leaves the variable unset needs
+
+    return platformdirs.user_data_path("flashgau") / "tuning" / name
+
+
+@cache
+def gpu_name(device: torch.device) -> str:
+    """What tables call a device; "interpreter" where kernels are interpreted."""
+    return "interpreter" if architecture(device) == "interpreter" else torch.cuda.get_device_name(device)
+
+
+def reload() -> None:
+    """Forget what was read, so that the next call reads the tables again."""
+    for cached in (_chosen, _fusing_measured, _widths, shipped_table, gpu_name, table.usable):
+        cached.cache_clear()
+
+
+# ---- devices
+
+
+def architecture(device: torch.device) -> str:
+    """Whose table serves a device: its own, else that of the largest architecture whose shared memory it has."""
+    if device.type in ("cpu", "meta"):
+        return "interpreter"
+    if device.type != "cuda" or torch.version.hip:
+        return "gfx942"  # the one with the least shared memory
+    properties: Any = torch.cuda.get_device_properties(device)  # PyTorch's stubs lack the field
+    return table_for(properties.major, properties.shared_memory_per_block_optin)
+
+
+def table_for(major: int, shared_bytes: int) -> str:
+    """The table for an NVIDIA GPU of this major compute capability and shared memory per program."""
+    if shared_bytes >= 232_448:
+        return "sm_100" if major >= 10 else "sm_90"
+    if shared_bytes >= 166_912:
+        return "sm_80"
+    return "sm_86" if shared_bytes >= 101_376 else "sm_75"

@@ -1,0 +1,28 @@
+"""The configuration of one kernel's launch, and the functions that give it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# Every launch enables fused multiply-add explicitly: Triton's default differs between versions.
+FUSED_ADDITION = {"enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one kernel is launched: its block (of queries by keys, of rows by columns), warps, stages of its pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 2
+    block_k: int = 32  # of a product of matrices: how much of the inner axis at a time
+
+    def launch(self) -> dict[str, int]:
+        """The keywords of a Triton launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **FUSED_ADDITION}
+
+
+# Called by a launcher for each kernel that it starts: (kernel, first tensor, widest head, traits) -> Config.
+Choose = Callable[..., Config]
