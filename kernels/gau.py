@@ -444,12 +444,13 @@ def gau_attention_forward(
     total = n_blocks * call.rows
     n_tiles = triton.cdiv(e, config.block_n)
     options = {"SCORE": call.score, "SCALING": call.scaling}
-    sizes = {"S": s, "BS": call.width, "BM": config.block_m, "BN": config.block_k, "PRECISION": call.precision}
+    sizes = {"S": s, "BS": call.width, "BM": config.block_m, "BN": config.block_k}
 
     def multiply(first: int, count: int, panel: Tensor | None, panel_width: int) -> None:
         product_kernel[(count * n_tiles,)](
             rows(q), rows(k), rows(v), rows(gate), lse, panel, rows(product), rows(out), *call.sequences,
-            *call.rule, n_blocks, first, panel_width, Sizes(**sizes, E=e, BE=config.block_n, FACTORS=call.factors),
+            *call.rule, n_blocks, first, panel_width,
+            Sizes(**sizes, E=e, BE=config.block_n, PRECISION=call.precision, FACTORS=call.factors),
             **options, **config.launch(),
         )  # fmt: skip
 
@@ -464,7 +465,7 @@ def gau_attention_forward(
         count = min(step, total - first)
         weights_kernel[(count * n_across,)](
             rows(q), rows(k), lse, panel, *call.sequences, *call.rule, n_blocks, first, n_across, panel_width,
-            Sizes(**sizes), **options, **making.launch(),
+            Sizes(**sizes, PRECISION=call.precision), **options, **making.launch(),
         )  # fmt: skip
         multiply(first, count, panel, panel_width)
     return out, product
@@ -517,7 +518,7 @@ def gau_attention_backward(
     panel, step = room_for_panel(call.weights_like, 2 * bn * panel_width, total)
     panel, dpanel = panel.view(2, -1)
     scaling, rule = {"SCALING": call.scaling}, call.rule
-    blocks: dict[str, Any] = {"BM": bm, "BN": bn}
+    blocks = {"BM": bm, "BN": bn}
     for first in range(0, total, step):
         count = min(step, total - first)
         gradient_kernel[(count * n_across,)](
