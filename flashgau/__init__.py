@@ -8,13 +8,14 @@ Every operation has a Triton kernel or a blocked pure PyTorch form, or both, and
     torch.Size([1, 4, 128, 64])
 """
 
-import importlib
+import importlib.util
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import convert, distributed, integrations, kernels, models, nn, reference, training
+    from .bias import alibi_bias, rotary_bias, t5_bias
     from .ops.attention import attention
-    from .ops.bias import alibi_bias, rotary_bias, t5_bias
     from .ops.compare import Report, compare
     from .ops.dispatch import use_backend
     from .ops.gau import gau_attention
@@ -50,6 +51,17 @@ __all__ = [
 ]
 
 _SUBMODULES = ("convert", "distributed", "integrations", "kernels", "models", "nn", "reference", "training")
+
+
+def _find_kernels_and_reference() -> None:
+    """In a checkout that is not installed they lie beside the package, and are found there; pip puts them into it."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    # Beside an installed package there may be a `kernels` that is not ours.
+    if os.path.exists(os.path.join(root, "pyproject.toml")) and importlib.util.find_spec(f"{__name__}.kernels") is None:
+        __path__.append(root)
+
+
+_find_kernels_and_reference()
 
 
 def __getattr__(name: str) -> Any:

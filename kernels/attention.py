@@ -8,6 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
+from flashgau.options import AttentionOptions, AttentionResults, Layout, takes_fields
+
 from .attention_kernels import (
     AttentionRule,
     dbias_kernel,
@@ -29,42 +31,33 @@ from .common import (
     sequences_of,
 )
 
-Window = tuple[int | None, int | None]
-
 
 @on_its_device
+@takes_fields
 def attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    layout: Layout = Layout(),
+    options: AttentionOptions = AttentionOptions(),
     *,
-    scale: float,
-    window: Window,
-    softcap: float | None = None,
-    rel_bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
     choose: Choose,
-) -> tuple[Tensor, Tensor]:
-    """Output (B, Hq, M, E) and log-sum-exp (B, Hq, M) of every query row; `rel_bias` is (B, Hq, 2P-1)."""
+) -> AttentionResults:
+    """Output (B, Hq, M, E) and log-sum-exp (B, Hq, M) of every query row."""
     b, n_heads, m, d = q.shape
     n_kv_heads, n, e = k.shape[1], k.shape[2], v.shape[-1]
     out = _empty_output(q, e)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if lse.numel() == 0:
-        return out, lse
+        return AttentionResults(out, lse)
     groups = n_heads // n_kv_heads
-    sequences = sequences_of(b, m, n, lengths, cu_seqlens, cu_seqlens_k)
-    rule = _rule(q, n, scale, window, softcap, rel_bias, sinks, dropout_p, dropout_seed)
+    sequences = sequences_of(b, m, n, *layout)
+    rule = _rule(q, n, options)
     widths = _widths(d, e)
-    width, extras, biased = max(widths["BD"], widths["BE"]), _extras(rule), rel_bias is not None
+    width, extras, biased = max(widths["BD"], widths["BE"]), _extras(rule), rule.bias is not None
     config = choose("attention_forward", q, width, rows=m * groups, options=extras or biased)
     n_blocks = blocks_of(sequences, m, groups, config.block_m)
-    per_block = n_kv_heads * (b if cu_seqlens is None else 1)
+    per_block = n_kv_heads * (b if layout.cu_seqlens is None else 1)
     working = blocks_of(sequences, m, groups, config.block_m, rest=False) * per_block
     n_parts = _parts(working, processors(q.device), triton.cdiv(n, 2 * config.block_n))
     parts, sums = heads(out), lse
@@ -84,46 +77,39 @@ def attention_forward(
         )
         if whole is not out:
             out.copy_(whole)
-    return out, lse
+    return AttentionResults(out, lse)
 
 
 @on_its_device
+@takes_fields
 def attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    results: AttentionResults,
+    layout: Layout = Layout(),
+    options: AttentionOptions = AttentionOptions(),
     *,
-    scale: float,
-    window: Window,
-    softcap: float | None = None,
-    rel_bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
     choose: Choose,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, rel_bias (B, Hq, 2P-1) and sinks (Hq,); None where there is no such input."""
+    (out, lse), rel_bias, sinks = results, options.rel_bias, options.sinks
     b, n_heads, m, d = q.shape
     n_kv_heads, n, e = k.shape[1], k.shape[2], v.shape[-1]
     groups = max(1, n_heads // max(1, n_kv_heads))
-    rows = b if cu_seqlens is None else 1
+    rows = b if layout.cu_seqlens is None else 1
     dq, dk, dv = (x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k, v))
     dbias = (
         torch.zeros_like(rel_bias, dtype=torch.float32, memory_format=torch.contiguous_format)
         if rel_bias is not None
         else None
     )
-    sequences = sequences_of(b, m, n, lengths, cu_seqlens, cu_seqlens_k)
-    rule = _rule(q, n, scale, window, softcap, rel_bias, sinks, dropout_p, dropout_seed)
+    sequences = sequences_of(b, m, n, *layout)
+    rule = _rule(q, n, options)
     widths, lse = _widths(d, e), lse.contiguous()
-    width, extras, biased = max(widths["BD"], widths["BE"]), _extras(rule), rel_bias is not None
+    width, extras, biased = max(widths["BD"], widths["BE"]), _extras(rule), rule.bias is not None
     precision = matmul_precision(q.dtype)
 
     delta = lse.new_empty(lse.shape)
@@ -167,24 +153,16 @@ def attention_backward(
     return dq, dk, dv, dbias, dsinks
 
 
-def _rule(
-    q: Tensor,
-    n: int,
-    scale: float,
-    window: Window,
-    softcap: float | None,
-    rel_bias: Tensor | None,
-    sinks: Tensor | None,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-) -> AttentionRule:
+def _rule(q: Tensor, n: int, options: AttentionOptions) -> AttentionRule:
     """The options as the kernels take them."""
-    left, right = (None if side is None else min(side, q.shape[2] + n) for side in window)
+    options, p = options.resolved(q.shape[-1]), options.dropout_p
+    left, right = (None if side is None else min(side, q.shape[2] + n) for side in options.window)
+    rel_bias, sinks, softcap = options.rel_bias, options.sinks, options.softcap
     if rel_bias is not None and rel_bias.stride(-1) != 1:
         rel_bias = rel_bias.contiguous()
     bias_batch, bias_head = (0, 0) if rel_bias is None else rel_bias.stride()[:2]
     return AttentionRule(
-        scale=float(scale),
+        scale=options.factor,
         left=left,
         right=right,
         softcap=softcap if softcap is None else float(softcap),
@@ -193,9 +171,9 @@ def _rule(
         bias_head=bias_head,
         max_distance=0 if rel_bias is None else rel_bias.shape[-1] // 2,
         sinks=sinks if sinks is None else sinks.contiguous(),
-        seed=dropout_seed if dropout_p > 0 else None,
-        threshold=min(int(dropout_p * 2**32), 2**32 - 1) - 2**31,
-        dropout_scale=1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+        seed=options.dropout_seed if p > 0 else None,
+        threshold=min(int(p * 2**32), 2**32 - 1) - 2**31,
+        dropout_scale=1 / (1 - p) if p < 1 else 0.0,
     )
 
 

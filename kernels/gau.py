@@ -27,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashgau.options import GatedOptions, Layout, takes_fields
+
 from .common import (
     FUSED_ADDITION,
     LOG2_E,
@@ -414,19 +416,16 @@ class _GatedCall(NamedTuple):
 
 
 @on_its_device
+@takes_fields
 def gau_attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gate: Tensor | None,
-    *,
-    score: str,
-    normalizer: str | float,
-    causal: bool,
-    rel_bias: Tensor | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    gate: Tensor | None = None,
+    layout: Layout = Layout(),
+    options: GatedOptions = GatedOptions(),
     save: bool = False,
+    *,
     choose: Choose,
 ) -> tuple[Tensor, Tensor | None]:
     """The output (B, M, E) and, when the backward will want it (`save` and a gate), the ungated product A v."""
@@ -436,7 +435,7 @@ def gau_attention_forward(
     product = q.new_empty(b, m, e) if save and gate is not None else None
     if out.numel() == 0 or n == 0:
         return out.zero_(), product if product is None else product.zero_()
-    call = _call(q, k, score, normalizer, causal, rel_bias, lengths, cu_seqlens)
+    call = _call(q, k, layout, options)
     lse = _lse(call, q, k, choose)
     panels = e > _FUSED_WIDTH or m <= 16
     config = choose("gau_product" if panels else "gau_fused", call.weights_like, call.width, rows=m)
@@ -472,6 +471,7 @@ def gau_attention_forward(
 
 
 @on_its_device
+@takes_fields
 def gau_attention_backward(
     dout: Tensor,
     q: Tensor,
@@ -479,18 +479,14 @@ def gau_attention_backward(
     v: Tensor,
     gate: Tensor | None,
     product: Tensor | None,
+    layout: Layout = Layout(),
+    options: GatedOptions = GatedOptions(),
     *,
-    score: str,
-    normalizer: str | float,
-    causal: bool,
-    rel_bias: Tensor | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
     choose: Choose,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, gate and rel_bias (B, 2P-1); None where there is no such input."""
     b, m, s = q.shape
-    n, e = k.shape[1], v.shape[2]
+    n, e, rel_bias = k.shape[1], v.shape[2], options.rel_bias
     product = None if gate is None else product  # which is empty then
     dq = q.new_zeros(b, m, s, dtype=torch.float32)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
@@ -499,13 +495,10 @@ def gau_attention_backward(
     if m * e == 0 or n == 0 or b == 0:
         dgate = dgate if dgate is None else dgate.zero_()
         return dq.to(q.dtype), dk.zero_(), dv.zero_(), dgate, sums_like(dbias, rel_bias)
-    call = _call(q, k, score, normalizer, causal, rel_bias, lengths, cu_seqlens)
+    call = _call(q, k, layout, options)
     lse = _lse(call, q, k, choose)
     if call.score == "softmax" and product is None:
-        options: dict[str, Any] = {"normalizer": normalizer, "causal": causal, "rel_bias": rel_bias}
-        product, _ = gau_attention_forward(
-            q, k, v, None, score=score, **options, lengths=lengths, cu_seqlens=cu_seqlens, choose=choose
-        )
+        product, _ = gau_attention_forward(q, k, v, None, layout, options, choose=choose)
     dx, delta = prologue(call.sequences, dout, gate, product, dgate, choose, softmax=call.score == "softmax")
 
     config, values, queries = (
@@ -548,17 +541,10 @@ def gau_attention_backward(
     return dq.to(q.dtype), dk, dv, dgate, sums_like(dbias, rel_bias)
 
 
-def _call(
-    q: Tensor,
-    k: Tensor,
-    score: str,
-    normalizer: str | float,
-    causal: bool,
-    rel_bias: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> _GatedCall:
+def _call(q: Tensor, k: Tensor, layout: Layout, options: GatedOptions) -> _GatedCall:
     """The options as the kernels take them."""
+    score, normalizer, causal, rel_bias = options
+    cu_seqlens = layout.cu_seqlens
     softmax = score.startswith("softmax")
     if softmax:
         scaling, scale = "log" if score == "softmax_plus" else "number", q.shape[-1] ** -0.5
@@ -570,7 +556,7 @@ def _call(
         max_seqlens = (min(max(most, 1), k.shape[1]),) * 2
     precision, factors, weights_like = precisions(q)
     return _GatedCall(
-        sequences=sequences_of(q.shape[0], q.shape[1], k.shape[1], lengths, cu_seqlens, None),
+        sequences=sequences_of(q.shape[0], q.shape[1], k.shape[1], *layout),
         rule=(scale, 0 if causal else None, *bias_rule(rel_bias)),
         score="softmax" if softmax else score,
         scaling=scaling,

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashgau.options import GluOptions, GluWeights, takes_fields
+
 from .common import VARYING, Choose, matmul_precision, on_its_device, tanh
 
 
@@ -259,8 +261,9 @@ def linear_backward_kernel(
 
 
 @on_its_device
+@takes_fields
 def glu_forward(
-    gate: Tensor, up: Tensor | None, *, activation: str, up_activation: str, save: bool = False, choose: Choose
+    gate: Tensor, up: Tensor | None = None, options: GluOptions = GluOptions(), save: bool = False, *, choose: Choose
 ) -> tuple[Tensor, None]:
     """act(gate) * up_act(up); without `up` the last axis of `gate` holds [gate | up], which is read in place.
 
@@ -268,40 +271,37 @@ def glu_forward(
     """
     gate, up = _halves(gate, up)
     out = gate.new_empty(gate.shape)
-    elementwise(glu_kernel, "glu_forward", (gate, up, out), choose, activation, up_activation)
+    elementwise(glu_kernel, "glu_forward", (gate, up, out), choose, *options)
     return out, None
 
 
 @on_its_device
+@takes_fields
 def glu_backward(
     dout: Tensor,
     gate: Tensor,
-    up: Tensor | None,
-    *,
-    activation: str,
-    up_activation: str,
+    up: Tensor | None = None,
     activated: None = None,
+    options: GluOptions = GluOptions(),
+    *,
     choose: Choose,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of `gate` and `up`; of the packed tensor and None when they came packed."""
     dgate = gate.new_empty(gate.shape)
     dup = up.new_empty(up.shape) if up is not None else None
     tensors = dout, *_halves(gate, up), *_halves(dgate, dup)
-    elementwise(glu_backward_kernel, "glu_backward", tensors, choose, activation, up_activation)
+    elementwise(glu_backward_kernel, "glu_backward", tensors, choose, *options)
     return dgate, dup
 
 
 @on_its_device
+@takes_fields
 def glu_linear_forward(
     x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    b_gate: Tensor | None,
-    b_up: Tensor | None,
+    weights: GluWeights,
+    options: GluOptions = GluOptions(),
+    save: bool = False,
     *,
-    activation: str,
-    up_activation: str,
-    save: bool,
     fused: bool = True,
     choose: Choose,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -309,32 +309,30 @@ def glu_linear_forward(
 
     Not `fused`: two products of the vendor's library, then the elementwise kernel.
     """
+    w_gate, w_up, b_gate, b_up = weights
     rows, shape = _rows(x), (*x.shape[:-1], w_gate.shape[0])
     if fused:
         out = x.new_empty(shape)
         g, u = (x.new_empty(shape) if save else None for _ in range(2))
         flat = (None if t is None else _rows(t) for t in (out, g, u))
-        operands = rows, w_gate, w_up, b_gate, b_up, *flat
-        _product(linear_kernel, "glu_linear", operands, rows, w_gate, activation, up_activation, choose)
+        operands = rows, *weights, *flat
+        _product(linear_kernel, "glu_linear", operands, rows, w_gate, options, choose)
         return out, g, u
     g, u = (_affine(rows, w, b).view(shape) for w, b in ((w_gate, b_gate), (w_up, b_up)))
-    out, _ = glu_forward(g, u, activation=activation, up_activation=up_activation, choose=choose)
+    out, _ = glu_forward(g, u, options, choose=choose)
     return (out, g, u) if save else (out, None, None)
 
 
 @on_its_device
+@takes_fields
 def glu_linear_backward(
     dout: Tensor,
     x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    b_gate: Tensor | None,
-    b_up: Tensor | None,
-    g: Tensor | None,
-    u: Tensor | None,
+    weights: GluWeights,
+    g: Tensor | None = None,
+    u: Tensor | None = None,
+    options: GluOptions = GluOptions(),
     *,
-    activation: str,
-    up_activation: str,
     fused: bool = True,
     choose: Choose,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -342,19 +340,18 @@ def glu_linear_backward(
 
     dG and dU lie side by side in one matrix, so that dx and both weights' gradients are one product each.
     """
+    w_gate, w_up, b_gate, b_up = weights
     rows, d, n = _rows(x), _rows(dout), w_gate.shape[0]
     both = x.new_empty(rows.shape[0], 2 * n)
     if g is None or u is None:
         if fused:
-            operands = d, rows, w_gate, w_up, b_gate, b_up, *_halves(both, None)
-            _product(
-                linear_backward_kernel, "glu_linear_backward", operands, rows, w_gate, activation, up_activation, choose
-            )
+            operands = d, rows, *weights, *_halves(both, None)
+            _product(linear_backward_kernel, "glu_linear_backward", operands, rows, w_gate, options, choose)
         else:
             g, u = _affine(rows, w_gate, b_gate), _affine(rows, w_up, b_up)
     if g is not None and u is not None:
         tensors = d, _rows(g), _rows(u), *_halves(both, None)
-        elementwise(glu_backward_kernel, "glu_backward", tensors, choose, activation, up_activation)
+        elementwise(glu_backward_kernel, "glu_backward", tensors, choose, *options)
     dx = both @ torch.cat([w_gate, w_up])  # one sum over both, rounded once
     dw = both.T @ rows
     db = both.sum(0)
@@ -383,8 +380,7 @@ def _product(
     operands: tuple[Tensor | None, ...],
     rows: Tensor,
     w: Tensor,
-    activation: str,
-    up_activation: str,
+    options: GluOptions,
     choose: Choose,
 ) -> None:
     """Launch a kernel that multiplies `rows` by two matrices of weights."""
@@ -395,7 +391,7 @@ def _product(
     grid = (triton.cdiv(n_rows, config.block_m) * triton.cdiv(n_columns, config.block_n),)
     taken = (_taken(t) for t in operands)
     kernel[grid](
-        *taken, n_rows, n_columns, activation, up_activation, k, matmul_precision(rows.dtype),
+        *taken, n_rows, n_columns, *options, k, matmul_precision(rows.dtype),
         config.block_m, config.block_n, config.block_k, 8, **config.launch(),
     )  # fmt: skip
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from flashgau.options import Layout, MixedChunkHeads, MixedChunkOptions, OpenChunk, takes_fields
+
 from .common import (
     FUSED_ADDITION,
     Choose,
@@ -103,39 +105,27 @@ class _ChunkCall(NamedTuple):
 
 
 @on_its_device
+@takes_fields
 def mixed_chunk_attention_forward(
-    quad_q: Tensor,
-    quad_k: Tensor,
-    lin_q: Tensor,
-    lin_k: Tensor,
+    heads: MixedChunkHeads,
     v: Tensor,
-    gate: Tensor | None,
-    *,
-    chunk_size: int,
-    score: str,
-    causal: bool,
-    quad_normalizer: float,
-    lin_normalizer: float | None,
-    rel_bias: Tensor | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    initial_kv: Tensor | None = None,
-    closed_tokens: Tensor | None = None,
+    gate: Tensor | None = None,
+    layout: Layout = Layout(),
+    options: MixedChunkOptions = MixedChunkOptions(),
     save: bool = False,
+    *,
     choose: Choose,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output (B, N, E); KV (G, S, E) of closed chunks; the ungated sum of both parts if `save` and there is a gate."""
+    (quad_q, quad_k, lin_q, lin_k), initial_kv = heads, options.initial_kv
     out = v.new_empty(v.shape)
     product = v.new_empty(v.shape) if save and gate is not None else None
-    call = _call(
-        quad_q, v, chunk_size, score, causal, quad_normalizer, lin_normalizer, rel_bias, lengths, cu_seqlens,
-        initial_kv, closed_tokens, choose,
-    )  # fmt: skip
+    call = _call(quad_q, v, layout, options, choose)
     if v.numel() == 0:
         return out, _untouched(call, initial_kv), product
     states, kv = _sum_states(call, lin_k, v, initial_kv, backward=False)
     if triton.cdiv(v.shape[-1], call.config("fused").block_n) <= _FUSED_TILES:
-        _multiply(call, quad_q, quad_k, lin_q, v, None, states, gate, product, out, 0, call.slots, backward=False)
+        _multiply(call, quad_q, quad_k, lin_q, v, None, states, gate, product, out, range(call.slots), backward=False)
         return out, kv, product
     config, wide = call.config("weights"), call.panel_width
     panel, step = room_for_panel(call.weights, wide * wide, call.slots)
@@ -144,44 +134,45 @@ def mixed_chunk_attention_forward(
         weights_kernel[(count * (wide // config.block_m) * (wide // config.block_n),)](
             rows(quad_q), rows(quad_k), panel, *call.sequences, *call.rule, call.n_chunks, first,
             Sizes(
-                C=chunk_size, S=call.size["S"], BS=call.width, BM=config.block_m, BN=config.block_n, WIDTH=wide,
+                C=options.chunk_size, S=call.size["S"], BS=call.width, BM=config.block_m, BN=config.block_n, WIDTH=wide,
                 PRECISION=call.precision,
             ),
-            SCORE=score, **config.launch(),
+            SCORE=options.score, **config.launch(),
         )  # fmt: skip
-        _multiply(call, quad_q, quad_k, lin_q, v, panel, states, gate, product, out, first, count, backward=False)
+        _multiply(
+            call,
+            quad_q,
+            quad_k,
+            lin_q,
+            v,
+            panel,
+            states,
+            gate,
+            product,
+            out,
+            range(first, first + count),
+            backward=False,
+        )
     return out, kv, product
 
 
 @on_its_device
+@takes_fields
 def mixed_chunk_attention_backward(
     dout: Tensor,
     dkv: Tensor | None,
-    quad_q: Tensor,
-    quad_k: Tensor,
-    lin_q: Tensor,
-    lin_k: Tensor,
+    heads: MixedChunkHeads,
     v: Tensor,
     gate: Tensor | None,
     product: Tensor | None,
+    layout: Layout = Layout(),
+    options: MixedChunkOptions = MixedChunkOptions(),
     *,
-    chunk_size: int,
-    score: str,
-    causal: bool,
-    quad_normalizer: float,
-    lin_normalizer: float | None,
-    rel_bias: Tensor | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    initial_kv: Tensor | None = None,
-    closed_tokens: Tensor | None = None,
     choose: Choose,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias (B, 2P-1) and initial_kv (None without it)."""
-    call = _call(
-        quad_q, v, chunk_size, score, causal, quad_normalizer, lin_normalizer, rel_bias, lengths, cu_seqlens,
-        initial_kv, closed_tokens, choose,
-    )  # fmt: skip
+    (quad_q, quad_k, lin_q, lin_k), rel_bias, initial_kv = heads, options.rel_bias, options.initial_kv
+    call = _call(quad_q, v, layout, options, choose)
     dquad_q, dquad_k, dlin_q, dlin_k, dv = (t.new_empty(t.shape) for t in (quad_q, quad_k, lin_q, lin_k, v))
     dgate = gate.new_empty(gate.shape) if gate is not None else None
     if v.numel() == 0:
@@ -194,29 +185,36 @@ def mixed_chunk_attention_backward(
     _linear(call, dx, states, dlin_q, backward=False)
     _linear(call, v, dstates, dlin_k, backward=True)
 
-    config, heads, wide = call.config("gradient"), call.config("heads"), call.panel_width
+    config, of_heads, wide = call.config("gradient"), call.config("heads"), call.panel_width
     total = v.new_zeros(v.shape[0], wide, wide, dtype=torch.float32) if rel_bias is not None else None
     panels, step = room_for_panel(call.weights, 2 * wide * wide, call.slots)
     panel, dpanel = panels.view(2, -1)
-    sizes: dict[str, Any] = {"C": chunk_size, "S": call.size["S"], "BS": call.width, "WIDTH": wide}
+    sizes: dict[str, Any] = {"C": options.chunk_size, "S": call.size["S"], "BS": call.width, "WIDTH": wide}
     blocks = {"BM": config.block_m, "BN": config.block_n, "BK": config.block_k}
     for first in range(0, call.slots, step):
         count = min(step, call.slots - first)
         gradient_kernel[(count * (wide // config.block_m) * (wide // config.block_n),)](
             rows(quad_q), rows(quad_k), rows(v), rows(dx), panel, dpanel, *call.sequences, *call.rule, call.n_chunks,
-            first, Sizes(**sizes, E=call.size["E"], **blocks, PRECISION=call.precision), SCORE=score, **config.launch(),
+            first, Sizes(**sizes, E=call.size["E"], **blocks, PRECISION=call.precision),
+            SCORE=options.score, **config.launch(),
         )  # fmt: skip
-        _multiply(call, quad_q, quad_k, lin_k, dx, panel, dstates, None, None, dv, first, count, backward=True)
-        heads_kernel[(count * triton.cdiv(chunk_size, heads.block_m),)](
+        _multiply(
+            call, quad_q, quad_k, lin_k, dx, panel, dstates, None, None, dv, range(first, first + count), backward=True
+        )
+        heads_kernel[(count * triton.cdiv(options.chunk_size, of_heads.block_m),)](
             rows(quad_q), rows(quad_k), rows(dquad_q), rows(dquad_k), dpanel, *call.sequences, *call.rule[:2],
-            call.n_chunks, first, Sizes(**sizes, BM=heads.block_m, BN=heads.block_n, FACTORS=call.factors),
-            **heads.launch(),
+            call.n_chunks, first, Sizes(**sizes, BM=of_heads.block_m, BN=of_heads.block_n, FACTORS=call.factors),
+            **of_heads.launch(),
         )  # fmt: skip
         if total is not None:
-            batch = (0, 0) if cu_seqlens is not None else (first // call.n_chunks, (first + count - 1) // call.n_chunks)
+            batch = (
+                (0, 0)
+                if layout.cu_seqlens is not None
+                else (first // call.n_chunks, (first + count - 1) // call.n_chunks)
+            )
             dbias_kernel[((batch[1] - batch[0] + 1) * (wide // 16) ** 2,)](
                 dpanel, total, *call.sequences, call.n_chunks, first, first + count, batch[0],
-                C=chunk_size, BLOCK=16, WIDTH=wide, **FUSED_ADDITION,
+                C=options.chunk_size, BLOCK=16, WIDTH=wide, **FUSED_ADDITION,
             )  # fmt: skip
     dbias = _along_diagonals(total, rel_bias.shape[-1]) if total is not None and rel_bias is not None else None
     dinitial = dinitial if initial_kv is not None else None
@@ -224,26 +222,19 @@ def mixed_chunk_attention_backward(
 
 
 @on_its_device
+@takes_fields
 def mixed_chunk_step(
-    quad_q: Tensor,
-    quad_k: Tensor,
-    lin_q: Tensor,
-    lin_k: Tensor,
+    heads: MixedChunkHeads,
     v: Tensor,
     gate: Tensor | None,
-    kv: Tensor,
-    open_quad_k: Tensor,
-    open_lin_k: Tensor,
-    open_v: Tensor,
-    position: Tensor,
+    state: OpenChunk,
+    options: MixedChunkOptions = MixedChunkOptions(),
     *,
-    score: str,
-    quad_normalizer: float,
-    lin_normalizer: float | None,
-    rel_bias: Tensor | None = None,
     choose: Choose,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One token (B, 1, .): its output, then kv, quad_k, lin_k, v and position of the new state."""
+    _, quad_k, _, lin_k = heads
+    kv, open_quad_k, open_lin_k, open_v, position = state
     (b, c, s), e = open_quad_k.shape, v.shape[-1]
     held = (kv.float(), *(t.to(x.dtype) for t, x in ((open_quad_k, quad_k), (open_lin_k, lin_k), (open_v, v))))
     before = [t.contiguous() for t in (*held, position)]
@@ -254,34 +245,21 @@ def mixed_chunk_step(
     block = min(config.block_n, max(16, triton.next_power_of_2(e)))
     if b > 0:
         step_kernel[(b * triton.cdiv(e, block),)](
-            *map(rows, (quad_q, quad_k, lin_q, lin_k, v, gate)), *before, out, *after,
-            1 / quad_normalizer, *bias_rule(rel_bias), None if lin_normalizer is None else 1 / lin_normalizer,
+            *map(rows, (*heads, v, gate)), *before, out, *after,
+            1 / options.divisor, *bias_rule(options.rel_bias), _lin_inv_norm(options),
             Sizes(C=c, S=s, E=e, BS=width, BE=block, BC=config.block_k, PRECISION=matmul_precision(v.dtype)),
-            SCORE=score, **config.launch(),
+            SCORE=options.score, **config.launch(),
         )  # fmt: skip
     new_kv, new_quad_k, new_lin_k, new_v, new_position = after
     return out, new_kv, new_quad_k, new_lin_k, new_v, new_position
 
 
-def _call(
-    quad_q: Tensor,
-    v: Tensor,
-    chunk_size: int,
-    score: str,
-    causal: bool,
-    quad_normalizer: float,
-    lin_normalizer: float | None,
-    rel_bias: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    initial_kv: Tensor | None,
-    closed_tokens: Tensor | None,
-    choose: Choose,
-) -> _ChunkCall:
+def _call(quad_q: Tensor, v: Tensor, layout: Layout, options: MixedChunkOptions, choose: Choose) -> _ChunkCall:
     """The options as the kernels take them, and how sequences are cut into segments."""
+    chunk_size, closed_tokens = options.chunk_size, options.closed_tokens
     b, n, e = v.shape
-    sequences = sequences_of(b, n, n, lengths, cu_seqlens, None)
-    separate = b if cu_seqlens is None else 1
+    sequences = sequences_of(b, n, n, *layout)
+    separate = b if layout.cu_seqlens is None else 1
     n_chunks = blocks_of(sequences, n, 1, chunk_size)
     precision, factors, like = precisions(v)
     call = _ChunkCall(
@@ -290,11 +268,11 @@ def _call(
         choose=choose,
         size={"C": chunk_size, "S": quad_q.shape[-1], "E": e},
         sequences=sequences,
-        rule=(1 / quad_normalizer, 0 if causal else None, *bias_rule(rel_bias)),
-        lin_inv_norm=None if lin_normalizer is None else 1 / lin_normalizer,
+        rule=(1 / options.divisor, 0 if options.causal else None, *bias_rule(options.rel_bias)),
+        lin_inv_norm=_lin_inv_norm(options),
         closed_tokens=None if closed_tokens is None else closed_tokens.contiguous(),
-        initial=initial_kv,
-        score=score,
+        initial=options.initial_kv,
+        score=options.score,
         precision=precision,
         factors=factors,
         slots=n_chunks * separate,
@@ -311,6 +289,10 @@ def _call(
         chunks_per_segment = n // chunk_size + 1
     n_segments = blocks_of(sequences, n, 1, chunk_size * chunks_per_segment, rest=False)
     return call._replace(segments=(n_segments, chunks_per_segment))
+
+
+def _lin_inv_norm(options: MixedChunkOptions) -> float | None:
+    return None if options.lin_normalizer == "tokens" else 1 / float(options.lin_normalizer)
 
 
 def _tiles(call: _ChunkCall) -> int:
@@ -361,17 +343,16 @@ def _multiply(
     gate: Tensor | None,
     product: Tensor | None,
     out: Tensor,
-    first: int,
-    count: int,
+    slots: range,
     *,
     backward: bool,
 ) -> None:
-    """Start `product_kernel` for the slots from `first` on."""
+    """Start `product_kernel` for some slots."""
     config = call.config("fused" if panel is None else "product")
     across = triton.cdiv(call.size["E"], config.block_n) * triton.cdiv(call.size["C"], config.block_m)
-    product_kernel[(count * across,)](
+    product_kernel[(len(slots) * across,)](
         rows(quad_q), rows(quad_k), rows(lin), rows(x), panel, states, rows(gate), rows(product), rows(out),
-        call.closed_tokens, *call.sequences, *call.rule, call.lin_inv_norm, call.n_chunks, *call.segments, first,
+        call.closed_tokens, *call.sequences, *call.rule, call.lin_inv_norm, call.n_chunks, *call.segments, slots.start,
         Sizes(
             **call.size, BS=call.width, BM=config.block_m, BE=config.block_n, BK=config.block_k,
             WIDTH=call.panel_width, PRECISION=call.precision, FACTORS=call.factors,

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashgau.options import Angles, ProjectionWeights, takes_fields
+
 from .common import VARYING, Choose, on_its_device
 from .glu import Matrix, activate, block_of, elementwise, load, places, slope, store
 
@@ -119,56 +121,44 @@ def heads_backward_kernel(
 
 
 @on_its_device
+@takes_fields
 def gated_projection_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor,
-    beta: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    *,
-    interleaved: bool,
-    save: bool,
-    choose: Choose,
+    x: Tensor, weights: ProjectionWeights, angles: Angles = Angles(), save: bool = False, *, choose: Choose
 ) -> list[Tensor]:
     """u, v, the heads of z and, if `save`, x W^T + b as a whole."""
+    weight, bias, gamma, beta = weights
     wide = torch.nn.functional.linear(x, weight, bias)
     *halves, z = _parts(wide, gamma)
     outs = []
     for half in halves:
         outs.append(half.new_empty(half.shape))
         elementwise(silu_kernel, "projection", (half, outs[-1]), choose)
-    outs += heads_forward(z, gamma, beta, cos, sin, interleaved=interleaved, choose=choose)
+    outs += heads_forward(z, gamma, beta, angles, choose=choose)
     return [*outs, wide] if save else outs
 
 
 @on_its_device
+@takes_fields
 def gated_projection_backward(
     du: Tensor,
     dv: Tensor,
     dheads: list[Tensor],
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor,
-    beta: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    weights: ProjectionWeights,
     saved: list[Tensor],
+    angles: Angles = Angles(),
     *,
-    interleaved: bool,
     choose: Choose,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias, gamma and beta; those of u, v and z are in one tensor, for one product each."""
-    (wide,) = saved
+    (wide,), (weight, bias, gamma, _) = saved, weights
     dwide = wide.new_empty(wide.shape)
     *halves, z = _parts(wide, gamma)
     *dhalves, dz = _parts(dwide, gamma)
     for d, half, dhalf in zip((du, dv), halves, dhalves, strict=True):
         flat = tuple(t.reshape(-1, t.shape[-1]) for t in (d, half, dhalf))  # the last must be a view: it is written to
         elementwise(silu_backward_kernel, "projection", flat, choose)
-    dgamma, dbeta = heads_backward(dheads, z, gamma, cos, sin, dz, interleaved=interleaved, choose=choose)
+    dgamma, dbeta = heads_backward(dheads, z, gamma, angles, dz, choose=choose)
     return *projection_backward(dwide, x, weight, bias, choose=choose), dgamma, dbeta
 
 
@@ -193,10 +183,8 @@ def heads_forward(
     z: Tensor,
     gamma: Tensor,
     beta: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    angles: Angles,
     *,
-    interleaved: bool,
     choose: Choose,
 ) -> list[Tensor]:
     """z (B, N, S) -> each gamma_h silu(z) + beta_h, the first channels rotated by angles (1 or B, N, pairs)."""
@@ -205,8 +193,8 @@ def heads_forward(
         beta = beta if beta is None else beta.contiguous()
         config = choose("heads", z, 0)
         heads_kernel[(triton.cdiv(z.shape[0] * z.shape[1], config.block_m),)](
-            _matrix(z), gamma.contiguous(), beta, *_angles(cos, sin), tuple(outs),
-            *_sizes(z, gamma, cos, interleaved, config.block_m), **config.launch(),
+            _matrix(z), gamma.contiguous(), beta, *_angles(angles), tuple(outs),
+            *_sizes(z, gamma, angles, config.block_m), **config.launch(),
         )  # fmt: skip
     return outs
 
@@ -216,11 +204,9 @@ def heads_backward(
     douts: list[Tensor],
     z: Tensor,
     gamma: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    angles: Angles,
     dz: Tensor,
     *,
-    interleaved: bool,
     choose: Choose,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of gamma and beta; that of z is written to `dz`, which may have any strides."""
@@ -230,8 +216,8 @@ def heads_backward(
         return torch.zeros_like(gamma), torch.zeros_like(gamma)
     dgamma, dbeta = (z.new_empty(programs, *gamma.shape, dtype=torch.float32) for _ in range(2))
     heads_backward_kernel[(programs,)](
-        tuple(_matrix(d) for d in douts), _matrix(z), gamma.contiguous(), *_angles(cos, sin), _matrix(dz), dgamma,
-        dbeta, *_sizes(z, gamma, cos, interleaved, config.block_m), **config.launch(),
+        tuple(_matrix(d) for d in douts), _matrix(z), gamma.contiguous(), *_angles(angles), _matrix(dz), dgamma,
+        dbeta, *_sizes(z, gamma, angles, config.block_m), **config.launch(),
     )  # fmt: skip
     return dgamma.sum(0).to(gamma.dtype), dbeta.sum(0).to(gamma.dtype)
 
@@ -248,12 +234,13 @@ def _matrix(x: Tensor) -> Matrix:
     return Matrix(rows, *rows.stride())
 
 
-def _angles(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _angles(angles: Angles) -> tuple[Tensor | None, Tensor | None]:
+    cos, sin, _ = angles
     return (None, None) if cos is None or sin is None or not cos.shape[-1] else (cos.contiguous(), sin.contiguous())
 
 
-def _sizes(z: Tensor, gamma: Tensor, cos: Tensor | None, interleaved: bool, rows: int) -> tuple[Any, ...]:
+def _sizes(z: Tensor, gamma: Tensor, angles: Angles, rows: int) -> tuple[Any, ...]:
     """Number of rows and tokens, the batch stride of the angles, and the compile-time constants."""
-    b, n, s = z.shape
+    (b, n, s), (cos, _, interleaved) = z.shape, angles
     angle_batch, pairs = (0, 0) if cos is None else (n if cos.shape[0] > 1 else 0, cos.shape[-1])
     return b * n, n, angle_batch, gamma.shape[0], s, pairs, interleaved, rows, max(16, triton.next_power_of_2(s))

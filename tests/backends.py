@@ -14,25 +14,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashgau
-from flashgau.eager import attention as eager_attention
-from flashgau.eager import common as eager_common
-from flashgau.eager import gau as eager_gau
-from flashgau.eager import glu as eager_glu
-from flashgau.eager import mixed_chunk as eager_mixed_chunk
+from flashgau.eager.sizes import SIZES, sized
 from flashgau.ops import autograd, dispatch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # How the eager floor cuts its work: its own sizes, and the smallest, at which small inputs cross borders.
-_BLOCKS = {
-    (eager_attention, "_BLOCK_ELEMENTS"): 1,
-    (eager_attention, "_PIECE_ELEMENTS"): 1,
-    (eager_gau, "_PANEL_ELEMENTS"): 1,
-    (eager_glu, "_PIECE"): 64,
-    (eager_common, "_PANEL"): 4,
-    (eager_mixed_chunk, "_GROUP_ELEMENTS"): 1,
-    (importlib.import_module("flashgau.ops.glu"), "_KEPT_BYTES"): 0,  # its name is the function's, too
-}
+_SMALLEST = {
+    "attention_scores": 1, "attention_widened": 1, "gau_scores": 1, "glu_bytes": 64, "panel_rows": 4,
+    "chunk_elements": 1, "glu_kept_bytes": 0,
+}  # fmt: skip
 # Gated attention of any width by panels of one block, which Triton takes for wide values only; and all the chunks of
 # a sequence in one segment, where otherwise 16 processors leave one chunk to each.
 PANELS: dict[tuple[Any, str], Any] = {}
@@ -57,13 +48,12 @@ if "triton" in [name for name, reason in dispatch.explain("gau_attention", "cpu"
         (importlib.import_module("flashgau.tuning"), "choose"): _smallest,
         (importlib.import_module("flashgau.kernels.attention"), "processors"): lambda device: 4,
     }
-_SMALL = {"eager": _BLOCKS, "triton": PANELS}
-_OWN_BLOCKS = {place: getattr(*place) for place in _BLOCKS}
+_OWN_SIZES = {name: getattr(SIZES, name) for name in _SMALLEST}
 
 
 @contextmanager
 def blocks(sizes: dict[tuple[Any, str], Any]) -> Iterator[None]:
-    """Let the eager floor cut its work into blocks of these sizes."""
+    """Let launchers cut their work into blocks of these sizes."""
     with ExitStack() as stack:
         for (module, name), size in sizes.items():
             stack.enter_context(mock.patch.object(module, name, size))
@@ -72,7 +62,7 @@ def blocks(sizes: dict[tuple[Any, str], Any]) -> Iterator[None]:
 
 def small_blocks() -> Any:
     """The eager floor with its smallest blocks."""
-    return blocks(_BLOCKS)
+    return sized(**_SMALLEST)
 
 
 def backends_of(op: str) -> list[str]:
@@ -90,7 +80,8 @@ def backend_fixture(op: str) -> Any:
     @pytest.fixture(params=params)
     def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         name, *small = request.param.split(", ")
-        with flashgau.use_backend(name), blocks(_SMALL[name] if small else _OWN_BLOCKS):
+        sizes = sized(**_SMALLEST if small and name == "eager" else _OWN_SIZES)
+        with flashgau.use_backend(name), sizes, blocks(PANELS if small and name == "triton" else {}):
             yield name
 
     return backend
@@ -125,7 +116,7 @@ def largest_storages() -> Iterator[list[int]]:
             return run(*args, **kwargs)
 
     run = autograd.run
-    with mock.patch.object(autograd, "run", watched), blocks(_OWN_BLOCKS):
+    with mock.patch.object(autograd, "run", watched), sized(**_OWN_SIZES):
         yield found
 
 

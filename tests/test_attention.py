@@ -25,6 +25,7 @@ from torch import Tensor
 
 import flashgau
 from flashgau.eager import attention as eager_attention
+from flashgau.eager.sizes import SIZES
 
 backend = backend_fixture("attention")
 data = st.data()
@@ -104,7 +105,7 @@ def products(request, monkeypatch):
     """The eager floor on a processor that multiplies halves slower than fp32, and on one that does it faster."""
     faster = request.param == "as halves"
     monkeypatch.setattr(eager_attention, "factor_dtype", lambda x: x.dtype if faster else torch.float32)
-    monkeypatch.setattr(eager_attention, "_TILE", 256)
+    monkeypatch.setattr(SIZES, "attention_tile", 256)
     with flashgau.use_backend("eager"):
         yield request.param
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from flashgau import reference
-from flashgau.ops.bias import alibi_bias, rotary_bias, t5_bias
+from flashgau.bias import alibi_bias, rotary_bias, t5_bias
 
 seeds = st.integers(0, 2**32)
 lengths = st.integers(1, 12)

@@ -243,3 +243,4 @@ def test_floors_have_the_same_functions_with_the_same_arguments(file):
     for name in found:
         eager, launcher = (list(inspect.signature(getattr(floor, name)).parameters) for floor in floors)
         assert [x for x in launcher if x not in ("choose", "fused")] == eager, name
+        assert len(launcher) <= 9, name

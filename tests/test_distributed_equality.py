@@ -30,9 +30,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashgau
-from flashgau.distributed import context_parallel_attention, mixed_chunk
+from flashgau.distributed import context_parallel_attention
 from flashgau.distributed.agreement import shares
 from flashgau.distributed.attention import _heads, _of_rank
+from flashgau.ops import linear_part
 
 alone = distributed_world.alone
 world = distributed_world.world
@@ -242,7 +243,7 @@ def test_every_run_gives_the_same_bits(world: World, name: str, causal: bool, gr
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_sums_over_blocks_of_one_token(alone: None, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixed_chunk, "_BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(linear_part, "_BLOCK_ELEMENTS", 1)
     call = example("mixed_chunk_attention", torch.float64, causal=causal)
     leaves = call.leaves()
     weights = [randn(0, *call.args[4].shape, dtype=torch.float64)]
@@ -254,7 +255,7 @@ def test_sums_over_blocks_of_one_token(alone: None, causal: bool, monkeypatch: p
 
 
 def test_nothing_as_long_as_the_values_is_made_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixed_chunk, "_BLOCK_ELEMENTS", 1024)
+    monkeypatch.setattr(linear_part, "_BLOCK_ELEMENTS", 1024)
     made: list[int] = []
 
     class Watch(TorchDispatchMode):
@@ -267,8 +268,8 @@ def test_nothing_as_long_as_the_values_is_made_in_fp32(monkeypatch: pytest.Monke
     lin_q, lin_k = (randn(seed, 1, 512, 4, dtype=torch.bfloat16).requires_grad_() for seed in (0, 1))
     v, gate = (randn(seed, 1, 512, 32, dtype=torch.bfloat16).requires_grad_() for seed in (2, 3))
     with Watch():
-        kv = mixed_chunk._Sums.apply(lin_k, v, torch.tensor([500]))
-        out = mixed_chunk._Joined.apply(v, lin_q, kv, gate, kv.new_ones(1, 1, 1), torch.tensor([500]))
+        kv = linear_part.linear_sums(lin_k, v, torch.tensor([500]))
+        out = linear_part.add_linear_part(v, lin_q, kv, gate, kv.new_ones(1, 1, 1), torch.tensor([500]))
         out.sum().backward()
     assert 0 < max(made) <= 1024
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import flashgau
 from flashgau.eager import common
+from flashgau.eager.sizes import sized
 from flashgau.nn import FLASH, GAU
 from flashgau.ops import projection
 
@@ -78,13 +79,14 @@ def test_a_gau_layer_with_fused_projections_is_its_parts(case):
     assert_equal_to_reference(*case)
 
 
-def test_panels_and_batch_groups_change_nothing(monkeypatch):
+def test_panels_and_batch_groups_change_nothing():
     layer = FLASH(6, key_dim=4, chunk_size=4, causal=True, dtype=torch.float64)
     x = torch.randn(5, 30, 6, dtype=torch.float64, requires_grad=True)
     whole = results(layer, x, {})
     for chunks in (1, 2, 5, 8):  # together; of 7 and an open one
-        monkeypatch.setattr("flashgau.eager.mixed_chunk._GROUP_ELEMENTS", chunks * 4 * 12)
-        for ours, theirs in zip(results(layer, x, {}), whole, strict=True):
+        with sized(chunk_elements=chunks * 4 * 12):
+            found = results(layer, x, {})
+        for ours, theirs in zip(found, whole, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-14)
 
 

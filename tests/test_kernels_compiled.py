@@ -54,7 +54,7 @@ def call(b, hq, hk, m, n, d, window, backward=False, dtype=torch.bfloat16, **opt
     options |= {"scale": 0.1, "window": window, "choose": lambda *args, **traits: Config(16, 16, 4, 1)}
     out, lse = attention_forward(q, k, k, **options)
     if backward:
-        attention_backward(out, lse, q, k, k, out, lse, **options)
+        attention_backward(out, lse, q, k, k, (out, lse), **options)
 """
 
 
@@ -87,13 +87,13 @@ from flashgau.kernels.common import Config
 from flashgau.tuning.ahead import compiling_for
 
 choose = lambda *args, **traits: Config(16, 16, 4, 1, 16)
-options = {"chunk_size": 32, "score": "relu2", "causal": True, "quad_normalizer": 32.0, "lin_normalizer": None}
+options = {"chunk_size": 32, "score": "relu2", "causal": True, "quad_normalizer": 32.0}
 with compiling_for("sm_80"):
     for b, n in [(1, 2048), (3, 4096), (7, 2051), (1, 20), (2, 65536), (64, 128)]:
         heads = torch.empty(4, b, n, 16, dtype=torch.bfloat16, device="meta")
         v = torch.empty(b, n, 64, dtype=torch.bfloat16, device="meta")
-        mixed_chunk.mixed_chunk_attention_forward(*heads, v, v, **options, choose=choose)
-        mixed_chunk.mixed_chunk_attention_backward(v, None, *heads, v, v, v, **options, choose=choose)
+        mixed_chunk.mixed_chunk_attention_forward(heads, v, v, **options, choose=choose)
+        mixed_chunk.mixed_chunk_attention_backward(v, None, heads, v, v, v, **options, choose=choose)
 for name in dir(mixed_chunk_kernels):
     caches = getattr(getattr(mixed_chunk_kernels, name), "device_caches", {})
     if caches:
@@ -157,8 +157,8 @@ options = {"activation": "silu", "up_activation": "identity", "choose": choose}
 with compiling_for("sm_80"):
     for rows in (512, 4096, 515, 100, 65536):
         x, w, d = (torch.empty(*s, dtype=torch.bfloat16, device="meta") for s in ((rows, 32), (48, 32), (rows, 48)))
-        module.glu_linear_forward(x, w, w, None, None, save=True, **options)
-        module.glu_linear_backward(d, x, w, w, None, None, None, None, **options)
+        module.glu_linear_forward(x, (w, w, None, None), save=True, **options)
+        module.glu_linear_backward(d, x, (w, w, None, None), **options)
 """
         + COUNT
     )
@@ -195,7 +195,7 @@ with mock.patch.object(triton.JITFunction, "__getitem__", launch):
             entry.call(kind, entry.widths[-1], Operands(torch.bfloat16), choose)
     x, w, gamma = (torch.empty(*shape, device="meta") for shape in ((1, 8, 4), (40, 4), (2, 8)))
     options = {"interleaved": False, "save": False, "choose": choose}
-    projection.gated_projection_forward(x, w, None, gamma, None, None, None, **options)
+    projection.gated_projection_forward(x, (w, None, gamma, None), **options)
 for module in (attention_kernels, gated, gau, glu, mixed_chunk_kernels, projection):
     for name, kernel in vars(module).items():
         if name.endswith("_kernel") and kernel.fn.__module__ == module.__name__:

@@ -25,6 +25,7 @@ from flashgau.kernels.common import Config
 
 from flashgau import tuning
 from flashgau.eager import projection as eager_projection
+from flashgau.options import Angles, ProjectionWeights
 from flashgau.tuning import search, shipped
 
 pytestmark = kernel_calls.pytestmark
@@ -174,10 +175,10 @@ def test_gated_projections_are_those_of_eager(interleaved, data):
     results = []
     for module, choose in ((projection_kernels, {"choose": tuning.choose}), (eager_projection, {})):
         forward, backward = module.gated_projection_forward, module.gated_projection_backward
-        options = {"interleaved": interleaved, **choose}
-        found = forward(x, weight, bias, gamma, beta, cos, sin, save=True, **options)
+        weights, rotary = ProjectionWeights(weight, bias, gamma, beta), Angles(cos, sin, interleaved)
+        found = forward(x, weights, rotary, save=True, **choose)
         outs, saved = found[: 2 + count], found[2 + count :]
-        grads = backward(*douts[:2], douts[2:], x, weight, bias, gamma, beta, cos, sin, saved, **options)
+        grads = backward(*douts[:2], douts[2:], x, weights, saved, rotary, **choose)
         results.append([*outs, *grads])
     for a, e in zip(*results, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=2e-5)

@@ -1,6 +1,8 @@
 """Who may import whom, read from the source."""
 
 import ast
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +126,43 @@ assert not heavy, heavy
 assert flashgau.nn.GAU
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def run_uninstalled(code: str, *path: Path) -> None:
+    """Run code in an interpreter that takes modules from these folders first, and follows no editable install."""
+    folders = [*map(str, path), *filter(None, sys.path)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
+    # -S: without site-packages' .pth files, through which an editable install is found.
+    subprocess.run([sys.executable, "-S", "-c", code], env=env, cwd=path[0], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_checkout_finds_its_own_kernels_and_reference(installed, tmp_path):
+    """Not installed, and with a plain install behind it, which it shadows."""
+    code = f"""
+import importlib.util, torch, flashgau
+for name in ("kernels", "reference"):
+    assert importlib.util.find_spec("flashgau." + name).origin.startswith({str(ROOT)!r}), name
+x = torch.randn(2, 4)
+assert torch.allclose(flashgau.glu(x), flashgau.glu(x, backend="reference"))
+"""
+    (tmp_path / "flashgau" / "kernels").mkdir(parents=True)
+    for folder in ("flashgau", "flashgau/kernels"):
+        (tmp_path / folder / "__init__.py").touch()
+    run_uninstalled(code, ROOT, *([tmp_path] if installed else []))
+
+
+def test_other_peoples_kernels_are_not_ours(tmp_path):
+    """A package of that name beside the installed one is another."""
+    for folder in ("flashgau", "kernels"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").touch()
+    shutil.copy(PACKAGE / "__init__.py", tmp_path / "flashgau")
+    code = """
+import importlib.util, flashgau, kernels
+assert flashgau.__version__ and importlib.util.find_spec("flashgau.kernels") is None
+"""
+    run_uninstalled(code, tmp_path)
 
 
 def from_triton(path: Path) -> set[str]:

@@ -1,5 +1,7 @@
 """`spec=` pins a whole combination: small models of each, token by token in NumPy, and their numbers."""
 
+import dataclasses
+import inspect
 import math
 
 import numpy as np
@@ -7,10 +9,72 @@ import pytest
 import torch
 
 from flashgau.models import CausalLM, MaskedLM, ModelConfig
+from flashgau.nn import FLASH, GAU
+from flashgau.nn.flash import FlashPreset, flash_presets
+from flashgau.nn.gau import GauPreset, gau_presets
 
 # Vocabulary, width, hidden, key and chunk width, layers, tokens: over 32 channels, so that lucidrains' rotary embedding
 # turns a part; over 16 tokens, so that the T5 bias meets logarithmic buckets; chunks that the length is no multiple of.
 V, D, E, S, C, DEPTH, N = 7, 6, 5, 34, 20, 2, 47
+
+
+# --- the presets: what the layers' docstrings say of them ------------------------------------------------------------
+
+
+def table_of(layer):
+    """The table in a layer's docstring: for each preset, its rows by name."""
+    lines = [line.strip() for line in layer.__doc__.splitlines() if line.strip().startswith("|")]
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    presets = [cell.split('"')[1] for cell in head[1:]]
+    return {preset: {row[0]: row[place] for row in rows} for place, preset in enumerate(presets, 1)}
+
+
+def said(preset, *roots):
+    """Cells that GAU and FLASH have in common; `roots` are the names of widths whose root scales a bias."""
+    scaled = {math.sqrt(width): f", times sqrt({name})" for name, width in roots}
+    turned = {0: "0", S: "S", 32: "min(32, S)"}[preset.rotary_dim]
+    pairs = f", {'yes' if preset.rotary_interleaved else 'no'}" if preset.rotary_dim else ""
+    bias = preset.bias + (scaled[preset.bias_scale] if preset.bias_scale != 1 else "")
+    return {"bias": bias, "rotary_dim, rotary_interleaved": turned + pairs}
+
+
+def test_the_table_of_gau_is_its_presets():
+    cells = {}
+    for name, preset in gau_presets(dim=D, key_dim=S).items():
+        cell = said(preset, ("d", D)) | {"norm, post_norm": f"{preset.norm}, {preset.post_norm}"}
+        cell["bias"] += ", divided by n" if preset.bias_over_n else ""
+        cells[name] = cell | {"score": preset.score, "linear_bias": "yes" if preset.linear_bias else "no"}
+        assert (preset.normalizer, preset.token_shift) == ("keys", False)
+    assert cells == table_of(GAU)
+
+
+def test_the_table_of_flash_is_its_presets():
+    cells = {}
+    both = flash_presets(S, C, causal=False), flash_presets(S, C, causal=True)
+    for (name, preset), causal in zip(both[0].items(), both[1].values(), strict=True):
+        cell = said(preset, ("S", S)) | {"norm": preset.norm, "head_order": ", ".join(preset.head_order)}
+        cell["bias (of a chunk)"] = cell.pop("bias")
+        same = causal == preset
+        cell["lin_normalizer"] = preset.lin_normalizer if same else f"causal: C; else {preset.lin_normalizer}"
+        assert same or causal == dataclasses.replace(preset, lin_normalizer=float(C))
+        cells[name] = cell
+        assert (preset.score, preset.linear_bias, preset.post_norm, preset.token_shift) == (
+            "relu2",
+            True,
+            "none",
+            False,
+        )
+    assert cells == table_of(FLASH)
+
+
+@pytest.mark.parametrize(("layer", "preset"), [(GAU, GauPreset), (FLASH, FlashPreset)])
+def test_every_field_of_a_preset_is_an_argument(layer, preset):
+    arguments = inspect.signature(layer).parameters
+    for field in dataclasses.fields(preset):
+        assert arguments[field.name].default is None, field.name
+    undecided = {name for name, argument in arguments.items() if argument.default is None}
+    sizes = {"hidden", "max_length", "device", "dtype"}
+    assert undecided - sizes == {field.name for field in dataclasses.fields(preset)}
 
 
 # --- parameters: every name and shape, and numbers that need no generator ------------------------------------------

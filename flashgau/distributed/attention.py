@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -11,23 +11,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from flashgau.ops.attention import attention
-from flashgau.ops.validate import Arguments, autocast
+from flashgau.ops.validate import autocast
 
-from .agreement import (
-    GroupContext,
-    Note,
-    checking,
-    checksum,
-    digest,
-    no_tokens,
-    not_compiled,
-    ranges,
-    shares,
-    stand_in,
-    wanted,
-    wanting,
-)
-from .exchange import Meeting, Turn, exchange
+from .agreement import GroupContext, Note, digest, not_compiled, ranges, shares
+from .call import Call
+from .exchange import Turn
 
 _OP = "context_parallel_attention"
 
@@ -117,72 +105,46 @@ def context_parallel_attention(
     """
     context = GroupContext.of(_OP, group)
     q, k, v = autocast(q, k, v)
-    options: dict[str, Any] = {
-        "causal": causal, "scale": scale, "window": window, "softcap": softcap, "dropout_p": dropout_p,
-        "return_lse": return_lse, "backend": backend,
-    }  # fmt: skip
+    call = Call(
+        context,
+        attention,
+        slices={"q": (q, "B Hq M D"), "k": (k, "B Hkv N D"), "v": (v, "B Hkv N E")},
+        options={
+            "causal": causal, "scale": scale, "window": window, "softcap": softcap, "dropout_p": dropout_p,
+            "return_lse": return_lse, "backend": backend,
+        },
+        parameters={"rel_bias": rel_bias, "sinks": sinks},
+        sequences={"lengths": lengths, "cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k},
+    )  # fmt: skip
 
     def check() -> Note:
-        args = Arguments(_OP)
-        args.tensor("q", q, "B Hq M D")
-        args.tensor("k", k, "B Hkv N D")
-        args.tensor("v", v, "B Hkv N E")
-        context.check_device("q", q)
-        with checking(_OP, "attention"):  # sequences without tokens: all checks of the options, and no work
-            attention(
-                q[:, :, :0], k[:, :, :0], v[:, :, :0], rel_bias=rel_bias, sinks=sinks, lengths=no_tokens(lengths),
-                cu_seqlens=no_tokens(cu_seqlens), cu_seqlens_k=no_tokens(cu_seqlens_k),
-                dropout_seed=0 if dropout_seed is None else dropout_seed, **options,
-            )  # fmt: skip
+        args = call.check(dropout_seed=0 if dropout_seed is None else dropout_seed)
         heads = args.sizes["Hq"]
         if heads < context.size:
             args.fail("q", f"has Hq = {heads} heads", f"at least one for each of the {context.size} processes")
         seed, drawn = _seeds(dropout_p, dropout_seed, q.device)
-        return Note(
-            sizes={name: args.sizes[name] for name in ("B", "Hq", "Hkv", "D", "E")},
-            options={
-                **{name: digest(value) for name, value in options.items()},
-                "q.dtype": digest(q.dtype), "q.device": digest(q.device.type),
-                "rel_bias": digest(rel_bias), "sinks": digest(sinks), "lengths": checksum(lengths),
-                "cu_seqlens": checksum(cu_seqlens), "cu_seqlens_k": checksum(cu_seqlens_k), "dropout_seed": seed,
-                "torch.is_grad_enabled()": torch.is_grad_enabled(),
-            },
-            own={
-                "M": args.sizes["M"], "N": args.sizes["N"], "drawn": drawn,
-                "needs": wanting((q, k, v)), "shared": wanting((rel_bias, sinks)),
-            },
-        )  # fmt: skip
+        return call.note(args, {"dropout_seed": seed}, {"drawn": drawn})
 
-    context, agreed = context.agree(check)
-    batch, heads, _, width = q.shape
-    kv_heads = k.shape[1]
-    queries, keys = agreed["M"], agreed["N"]
-    args = Arguments(_OP)  # the whole: alike in all processes, so that they raise alike
-    args.tensor("q", stand_in(q, batch, heads, sum(queries), width), "B Hq M D")
-    args.tensor("k", stand_in(k, batch, kv_heads, sum(keys), width), "B Hkv N D")
+    call, agreed = call.agree(check)
+    args = call.whole(agreed)
     longest = args.sequences(lengths, cu_seqlens, cu_seqlens_k)
     args.relative_bias(rel_bias, "B Hq", longest)
 
-    q_heads, k_heads = _heads(heads, kv_heads, context.size)
+    q_heads, k_heads = _heads(q.shape[1], k.shape[1], context.size)
     start, stop = q_heads[context.rank]
     if rel_bias is not None and rel_bias.dim() > 1 and rel_bias.shape[-2] > 1:
         rel_bias = rel_bias[..., start:stop, :]
+    sinks = None if sinks is None else sinks[start:stop]
     seed = (agreed["drawn"] if dropout_seed is None else agreed["dropout_seed"])[0]
-    turns = [
-        Turn(1, slices, 2, tuple(tokens)) for slices, tokens in ((q_heads, queries), (k_heads, keys), (k_heads, keys))
-    ]
-    needed = wanted(agreed["needs"], 3)
-    given: list[Any] = exchange(Meeting(context, 2), (q, k, v), turns, needed)
-    result = attention(
-        *given, rel_bias=rel_bias, sinks=None if sinks is None else sinks[start:stop], lengths=lengths,
-        cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, dropout_seed=_of_rank(seed, context.rank), **options,
-    )  # fmt: skip
-    results = result if isinstance(result, tuple) else (result,)
+    queries, keys = agreed["M"], tuple(agreed["N"])
+    turns = [Turn(1, q_heads, 2, tuple(queries)), Turn(1, k_heads, 2, keys), Turn(1, k_heads, 2, keys)]
     back = Turn(2, ranges(queries), 1, tuple(b - a for a, b in q_heads))
-    need = any(needed) or any(agreed["shared"])
-    out, *lse = exchange(Meeting(context, 1), results, [back] * len(results), [need] * len(results))
-    assert out is not None
-    return (out, lse[0]) if lse and lse[0] is not None else out
+    operate = partial(
+        call.operation,
+        **call.options, **call.sequences, rel_bias=rel_bias, sinks=sinks, dropout_seed=_of_rank(seed, context.rank),
+    )  # fmt: skip
+    out, *lse = call.exchanged(agreed, turns, back, operate)
+    return (out, lse[0]) if lse else out
 
 
 def _heads(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from flashgau.ops.once import once
 
 from .agreement import GroupContext
 
@@ -159,22 +161,6 @@ class _Exchange(torch.autograd.Function):
             return tuple(found)
 
         return None, None, None, None, *once(ctx.meeting.context.op, send, *grads)
-
-
-def once(op: str, compute: Callable[..., tuple[Tensor | None, ...]], *tensors: Tensor | None) -> Any:
-    """The gradients that `compute` makes of tensors; differentiating them again raises an error, which says so."""
-    return _Once.apply(op, compute, *tensors)
-
-
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, op: str, compute: Callable[..., Any], *tensors: Tensor) -> Any:
-        ctx.op = op
-        return compute(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise RuntimeError(f"{ctx.op}: differentiable once; over several processes there are no second derivatives")
 
 
 def reaching(meeting: Meeting, result: Tensor, source: Tensor) -> Tensor:

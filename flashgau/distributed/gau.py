@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from flashgau.ops.gau import gau_attention
-from flashgau.ops.validate import Arguments, autocast
+from flashgau.ops.validate import autocast
 
-from .agreement import (
-    GroupContext,
-    Note,
-    checking,
-    checksum,
-    digest,
-    no_tokens,
-    not_compiled,
-    ranges,
-    shares,
-    stand_in,
-    wanted,
-    wanting,
-)
-from .exchange import Meeting, Turn, exchange
+from .agreement import GroupContext, Note, digest, not_compiled, ranges, shares
+from .call import Call
+from .exchange import Turn
 
 _OP = "context_parallel_gau"
 _UNIT = 16  # columns: rows of whole units stay aligned, as kernels read them fastest
@@ -106,58 +93,36 @@ def context_parallel_gau(
     """
     context = GroupContext.of(_OP, group)
     q, k, v, gate = autocast(q, k, v, gate)
-    options: dict[str, Any] = {"score": score, "normalizer": normalizer, "causal": causal, "backend": backend}
+    call = Call(
+        context,
+        gau_attention,
+        slices={"q": (q, "B M S"), "k": (k, "B N S"), "v": (v, "B N E"), "gate": (gate, "B M E")},
+        options={"score": score, "normalizer": normalizer, "causal": causal, "backend": backend},
+        parameters={"rel_bias": rel_bias},
+        sequences={"lengths": lengths, "cu_seqlens": cu_seqlens},
+    )
 
     def check() -> Note:
-        args = Arguments(_OP)
-        args.tensor("q", q, "B M S")
-        args.tensor("k", k, "B N S")
-        args.tensor("v", v, "B N E")
-        if gate is not None:
-            args.tensor("gate", gate, "B M E")
-        context.check_device("q", q)
-        with checking(_OP, "gau_attention"):  # sequences without tokens: all checks of the options, and no work
-            gau_attention(
-                q[:, :0], k[:, :0], v[:, :0], None if gate is None else gate[:, :0], rel_bias=rel_bias,
-                lengths=no_tokens(lengths), cu_seqlens=no_tokens(cu_seqlens), **options,
-            )  # fmt: skip
+        args = call.check()
         columns = args.sizes["E"]
         if columns < context.size:
             args.fail("v", f"has E = {columns} columns", f"at least one for each of the {context.size} processes")
-        return Note(
-            sizes={name: args.sizes[name] for name in ("B", "S", "E")},
-            options={
-                **{name: digest(value) for name, value in options.items()},
-                "q.dtype": digest(q.dtype), "q.device": digest(q.device.type), "gate": digest(gate is None),
-                "rel_bias": digest(rel_bias), "lengths": checksum(lengths), "cu_seqlens": checksum(cu_seqlens),
-                "torch.is_grad_enabled()": torch.is_grad_enabled(),
-            },
-            own={
-                "M": args.sizes["M"], "N": args.sizes["N"],
-                "needs": wanting((q, k, v, gate)), "shared": wanting((rel_bias,)),
-            },
-        )  # fmt: skip
+        return call.note(args, {"gate": digest(gate is None)}, {})
 
-    context, agreed = context.agree(check)
-    batch, _, width = q.shape
-    queries, keys = agreed["M"], agreed["N"]
-    args = Arguments(_OP)  # the whole: alike in all processes, so that they raise alike
-    args.tensor("q", stand_in(q, batch, sum(queries), width), "B M S")
-    args.tensor("k", stand_in(k, batch, sum(keys), width), "B N S")
+    call, agreed = call.agree(check)
+    args = call.whole(agreed)
     longest = args.sequences(lengths, cu_seqlens)
     args.relative_bias(rel_bias, "B", longest)
 
     total = v.shape[-1]
     counts = shares(total, context.size, _UNIT if total % _UNIT == 0 and total >= _UNIT * context.size else 1)
-    everything, columns = ((0, width),) * context.size, ranges(counts)
+    everything, columns = ((0, q.shape[-1]),) * context.size, ranges(counts)
+    queries, keys = tuple(agreed["M"]), tuple(agreed["N"])
     turns = [
-        Turn(2, slices, 1, tuple(tokens))
+        Turn(2, slices, 1, tokens)
         for slices, tokens in ((everything, queries), (everything, keys), (columns, keys), (columns, queries))
     ]
-    needed = wanted(agreed["needs"], 4)
-    given: list[Any] = exchange(Meeting(context, 2), (q, k, v, gate), turns, needed)
-    result = gau_attention(*given, rel_bias=rel_bias, lengths=lengths, cu_seqlens=cu_seqlens, **options)
-    need = any(needed) or any(agreed["shared"])
-    (out,) = exchange(Meeting(context, 1), (result,), [Turn(1, ranges(queries), 2, tuple(counts))], [need])
-    assert out is not None
+    back = Turn(1, ranges(queries), 2, tuple(counts))
+    operate = partial(call.operation, **call.options, **call.parameters, **call.sequences)
+    (out,) = call.exchanged(agreed, turns, back, operate)
     return out

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..options import AttentionOptions, AttentionResults, Layout, takes_fields
 from ..pytorch import cpu_attention, cpu_attention_backward
 from .common import (
     Sequence,
@@ -25,90 +26,63 @@ from .common import (
     toeplitz_sums,
     values_dtype,
 )
-
-Window = tuple[int | None, int | None]
-_BLOCK_ELEMENTS = 2**20  # of the scores of one block, all heads together: a few MB, so that it stays in cache
-_PIECE_ELEMENTS = 2**22  # of queries and keys that are widened to fp32 together
-_TILE = 1024  # queries or keys of a call of PyTorch's kernel on halves: four or two of its largest blocks
+from .sizes import SIZES
 
 
+@takes_fields
 def attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
-    scale: float,
-    window: Window,
-    softcap: float | None = None,
-    rel_bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Output (B, Hq, M, E) and log-sum-exp (B, Hq, M) of every query row; `rel_bias` is (B, Hq, 2P-1)."""
-    rule = _SoftmaxRule(scale, window, softcap, dropout_p, dropout_seed)
-    if lengths is None and cu_seqlens is None and rule.is_plain(q, k, v, rel_bias, sinks):
-        out, lse = _forward_fused(rule, q, k, v)  # out in the layout of q
+    layout: Layout = Layout(),
+    options: AttentionOptions = AttentionOptions(),
+) -> AttentionResults:
+    """Output (B, Hq, M, E) and log-sum-exp (B, Hq, M) of every query row."""
+    options = options.resolved(q.shape[-1])
+    if layout.is_dense and _is_plain(options, q, k, v):
+        out, lse = _forward_fused(options, q, k, v)  # out in the layout of q
         if not (q.is_contiguous() and out.is_contiguous()):
             out = _by_tokens(out) if _is_by_tokens(q) else out.contiguous()
-        return out, lse.contiguous()
-    parts = _parts(rule, q, k, v, rel_bias, sinks, lengths, cu_seqlens, cu_seqlens_k)
+        return AttentionResults(out, lse.contiguous())
     out = _room_for_output(q, v).zero_()
     lse = q.new_full(q.shape[:3], -math.inf, dtype=accumulator(q.dtype))
-    for part in parts:
-        out_part, lse_part = part.rows(out), part.rows(lse)
-        if part.is_plain():
-            for target, result in zip((out_part, lse_part), _forward_fused(rule, part.q, part.k, part.v), strict=True):
+    for part in _parts(options, q, k, v, layout):
+        targets = part.rows(out), part.rows(lse)
+        if _is_plain(options, part.q, part.k, part.v):
+            for target, result in zip(targets, _forward_fused(options, part.q, part.k, part.v), strict=True):
                 target.copy_(result)
         else:
-            _forward_blocked(part, out_part, lse_part)
-    return out, lse
+            _forward_blocked(part, *targets)
+    return AttentionResults(out, lse)
 
 
+@takes_fields
 def attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    scale: float,
-    window: Window,
-    softcap: float | None = None,
-    rel_bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
+    results: AttentionResults,
+    layout: Layout = Layout(),
+    options: AttentionOptions = AttentionOptions(),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, rel_bias (B, Hq, 2P-1) and sinks (Hq,); None where there is no such input."""
-    rule = _SoftmaxRule(scale, window, softcap, dropout_p, dropout_seed)
-    if lengths is None and cu_seqlens is None and dlse is None and rule.is_plain(q, k, v, rel_bias, sinks):
-        dq, dk, dv = _backward_fused(rule, q, k, v, dout, out, lse)
+    options, rel_bias, sinks = options.resolved(q.shape[-1]), options.rel_bias, options.sinks
+    if layout.is_dense and dlse is None and _is_plain(options, q, k, v):
+        dq, dk, dv = _backward_fused(options, q, k, v, dout, *results)
         return _by_tokens(dq), _by_tokens(dk), _by_tokens(dv), None, None
-    parts = _parts(rule, q, k, v, rel_bias, sinks, lengths, cu_seqlens, cu_seqlens_k)
     acc = accumulator(q.dtype)
     dq, dk, dv = (_room_by_tokens(x, x.shape[-1]).zero_() for x in (q, k, v))
-    dbias = torch.zeros(rel_bias.shape, dtype=acc, device=q.device) if rel_bias is not None else None
-    dsinks = torch.zeros(sinks.shape, dtype=acc, device=q.device) if sinks is not None else None
-    for part in parts:
-        seq = part.seq
-        rows = part.rows(dout), part.rows(out), part.rows(lse)
-        dlse_part = part.rows(dlse) if dlse is not None else None
-        if part.is_plain() and dlse is None:
-            targets = part.rows(dq), part.keys(dk), part.keys(dv)
-            for target, grad in zip(targets, _backward_fused(rule, part.q, part.k, part.v, *rows), strict=True):
+    dbias, dsinks = (None if x is None else torch.zeros(x.shape, dtype=acc, device=q.device) for x in (rel_bias, sinks))
+    for part in _parts(options, q, k, v, layout):
+        rows = part.rows(dout), part.rows(results[0]), part.rows(results[1])
+        into = _Gradients(part.rows(dq), part.keys(dk), part.keys(dv), part.batch(dbias), dsinks)
+        if dlse is None and _is_plain(options, part.q, part.k, part.v):
+            for target, grad in zip(into[:3], _backward_fused(options, part.q, part.k, part.v, *rows), strict=True):
                 target.copy_(grad)
         else:
-            dbias_part = dbias[seq.batch] if dbias is not None else None
-            _backward_blocked(part, *rows, dlse_part, part.rows(dq), part.keys(dk), part.keys(dv), dbias_part, dsinks)
+            _backward_blocked(part, *rows, None if dlse is None else part.rows(dlse), into)
     return (
         dq,
         dk,
@@ -118,70 +92,49 @@ def attention_backward(
     )
 
 
-class _SoftmaxRule(NamedTuple):
-    """How a score becomes a probability: everything that is not a differentiable tensor."""
+class _Gradients(NamedTuple):
+    """Where those of a sequence go. The last two are added to, as others of the batch share them."""
 
-    scale: float
-    window: Window
-    softcap: float | None
-    dropout_p: float
-    dropout_seed: Tensor | None
-
-    def is_plain(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None) -> bool:
-        """Whether PyTorch's fused CPU kernel computes this very function."""
-        left, right = self.window
-        return (
-            q.is_cpu
-            and cpu_attention is not None
-            and left is None
-            and (right is None or (right == 0 and q.shape[2] in (1, k.shape[2])))
-            and self.scale > 0  # it scales after masking, and -inf must stay so
-            and self.softcap is None
-            and self.dropout_p == 0
-            and bias is None
-            and sinks is None
-            and q.shape[3] == v.shape[3]
-            and q.numel() > 0
-            and k.numel() > 0
-        )
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    sinks: Tensor | None
 
 
-def _parts(
-    rule: _SoftmaxRule,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-) -> list[_Part]:
+def _is_plain(options: AttentionOptions, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether PyTorch's fused CPU kernel computes this very function."""
+    left, right = options.window
+    return (
+        q.is_cpu
+        and cpu_attention is not None
+        and left is None
+        and (right is None or (right == 0 and q.shape[2] in (1, k.shape[2])))
+        and options.factor > 0  # it scales after masking, and -inf must stay so
+        and options.softcap is None
+        and options.dropout_p == 0
+        and options.rel_bias is None
+        and options.sinks is None
+        and q.shape[3] == v.shape[3]
+        and q.numel() > 0
+        and k.numel() > 0
+    )
+
+
+def _parts(options: AttentionOptions, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> list[_Part]:
     """The sequences, none if there are no heads."""
     if q.shape[1] == 0:
         return []
-    return [
-        _Part(seq, rule, q, k, v, bias, sinks)
-        for seq in sequences(q.shape[0], q.shape[2], k.shape[2], lengths, cu_seqlens, cu_seqlens_k)
-    ]
+    return [_Part(seq, options, q, k, v) for seq in sequences(q.shape[0], q.shape[2], k.shape[2], layout)]
 
 
 class _Part:
     """One sequence's views of the tensors: queries (b, Hq, m, D) against keys (b, Hkv, n, D)."""
 
-    def __init__(
-        self,
-        seq: Sequence,
-        rule: _SoftmaxRule,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        sinks: Tensor | None,
-    ) -> None:
-        self.seq, self.rule, self.sinks = seq, rule, sinks
+    def __init__(self, seq: Sequence, options: AttentionOptions, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.seq, self.options, self.sinks = seq, options, options.sinks
         self.q, self.k, self.v = self.rows(q), self.keys(k), self.keys(v)
-        self.bias = bias[seq.batch] if bias is not None else None
+        self.bias = self.batch(options.rel_bias)
         self.m, self.n = seq.sizes
         self.groups = q.shape[1] // k.shape[1]
 
@@ -191,13 +144,13 @@ class _Part:
     def keys(self, x: Tensor) -> Tensor:
         return _cut(x, self.seq.batch, self.seq.keys)
 
-    def is_plain(self) -> bool:
-        return self.rule.is_plain(self.q, self.k, self.v, self.bias, self.sinks)
+    def batch(self, x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[self.seq.batch]
 
     def blocks(self) -> Iterator[tuple[slice, list[slice]]]:
         """Blocks of queries, each with the blocks of keys that any of its rows sees."""
         heads = max(1, self.q.shape[0] * self.q.shape[1])
-        side = power_of_two_below(math.sqrt(_BLOCK_ELEMENTS / heads), 32, 512)
+        side = power_of_two_below(math.sqrt(SIZES.attention_scores / heads), 32, 512)
         for i0 in range(0, self.m, side):
             i1 = min(i0 + side, self.m)
             lo, hi = self.visible(i0)[0], self.visible(i1 - 1)[1]
@@ -206,7 +159,7 @@ class _Part:
 
     def visible(self, i: int) -> tuple[int, int]:
         """The interval [lo, hi) of keys that query i sees."""
-        left, right = self.rule.window
+        left, right = self.options.window
         position = i + self.n - self.m
         lo = 0 if left is None else max(0, position - left)
         hi = self.n if right is None else max(0, min(self.n, position + right + 1))
@@ -216,19 +169,19 @@ class _Part:
         """Masked scores (b, Hq, bm, bn) of a block, and the derivative of the softcap where there is one."""
         b, _, bm, _ = q_blk.shape
         k_blk = self.k[:, :, j].to(q_blk.dtype)
-        s = (self.fold(q_blk) @ k_blk.mT).view(b, -1, bm, j.stop - j.start).mul_(self.rule.scale)
+        s = (self.fold(q_blk) @ k_blk.mT).view(b, -1, bm, j.stop - j.start).mul_(self.options.factor)
         slope = None
-        if self.rule.softcap is not None:
-            t = torch.tanh_(s.div_(self.rule.softcap))
+        if self.options.softcap is not None:
+            t = torch.tanh_(s.div_(self.options.softcap))
             slope = 1 - t * t
-            s = t * self.rule.softcap
+            s = t * self.options.softcap
         if self.bias is not None:
             s = s + toeplitz_block(self.bias, self.bias_start(i, j), bm, j.stop - j.start)
         first, last = self.visible(i.start), self.visible(i.stop - 1)
         if last[0] > j.start or first[1] < j.stop:  # some row of the block does not see all its keys
             rows = torch.arange(i.start, i.stop, device=s.device)[:, None] + (self.n - self.m)
             distance = torch.arange(j.start, j.stop, device=s.device) - rows
-            left, right = self.rule.window
+            left, right = self.options.window
             hidden = torch.zeros_like(distance, dtype=torch.bool)
             if left is not None:
                 hidden |= distance < -left
@@ -248,7 +201,7 @@ class _Part:
 
     def kept(self, i: slice, j: slice) -> Tensor | None:
         """Dropout's factor for a block: 1/(1-p) where an element is kept, 0 elsewhere."""
-        p, seed = self.rule.dropout_p, self.rule.dropout_seed
+        p, seed = self.options.dropout_p, self.options.dropout_seed
         if p == 0 or seed is None:
             return None
         b, heads = self.q.shape[:2]
@@ -297,19 +250,10 @@ def _forward_blocked(part: _Part, out: Tensor, lse: Tensor) -> None:
 
 
 def _backward_blocked(
-    part: _Part,
-    dout: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dbias: Tensor | None,
-    dsinks: Tensor | None,
+    part: _Part, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, into: _Gradients
 ) -> None:
     acc, factor = lse.dtype, values_dtype(part.v)
-    dk_sum, dv_sum = torch.zeros_like(dk, dtype=acc), torch.zeros_like(dv, dtype=acc)
+    dk_sum, dv_sum = torch.zeros_like(into.k, dtype=acc), torch.zeros_like(into.v, dtype=acc)
     for i, key_blocks in part.blocks():
         q_blk, do_blk, lse_blk = part.q[:, :, i].to(acc), dout[:, :, i].to(acc), lse[:, :, i]
         q_factor, do_factor = part.fold(q_blk).to(factor), part.fold(do_blk).to(factor)
@@ -335,39 +279,39 @@ def _backward_blocked(
                 delta += (p * dp).sum(-1)
         if dlse is not None:
             delta = delta - torch.where(lse_blk == math.inf, 0.0, dlse[:, :, i].to(acc))
-        if part.sinks is not None and dsinks is not None:
-            dsinks -= (torch.exp(part.sinks.to(acc)[:, None] - lse_blk) * delta).sum((0, 2))
+        if part.sinks is not None and into.sinks is not None:
+            into.sinks.sub_((torch.exp(part.sinks.to(acc)[:, None] - lse_blk) * delta).sum((0, 2)))
         dq_blk = torch.zeros_like(part.fold(q_blk))
         for j in key_blocks:
             p, dp, kept, slope = terms(j)
             dv_sum[:, :, j] += part.fold(p if kept is None else p * kept).to(factor).mT @ do_factor
             ds = dp.sub_(delta[..., None]).mul_(p)
-            if dbias is not None:
+            if into.bias is not None:
                 start = part.bias_start(i, j) - (ds.shape[-2] - 1)
                 sums = toeplitz_sums(ds)
-                dbias[..., start : start + sums.shape[-1]] += sums
+                into.bias[..., start : start + sums.shape[-1]] += sums
             if slope is not None:
                 ds = ds * slope
-            ds = part.fold(ds.mul_(part.rule.scale)).to(factor)
+            ds = part.fold(ds.mul_(part.options.factor)).to(factor)
             dq_blk += ds @ part.k[:, :, j].to(factor)
             dk_sum[:, :, j] += ds.mT @ q_factor
-        dq[:, :, i] = dq_blk.view_as(q_blk).to(dq.dtype)
-    dk.copy_(dk_sum)
-    dv.copy_(dv_sum)
+        into.q[:, :, i] = dq_blk.view_as(q_blk).to(into.q.dtype)
+    into.k.copy_(dk_sum)
+    into.v.copy_(dv_sum)
 
 
-def _forward_fused(rule: _SoftmaxRule, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return cpu_attention(*_fused_inputs(q, k, v), 0.0, _must_mask(rule, q), scale=rule.scale)
+def _forward_fused(options: AttentionOptions, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return cpu_attention(*_fused_inputs(q, k, v), 0.0, _must_mask(options, q), scale=options.factor)
 
 
 def _backward_fused(
-    rule: _SoftmaxRule, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor
+    options: AttentionOptions, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PyTorch's kernel adds up all three gradients in the dtype of its inputs, block of scores by block of scores. So
     half inputs go through it as fp32, or a few blocks at a time where the processor multiplies halves faster."""
-    masked = _must_mask(rule, q)
+    masked = _must_mask(options, q)
     if q.dtype == accumulator(q.dtype):
-        return _fused_gradients(rule, masked, q, k, v, dout, out, lse)
+        return _fused_gradients(options, masked, q, k, v, dout, out, lse)
     dq, dk, dv = (_room_by_tokens(x, x.shape[-1]) for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
     for batch, heads in _pieces(q, k):
@@ -375,10 +319,10 @@ def _backward_fused(
         targets = dq[batch, shared], dk[batch, heads], dv[batch, heads]
         rows, keys = [x[batch, shared] for x in (q, dout, out, lse)], [x[batch, heads] for x in (k, v)]
         if factor_dtype(q) == q.dtype:
-            grads = _gradients_by_tiles(rule, masked, rows, keys)
+            grads = _gradients_by_tiles(options, masked, rows, keys)
         else:
             (q_wide, *others), keys = ([x.to(accumulator(q.dtype)) for x in tensors] for tensors in (rows, keys))
-            grads = _fused_gradients(rule, masked, q_wide, *keys, *others)
+            grads = _fused_gradients(options, masked, q_wide, *keys, *others)
         for target, grad in zip(targets, grads, strict=True):
             target.copy_(grad)
     return dq, dk, dv
@@ -390,14 +334,14 @@ def _pieces(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
     batch, heads, *_ = k.shape
     groups = q.shape[1] // heads
     size = (q.numel() + k.numel()) // (batch * heads)
-    count = max(_PIECE_ELEMENTS // size, -(-2 * torch.get_num_threads() // groups))
+    count = max(SIZES.attention_widened // size, -(-2 * torch.get_num_threads() // groups))
     rows, step = max(1, count // heads), min(count, heads)
     for b, h in product(range(0, batch, rows), range(0, heads, step)):
         yield slice(b, min(b + rows, batch)), slice(h, min(h + step, heads))
 
 
 def _gradients_by_tiles(
-    rule: _SoftmaxRule, masked: bool, rows: list[Tensor], keys: list[Tensor]
+    options: AttentionOptions, masked: bool, rows: list[Tensor], keys: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of q, dout, out, lse and of k, v: a few of the kernel's blocks at a time, and the sums over those in fp32.
 
@@ -406,7 +350,7 @@ def _gradients_by_tiles(
     (q, *others), (k, _) = rows, keys
     of_rows, of_keys = list(_cuts(q.shape[2])), list(_cuts(k.shape[2]))
     if len(of_rows) == len(of_keys) == 1:
-        return _fused_gradients(rule, masked, q, *keys, *others)
+        return _fused_gradients(options, masked, q, *keys, *others)
     acc = accumulator(q.dtype)  # for what is a sum of several
     dq = torch.zeros(q.shape, dtype=acc if len(of_keys) > 1 else q.dtype, device=q.device)
     dk, dv = (torch.zeros(x.shape, dtype=acc if len(of_rows) > 1 else x.dtype, device=x.device) for x in keys)
@@ -414,33 +358,34 @@ def _gradients_by_tiles(
         if masked and j.start > i.start:
             continue
         q_tile, *others = (x[:, :, i] for x in rows)
-        grads = _fused_gradients(rule, masked and i == j, q_tile, *(x[:, :, j] for x in keys), *others)
+        grads = _fused_gradients(options, masked and i == j, q_tile, *(x[:, :, j] for x in keys), *others)
         for total, grad in zip((dq[:, :, i], dk[:, :, j], dv[:, :, j]), grads, strict=True):
             total += grad
     return dq, dk, dv
 
 
 def _cuts(size: int) -> Iterator[slice]:
-    """Parts of `_TILE`; the last has three to seven quarters of it, as the kernel takes small blocks of fewer rows."""
-    count = 1 + max(0, size - 3 * _TILE // 4) // _TILE if size else 0
+    """Parts of a tile; the last has three to seven quarters of it, as the kernel takes small blocks of fewer rows."""
+    tile = SIZES.attention_tile
+    count = 1 + max(0, size - 3 * tile // 4) // tile if size else 0
     for part in range(count):
-        yield slice(part * _TILE, size if part == count - 1 else (part + 1) * _TILE)
+        yield slice(part * tile, size if part == count - 1 else (part + 1) * tile)
 
 
 def _fused_gradients(
-    rule: _SoftmaxRule, masked: bool, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor
+    options: AttentionOptions, masked: bool, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One call of the kernel; dk and dv of heads that share keys are added up in fp32."""
     operands = _last_contiguous(dout), *_fused_inputs(q, k, v), out, lse
-    dq, dk, dv = cpu_attention_backward(*operands, 0.0, masked, scale=rule.scale)
+    dq, dk, dv = cpu_attention_backward(*operands, 0.0, masked, scale=options.factor)
     if k.shape[1] != q.shape[1]:
         acc = accumulator(q.dtype)
         dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2, dtype=acc) for x in (dk, dv))
     return dq, dk, dv
 
 
-def _must_mask(rule: _SoftmaxRule, q: Tensor) -> bool:
-    return rule.window[1] == 0 and q.shape[2] > 1  # one query at the end of the keys sees them all
+def _must_mask(options: AttentionOptions, q: Tensor) -> bool:
+    return options.window[1] == 0 and q.shape[2] > 1  # one query at the end of the keys sees them all
 
 
 def _cut(x: Tensor, batch: slice, tokens: slice) -> Tensor:

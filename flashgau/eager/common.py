@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_PANEL = 2048  # rows of four bytes a number: the weights' way through the cache no longer counts
+from ..options import Layout
+from .sizes import SIZES
 
 
 @dataclass(frozen=True)
@@ -35,25 +36,18 @@ class Sequence:
         return slice(self.index, self.index + self.batch.stop - self.batch.start)
 
 
-def sequences(
-    batch: int,
-    queries: int,
-    keys: int,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-) -> Iterator[Sequence]:
+def sequences(batch: int, queries: int, keys: int, layout: Layout = Layout()) -> Iterator[Sequence]:
     """Cut a padded or packed batch into its sequences, each of which is then dense.
 
-    Reads `lengths` and `cu_seqlens` on the host: one synchronisation when they are on a GPU.
+    Reads the layout's values on the host: one synchronisation when they are on a GPU.
     """
-    if cu_seqlens is not None:
-        starts = cu_seqlens.tolist()
-        key_starts = starts if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    if layout.cu_seqlens is not None:
+        starts = layout.cu_seqlens.tolist()
+        key_starts = starts if layout.cu_seqlens_k is None else layout.cu_seqlens_k.tolist()
         for g in range(len(starts) - 1):
             yield Sequence(g, slice(0, 1), slice(*starts[g : g + 2]), slice(*key_starts[g : g + 2]))
-    elif lengths is not None:
-        for b, length in enumerate(lengths.tolist()):
+    elif layout.lengths is not None:
+        for b, length in enumerate(layout.lengths.tolist()):
             rows = length if queries == keys else queries
             yield Sequence(b, slice(b, b + 1), slice(0, rows), slice(0, length))
     elif batch:
@@ -106,7 +100,11 @@ def values_dtype(v: Tensor) -> torch.dtype:
 
 def panels(rows: Tensor) -> Iterator[slice]:
     """The rows of a matrix some thousand at a time on a CPU, so that what is made of them takes no memory; else all."""
-    step = _PANEL * max(1, 4 // factor_dtype(rows).itemsize) if rows.device.type == "cpu" else max(1, rows.shape[0])
+    step = (
+        SIZES.panel_rows * max(1, 4 // factor_dtype(rows).itemsize)
+        if rows.device.type == "cpu"
+        else max(1, rows.shape[0])
+    )
     for start in range(0, rows.shape[0], step):
         yield slice(start, min(start + step, rows.shape[0]))
 

@@ -14,15 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..options import Angles, FlashSaved, FlashWeights, Layout, MixedChunkOptions
 from .common import Workspace, accumulator, add_product, values_dtype
-from .mixed_chunk import ChunkRule, Chunks, Group, Heads, add_bias_gradient, blank, chunked, chunks_together
+from .mixed_chunk import Chunks, Group, Heads, add_bias_gradient, blank, chunked, chunks_together
 from .projection import turn
-
-Order = list[int]  # the rows of gamma and beta that make quad_q, quad_k, lin_q and lin_k
 
 
 @dataclass(frozen=True)
-class _Weights:
+class _Parameters:
     """The layer's parameters as factors of products, and the angles of its positions."""
 
     w: Tensor  # (2e + S, d)
@@ -30,9 +29,7 @@ class _Weights:
     gamma: Tensor  # (4, 1, 1, S) in the order quad_q, quad_k, lin_q, lin_k
     beta: Tensor | None
     w_out: Tensor  # (d, e)
-    cos: Tensor | None  # (1 or B, N, pairs)
-    sin: Tensor | None
-    interleaved: bool
+    rotary: Angles
 
     @property
     def widths(self) -> tuple[int, int, int]:
@@ -47,8 +44,8 @@ class _Weights:
         """The heads (b, T, S) from number `first` on: 2 for lin_q and lin_k alone."""
         gamma = self.gamma[first:]
         heads = z * gamma if self.beta is None else torch.addcmul(self.beta[first:], z, gamma)
-        if self.cos is not None and self.sin is not None:
-            turn(heads, *self.angles(part, group), self.interleaved)
+        if self.rotary.cos is not None:
+            turn(heads, *self.angles(part, group), self.rotary.interleaved)
         return heads.unbind(0)
 
     def heads_backward(
@@ -58,9 +55,9 @@ class _Weights:
         d = workspace.of("dheads", (4, *z.shape), z)
         for head, dhead in zip(d, dheads.all(), strict=True):
             head.copy_(dhead.view(z.shape))
-        if self.cos is not None and self.sin is not None:
+        if self.rotary.cos is not None:
             cos, sin = self.angles(part, group)
-            turn(d, cos, -sin, self.interleaved)  # a rotation's gradient turns back
+            turn(d, cos, -sin, self.rotary.interleaved)  # a rotation's gradient turns back
         dbeta += d.sum((1, 2))
         dz = torch.mul(d[0], self.gamma[0], out=workspace.like("dz", z))
         for head, gamma in zip(d[1:], self.gamma[1:], strict=True):
@@ -69,33 +66,20 @@ class _Weights:
         return dz
 
     def angles(self, part: Chunks, group: Group) -> tuple[Tensor, Tensor]:
-        assert self.cos is not None
-        assert self.sin is not None
-        rows = part.seq.batch if self.cos.shape[0] > 1 else slice(0, 1)
-        return self.cos[rows, group.tokens], self.sin[rows, group.tokens]
+        cos, sin, _ = self.rotary
+        assert cos is not None
+        assert sin is not None
+        rows = part.seq.batch if cos.shape[0] > 1 else slice(0, 1)
+        return cos[rows, group.tokens], sin[rows, group.tokens]
 
 
 def flash_unit_forward(
     x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    gamma: Tensor,
-    beta: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    residual: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    *,
-    order: Order,
-    interleaved: bool,
-    chunk_size: int,
-    score: str,
-    causal: bool,
-    lin_normalizer: float | None,
-    rel_bias: Tensor | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    weights: FlashWeights,
+    residual: Tensor | None = None,
+    angles: Angles = Angles(),
+    layout: Layout = Layout(),
+    options: MixedChunkOptions = MixedChunkOptions(),
     save: bool = False,
 ) -> list[Tensor | None]:
     """x (B, N, d) -> y (B, N, d), with the residual if there is one.
@@ -103,18 +87,17 @@ def flash_unit_forward(
     And, if `save`, what the backward reads: x W + b (B, N, 2e + S), what u multiplies (B, N, e), and states
     (`state_count`, S, e) with which groups of chunks begin.
     """
-    p = _weights(x, w, b, gamma, beta, w_out, cos, sin, order, interleaved)
-    y = _without_attention(x, b_out, residual)  # which is all that rows of padding have
-    workspace, e = Workspace(), w_out.shape[1]
-    together = chunks_together(chunk_size, gamma.shape[1], e, p.w.dtype)
-    before, products = (x.new_empty(*x.shape[:2], width) if save else None for width in (w.shape[0], e))
-    count = state_count(x, chunk_size, gamma.shape[1], e, causal, cu_seqlens)
-    starts = p.gamma.new_empty(count, gamma.shape[1], e) if save else None
-    rule = ChunkRule(chunk_size, score, causal, float(chunk_size), lin_normalizer)
-    parts = chunked(rule, x, together, rel_bias, lengths, cu_seqlens)
+    p = _parameters(x, weights, angles)
+    y = _without_attention(x, weights.b_out, residual)  # which is all that rows of padding have
+    workspace, (e, _, narrow) = Workspace(), p.widths
+    together = chunks_together(options.chunk_size, narrow, e, p.w.dtype)
+    before, products = (x.new_empty(*x.shape[:2], width) if save else None for width in (p.w.shape[0], e))
+    count = state_count(x, options.chunk_size, narrow, e, options.causal, layout.cu_seqlens)
+    starts = p.gamma.new_empty(count, narrow, e) if save else None
+    parts = chunked(x, together, layout, options)
     for part, begins in _with_starts(parts, starts):
         kv = _state(part, p)
-        if not causal:
+        if not options.causal:
             for group in part.groups():
                 _, v, z = _activated(_project(part, group, x, p, workspace), p, workspace)
                 (lin_k,) = p.made(part, group, z, 3)
@@ -134,46 +117,29 @@ def flash_unit_forward(
 def flash_unit_backward(
     dy: Tensor,
     x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    gamma: Tensor,
-    beta: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    before: Tensor,
-    products: Tensor,
-    starts: Tensor,
-    *,
-    order: Order,
-    interleaved: bool,
-    chunk_size: int,
-    score: str,
-    causal: bool,
-    lin_normalizer: float | None,
-    rel_bias: Tensor | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    weights: FlashWeights,
+    saved: FlashSaved,
+    angles: Angles = Angles(),
+    layout: Layout = Layout(),
+    options: MixedChunkOptions = MixedChunkOptions(),
 ) -> tuple[Tensor, ...]:
     """Gradients of x, w, b, gamma, beta, w_out, b_out and rel_bias (an empty one where there is none)."""
-    acc = accumulator(x.dtype)
-    p = _weights(x, w, b, gamma, beta, w_out, cos, sin, order, interleaved)
-    dx = blank(lengths, cu_seqlens)(x)
+    acc, p, rel_bias = accumulator(x.dtype), _parameters(x, weights, angles), options.rel_bias
+    w, gamma, w_out = weights.w, weights.gamma, weights.w_out
+    dx = blank(layout)(x)
     dw, dw_out = (torch.zeros(t.shape, dtype=acc, device=x.device) for t in (w, w_out))
     dgamma, dbeta = (torch.zeros(gamma.shape, dtype=acc, device=x.device) for _ in range(2))
     db = dw.new_zeros(w.shape[0])
     dbias = rel_bias.new_zeros(rel_bias.shape, dtype=acc) if rel_bias is not None else x.new_empty(0)
-    together = chunks_together(chunk_size, gamma.shape[1], w_out.shape[1], p.w.dtype)
-    rule = ChunkRule(chunk_size, score, causal, float(chunk_size), lin_normalizer)
-    parts = chunked(rule, x, together, rel_bias, lengths, cu_seqlens)
+    together = chunks_together(options.chunk_size, gamma.shape[1], w_out.shape[1], p.w.dtype)
+    parts = chunked(x, together, layout, options)
     workspace = Workspace()
-    for part, begins in _with_starts(parts, starts):
+    for part, begins in _with_starts(parts, saved.starts):
         kv, dkv = _state(part, p), _state(part, p)
         ds_sum = torch.zeros_like(part.bias_block) if part.bias_block is not None else None
-        if not causal:
+        if not options.causal:
             for group in part.groups():
-                u, v, z = _activated(part.view(before, group).to(part.factor), p, workspace)
+                u, v, z = _activated(part.view(saved.before, group).to(part.factor), p, workspace)
                 lin_q, lin_k = map(group.split, p.made(part, group, z, 2))
                 part.accumulate(kv, lin_k, group.split(v))
                 dproduct = (part.view(dy, group).to(part.factor) @ p.w_out).mul_(u)
@@ -181,9 +147,9 @@ def flash_unit_backward(
         for group, begin in reversed(list(zip(part.groups(), begins, strict=True))):
             if begin is not None:
                 kv.copy_(begin)
-            elif causal:
+            elif options.causal:
                 kv.zero_()
-            h, dy_g, product = (part.view(t, group).to(part.factor) for t in (before, dy, products))
+            h, dy_g, product = (part.view(t, group).to(part.factor) for t in (saved.before, dy, saved.products))
             u, v, z = _activated(h, p, workspace)
             heads, v = p.heads(part, group, z), group.split(v)
             states = part.states(group, kv, heads.lin_k, v)
@@ -202,7 +168,7 @@ def flash_unit_backward(
         if ds_sum is not None:
             add_bias_gradient(dbias, part, ds_sum)
     back = torch.empty_like(dgamma), torch.empty_like(dbeta)
-    back[0][order], back[1][order] = dgamma, dbeta
+    back[0][weights.order], back[1][weights.order] = dgamma, dbeta
     db_out = dy.sum((0, 1))
     grads = (dx, dw, db, *back, dw_out, db_out)
     dtypes = (x, w, w, gamma, gamma, w_out, w_out)
@@ -210,35 +176,15 @@ def flash_unit_backward(
     return *(g.to(like.dtype) for g, like in zip(grads, dtypes, strict=True)), dbias
 
 
-def _weights(
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    gamma: Tensor,
-    beta: Tensor | None,
-    w_out: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    order: Order,
-    interleaved: bool,
-) -> _Weights:
+def _parameters(x: Tensor, weights: FlashWeights, angles: Angles) -> _Parameters:
     factor, acc = values_dtype(x), accumulator(x.dtype)
+    w, b, gamma, beta, w_out, _, order = weights
 
-    def rows(t: Tensor | None) -> Tensor | None:
-        return t.to(acc)[order][:, None, None] if t is not None else None
+    def rows(t: Tensor) -> Tensor:
+        return t.to(acc)[order][:, None, None]
 
-    ordered = rows(gamma)
-    assert ordered is not None
-    return _Weights(
-        w.to(factor),
-        b.to(factor) if b is not None else None,
-        ordered,
-        rows(beta),
-        w_out.to(factor),
-        cos,
-        sin,
-        interleaved,
-    )
+    factors = w.to(factor), None if b is None else b.to(factor)
+    return _Parameters(*factors, rows(gamma), None if beta is None else rows(beta), w_out.to(factor), angles)
 
 
 def state_count(x: Tensor, chunk_size: int, narrow: int, wide: int, causal: bool, cu_seqlens: Tensor | None) -> int:
@@ -262,7 +208,7 @@ def _with_starts(parts: list[Chunks], starts: Tensor | None) -> Iterator[tuple[C
     place = 0
     for part in parts:
         begins: list[Tensor | None] = [None] * len(part.groups())
-        if part.rule.causal and starts is not None:
+        if part.options.causal and starts is not None:
             for i in range(1, len(begins)):
                 begins[i] = starts[place : place + part.rows]
                 place += part.rows
@@ -279,7 +225,7 @@ def _without_attention(x: Tensor, b_out: Tensor | None, residual: Tensor | None)
 
 
 def _project(
-    part: Chunks, group: Group, x: Tensor, p: _Weights, workspace: Workspace, before: Tensor | None = None
+    part: Chunks, group: Group, x: Tensor, p: _Parameters, workspace: Workspace, before: Tensor | None = None
 ) -> Tensor:
     """x W + b of a group (b, T, 2e + S), also written to `before` if given."""
     flat = _flat(part.view(x, group).to(part.factor))
@@ -295,7 +241,7 @@ def _project(
     return h
 
 
-def _activated(h: Tensor, p: _Weights, workspace: Workspace) -> tuple[Tensor, Tensor, Tensor]:
+def _activated(h: Tensor, p: _Parameters, workspace: Workspace) -> tuple[Tensor, Tensor, Tensor]:
     """u, v and z = silu(h), each contiguous, as products of halves want it; z in the type that sums are kept in."""
     u, v, z = (
         torch.ops.aten.silu.out(part, out=workspace.like(name, part))
@@ -304,7 +250,7 @@ def _activated(h: Tensor, p: _Weights, workspace: Workspace) -> tuple[Tensor, Te
     return u, v, z.to(p.gamma.dtype)
 
 
-def _state(part: Chunks, p: _Weights) -> Tensor:
+def _state(part: Chunks, p: _Parameters) -> Tensor:
     return p.gamma.new_zeros(part.rows, p.gamma.shape[-1], p.w_out.shape[1])
 
 

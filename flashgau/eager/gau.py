@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..options import GatedOptions, Layout, takes_fields
 from .common import (
     Sequence,
     Workspace,
@@ -27,29 +28,24 @@ from .common import (
 )
 from .scores import score as elementwise_score
 from .scores import score_slope
+from .sizes import SIZES
 
-_PANEL_ELEMENTS = 2**21  # scores of a panel: 8 MB in fp32
 
-
+@takes_fields
 def gau_attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gate: Tensor | None,
-    *,
-    score: str,
-    normalizer: str | float,
-    causal: bool,
-    rel_bias: Tensor | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    gate: Tensor | None = None,
+    layout: Layout = Layout(),
+    options: GatedOptions = GatedOptions(),
     save: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The output (B, M, E) and, when the backward will want it (`save` and a gate), the ungated product A v."""
     out = q.new_zeros(*q.shape[:2], v.shape[-1])
     product = torch.zeros_like(out) if save and gate is not None else None
-    for seq in sequences(q.shape[0], q.shape[1], k.shape[1], lengths, cu_seqlens):
-        part = _Part(seq, q, k, v, rel_bias, score, normalizer, causal)
+    for seq in sequences(q.shape[0], q.shape[1], k.shape[1], layout):
+        part = _Part(seq, options, q, k, v)
         for i in part.panels():
             _, weights, _ = part.weights(i)
             x = part.times_values(weights)
@@ -60,6 +56,7 @@ def gau_attention_forward(
     return out, product
 
 
+@takes_fields
 def gau_attention_backward(
     dout: Tensor,
     q: Tensor,
@@ -67,22 +64,17 @@ def gau_attention_backward(
     v: Tensor,
     gate: Tensor | None,
     product: Tensor | None,
-    *,
-    score: str,
-    normalizer: str | float,
-    causal: bool,
-    rel_bias: Tensor | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    layout: Layout = Layout(),
+    options: GatedOptions = GatedOptions(),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, gate and rel_bias (B, 2P-1); None where there is no such input."""
-    acc = accumulator(q.dtype)
+    acc, rel_bias = accumulator(q.dtype), options.rel_bias
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     dgate = gate.new_zeros(gate.shape) if gate is not None else None
     dbias = torch.zeros(rel_bias.shape, dtype=acc, device=q.device) if rel_bias is not None else None
     workspace = Workspace()
-    for seq in sequences(q.shape[0], q.shape[1], k.shape[1], lengths, cu_seqlens):
-        part = _Part(seq, q, k, v, rel_bias, score, normalizer, causal)
+    for seq in sequences(q.shape[0], q.shape[1], k.shape[1], layout):
+        part = _Part(seq, options, q, k, v)
         dk_sum = torch.zeros_like(part.k, dtype=acc)
         dv_sum = torch.zeros_like(part.v, dtype=acc)
         for i in part.panels():
@@ -112,24 +104,14 @@ def gau_attention_backward(
 class _Part:
     """One sequence: m queries (b, m, S) at the end of n keys (b, n, S)."""
 
-    def __init__(
-        self,
-        seq: Sequence,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        score: str,
-        normalizer: str | float,
-        causal: bool,
-    ) -> None:
-        self.seq, self.score, self.normalizer, self.causal = seq, score, normalizer, causal
+    def __init__(self, seq: Sequence, options: GatedOptions, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.seq, self.options, self.score, self.causal = seq, options, options.score, options.causal
         self.acc, self.factor = accumulator(q.dtype), values_dtype(v)
         self.q, self.k = q[seq.batch, seq.queries].to(self.acc), k[seq.batch, seq.keys].to(self.acc)
         self.v = v[seq.batch, seq.keys].to(self.factor)
-        self.bias = bias[seq.batch] if bias is not None else None
+        self.bias = options.rel_bias[seq.batch] if options.rel_bias is not None else None
         self.m, self.n = seq.sizes
-        self.step = power_of_two_below(_PANEL_ELEMENTS / max(1, self.n * self.q.shape[0]), 16, 256)
+        self.step = power_of_two_below(SIZES.gau_scores / max(1, self.n * self.q.shape[0]), 16, 256)
         self.last = (self.m - 1) // self.step * self.step  # where the last panel begins
 
     @cached_property
@@ -174,10 +156,11 @@ class _Part:
         if self.score == "softmax_plus":
             count = torch.as_tensor(self.visible(i), dtype=self.acc, device=self.q.device).clamp_min(16)
             return torch.log(count) / math.log(512) * self.q.shape[-1] ** -0.5
-        if self.normalizer == "row":
+        normalizer = self.options.normalizer
+        if normalizer == "row":
             count = torch.as_tensor(self.visible(i), dtype=self.acc, device=self.q.device).clamp_min(1)
             return 1 / count
-        return 1 / (max(self.n, 1) if self.normalizer == "keys" else float(self.normalizer))
+        return 1 / (max(self.n, 1) if normalizer == "keys" else float(normalizer))
 
     def weights(self, i: slice) -> tuple[Tensor, Tensor, Tensor | float]:
         """Scores and weights A (b, rows, keys seen) of a panel, and the scale of its q k^T."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import pytorch
+from ..options import GluOptions, GluWeights, takes_fields
 from .common import Workspace, accumulator, add_product, factor_dtype, panels
-
-_PIECE = 2**22  # bytes of a tensor worked on at a time on a CPU, so that intermediates take no memory
+from .sizes import SIZES
 
 Forward = Callable[[Tensor, Optional[Tensor]], Tensor]
 Backward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -60,13 +60,15 @@ ACTIVATIONS: dict[str, tuple[Forward, Backward]] = {
 }
 
 
+@takes_fields
 def glu_forward(
-    gate: Tensor, up: Tensor | None, *, activation: str, up_activation: str, save: bool = False
+    gate: Tensor, up: Tensor | None = None, options: GluOptions = GluOptions(), save: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """act(gate) * up_act(up), and act(gate) if asked to `save` it, which is for the identity on the up side.
 
     Without `up` the last axis of `gate` holds [gate | up].
     """
+    activation, up_activation = options
     contiguous = gate.is_contiguous() and (up is None or up.is_contiguous())
     gate, up = _halves(gate, up)
     buffer = None if contiguous else gate.new_empty(gate.shape)
@@ -84,16 +86,16 @@ def glu_forward(
     return out, None
 
 
+@takes_fields
 def glu_backward(
     dout: Tensor,
     gate: Tensor,
-    up: Tensor | None,
-    *,
-    activation: str,
-    up_activation: str,
+    up: Tensor | None = None,
     activated: Tensor | None = None,
+    options: GluOptions = GluOptions(),
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of `gate` and `up`; of the packed tensor and None when they came packed."""
+    activation, up_activation = options
     dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
     dup = torch.empty_like(up, memory_format=torch.contiguous_format) if up is not None else None
     gate, up = _halves(gate, up)
@@ -112,18 +114,12 @@ def glu_backward(
     return dgate, dup
 
 
+@takes_fields
 def glu_linear_forward(
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    b_gate: Tensor | None,
-    b_up: Tensor | None,
-    *,
-    activation: str,
-    up_activation: str,
-    save: bool,
+    x: Tensor, weights: GluWeights, options: GluOptions = GluOptions(), save: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """glu(x Wg^T + bg, x Wu^T + bu), and both pre-activations when the backward will want them (`save`)."""
+    w_gate, w_up, b_gate, b_up = weights
     rows = _rows(x)
     out = x.new_empty(*x.shape[:-1], w_gate.shape[0])
     g, u = (torch.empty_like(out), torch.empty_like(out)) if save else (None, None)
@@ -136,24 +132,21 @@ def glu_linear_forward(
         g_r, u_r = _affine(panel, wg, b_gate), _affine(panel, wu, b_up)
         if g is not None and u is not None:
             _rows(g)[r], _rows(u)[r] = g_r, u_r
-        _gated(g_r, u_r, activation, up_activation, out_rows[r], workspace)
+        _gated(g_r, u_r, *options, out_rows[r], workspace)
     return out, g, u
 
 
+@takes_fields
 def glu_linear_backward(
     dout: Tensor,
     x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    b_gate: Tensor | None,
-    b_up: Tensor | None,
-    g: Tensor | None,
-    u: Tensor | None,
-    *,
-    activation: str,
-    up_activation: str,
+    weights: GluWeights,
+    g: Tensor | None = None,
+    u: Tensor | None = None,
+    options: GluOptions = GluOptions(),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w_gate, w_up, b_gate and b_up, from g and u or, with None, by making those again."""
+    w_gate, w_up, b_gate, b_up = weights
     factor, acc = factor_dtype(x), accumulator(x.dtype)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dwg, dwu = (torch.zeros_like(w, dtype=acc, memory_format=torch.contiguous_format) for w in (w_gate, w_up))
@@ -170,7 +163,7 @@ def glu_linear_backward(
             g_r, u_r = saved[0][r], saved[1][r]
         d_r, g_r, u_r = (t.to(factor) for t in (d[r], g_r, u_r))
         dg, du = workspace.like("dg", g_r), workspace.like("du", u_r)
-        _gated_backward(d_r, g_r, u_r, activation, up_activation, dg, du, workspace)
+        _gated_backward(d_r, g_r, u_r, *options, dg, du, workspace)
         dbg += dg.sum(0)
         dbu += du.sum(0)
         add_product(dwg, dg.T, x_r, workspace)
@@ -236,10 +229,10 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     first = tensors[0]
     if first.numel() == 0:
         return
-    if first.device.type != "cpu" or first.nbytes <= 4 * _PIECE:
+    if first.device.type != "cpu" or first.nbytes <= 4 * SIZES.glu_bytes:
         yield tensors
         return
-    step = _PIECE // first.itemsize
+    step = SIZES.glu_bytes // first.itemsize
     if all(t.is_contiguous() for t in tensors):
         flat = [t.view(-1) for t in tensors]
         yield from zip(*(t.split(step) for t in flat), strict=True)

@@ -14,25 +14,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..options import Layout, MixedChunkHeads, MixedChunkOptions, OpenChunk, takes_fields
 from .common import Sequence, Workspace, accumulator, sequences, toeplitz_block, toeplitz_sums, values_dtype
 from .scores import score as elementwise_score
 from .scores import score_slope
+from .sizes import SIZES
 
-# Chunks are multiplied together until one of their tensors or their tokens are that many: enough that neither the calls
-# nor the weights' way through the cache count, and not more than the cache holds.
-_GROUP_ELEMENTS, _GROUP_TOKENS = 2**20, 2**10
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
-
-
-@dataclass(frozen=True)
-class ChunkRule:
-    """The options of one call."""
-
-    chunk_size: int
-    score: str
-    causal: bool
-    quad_normalizer: float
-    lin_normalizer: float | None  # None: the number of tokens summed
 
 
 @dataclass(frozen=True)
@@ -65,7 +53,7 @@ class Group:
 class Chunks:
     """The chunks of one sequence, or of several rows of a batch of equally long ones, and what is computed of them."""
 
-    rule: ChunkRule
+    options: MixedChunkOptions
     seq: Sequence
     factor: torch.dtype  # of wide matrix products
     together: int  # chunks in a group, at most
@@ -80,7 +68,7 @@ class Chunks:
 
     def groups(self) -> list[Group]:
         """The chunks in order; an open one at the end is a group of its own."""
-        start, stop, size = self.seq.keys.start, self.seq.keys.stop, self.rule.chunk_size
+        start, stop, size = self.seq.keys.start, self.seq.keys.stop, self.options.chunk_size
         last = start + (stop - start) // size * size
         spans = [slice(i, min(i + self.together * size, last)) for i in range(start, last, self.together * size)]
         groups = [Group(span, (span.stop - span.start) // size) for span in spans]
@@ -101,28 +89,28 @@ class Chunks:
 
     def is_closed(self, group: Group) -> bool:
         """Whether the chunks are full, so that later ones read them through the state."""
-        return group.tokens.stop - group.tokens.start == group.count * self.rule.chunk_size
+        return group.tokens.stop - group.tokens.start == group.count * self.options.chunk_size
 
     def scaled(self, lin: Tensor, group: Group) -> Tensor:
         """lin / lin_normalizer, and 0 where there is nothing to read from the state."""
         before = group.tokens.start - self.seq.keys.start
-        if self.rule.lin_normalizer is not None:
-            scaled = lin * (1 / self.rule.lin_normalizer)
-        elif not self.rule.causal:
+        if self.options.lin_normalizer != "tokens":
+            scaled = lin * (1 / float(self.options.lin_normalizer))
+        elif not self.options.causal:
             return lin * (1 / (self.seq.keys.stop - self.seq.keys.start))
         else:
-            tokens = torch.arange(group.count, device=lin.device).mul_(self.rule.chunk_size).add_(before)
+            tokens = torch.arange(group.count, device=lin.device).mul_(self.options.chunk_size).add_(before)
             if self.closed_tokens is not None:
                 tokens = tokens + self.closed_tokens
             tokens = tokens.expand(self.rows, -1).reshape(-1, 1, 1)
             scaled = lin / tokens.clamp_min(1).to(lin.dtype)
-        if self.rule.causal and before == 0 and self.closed_tokens is None:
+        if self.options.causal and before == 0 and self.closed_tokens is None:
             scaled.view(self.rows, group.count, *lin.shape[1:])[:, 0] = 0
         return scaled
 
     def weights(self, heads: Heads) -> tuple[Tensor, Tensor]:
         """Scores before the elementwise function and weights after it and the mask, both (b * count, c, c)."""
-        k, alpha = heads.quad_k.mT, 1 / self.rule.quad_normalizer
+        k, alpha = heads.quad_k.mT, 1 / self.options.divisor
         if self.bias_block is None:
             s = (heads.quad_q @ k).mul_(alpha)
         else:
@@ -130,8 +118,8 @@ class Chunks:
             bias = self.bias_block[:, :size, :size]
             bias = bias if self.rows == 1 else bias.repeat_interleave(count, 0)
             s = torch.baddbmm(bias, heads.quad_q, k, alpha=alpha)
-        a = elementwise_score(self.rule.score, s)
-        return s, a.tril_() if self.rule.causal else a
+        a = elementwise_score(self.options.score, s)
+        return s, a.tril_() if self.options.causal else a
 
     def outer(self, lin: Tensor, wide: Tensor, dtype: torch.dtype) -> Tensor:
         """lin^T wide of each chunk (b * count, S, E) in the type that states are kept in; it stays until the next call.
@@ -162,7 +150,7 @@ class Chunks:
 
         If causal, `kv` becomes the state after the group. If not, it has all tokens already.
         """
-        if not self.rule.causal:
+        if not self.options.causal:
             return kv.repeat_interleave(group.count, 0) if self.rows > 1 else kv.expand(group.count, -1, -1)
         if not self.is_closed(group):
             return kv.clone() if keep else kv
@@ -199,10 +187,10 @@ class Chunks:
         `states` are those that the chunks read. `dkv`, the gradient of the state after the group, becomes that of the
         state before it; dS is added to `ds_sum`.
         """
-        causal = self.rule.causal
+        causal = self.options.causal
         s, a = self.weights(heads)
         dv = torch.bmm(a.to(self.factor).mT, dx, out=self.workspace.like("dv", v))
-        ds = torch.bmm(dx, v.mT).to(s.dtype).mul_(score_slope(self.rule.score, s))
+        ds = torch.bmm(dx, v.mT).to(s.dtype).mul_(score_slope(self.options.score, s))
         if causal:
             ds.tril_()
             parts = self.outer(self.scaled(heads.lin_q, group), dx, dkv.dtype)
@@ -219,7 +207,7 @@ class Chunks:
         if ds_sum is not None:
             size = ds.shape[-1]
             ds_sum[:, :size, :size] += ds.view(self.rows, group.count, size, size).sum(1)
-        ds = ds.mul_(1 / self.rule.quad_normalizer).to(self.factor)
+        ds = ds.mul_(1 / self.options.divisor).to(self.factor)
         dquad_q, dquad_k = ds @ heads.quad_k.to(self.factor), ds.mT @ heads.quad_q.to(self.factor)
         return Heads(dquad_q, dquad_k, dlin_q, dlin_k), dv
 
@@ -228,24 +216,17 @@ def chunks_together(chunk_size: int, narrow: int, wide: int, factor: torch.dtype
     """How many chunks with states (narrow, wide) are multiplied together, as factors of that type."""
     largest = max(chunk_size * chunk_size, chunk_size * wide, narrow * wide)
     room = max(1, 4 // factor.itemsize)  # halves take half of it, and the units that multiply them want more rows
-    return max(1, room * min(_GROUP_ELEMENTS // largest, _GROUP_TOKENS // chunk_size))
+    return max(1, room * min(SIZES.chunk_elements // largest, SIZES.chunk_tokens // chunk_size))
 
 
-def chunked(
-    rule: ChunkRule,
-    v: Tensor,
-    together: int,
-    rel_bias: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    closed_tokens: Tensor | None = None,
-) -> list[Chunks]:
+def chunked(v: Tensor, together: int, layout: Layout, options: MixedChunkOptions) -> list[Chunks]:
     """The sequences of a batch (B, N, .), cut into chunks; several rows in one if each has few chunks."""
+    rel_bias, closed_tokens = options.rel_bias, options.closed_tokens
     batch, n = v.shape[:2]
     parts = []
-    for whole in sequences(batch, n, n, lengths, cu_seqlens):
-        size = min(rule.chunk_size, whole.sizes[1])
-        step = max(1, together // max(1, -(-whole.sizes[1] // rule.chunk_size)))
+    for whole in sequences(batch, n, n, layout):
+        size = min(options.chunk_size, whole.sizes[1])
+        step = max(1, together // max(1, -(-whole.sizes[1] // options.chunk_size)))
         for b in range(whole.batch.start, whole.batch.stop, step):
             rows = slice(b, min(b + step, whole.batch.stop))
             seq = Sequence(whole.index + b - whole.batch.start, rows, whole.queries, whole.keys)
@@ -254,13 +235,13 @@ def chunked(
                 bias = toeplitz_block(rel_bias[rows], rel_bias.shape[-1] // 2, size, size)
                 bias = bias.to(accumulator(v.dtype))
             closed = closed_tokens[seq.states].view(-1, 1) if closed_tokens is not None else None
-            parts.append(Chunks(rule, seq, values_dtype(v), together, bias, closed))
+            parts.append(Chunks(options, seq, values_dtype(v), together, bias, closed))
     return parts
 
 
-def blank(lengths: Tensor | None, cu_seqlens: Tensor | None) -> Callable[[Tensor], Tensor]:
+def blank(layout: Layout) -> Callable[[Tensor], Tensor]:
     """How results begin: as zeros where there is padding, unwritten where every row will be written."""
-    begin = torch.empty_like if lengths is None and cu_seqlens is None else torch.zeros_like
+    begin = torch.empty_like if layout.is_dense else torch.zeros_like
     return partial(begin, memory_format=torch.contiguous_format)
 
 
@@ -270,46 +251,34 @@ def add_bias_gradient(dbias: Tensor, part: Chunks, ds_sum: Tensor) -> None:
     dbias[part.seq.batch, middle - size + 1 : middle + size] += toeplitz_sums(ds_sum)
 
 
+@takes_fields
 def mixed_chunk_attention_forward(
-    quad_q: Tensor,
-    quad_k: Tensor,
-    lin_q: Tensor,
-    lin_k: Tensor,
+    heads: MixedChunkHeads,
     v: Tensor,
-    gate: Tensor | None,
-    *,
-    chunk_size: int,
-    score: str,
-    causal: bool,
-    quad_normalizer: float,
-    lin_normalizer: float | None,
-    rel_bias: Tensor | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    initial_kv: Tensor | None = None,
-    closed_tokens: Tensor | None = None,
+    gate: Tensor | None = None,
+    layout: Layout = Layout(),
+    options: MixedChunkOptions = MixedChunkOptions(),
     save: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output (B, N, E); KV (G, S, E) of closed chunks; the ungated sum of both parts if `save` and there is a gate.
 
-    `lin_normalizer` None divides by the number of tokens summed. `initial_kv` (G, S, E) and `closed_tokens` (G,)
-    continue sequences (causal only) whose chunks so far are closed. KV is what a causal continuation starts from.
+    KV is what a causal continuation starts from.
     """
-    rule = ChunkRule(chunk_size, score, causal, quad_normalizer, lin_normalizer)
-    together = chunks_together(chunk_size, lin_k.shape[-1], v.shape[-1], values_dtype(v))
-    begin = blank(lengths, cu_seqlens)
+    _, _, _, lin_k = heads
+    together = chunks_together(options.chunk_size, lin_k.shape[-1], v.shape[-1], values_dtype(v))
+    begin = blank(layout)
     out = begin(v)
     product = begin(out) if save and gate is not None else None
-    states = _states(v, lin_k.shape[-1], cu_seqlens, initial_kv)
-    for part in chunked(rule, v, together, rel_bias, lengths, cu_seqlens, closed_tokens):
+    states = _states(v, lin_k.shape[-1], layout, options.initial_kv)
+    for part in chunked(v, together, layout, options):
         kv = states[part.seq.states]
-        if not causal:
+        if not options.causal:
             for c in part.groups():
                 part.accumulate(kv, part.split(lin_k, c), part.split(v, c).to(part.factor))
         for c in part.groups():
-            heads, v_c = _heads(part, c, quad_q, quad_k, lin_q, lin_k), part.split(v, c).to(part.factor)
+            heads_c, v_c = _heads(part, c, heads), part.split(v, c).to(part.factor)
             keep = part.view(product, c) if product is not None else None
-            x = part.product(c, heads, v_c, part.states(c, kv, heads.lin_k, v_c), keep)
+            x = part.product(c, heads_c, v_c, part.states(c, kv, heads_c.lin_k, v_c), keep)
             if gate is None:
                 part.put(out, c, x)
             else:
@@ -318,39 +287,28 @@ def mixed_chunk_attention_forward(
     return out, states, product
 
 
+@takes_fields
 def mixed_chunk_attention_backward(
     dout: Tensor,
     dkv: Tensor | None,
-    quad_q: Tensor,
-    quad_k: Tensor,
-    lin_q: Tensor,
-    lin_k: Tensor,
+    heads: MixedChunkHeads,
     v: Tensor,
     gate: Tensor | None,
     product: Tensor | None,
-    *,
-    chunk_size: int,
-    score: str,
-    causal: bool,
-    quad_normalizer: float,
-    lin_normalizer: float | None,
-    rel_bias: Tensor | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    initial_kv: Tensor | None = None,
-    closed_tokens: Tensor | None = None,
+    layout: Layout = Layout(),
+    options: MixedChunkOptions = MixedChunkOptions(),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias (B, 2P-1) and initial_kv (None without it)."""
-    rule = ChunkRule(chunk_size, score, causal, quad_normalizer, lin_normalizer)
-    begin = blank(lengths, cu_seqlens)
-    dheads, dv = Heads(*(begin(t) for t in (quad_q, quad_k, lin_q, lin_k))), begin(v)
+    causal, rel_bias, begin = options.causal, options.rel_bias, blank(layout)
+    _, _, lin_q, lin_k = heads
+    dheads, dv = Heads(*map(begin, heads)), begin(v)
     dgate = begin(gate) if gate is not None else None
     dbias = rel_bias.new_zeros(rel_bias.shape, dtype=accumulator(v.dtype)) if rel_bias is not None else None
-    states = _states(v, lin_k.shape[-1], cu_seqlens, initial_kv)
-    dfinal = _states(v, lin_k.shape[-1], cu_seqlens, dkv)
+    states = _states(v, lin_k.shape[-1], layout, options.initial_kv)
+    dfinal = _states(v, lin_k.shape[-1], layout, dkv)
     workspace = Workspace()
-    together = chunks_together(chunk_size, lin_k.shape[-1], v.shape[-1], values_dtype(v))
-    for part in chunked(rule, v, together, rel_bias, lengths, cu_seqlens, closed_tokens):
+    together = chunks_together(options.chunk_size, lin_k.shape[-1], v.shape[-1], values_dtype(v))
+    for part in chunked(v, together, layout, options):
         kv, dkv = states[part.seq.states], dfinal[part.seq.states]
         ds_sum = torch.zeros_like(part.bias_block) if part.bias_block is not None else None
 
@@ -370,51 +328,43 @@ def mixed_chunk_attention_backward(
             dx, v_c = ungated(c), part.split(v, c).to(part.factor)
             if dgate is not None and product is not None:
                 torch.mul(part.view(dout, c), part.view(product, c), out=part.view(dgate, c))
-            heads = _heads(part, c, quad_q, quad_k, lin_q, lin_k)
-            read = seen.pop() if causal else part.states(c, kv, heads.lin_k, v_c)
-            dheads_c, dv_c = part.gradients(c, dx, heads, v_c, read, dkv, ds_sum)
+            heads_c = _heads(part, c, heads)
+            read = seen.pop() if causal else part.states(c, kv, heads_c.lin_k, v_c)
+            dheads_c, dv_c = part.gradients(c, dx, heads_c, v_c, read, dkv, ds_sum)
             for target, grad in zip(dheads.all(), dheads_c.all(), strict=True):
                 part.put(target, c, grad)
             part.put(dv, c, dv_c)
         if dbias is not None and ds_sum is not None:
             add_bias_gradient(dbias, part, ds_sum)
     dbias = dbias.to(rel_bias.dtype) if dbias is not None and rel_bias is not None else None
-    dinitial = dfinal if initial_kv is not None else None
+    dinitial = dfinal if options.initial_kv is not None else None
     return dheads.quad_q, dheads.quad_k, dheads.lin_q, dheads.lin_k, dv, dgate, dbias, dinitial
 
 
-def _heads(part: Chunks, c: Group, *whole: Tensor) -> Heads:
+def _heads(part: Chunks, c: Group, whole: MixedChunkHeads) -> Heads:
     return Heads(*(part.split(x, c).to(accumulator(x.dtype)) for x in whole))
 
 
-def _states(v: Tensor, width: int, cu_seqlens: Tensor | None, start: Tensor | None) -> Tensor:
+def _states(v: Tensor, width: int, layout: Layout, start: Tensor | None) -> Tensor:
     """One state (S, E) for every sequence: a copy of `start`, or zeros."""
     if start is not None:
         return start.to(accumulator(v.dtype)).clone(memory_format=torch.contiguous_format)
-    count = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    count = v.shape[0] if layout.cu_seqlens is None else layout.cu_seqlens.shape[0] - 1
     return v.new_zeros(count, width, v.shape[-1], dtype=accumulator(v.dtype))
 
 
+@takes_fields
 def mixed_chunk_step(
-    quad_q: Tensor,
-    quad_k: Tensor,
-    lin_q: Tensor,
-    lin_k: Tensor,
+    heads: MixedChunkHeads,
     v: Tensor,
     gate: Tensor | None,
-    kv: Tensor,
-    open_quad_k: Tensor,
-    open_lin_k: Tensor,
-    open_v: Tensor,
-    position: Tensor,
-    *,
-    score: str,
-    quad_normalizer: float,
-    lin_normalizer: float | None,
-    rel_bias: Tensor | None = None,
+    state: OpenChunk,
+    options: MixedChunkOptions = MixedChunkOptions(),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One token (B, 1, .): its output, then kv, quad_k, lin_k, v and position of the new state; differentiable."""
-    acc = accumulator(v.dtype)
+    quad_q, quad_k, lin_q, lin_k = heads
+    kv, open_quad_k, open_lin_k, open_v, position = state
+    acc, rel_bias, lin_normalizer = accumulator(v.dtype), options.rel_bias, options.lin_normalizer
     size = open_quad_k.shape[1]
     place = (position % size)[:, None]
     distance = torch.arange(size, device=v.device) - place
@@ -422,13 +372,13 @@ def mixed_chunk_step(
     open_quad_k, open_lin_k, open_v = (
         _with_token(held, new, place, before) for held, new in ((open_quad_k, quad_k), (open_lin_k, lin_k), (open_v, v))
     )
-    s = (quad_q.to(acc) @ open_quad_k.to(acc).mT) / quad_normalizer
+    s = (quad_q.to(acc) @ open_quad_k.to(acc).mT) / options.divisor
     if rel_bias is not None:
         middle = rel_bias.shape[-1] // 2
         s = s + rel_bias.to(acc).gather(-1, middle + distance.clamp(max=0))[:, None]
-    weights = torch.where(distance[:, None] <= 0, elementwise_score(score, s), 0)
+    weights = torch.where(distance[:, None] <= 0, elementwise_score(options.score, s), 0)
     closed = (position[:, None, None] - place[..., None]).to(acc)
-    divisor = closed.clamp_min(1) if lin_normalizer is None else lin_normalizer
+    divisor = closed.clamp_min(1) if lin_normalizer == "tokens" else float(lin_normalizer)
     out = weights @ open_v.to(acc) + (lin_q.to(acc) / divisor) @ kv
     out = (out if gate is None else out * gate).to(v.dtype)
     full = (place + 1 == size)[..., None]

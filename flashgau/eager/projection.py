@@ -11,48 +11,36 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..options import Angles, ProjectionWeights, takes_fields
 from .common import Workspace, accumulator, add_product, factor_dtype, panels
 
 
+@takes_fields
 def gated_projection_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor,
-    beta: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    *,
-    interleaved: bool,
-    save: bool,
+    x: Tensor, weights: ProjectionWeights, angles: Angles = Angles(), save: bool = False
 ) -> list[Tensor]:
     """u, v, the heads and, if `save`, the parts of x W^T + b: u, v and z before silu."""
+    weight, bias, gamma, beta = weights
     narrow = gamma.shape[1]
     wide = (weight.shape[0] - narrow) // 2
     (u, v, z), saved = parts_forward(x, weight, bias, None, [wide, wide, narrow], silu=2, save=save)
-    heads = heads_forward(z, gamma, beta, cos, sin, interleaved=interleaved)
-    return [u, v, *heads, *([*saved, z] if save else [])]
+    return [u, v, *heads_forward(z, gamma, beta, angles), *([*saved, z] if save else [])]
 
 
+@takes_fields
 def gated_projection_backward(
     du: Tensor,
     dv: Tensor,
     dheads: list[Tensor],
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor,
-    beta: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    weights: ProjectionWeights,
     saved: list[Tensor],
-    *,
-    interleaved: bool,
+    angles: Angles = Angles(),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias, gamma and beta."""
     *before, z = saved
-    dz, dgamma, dbeta = heads_backward(dheads, z, gamma, cos, sin, interleaved=interleaved)
-    return *parts_backward([du, dv, dz], x, weight, before, silu=2), dgamma, dbeta
+    dz, dgamma, dbeta = heads_backward(dheads, z, weights.gamma, angles)
+    return *parts_backward([du, dv, dz], x, weights.weight, before, silu=2), dgamma, dbeta
 
 
 def projection_forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -135,11 +123,9 @@ def parts_backward(
     return dx.view(x.shape), dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
-def heads_forward(
-    z: Tensor, gamma: Tensor, beta: Tensor | None, cos: Tensor | None, sin: Tensor | None, *, interleaved: bool
-) -> list[Tensor]:
+def heads_forward(z: Tensor, gamma: Tensor, beta: Tensor | None, angles: Angles) -> list[Tensor]:
     """z (B, N, S) -> each gamma_h silu(z) + beta_h, the first channels turned by angles (1 or B, N, pairs)."""
-    acc = accumulator(z.dtype)
+    acc, (cos, sin, interleaved) = accumulator(z.dtype), angles
     whole = outs = [z.new_empty(z.shape) for _ in range(gamma.shape[0])]
     if z.shape[1] == 1:  # one token of many sequences: as one sequence of many tokens
         z, *outs = (x.transpose(0, 1) for x in (z, *whole))
@@ -155,11 +141,9 @@ def heads_forward(
     return whole
 
 
-def heads_backward(
-    douts: list[Tensor], z: Tensor, gamma: Tensor, cos: Tensor | None, sin: Tensor | None, *, interleaved: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def heads_backward(douts: list[Tensor], z: Tensor, gamma: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of z, gamma and beta."""
-    acc = accumulator(z.dtype)
+    acc, (cos, sin, interleaved) = accumulator(z.dtype), angles
     dz = torch.empty_like(z, memory_format=torch.contiguous_format)
     wide = gamma.to(acc)[:, None]
     dgamma, dbeta = (torch.zeros(gamma.shape, dtype=acc, device=z.device) for _ in range(2))

@@ -15,7 +15,10 @@ def score(kind: str, x: Tensor) -> Tensor:
     """relu2: max(x, 0)^2 (Hua et al. 2022); laplace: (1 + erf((x - mu) / (sigma sqrt 2))) / 2 (Ma et al. 2022)."""
     if kind == "relu2":
         return x.clamp_min(0).square_()  # relu would keep its result for autograd, and squaring in place spoil it
-    return torch.special.erf((x - _MU).mul_(1 / (_SIGMA * math.sqrt(2)))).add_(1).mul_(0.5)
+    z = (x - _MU).mul_(1 / (_SIGMA * math.sqrt(2)))
+    if z.dtype == torch.float64:  # 1 + erf would cancel for small scores, which only fp64 is asked to keep
+        return torch.special.erfc(z.neg_()).mul_(0.5)
+    return torch.special.erf(z).add_(1).mul_(0.5)
 
 
 def score_slope(kind: str, x: Tensor) -> Tensor:

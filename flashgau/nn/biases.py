@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops import alibi_bias, rotary_bias, t5_bias
+from ..bias import alibi_bias, rotary_bias, t5_bias
 from .initialise import STD
 
 BIASES = ("none", "toeplitz", "rotary", "t5", "alibi")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +13,42 @@ from ..ops import MixedChunkState, mixed_chunk_attention, mixed_chunk_step
 from ..ops.flash_unit import flash_unit, runs_whole
 from ..ops.mixed_chunk import check_options
 from ..ops.validate import Arguments
-from .biases import make_bias
-from .gated_unit import GatedUnit, UnitState, from_preset, last_shifted
+from ..options import FlashWeights, Layout, MixedChunkOptions
+from .gated_unit import GatedUnit, UnitOptions, UnitState, chosen, last_shifted
 
-SPECS = ("paper", "lucidrains")
 HEADS = ("quad_q", "quad_k", "lin_q", "lin_k")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlashPreset(UnitOptions):
+    """What a preset of `FLASH` decides. The defaults are what the paper has.
+
+    Attributes:
+        lin_normalizer: what divides the linear part.
+        head_order: which row of OffsetScale makes which head.
+    """
+
+    lin_normalizer: str | float = "tokens"
+    head_order: Sequence[str] = HEADS
+
+
+def flash_presets(key_dim: int, chunk_size: int, causal: bool) -> dict[str, FlashPreset]:
+    """The presets of a FLASH layer with S = `key_dim` and C = `chunk_size`."""
+    return {
+        "paper": FlashPreset(bias="toeplitz", rotary_dim=key_dim),
+        "lucidrains": FlashPreset(
+            norm="layernorm",
+            bias="t5",
+            bias_scale=key_dim**0.5,
+            rotary_dim=min(32, key_dim),
+            rotary_interleaved=True,
+            lin_normalizer=float(chunk_size) if causal else "tokens",
+            head_order=("quad_q", "lin_q", "quad_k", "lin_k"),
+        ),
+    }
+
+
+SPECS = tuple(flash_presets(1, 1, False))
 
 
 class FLASH(GatedUnit):
@@ -99,77 +131,26 @@ class FLASH(GatedUnit):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        paper = {
-            "norm": "scalenorm",
-            "post_norm": "none",
-            "bias": "toeplitz",
-            "bias_scale": 1.0,
-            "rotary_dim": key_dim,
-            "rotary_interleaved": False,
-            "score": "relu2",
-            "lin_normalizer": "tokens",
-            "head_order": HEADS,
-            "linear_bias": True,
-            "token_shift": False,
-        }
-        lucidrains = {
-            "norm": "layernorm",
-            "bias": "t5",
-            "bias_scale": key_dim**0.5,
-            "rotary_dim": min(32, key_dim),
-            "rotary_interleaved": True,
-            "lin_normalizer": float(chunk_size) if causal else "tokens",
-            "head_order": ("quad_q", "lin_q", "quad_k", "lin_k"),
-        }
-        options: dict[str, Any] = from_preset(
-            "FLASH",
-            spec,
-            {"paper": paper, "lucidrains": paper | lucidrains},
-            norm=norm,
-            post_norm=post_norm,
-            bias=bias,
-            bias_scale=bias_scale,
-            rotary_dim=rotary_dim,
-            rotary_interleaved=rotary_interleaved,
-            score=score,
-            lin_normalizer=lin_normalizer,
-            head_order=head_order,
-            linear_bias=linear_bias,
-            token_shift=token_shift,
-        )
-        bias_name, bias_factor = options.pop("bias"), options.pop("bias_scale")
-        score, lin_normalizer, order = (
-            options.pop("score"),
-            options.pop("lin_normalizer"),
-            options.pop("head_order"),
-        )
+        # Each field of the preset is an argument of that name here.
+        options = chosen("FLASH", flash_presets(key_dim, chunk_size, causal), spec, locals())
+        order = options.head_order
         if sorted(order) != sorted(HEADS):
             raise ValueError(f"FLASH: `head_order` is {order}; expected an order of {', '.join(HEADS)}")
-        check_options(Arguments("FLASH"), chunk_size, score, lin_normalizer)
+        check_options(Arguments("FLASH"), chunk_size, options.score, options.lin_normalizer)
         super().__init__(
             dim,
             4,
+            options,
             hidden=hidden,
             key_dim=key_dim,
             causal=causal,
+            max_length=chunk_size,
             residual=residual,
             qk_dropout=qk_dropout,
             device=device,
             dtype=dtype,
-            **options,
         )
-        self.chunk_size, self.score, self.lin_normalizer = chunk_size, score, lin_normalizer
-        self.head_order = tuple(order)
-        self.rel_bias = make_bias(
-            bias_name,
-            heads=None,
-            dim=key_dim,
-            max_length=chunk_size,
-            causal=causal,
-            scale=bias_factor,
-            device=device,
-            dtype=dtype,
-        )
+        self.chunk_size, self.lin_normalizer, self.head_order = chunk_size, options.lin_normalizer, tuple(order)
 
     def forward(
         self,
@@ -193,55 +174,46 @@ class FLASH(GatedUnit):
             (B, N, d), or that and the state. Rows of padding hold x plus the output's bias.
         """
         self._check(x, cu_seqlens, state, return_state, MixedChunkState)
-        if state is None and not return_state and not (self.qk_dropout and self.training) and runs_whole(x):
-            return self._forward_whole(x, lengths, cu_seqlens)
+        recurrent = return_state or state is not None
         start: int | Tensor = 0 if state is None else state.memory.position
-        previous = None if state is None else state.previous
-        gate, v, heads, moving = self._project(x, start, cu_seqlens, previous)
+        normed, moving, angles = self._prepare(x, start, cu_seqlens, None if state is None else state.previous)
         options: dict[str, Any] = {
-            **dict(zip(self.head_order, heads, strict=True)),
-            "v": v,
-            "gate": gate,
             "score": self.score,
             "lin_normalizer": self.lin_normalizer,
             "rel_bias": None if self.rel_bias is None else self.rel_bias(self.chunk_size),
         }
-        result: Any
-        if state is not None and lengths is None and x.shape[1] == 1:  # in constant time
-            result = mixed_chunk_step(state=state.memory, **options)
-        else:
-            result = mixed_chunk_attention(
-                chunk_size=self.chunk_size,
-                causal=self.causal,
-                lengths=lengths,
-                cu_seqlens=cu_seqlens,
-                initial_state=None if state is None else state.memory,
-                return_state=return_state or state is not None,
-                **options,
+        memory = None
+        if not recurrent and not (self.qk_dropout and self.training) and runs_whole(x):
+            # All of it as one operator, which keeps nothing wide but x W + b and what u multiplies.
+            hidden, scale, out = self.to_hidden, self.offset_scale, self.to_out
+            order = [self.head_order.index(name) for name in HEADS]
+            y = flash_unit(
+                normed,
+                FlashWeights(hidden.weight, hidden.bias, scale.gamma, scale.beta, out.weight, out.bias, order),
+                residual=x if self.residual else None,
+                angles=angles,
+                interleaved=self._interleaved,
+                layout=Layout(lengths, cu_seqlens),
+                options=MixedChunkOptions(chunk_size=self.chunk_size, causal=self.causal, **options),
             )
-        out, memory = result if state is not None or return_state else (result, None)
-        y = self._finish(x, out)
+        else:
+            gate, v, heads = self._heads(normed, angles)
+            options |= {**dict(zip(self.head_order, heads, strict=True)), "v": v, "gate": gate}
+            before = None if state is None else state.memory
+            result: Any
+            if before is not None and lengths is None and x.shape[1] == 1:  # in constant time
+                result = mixed_chunk_step(state=before, **options)
+            else:
+                result = mixed_chunk_attention(
+                    chunk_size=self.chunk_size,
+                    causal=self.causal,
+                    lengths=lengths,
+                    cu_seqlens=cu_seqlens,
+                    initial_state=before,
+                    return_state=recurrent,
+                    **options,
+                )
+            attended, memory = result if recurrent else (result, None)
+            y = self._output(x, attended)
+        y = self.post_norm(y)
         return (y, UnitState(memory, last_shifted(moving, lengths))) if return_state else y
-
-    def _forward_whole(self, x: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        """The same as one operator, which keeps nothing wide but x W + b and what u multiplies."""
-        normed, _ = self._normed(x, cu_seqlens, None)
-        y = flash_unit(
-            normed,
-            self.to_hidden,
-            self.offset_scale.gamma,
-            self.offset_scale.beta,
-            self.to_out,
-            residual=x if self.residual else None,
-            angles=self._angles(x, 0, cu_seqlens),
-            interleaved=self.rotary is not None and self.rotary.interleaved,
-            order=[self.head_order.index(name) for name in HEADS],
-            chunk_size=self.chunk_size,
-            score=self.score,
-            causal=self.causal,
-            lin_normalizer=self.lin_normalizer,
-            rel_bias=None if self.rel_bias is None else self.rel_bias(self.chunk_size),
-            lengths=lengths,
-            cu_seqlens=cu_seqlens,
-        )
-        return self.post_norm(y)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..ops.projection import gated_projection, projection
 from ..ops.state import destination, moved
 from ..ops.validate import Arguments
+from .biases import make_bias
 from .cache import check_memory, check_one_token
 from .initialise import linear
 from .norms import make_norm
@@ -44,118 +45,148 @@ class UnitState(Generic[Memory]):
         return UnitState(memory.to(device, dtype), previous)
 
 
-def from_preset(layer: str, spec: str, presets: Mapping[str, Mapping[str, Any]], **given: Any) -> dict[str, Any]:
-    """The options of preset `spec`, each replaced by the given one unless that is None."""
+@dataclass(frozen=True, kw_only=True)
+class UnitOptions:
+    """What a preset decides of GAU and FLASH layers alike. The defaults are what the paper has.
+
+    Attributes:
+        norm: normalisation before (see `norms.make_norm`).
+        post_norm: normalisation after the residual sum.
+        bias: relative bias (see `biases.make_bias`).
+        bias_scale: factor of the T5 bias.
+        rotary_dim: how many channels of the heads RoPE turns; 0 for none.
+        rotary_interleaved: RoPE pairs neighbours.
+        score: of query and key.
+        linear_bias: whether the projections and OffsetScale have biases.
+        token_shift: half of the normalised channels come from the token before.
+    """
+
+    norm: str = "scalenorm"
+    post_norm: str = "none"
+    bias: str
+    bias_scale: float = 1.0
+    rotary_dim: int
+    rotary_interleaved: bool = False
+    score: str = "relu2"
+    linear_bias: bool = True
+    token_shift: bool = False
+
+
+Options = TypeVar("Options", bound=UnitOptions)
+
+
+def chosen(layer: str, presets: Mapping[str, Options], spec: str, given: Mapping[str, Any]) -> Options:
+    """The preset called `spec`, with what `given` has under the name of a field, unless that is None."""
     if spec not in presets:
-        names = ", ".join(repr(name) for name in presets)
-        raise ValueError(f"{layer}: `spec` is {spec!r}; expected one of {names}")
-    return {name: presets[spec][name] if value is None else value for name, value in given.items()}
+        raise ValueError(f"{layer}: `spec` is {spec!r}; expected one of {', '.join(map(repr, presets))}")
+    names = [field.name for field in fields(presets[spec])]
+    return replace(presets[spec], **{name: given[name] for name in names if given[name] is not None})
 
 
 class GatedUnit(nn.Module):
     """Base of GAU and FLASH: y = post_norm(x + attend(...) W_o), [u, v, z] = silu(norm(x) W + b).
 
-    A subclass adds the attention between `_project` and `_finish`.
+    A subclass adds the attention between `_heads` and `_output`.
 
     Args:
         dim: d.
         heads: how many vectors OffsetScale makes from z.
+        options: what the preset and the arguments in its place decide.
         hidden: e; None for 2 d.
         key_dim: S.
         causal: each token sees only what came before it.
-        norm: normalisation before (see `norms.make_norm`).
-        post_norm: normalisation after the residual sum.
-        rotary_dim: how many channels of the heads RoPE turns; 0 for none.
-        rotary_interleaved: RoPE pairs neighbours.
-        linear_bias: whether the projections and OffsetScale have biases.
-        token_shift: half of the normalised channels come from the token before.
+        max_length: longest sequence (chunk) of a bias that is a table.
         residual: add x.
         qk_dropout: dropout of the heads while training.
-        device: where the parameters live.
-        dtype: their type.
+        factory: device and dtype of the parameters.
     """
 
     def __init__(
         self,
         dim: int,
         heads: int,
+        options: UnitOptions,
         *,
         hidden: int | None,
         key_dim: int,
         causal: bool,
-        norm: str,
-        post_norm: str,
-        rotary_dim: int,
-        rotary_interleaved: bool,
-        linear_bias: bool,
-        token_shift: bool,
+        max_length: int | None,
         residual: bool,
         qk_dropout: float,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        **factory: Any,
     ) -> None:
         super().__init__()
         hidden = 2 * dim if hidden is None else hidden
         args = Arguments(type(self).__name__)
         for name, width in (("dim", dim), ("hidden", hidden), ("key_dim", key_dim)):
             args.integer(name, width, 1, "an int, at least 1")
-        args.integer("rotary_dim", rotary_dim, 0, "an int, at least 0")
+        args.integer("rotary_dim", options.rotary_dim, 0, "an int, at least 0")
         args.number("qk_dropout", qk_dropout, "a probability in [0, 1]", 0, 1)
         args.flags(
             causal=causal,
-            rotary_interleaved=rotary_interleaved,
-            linear_bias=linear_bias,
-            token_shift=token_shift,
+            rotary_interleaved=options.rotary_interleaved,
+            linear_bias=options.linear_bias,
+            token_shift=options.token_shift,
             residual=residual,
         )
         self.dim, self.hidden, self.key_dim, self.causal = dim, hidden, key_dim, causal
-        self.token_shift, self.residual, self.qk_dropout = token_shift, residual, qk_dropout
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm = make_norm(norm, dim, **factory)
-        self.to_hidden = linear(dim, 2 * hidden + key_dim, linear_bias, **factory)
-        self.offset_scale = OffsetScale(key_dim, heads, bias=linear_bias, **factory)
-        self.rotary = RotaryEmbedding(rotary_dim, interleaved=rotary_interleaved) if rotary_dim else None
-        self.to_out = linear(hidden, dim, linear_bias, **factory)
-        self.post_norm = make_norm(post_norm, dim, **factory)
+        self.score, self.token_shift = options.score, options.token_shift
+        self.residual, self.qk_dropout = residual, qk_dropout
+        self.norm = make_norm(options.norm, dim, **factory)
+        self.to_hidden = linear(dim, 2 * hidden + key_dim, options.linear_bias, **factory)
+        self.offset_scale = OffsetScale(key_dim, heads, bias=options.linear_bias, **factory)
+        turned, interleaved = options.rotary_dim, options.rotary_interleaved
+        self.rotary = RotaryEmbedding(turned, interleaved=interleaved) if turned else None
+        self.to_out = linear(hidden, dim, options.linear_bias, **factory)
+        self.post_norm = make_norm(options.post_norm, dim, **factory)
+        self.rel_bias = make_bias(
+            options.bias,
+            heads=None,
+            dim=key_dim,
+            max_length=max_length,
+            causal=causal,
+            scale=options.bias_scale,
+            **factory,
+        )
 
-    def _project(
-        self,
-        x: Tensor,
-        start: int | Tensor,
-        cu_seqlens: Tensor | None,
-        previous: Tensor | None,
-    ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
-        """Gate and value (B, N, e), every head (B, N, S), and the second result of `shift_tokens`."""
-        normed, moving = self._normed(x, cu_seqlens, previous)
+    def _prepare(
+        self, x: Tensor, start: int | Tensor, cu_seqlens: Tensor | None, previous: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """norm(x), shifted if the layer shifts tokens; what `shift_tokens` gives besides; and the rotary angles.
+
+        Those are (1 or B, N, pairs), for all heads.
+        """
+        normed, moving = self.norm(x), None
+        if self.token_shift:
+            normed, moving = shift_tokens(normed, previous, cu_seqlens)
+        if self.rotary is None:
+            return normed, moving, None
+        positions = None if cu_seqlens is None else packed_positions(x.shape[1], cu_seqlens)
+        angles = self.rotary.angles(x[..., :1].expand(*x.shape[:2], self.key_dim), start, positions)
+        return normed, moving, angles if angles.ndim == 3 else angles[None]
+
+    @property
+    def _interleaved(self) -> bool:
+        return self.rotary is not None and self.rotary.interleaved
+
+    def _heads(self, normed: Tensor, angles: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Gate and value (B, N, e), and every head (B, N, S)."""
         gate, value, heads = gated_projection(
             normed,
             self.to_hidden.weight,
             self.to_hidden.bias,
             self.offset_scale.gamma,
             self.offset_scale.beta,
-            self._angles(x, start, cu_seqlens),
-            interleaved=self.rotary is not None and self.rotary.interleaved,
+            angles,
+            interleaved=self._interleaved,
         )
         if self.qk_dropout:
             heads = [F.dropout(head, self.qk_dropout, self.training) for head in heads]
-        return gate, value, heads, moving
+        return gate, value, heads
 
-    def _normed(self, x: Tensor, cu_seqlens: Tensor | None, previous: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """norm(x), shifted if the layer shifts tokens, and the second result of `shift_tokens`."""
-        normed = self.norm(x)
-        return shift_tokens(normed, previous, cu_seqlens) if self.token_shift else (normed, None)
-
-    def _angles(self, x: Tensor, start: int | Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
-        """The heads' rotary angles (1 or B, N, pairs)."""
-        if self.rotary is None:
-            return None
-        positions = None if cu_seqlens is None else packed_positions(x.shape[1], cu_seqlens)
-        angles = self.rotary.angles(x[..., :1].expand(*x.shape[:2], self.key_dim), start, positions)
-        return angles if angles.ndim == 3 else angles[None]
-
-    def _finish(self, x: Tensor, out: Tensor) -> Tensor:
-        residual = x if self.residual else None
-        return self.post_norm(projection(out, self.to_out.weight, self.to_out.bias, residual))
+    def _output(self, x: Tensor, out: Tensor) -> Tensor:
+        """x + out W_o + b_o."""
+        return projection(out, self.to_out.weight, self.to_out.bias, x if self.residual else None)
 
     def _check(self, x: Tensor, cu_seqlens: Tensor | None, state: Any, return_state: bool, memory: type) -> None:
         name, recurrent = type(self).__name__, return_state or state is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,11 +11,42 @@ from torch import Tensor
 from ..ops import gau_attention
 from ..ops.gau import check_options
 from ..ops.validate import Arguments
-from .biases import bias_vector, make_bias
+from .biases import bias_vector
 from .cache import KeyValueCache
-from .gated_unit import GatedUnit, UnitState, from_preset, last_shifted
+from .gated_unit import GatedUnit, UnitOptions, UnitState, chosen, last_shifted
 
-SPECS = ("paper", "lucidrains", "gau-alpha")
+
+@dataclass(frozen=True, kw_only=True)
+class GauPreset(UnitOptions):
+    """What a preset of `GAU` decides. The defaults are what the paper has.
+
+    Attributes:
+        bias_over_n: divide the bias by n too, like q k^T.
+        normalizer: n of the scores "relu2" and "laplace".
+    """
+
+    bias_over_n: bool = False
+    normalizer: str | float = "keys"
+
+
+def gau_presets(dim: int, key_dim: int) -> dict[str, GauPreset]:
+    """The presets of a GAU with d = `dim` and S = `key_dim`."""
+    return {
+        "paper": GauPreset(bias="rotary", rotary_dim=key_dim),
+        "lucidrains": GauPreset(norm="layernorm", bias="t5", bias_scale=dim**0.5, bias_over_n=True, rotary_dim=0),
+        "gau-alpha": GauPreset(
+            norm="none",
+            post_norm="rms",
+            bias="none",
+            rotary_dim=key_dim,
+            rotary_interleaved=True,
+            score="softmax_plus",
+            linear_bias=False,
+        ),
+    }
+
+
+SPECS = tuple(gau_presets(1, 1))
 
 
 class GAU(GatedUnit):
@@ -97,84 +129,27 @@ class GAU(GatedUnit):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        paper = {
-            "norm": "scalenorm",
-            "post_norm": "none",
-            "bias": "rotary",
-            "bias_scale": 1.0,
-            "bias_over_n": False,
-            "rotary_dim": key_dim,
-            "rotary_interleaved": False,
-            "score": "relu2",
-            "normalizer": "keys",
-            "linear_bias": True,
-            "token_shift": False,
-        }
-        lucidrains = {
-            "norm": "layernorm",
-            "bias": "t5",
-            "bias_scale": dim**0.5,
-            "bias_over_n": True,
-            "rotary_dim": 0,
-        }
-        alpha = {
-            "norm": "none",
-            "post_norm": "rms",
-            "bias": "none",
-            "rotary_interleaved": True,
-            "score": "softmax_plus",
-            "linear_bias": False,
-        }
-        options: dict[str, Any] = from_preset(
-            "GAU",
-            spec,
-            {"paper": paper, "lucidrains": paper | lucidrains, "gau-alpha": paper | alpha},
-            norm=norm,
-            post_norm=post_norm,
-            bias=bias,
-            bias_scale=bias_scale,
-            bias_over_n=bias_over_n,
-            rotary_dim=rotary_dim,
-            rotary_interleaved=rotary_interleaved,
-            score=score,
-            normalizer=normalizer,
-            linear_bias=linear_bias,
-            token_shift=token_shift,
-        )
-        bias_name, bias_factor = options.pop("bias"), options.pop("bias_scale")
-        score, normalizer, over_n = (
-            options.pop("score"),
-            options.pop("normalizer"),
-            options.pop("bias_over_n"),
-        )
+        # Each field of the preset is an argument of that name here.
+        options = chosen("GAU", gau_presets(dim, key_dim), spec, locals())
+        args = Arguments("GAU")
+        check_options(args, options.score, options.normalizer)
+        args.flag("bias_over_n", options.bias_over_n)
+        if options.bias_over_n and options.normalizer == "row":
+            raise ValueError('GAU: `bias_over_n` with normalizer "row"; expected "keys" or a number')
         super().__init__(
             dim,
             2,
+            options,
             hidden=hidden,
             key_dim=key_dim,
             causal=causal,
+            max_length=max_length,
             residual=residual,
             qk_dropout=qk_dropout,
             device=device,
             dtype=dtype,
-            **options,
         )
-        args = Arguments("GAU")
-        check_options(args, score, normalizer)
-        args.flag("bias_over_n", over_n)
-        self.score, self.normalizer, self.bias_over_n = score, normalizer, over_n
-        if over_n and normalizer == "row":
-            raise ValueError('GAU: `bias_over_n` with normalizer "row"; expected "keys" or a number')
-        self.rel_bias = make_bias(
-            bias_name,
-            heads=None,
-            dim=key_dim,
-            max_length=max_length,
-            causal=causal,
-            scale=bias_factor,
-            device=device,
-            dtype=dtype,
-        )
+        self.normalizer, self.bias_over_n = options.normalizer, options.bias_over_n
 
     def forward(
         self,
@@ -202,19 +177,18 @@ class GAU(GatedUnit):
             raise ValueError(
                 'GAU: normalizer "keys" divides by the full length, so no prefix has a state; use "row" or a number'
             )
-        if state is None:
-            gate, v, heads, moving = self._project(x, 0, cu_seqlens, None)
-            q, k = heads
-            valid = lengths
-            memory = KeyValueCache(k.unsqueeze(1), v.unsqueeze(1), lengths) if return_state else None
-        else:
-            if lengths is not None:
-                raise ValueError("GAU: `lengths` and `state` together; a state already knows the length of each row")
+        if state is not None and lengths is not None:
+            raise ValueError("GAU: `lengths` and `state` together; a state already knows the length of each row")
+        start: int | Tensor = 0 if state is None else state.memory.start
+        normed, moving, angles = self._prepare(x, start, cu_seqlens, None if state is None else state.previous)
+        gate, v, (q, k) = self._heads(normed, angles)
+        memory, valid = None, lengths
+        if state is not None:
             memory = state.memory
-            gate, v, heads, moving = self._project(x, memory.start, None, state.previous)
-            q, k = heads
             memory.append(k.unsqueeze(1), v.unsqueeze(1))
             k, v, valid = memory.keys[:, 0], memory.values[:, 0], memory.lengths
+        elif return_state:
+            memory = KeyValueCache(k.unsqueeze(1), v.unsqueeze(1), lengths)
         out = gau_attention(
             q,
             k,
@@ -227,7 +201,7 @@ class GAU(GatedUnit):
             lengths=valid,
             cu_seqlens=cu_seqlens,
         )
-        y = self._finish(x, out)
+        y = self.post_norm(self._output(x, out))
         return (y, UnitState(memory, last_shifted(moving, lengths))) if return_state else y
 
     def _bias(self, length: int, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:

@@ -1,7 +1,7 @@
 """The public operations: their contract, their checks and their autograd formula, over whichever backend runs."""
 
+from ..bias import alibi_bias, rotary_bias, t5_bias
 from .attention import attention
-from .bias import alibi_bias, rotary_bias, t5_bias
 from .compare import Report, compare
 from .dispatch import use_backend
 from .gau import gau_attention

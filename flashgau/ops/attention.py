@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from flashgau.options import AttentionOptions, AttentionResults, Layout, Window
 
 from . import autograd, dispatch
 from .operation import Operation
@@ -75,10 +77,9 @@ def attention(
         >>> flashgau.attention(q, k, v, causal=True, lengths=torch.tensor([100, 37])).shape
         torch.Size([2, 8, 100, 64])
     """
-    return attend(
-        Arguments("attention"), q, k, v, causal, scale, window, softcap, rel_bias, sinks, lengths, cu_seqlens,
-        cu_seqlens_k, dropout_p, dropout_seed, return_lse, backend,
-    )  # fmt: skip
+    options = AttentionOptions(scale, causal, window, softcap, rel_bias, sinks, dropout_p, dropout_seed)  # type: ignore[arg-type]
+    layout = Layout(lengths, cu_seqlens, cu_seqlens_k)
+    return attend(Arguments("attention"), q, k, v, options, layout, return_lse, backend)
 
 
 def attend(
@@ -86,21 +87,15 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    causal: bool,
-    scale: float | None,
-    window: tuple[int | None, int | None] | None,
-    softcap: float | None,
-    rel_bias: Tensor | None,
-    sinks: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    dropout_p: float,
-    dropout_seed: int | Tensor | None,
+    options: AttentionOptions,
+    layout: Layout,
     return_lse: bool,
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` for a function with a name and names of arguments of its own, which `args` has."""
+    """`attention` for a function with a name and names of arguments of its own, which `args` has.
+
+    The options are as `attention` takes them: not checked, the window None or a pair, the seed perhaps a number.
+    """
     q, k, v = autocast(q, k, v)
     args.tensor("q", q, "B Hq M D")
     args.tensor("k", k, "B Hkv N D")
@@ -109,48 +104,53 @@ def attend(
     heads = args.sizes["Hq"]
     if not args.heads_in_groups():
         args.fail("q", f"has Hq = {heads} heads", f"a multiple of Hkv = {args.sizes['Hkv']}, the heads of `k`")
-    args.flag("causal", causal)
+    args.flag("causal", options.causal)
     args.flag("return_lse", return_lse)
-    if scale is not None:
-        args.number("scale", scale, "a finite number or None")
-    if softcap is not None:
-        args.number("softcap", softcap, "a positive number or None", low=0, open_low=True)
-    left, right = _window(args, window, causal)
-    longest, lengths = args.sequences(lengths, cu_seqlens, cu_seqlens_k), widened(lengths)
+    if options.scale is not None:
+        args.number("scale", options.scale, "a finite number or None")
+    if options.softcap is not None:
+        args.number("softcap", options.softcap, "a positive number or None", low=0, open_low=True)
+    window = _window(args, options.window)
+    longest = args.sequences(*layout)
+    if layout.lengths is not None:
+        layout = layout._replace(lengths=widened(layout.lengths))
+    rel_bias = options.rel_bias
     args.relative_bias(rel_bias, "B Hq", longest)
-    if sinks is not None:
-        args.per_head("sinks", sinks, "Hq")
-    args.number("dropout_p", dropout_p, "a probability in [0, 1]", 0, 1)
-    seed = _seed(args, dropout_p, dropout_seed, q.device)
+    if options.sinks is not None:
+        args.per_head("sinks", options.sinks, "Hq")
+    args.number("dropout_p", options.dropout_p, "a probability in [0, 1]", 0, 1)
+    seed = _seed(args, options.dropout_p, options.dropout_seed, q.device)
 
     width = max(args.sizes["D"], args.sizes["E"])
     name = dispatch.resolve("attention", backend, q.device, q.dtype, width, args.op)
     if name == "reference":
-        return autograd.run(
-            "attention", name, "attention", q, k, v,
-            causal=causal, scale=scale, window=window, softcap=softcap, rel_bias=rel_bias, sinks=sinks,
-            lengths=lengths, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, dropout_p=dropout_p,
-            dropout_seed=seed, return_lse=return_lse,
-        )  # fmt: skip
-    bias = rel_bias.expand(q.shape[0], heads, -1) if rel_bias is not None else None
+        given = options._replace(dropout_seed=seed)._asdict() | layout._asdict()
+        return autograd.run("attention", name, "attention", q, k, v, **given, return_lse=return_lse)
     options = AttentionOptions(
-        q.shape[-1] ** -0.5 if scale is None else float(scale), left, right, softcap, float(dropout_p)
+        None if options.scale is None else float(options.scale),
+        options.causal,
+        window,
+        options.softcap,
+        rel_bias.expand(q.shape[0], heads, -1) if rel_bias is not None else None,
+        options.sinks,
+        float(options.dropout_p),
+        seed,
     )
-    out, lse = _attention(q, k, v, bias, sinks, lengths, cu_seqlens, cu_seqlens_k, seed, options=options, backend=name)
+    out, lse = _attention(q, k, v, options=options, layout=layout, backend=name)
     return (out, lse) if return_lse else out
 
 
-def _window(args: Arguments, window: Any, causal: bool) -> tuple[int | None, int | None]:
-    """The interval of visible keys relative to the query's position; causal closes its right side."""
+def _window(args: Arguments, window: Any) -> Window:
+    """How far to the left and to the right of the query's position keys are visible."""
     if window is None:
-        return None, 0 if causal else None
+        return None, None
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         args.fail("window", f"is {window!r}", "a pair (left, right) of whole numbers or None", TypeError)
     for side, value in zip(("left", "right"), window, strict=True):
         if value is not None:
             args.integer(f"window[{side}]", value, 0, "a whole number >= 0 or None")
     left, right = (None if side is None else min(int(side), 2**31) for side in window)
-    return left, 0 if causal else right
+    return left, right
 
 
 def _seed(args: Arguments, p: float, seed: Any, device: torch.device) -> Tensor | None:
@@ -167,20 +167,6 @@ def _seed(args: Arguments, p: float, seed: Any, device: torch.device) -> Tensor 
     if seed >= 2**63:
         args.fail("dropout_seed", f"is {seed}", "an int of 64 bits")
     return torch.full((1,), int(seed), dtype=torch.int64, device=device)  # written there: a copy would wait
-
-
-class AttentionOptions(NamedTuple):
-    """What a call of attention is computed with, beside its tensors."""
-
-    scale: float
-    left: Optional[int]
-    right: Optional[int]
-    softcap: Optional[float]
-    dropout_p: float
-
-
-def _with_window(named: dict[str, Any]) -> None:
-    named["window"] = named.pop("left"), named.pop("right")
 
 
 def _results(q: Tensor, v: Tensor, **_: Any) -> list[Tensor]:
@@ -207,9 +193,8 @@ _attention = Operation(
     data="lengths? cu_seqlens? cu_seqlens_k? dropout_seed?",
     results="out lse?",
     reads="out lse",
-    options=AttentionOptions,
+    tuples={"results": AttentionResults, "layout": Layout, "options": AttentionOptions},
     shapes=_results,
     gradients=_gradients,
-    adapt=_with_window,
     op="attention",
 )

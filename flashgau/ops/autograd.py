@@ -18,6 +18,8 @@ def run(op: str, backend: str, function: str, *args: Any, **kwargs: Any) -> Any:
         from flashgau import tuning  # which needs Triton
 
         kwargs["choose"] = tuning.choose
+        if op == "glu_linear":
+            kwargs["fused"] = tuning.fuses_glu_linear(kwargs["x"], kwargs["weights"].w_gate)
     if not pytorch.any_autocast():
         return call(*args, **kwargs)
     device = next(x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor))

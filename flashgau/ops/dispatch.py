@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import threading
@@ -13,7 +12,13 @@ from typing import Any
 
 import torch
 
-from flashgau import kernels
+from flashgau import kernels, reference
+from flashgau.eager import attention as eager_attention
+from flashgau.eager import flash_unit as eager_flash_unit
+from flashgau.eager import gau as eager_gau
+from flashgau.eager import glu as eager_glu
+from flashgau.eager import mixed_chunk as eager_mixed_chunk
+from flashgau.eager import projection as eager_projection
 
 BACKENDS = ("triton", "eager", "reference")
 _CPU = torch.device("cpu")
@@ -31,13 +36,29 @@ FILES = {
 # Fused pieces of layers, which no caller asks a backend for.
 _INNER = {"projection": "projection", "flash_unit": "flash_unit"}
 
-# The modules that implement them. Loaded here and not at the first call, which torch.compile may be tracing: it does
-# not trace an import.
-_FLOORS: dict[tuple[str, str], ModuleType] = {
-    (backend, file): importlib.import_module(f"flashgau.{backend}.{file}")
-    for backend, files in (("eager", {**FILES, **_INNER}), ("reference", FILES))
-    for file in files.values()
+
+# The floors' files by name: the reference is one module for all. Loaded here and not at the first call, which
+# torch.compile may be tracing: it does not trace an import.
+_FLOORS: dict[str, dict[str, ModuleType]] = {
+    "reference": dict.fromkeys(FILES.values(), reference),
+    "eager": {
+        "attention": eager_attention,
+        "flash_unit": eager_flash_unit,
+        "gau": eager_gau,
+        "glu": eager_glu,
+        "mixed_chunk": eager_mixed_chunk,
+        "projection": eager_projection,
+    },
 }
+
+
+def _floor(backend: str) -> dict[str, ModuleType]:
+    if backend == "triton" and backend not in _FLOORS:  # which nobody wants to load who has no use for it
+        from flashgau.kernels import attention, gau, glu, mixed_chunk, projection
+
+        files = {"attention": attention, "gau": gau, "glu": glu, "mixed_chunk": mixed_chunk, "projection": projection}
+        _FLOORS[backend] = files
+    return _FLOORS[backend]
 
 
 class _Selected(threading.local):
@@ -121,18 +142,11 @@ def resolve_inner(op: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def implementation(op: str, backend: str, function: str) -> Any:
     """The function of that name in the backend's file for `op`."""
-    return getattr(_floor(backend, _file(op)), function)
+    return getattr(_floor(backend)[_file(op)], function)
 
 
 def _file(op: str) -> str:
     return FILES.get(op) or _INNER[op]
-
-
-def _floor(backend: str, file: str) -> ModuleType:
-    floor = _FLOORS.get((backend, file))
-    if floor is None:  # Triton's, which nobody wants to load who has no use for it
-        floor = _FLOORS[backend, file] = importlib.import_module(f"flashgau.kernels.{file}")
-    return floor
 
 
 def _known(op: str, argument: str, name: object) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashgau.eager import flash_unit as flash_unit_eager
+from flashgau.options import Angles, FlashSaved, FlashWeights, Layout, MixedChunkOptions
 
 from . import autograd, dispatch
 from .operation import Operation
@@ -21,55 +22,33 @@ def runs_whole(x: Tensor) -> bool:
 
 def flash_unit(
     x: Tensor,
-    to_hidden: torch.nn.Linear,
-    gamma: Tensor,
-    beta: Tensor | None,
-    to_out: torch.nn.Linear,
+    weights: FlashWeights,
     *,
     residual: Tensor | None,
     angles: Tensor | None,
     interleaved: bool,
-    order: list[int],
-    chunk_size: int,
-    score: str,
-    causal: bool,
-    lin_normalizer: str | float,
-    rel_bias: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
+    layout: Layout,
+    options: MixedChunkOptions,
 ) -> Tensor:
     """y = (u * mixed_chunk(heads, v)) W_o + b_o (+ residual), [u, v, z] = silu(x W + b), heads = RoPE(gamma z + beta).
 
-    x (B, N, d); `order` names the rows of gamma and beta that make quad_q, quad_k, lin_q and lin_k; angles
-    (1 or B, N, pairs). Source: Hua et al. 2022 (arXiv 2202.10447), section 3.2.
+    x (B, N, d); angles (1 or B, N, pairs). Source: Hua et al. 2022 (arXiv 2202.10447), section 3.2.
     """
-    x, w, b, w_out, b_out = autocast(x, to_hidden.weight, to_hidden.bias, to_out.weight, to_out.bias)
+    x, w, b, w_out, b_out = autocast(x, weights.w, weights.b, weights.w_out, weights.b_out)
+    weights = weights._replace(w=w, b=b, w_out=w_out, b_out=b_out)
     args = Arguments("FLASH")
     args.tensor("x", x, "B N d")
-    args.sequences(lengths, cu_seqlens)
-    lengths = widened(lengths)
-    args.relative_bias(rel_bias, "B", chunk_size, "the chunk size")
-    cos, sin = (angles.cos(), angles.sin()) if angles is not None else (None, None)
+    args.sequences(*layout)
+    args.relative_bias(options.rel_bias, "B", options.chunk_size, "the chunk size")
+    rotary = Angles(angles.cos(), angles.sin(), interleaved) if angles is not None else Angles()
     inside = residual if residual is not None and residual.dtype == x.dtype else None
-    bias = rel_bias.expand(x.shape[0], -1) if rel_bias is not None else None
-    tokens = None if lin_normalizer == "tokens" else float(lin_normalizer)
-    save = autograd.needs_grad(x, w, b, gamma, beta, w_out, b_out, rel_bias)
+    save = autograd.needs_grad(x, *weights[:-1], options.rel_bias)
+    bias = options.rel_bias.expand(x.shape[0], -1) if options.rel_bias is not None else None
     y, *_ = _flash_unit(
-        x, w, b, gamma, beta, w_out, b_out, inside, bias, cos, sin, lengths, cu_seqlens,
-        options=FlashOptions(order, interleaved, chunk_size, score, causal, tokens), save=save, backend="eager",
+        x, inside, weights=weights, angles=rotary, layout=layout._replace(lengths=widened(layout.lengths)),
+        options=options._replace(rel_bias=bias), save=save, backend="eager",
     )  # fmt: skip
     return y if residual is None or inside is not None else y + residual
-
-
-class FlashOptions(NamedTuple):
-    """What a FLASH layer is computed with, beside its tensors."""
-
-    order: list[int]
-    interleaved: bool
-    chunk_size: int
-    score: str
-    causal: bool
-    lin_normalizer: Optional[float]  # None: the number of tokens summed
 
 
 def _results(
@@ -91,7 +70,13 @@ _flash_unit = Operation(
     data="cos? sin? lengths? cu_seqlens?",
     results="y",
     saved="before products starts",
-    options=FlashOptions,
+    tuples={
+        "weights": FlashWeights,
+        "angles": Angles,
+        "saved": FlashSaved,
+        "layout": Layout,
+        "options": MixedChunkOptions,
+    },
     shapes=_results,
     op="flash_unit",
     error="FLASH",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
+
+from flashgau.options import GatedOptions, Layout
 
 from . import autograd, dispatch
 from .operation import Operation
@@ -77,7 +79,7 @@ def gau_attention(
     if gate is not None:
         args.tensor("gate", gate, "B M E")
     args.at_least_one("S", "E")
-    fixed = check_options(args, score, normalizer)
+    check_options(args, score, normalizer)
     args.flag("causal", causal)
     longest, lengths = args.sequences(lengths, cu_seqlens), widened(lengths)
     args.relative_bias(rel_bias, "B", longest)
@@ -90,13 +92,12 @@ def gau_attention(
         )  # fmt: skip
     bias = rel_bias.expand(q.shape[0], -1) if rel_bias is not None else None
     save = autograd.needs_grad(q, k, v, gate, rel_bias)
-    rule = "number" if fixed is not None else str(normalizer)
-    options = GatedOptions(score, rule, fixed or 1.0, causal)
-    return _gau_attention(q, k, v, gate, bias, lengths, cu_seqlens, options=options, save=save, backend=name)[0]
+    options, layout = GatedOptions(score, normalizer, causal, bias), Layout(lengths, cu_seqlens)
+    return _gau_attention(q, k, v, gate, options=options, layout=layout, save=save, backend=name)[0]
 
 
-def check_options(args: Arguments, score: Any, normalizer: Any) -> float | None:
-    """Check score and normaliser, and return the fixed n, or None for a rule given by name."""
+def check_options(args: Arguments, score: Any, normalizer: Any) -> None:
+    """Check score and normaliser."""
     args.choice("score", score, SCORES)
     expected = "'keys', 'row' or a positive number"
     if isinstance(normalizer, str):
@@ -106,22 +107,6 @@ def check_options(args: Arguments, score: Any, normalizer: Any) -> float | None:
         args.number("normalizer", normalizer, expected, low=0, open_low=True)
     if score.startswith("softmax") and normalizer != "keys":
         args.fail("normalizer", f"is {normalizer!r} with score={score!r}", "no normalizer: a softmax has its own")
-    return None if isinstance(normalizer, str) else float(normalizer)
-
-
-class GatedOptions(NamedTuple):
-    """What a call of gated attention is computed with, beside its tensors."""
-
-    score: str
-    normalizer: str  # "number": the one below
-    number: float
-    causal: bool
-
-
-def _with_number(named: dict[str, Any]) -> None:
-    number = named.pop("number")
-    if named["normalizer"] == "number":
-        named["normalizer"] = number
 
 
 def _results(q: Tensor, v: Tensor, gate: Tensor | None, save: bool, **_: Any) -> list[Tensor | None]:
@@ -135,8 +120,7 @@ _gau_attention = Operation(
     data="lengths? cu_seqlens?",
     results="out",
     saved="product",
-    options=GatedOptions,
-    adapt=_with_number,
+    tuples={"layout": Layout, "options": GatedOptions},
     shapes=_results,
     op="gau_attention",
 )

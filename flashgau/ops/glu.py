@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from flashgau.eager.sizes import SIZES
+from flashgau.options import GluOptions, GluWeights
 
 from . import autograd, dispatch
 from .operation import Operation
@@ -133,15 +136,13 @@ def glu_linear(
         )  # fmt: skip
     save = not recompute and autograd.needs_grad(x, w_gate, w_up, b_gate, b_up)
     options = GluOptions(activation, up_activation)
-    return _glu_linear(x, w_gate, w_up, b_gate, b_up, options=options, save=save, backend=name)[0]
+    weights = GluWeights(w_gate, w_up, b_gate, b_up)
+    return _glu_linear(x, weights=weights, options=options, save=save, backend=name)[0]
 
 
 def _check_activations(args: Arguments, activation: Any, up_activation: Any) -> None:
     args.choice("activation", activation, ACTIVATIONS)
     args.choice("up_activation", up_activation, ACTIVATIONS)
-
-
-_KEPT_BYTES = 2**25  # allocators reuse memory up to about this size; larger tensors pay for fresh pages
 
 
 def _keeps(gate: Tensor, up: Tensor | None, activation: str, up_activation: str, backend: str) -> bool:
@@ -153,15 +154,9 @@ def _keeps(gate: Tensor, up: Tensor | None, activation: str, up_activation: str,
         and gate.dtype != torch.float16  # which is computed in fp32
         and activation != "identity"
         and up_activation == "identity"
-        and gate.numel() * gate.itemsize // (2 if up is None else 1) <= _KEPT_BYTES  # `nbytes` cannot be traced
+        and gate.numel() * gate.itemsize // (2 if up is None else 1)
+        <= SIZES.glu_kept_bytes  # `nbytes` cannot be traced
     )
-
-
-class GluOptions(NamedTuple):
-    """The activations of both sides."""
-
-    activation: str
-    up_activation: str
 
 
 def _results(gate: Tensor, up: Tensor | None, save: bool, **_: Any) -> list[Tensor | None]:
@@ -174,20 +169,12 @@ def _linear_results(x: Tensor, w_gate: Tensor, save: bool, **_: Any) -> list[Ten
     return [x.new_empty(shape), *(x.new_empty(shape) if save else None for _ in range(2))]
 
 
-def _choose_products(named: dict[str, Any]) -> None:
-    """Let the Triton kernel make the products or the vendor's library. (Eager has only one way.)"""
-    if named["backend"] == "triton":
-        from flashgau import tuning  # which needs Triton
-
-        named["fused"] = tuning.fuses_glu_linear(named["x"], named["w_gate"])
-
-
 _glu = Operation(
     "glu",
     inputs="gate up?",
     results="out",
     saved="activated",
-    options=GluOptions,
+    tuples={"options": GluOptions},
     shapes=_results,
     op="glu",
 )
@@ -196,8 +183,7 @@ _glu_linear = Operation(
     inputs="x w_gate w_up b_gate? b_up?",
     results="out",
     saved="g u",
-    options=GluOptions,
+    tuples={"weights": GluWeights, "options": GluOptions},
     shapes=_linear_results,
-    adapt=_choose_products,
     op="glu_linear",
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from flashgau.options import Layout, MixedChunkHeads, MixedChunkOptions, OpenChunk
 
 from . import autograd, dispatch
 from .operation import Operation
@@ -86,7 +88,7 @@ def mixed_chunk_attention(
     args = _tensors(op, "N", quad_q, quad_k, lin_q, lin_k, v, gate)
     args.flag("causal", causal)
     args.flag("return_state", return_state)
-    quad, lin = check_options(args, chunk_size, score, lin_normalizer, quad_normalizer)
+    quad = check_options(args, chunk_size, score, lin_normalizer, quad_normalizer)
     args.sequences(lengths, cu_seqlens)
     lengths = widened(lengths)
     args.relative_bias(rel_bias, "B", chunk_size, "the chunk size")
@@ -118,9 +120,10 @@ def mixed_chunk_attention(
         lengths, cu_seqlens = continuation.lengths, continuation.cu_seqlens
     bias = rel_bias.expand(quad_q.shape[0], -1) if rel_bias is not None else None
     save = autograd.needs_grad(quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias, kv)
+    options = MixedChunkOptions(int(chunk_size), score, causal, quad, lin_normalizer, bias, kv, closed)
     out, kv, _ = _mixed_chunk_attention(
-        quad_q, quad_k, lin_q, lin_k, v, gate, bias, kv, lengths, cu_seqlens, closed,
-        options=MixedChunkOptions(int(chunk_size), score, causal, quad, lin), save=save, backend=name,
+        v, gate, heads=MixedChunkHeads(quad_q, quad_k, lin_q, lin_k), layout=Layout(lengths, cu_seqlens),
+        options=options, save=save, backend=name,
     )  # fmt: skip
     out = out if continuation is None else continuation.restrict(out)
     if not return_state:
@@ -196,7 +199,7 @@ def mixed_chunk_step(
         args.fail("quad_q", f"has shape {tuple(quad_q.shape)}", "(B, 1, S): one token")
     state = _state(args, "state", state, args.sizes["B"], None, quad_q.dtype)
     size = state.chunk_size
-    quad, lin = check_options(args, size, score, lin_normalizer, quad_normalizer)
+    quad = check_options(args, size, score, lin_normalizer, quad_normalizer)
     args.relative_bias(rel_bias, "B", size, "the chunk size")
 
     name = dispatch.resolve(op, backend, quad_q.device, quad_q.dtype, width=args.sizes["S"])
@@ -213,12 +216,14 @@ def mixed_chunk_step(
             lin_normalizer=lin_normalizer, rel_bias=rel_bias, initial_state=state, return_state=True, backend=name,
         )  # type: ignore[return-value] # fmt: skip
     bias = rel_bias.expand(quad_q.shape[0], -1) if rel_bias is not None else None
+    given: dict[str, Any] = {
+        "heads": MixedChunkHeads(*tensors[:4]), "state": OpenChunk(*state.tensors()),
+        "options": MixedChunkOptions(size, score, True, quad, lin_normalizer, bias),
+    }  # fmt: skip
     if name == "triton":
-        out, *after = _mixed_chunk_step(*tensors, bias, options=StepOptions(score, quad, lin), backend=name)
+        out, *after = _mixed_chunk_step(v, gate, **given, backend=name)
     else:  # PyTorch differentiates it
-        out, *after = autograd.run(
-            op, name, op, *tensors, score=score, quad_normalizer=quad, lin_normalizer=lin, rel_bias=bias
-        )
+        out, *after = autograd.run(op, name, op, v=v, gate=gate, **given)
     return out, MixedChunkState(*after)
 
 
@@ -236,8 +241,8 @@ def _tensors(op: str, length: str, *tensors: Any) -> Arguments:
 
 def check_options(
     args: Arguments, chunk_size: Any, score: Any, lin_normalizer: Any = "tokens", quad_normalizer: Any = None
-) -> tuple[float, float | None]:
-    """Check chunk size and score, and return both normalisers; None stands for the number of tokens."""
+) -> float:
+    """Check chunk size, score and normalisers, and return that of the local scores."""
     args.integer("chunk_size", chunk_size, 1, "a whole number >= 1")
     args.choice("score", score, SCORES)
     if quad_normalizer is not None:
@@ -247,8 +252,7 @@ def check_options(
         if isinstance(lin_normalizer, str):
             args.fail("lin_normalizer", f"is {lin_normalizer!r}", expected)
         args.number("lin_normalizer", lin_normalizer, expected, low=0, open_low=True)
-    quad = float(chunk_size if quad_normalizer is None else quad_normalizer)
-    return quad, None if lin_normalizer == "tokens" else float(lin_normalizer)
+    return float(chunk_size if quad_normalizer is None else quad_normalizer)
 
 
 def _state(
@@ -290,24 +294,6 @@ def _own_state(state: Any) -> MixedChunkState:
     return MixedChunkState(state.kv, state.quad_k, state.lin_k, state.v, state.position)
 
 
-class MixedChunkOptions(NamedTuple):
-    """What a call of mixed chunk attention is computed with, beside its tensors."""
-
-    chunk_size: int
-    score: str
-    causal: bool
-    quad_normalizer: float
-    lin_normalizer: Optional[float]  # None: the number of tokens summed
-
-
-class StepOptions(NamedTuple):
-    """The same for one token: the state's buffers tell the chunk size."""
-
-    score: str
-    quad_normalizer: float
-    lin_normalizer: Optional[float]
-
-
 def _results(
     lin_k: Tensor, v: Tensor, gate: Tensor | None, cu_seqlens: Tensor | None, save: bool, **_: Any
 ) -> list[Tensor | None]:
@@ -332,7 +318,7 @@ _mixed_chunk_attention = Operation(
     data="lengths? cu_seqlens? closed_tokens?",
     results="out kv?",
     saved="product",
-    options=MixedChunkOptions,
+    tuples={"heads": MixedChunkHeads, "layout": Layout, "options": MixedChunkOptions},
     shapes=_results,
     op="mixed_chunk_attention",
 )
@@ -340,7 +326,7 @@ _mixed_chunk_step = Operation(  # not differentiable: see `mixed_chunk_step`
     "mixed_chunk_step",
     inputs="quad_q quad_k lin_q lin_k v gate? kv open_quad_k open_lin_k open_v position rel_bias?",
     results="out kv open_quad_k open_lin_k open_v position",
-    options=StepOptions,
+    tuples={"heads": MixedChunkHeads, "state": OpenChunk, "options": MixedChunkOptions},
     shapes=_step_results,
     op="mixed_chunk_step",
     differentiable=False,

@@ -12,10 +12,6 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 
-class Options(NamedTuple):
-    """The options of an operation that has none."""
-
-
 class Name(NamedTuple):
     """One name of a declaration, with its mark, and the input that tells a list's length."""
 

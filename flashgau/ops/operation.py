@@ -1,25 +1,23 @@
 """An operation declared once: its PyTorch operators, their schemas and shapes, and the derivative follow.
 
-    _glu = Operation("glu", "gate up?", "out", _shapes, op="glu", saved="activated", options=GluOptions)
+    _glu = Operation("glu", "gate up?", "out", _shapes, op="glu", saved="activated", tuples={"options": GluOptions})
     out, _ = _glu(gate, up, options=GluOptions("silu", "identity"), save=True, backend="eager")
 
-How a declaration is written: `names.py`.
+How a declaration is written: `names.py`. The tuples: `flashgau/options.py`.
 """
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Callable, Iterable
-from typing import Any, Optional
+from typing import Any
 
 from torch import Tensor
 
 from . import autograd
-from .names import Options, flat, grouped, names
+from .names import flat, grouped, names
 from .operator import Operator
+from .tuples import Flattening, fields
 
-_SCHEMA: dict[Any, str] = {bool: "bool", int: "SymInt", float: "float", str: "str", list[int]: "SymInt[]"}
-_SCHEMA |= {Optional[int]: "SymInt?", Optional[float]: "float?"}
 Shapes = Callable[..., list[Any]]
 
 
@@ -37,28 +35,33 @@ class Operation:
         data: tensors that are not differentiated.
         saved: what the forward makes for the backward alone, if called with `save`; else it is None.
         reads: the results that the backward reads.
-        options: a tuple with a type for each field; floors get these by name.
+        tuples: kinds of tuples by name, in which the floors' functions get tensors named above, and everything that is
+            no tensor. A function gets those of which it has a field.
         gradients: like `shapes`, for the backward; unless given, they are like the inputs and contiguous.
-        adapt: changes everything by name to what the floors' functions take.
         error: what the refusal of a second derivative calls the operation, `op` unless given.
         differentiable: if not, the floors' one function is called NAME.
     """
 
     def __init__(
         self, name: str, inputs: str, results: str, shapes: Shapes, *, op: str, data: str = "", saved: str = "",
-        reads: str = "", options: Any = Options, gradients: Shapes | None = None, error: str = "",
-        adapt: Callable[[dict[str, Any]], None] | None = None, differentiable: bool = True,
+        reads: str = "", tuples: dict[str, Any] | None = None, gradients: Shapes | None = None, error: str = "",
+        differentiable: bool = True,
     ) -> None:  # fmt: skip
-        self.name, self.op, self.options, self.adapt, self.shapes = name, op, options, adapt, shapes
+        self.name, self.op, self.tuples, self.shapes = name, op, tuples or {}, shapes
         self.inputs, self.results, self.saved = names(inputs), names(results), names(saved)
         self.differentiated = [x for x in self.inputs if x.mark != "+"]
         self.required = [x for x in self.results if x.mark != "?"] if len(self.results) > 1 else []
         self.kept = [*self.differentiated, *names(data), *names(reads), *names(saved, mark="?")]
-        types = typing.get_type_hints(options)
-        fixed = [*(f"{_SCHEMA[types[field]]} {field}" for field in options._fields), "str backend"]
-        takes = [*(x.schema for x in (*self.inputs, *names(data))), *(["bool save"] if saved else []), *fixed]
+        tensors = [*self.inputs, *names(data)]
+        fixed = [*(part for kind in self.tuples.values() for x in fields(kind) for part in x.schema), "str backend"]
+        takes = [*(x.schema for x in tensors), *(["bool save"] if saved else []), *fixed]
         takes_back = [*(x.schema for x in (*names(results, prefix="d"), *self.kept)), *fixed]
-        self.arguments, self.arguments_back = ([part.split()[-1] for part in parts] for parts in (takes, takes_back))
+        self.arguments, self.arguments_back, self.fixed = (
+            [part.split()[-1] for part in parts] for parts in (takes, takes_back, fixed)
+        )
+        self.flattening, self.flattening_back = (
+            Flattening(self.tuples, x) for x in (self.arguments, self.arguments_back)
+        )
         self.gradients = gradients or self._like_inputs
         self.function = f"{name}_forward" if differentiable else name
         self.forward = Operator(name, f"({', '.join(takes)})", self._forward, self._fake)
@@ -69,28 +72,24 @@ class Operation:
         self.backward.refuse_derivative(error or op)
         self.forward.register_autograd(self._differentiate, self._keep)
 
-    def __call__(self, *tensors: Any, options: Any = (), save: bool = False, backend: str) -> list[Any]:
+    def __call__(self, *tensors: Any, save: bool = False, backend: str, **tuples: Any) -> list[Any]:
         """The results, and what was saved."""
-        return self.forward(*tensors, *([save] if self.saved else []), *options, backend)
-
-    def _run(self, function: str, named: dict[str, Any]) -> Any:
-        """What a floor's function makes of everything by name."""
-        if self.adapt is not None:
-            self.adapt(named)
-        return autograd.run(self.op, named.pop("backend"), function, **named)
+        plain = [*tensors, *([save] if self.saved else []), backend]
+        return self.forward(*self.flattening.flat(plain, tuples))
 
     def _forward(self, *args: Any) -> Any:
-        results = self._run(self.function, dict(zip(self.arguments, args, strict=True)))
+        named = self.flattening.named(args)
+        results = autograd.run(self.op, named.pop("backend"), self.function, **named)
         return [results] if isinstance(results, Tensor) else results
 
     def _fake(self, *args: Any) -> list[Any]:
         return self.shapes(**dict(zip(self.arguments, args, strict=True)))
 
     def _backward(self, *args: Any) -> list[Any]:
-        named = dict(zip(self.arguments_back, args, strict=True))
-        given = [named[x.name] is not None for x in self.differentiated]
-        results = self._run(f"{self.name}_backward", named)
-        return [gradient if there else None for gradient, there in zip(results, given, strict=True)]
+        named = self.flattening_back.named(args)
+        results = autograd.run(self.op, named.pop("backend"), f"{self.name}_backward", **named)
+        given = args[len(self.results) :]
+        return [gradient if x is not None else None for gradient, x in zip(results, given, strict=False)]
 
     def _fake_back(self, *args: Any) -> list[Any]:
         return self.gradients(**dict(zip(self.arguments_back, args, strict=True)))
@@ -108,7 +107,7 @@ class Operation:
             named |= {x.name: [] if x.is_list else None for x in self.saved}
         ctx.save_for_backward(*flat([named[x.name] for x in self.kept]))
         ctx.shapes = {x.name: [part.shape for part in flat([named[x.name]])] for x in self.required}
-        ctx.fixed = [named[field] for field in self.options._fields] + [named["backend"]]
+        ctx.fixed = [named[argument] for argument in self.fixed]
         ctx.set_materialize_grads(False)  # or zeros would be made for what is saved, which has no gradient
 
     def _differentiate(self, ctx: Any, gradients: list[Any]) -> tuple[Any, ...]:

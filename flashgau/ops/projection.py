@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from flashgau.options import Angles, ProjectionWeights
 
 from . import autograd, dispatch
 from .operation import Operation
@@ -35,9 +37,8 @@ def gated_projection(
     count, narrow = gamma.shape
     if name != "reference":
         save = autograd.needs_grad(x, weight, bias, gamma, beta)
-        u, v, *rest = _gated_projection(
-            x, weight, bias, gamma, beta, cos, sin, options=RotaryOptions(interleaved), save=save, backend=name
-        )
+        weights, rotary = ProjectionWeights(weight, bias, gamma, beta), Angles(cos, sin, interleaved)
+        u, v, *rest = _gated_projection(x, weights=weights, angles=rotary, save=save, backend=name)
         return u, v, rest[:count]
     wide = (weight.shape[0] - narrow) // 2
     u, v, z = F.silu(F.linear(x, weight, bias)).split((wide, wide, narrow), -1)
@@ -63,12 +64,6 @@ def projection(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor 
     return y if residual is None or inside is not None else y + residual
 
 
-class RotaryOptions(NamedTuple):
-    """How rotary angles pair channels."""
-
-    interleaved: bool
-
-
 def _gated_results(x: Tensor, weight: Tensor, gamma: Tensor, save: bool, backend: str, **_: Any) -> list[Tensor]:
     count, narrow = gamma.shape
     wide = (weight.shape[0] - narrow) // 2
@@ -82,7 +77,7 @@ _gated_projection = Operation(
     data="cos? sin?",
     results="u v heads:gamma",
     saved="saved*",
-    options=RotaryOptions,
+    tuples={"weights": ProjectionWeights, "angles": Angles},
     shapes=_gated_results,
     op="projection",
     error="gated_projection",

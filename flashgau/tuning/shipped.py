@@ -13,6 +13,7 @@ from torch import Tensor
 from flashgau.kernels import attention, gau, glu, mixed_chunk, projection
 from flashgau.kernels.common import Config
 from flashgau.kernels.glu import elementwise
+from flashgau.options import Angles
 
 Choose = Callable[..., Config]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -105,7 +106,7 @@ def _attention(
         options["rel_bias"] = make(1, 8, 2 * n - 1, dtype=fp32)
     q, k = make(1, 8, m, width), make(1, 8, n, width)
     if backward:
-        attention.attention_backward(q, None, q, k, k, q, make(1, 8, m, dtype=fp32), **options)
+        attention.attention_backward(q, None, q, k, k, (q, make(1, 8, m, dtype=fp32)), **options)
     else:
         attention.attention_forward(q, k, k, **options)
 
@@ -128,9 +129,9 @@ def _glu_linear(rows: int | None, kind: str, width: int, make: Operands, choose:
     bias = make(4096)
     options: dict[str, Any] = {"activation": "gelu", "up_activation": "identity", "choose": choose}
     if kind == "backward":
-        glu.glu_linear_backward(out, x, w, w, bias, bias, None, None, **options)
+        glu.glu_linear_backward(out, x, (w, w, bias, bias), **options)
     else:
-        glu.glu_linear_forward(x, w, w, bias, bias, save=kind == "training", **options)
+        glu.glu_linear_forward(x, (w, w, bias, bias), save=kind == "training", **options)
 
 
 def _gau(backward: bool, queries: int | None, e: int, kind: str, width: int, make: Operands, choose: Choose) -> None:
@@ -150,16 +151,15 @@ def _mixed_chunk(backward: bool, e: int, kind: str, width: int, make: Operands, 
     score, mask, *rest = kind.split()
     n, causal, fp32 = make.tokens(), mask != "full", torch.float32
     heads, v = make(4, 1, n, width), make(1, n, e)
-    options: dict[str, Any] = {"chunk_size": 256, "score": score, "causal": causal, "quad_normalizer": 256.0}
-    options |= {"lin_normalizer": None, "choose": choose}
+    options: dict[str, Any] = {"chunk_size": 256, "score": score, "causal": causal, "choose": choose}
     if rest:
         options["rel_bias"] = make(1, 511, dtype=fp32)
     if mask == "continued":
         options |= {"initial_kv": make(1, width, e, dtype=fp32), "closed_tokens": make(1, dtype=torch.int64)}
     if backward:
-        mixed_chunk.mixed_chunk_attention_backward(v, None, *heads, v, v, v, **options)
+        mixed_chunk.mixed_chunk_attention_backward(v, None, heads, v, v, v, **options)
     else:
-        mixed_chunk.mixed_chunk_attention_forward(*heads, v, v, **options, save=True)
+        mixed_chunk.mixed_chunk_attention_forward(heads, v, v, **options, save=True)
 
 
 def _mixed_chunk_both(kind: str, width: int, make: Operands, choose: Choose) -> None:
@@ -171,9 +171,8 @@ def _mixed_chunk_step(kind: str, width: int, make: Operands, choose: Choose) -> 
     heads, v = make(4, 8, 1, width), make(8, 1, 2048)
     held, kv = make(8, 256, width), make(8, width, 2048, dtype=torch.float32)
     mixed_chunk.mixed_chunk_step(
-        *heads, v, v, kv, held, held, make(8, 256, 2048), make(8, dtype=torch.int64),
-        score="relu2", quad_normalizer=256.0, lin_normalizer=None, rel_bias=make(8, 511, dtype=torch.float32),
-        choose=choose,
+        heads, v, v, (kv, held, held, make(8, 256, 2048), make(8, dtype=torch.int64)),
+        rel_bias=make(8, 511, dtype=torch.float32), choose=choose,
     )  # fmt: skip
 
 
@@ -187,7 +186,7 @@ def _heads(kind: str, width: int, make: Operands, choose: Choose) -> None:
     n = make.tokens(2048)
     z, gamma = make(8, n, 128), make(4, 128, dtype=torch.float32)
     cos = make(1, n, 64, dtype=torch.float32)
-    projection.heads_backward([z] * 4, z, gamma, cos, cos, z, interleaved=False, choose=choose)
+    projection.heads_backward([z] * 4, z, gamma, Angles(cos, cos), z, choose=choose)
 
 
 _ATTENTION: dict[str, Any] = {

@@ -17,6 +17,7 @@ import flashgau
 from flashgau import tuning
 from flashgau.kernels.common import Config
 from flashgau.kernels.glu import glu_linear_forward
+from flashgau.options import GluWeights
 from flashgau.tuning import ahead, search, table
 from flashgau.tuning.ahead import Job
 from flashgau.tuning.shipped import DTYPES, ENTRIES, Kept, Operands
@@ -76,7 +77,7 @@ class Bench:
         x, w, u = make(rows, width), make(4096, width), make(4096, width)
         options: dict[str, Any] = {"activation": "silu", "up_activation": "identity", "choose": tuning.choose}
         one, library = (
-            self.median(lambda f=fused: glu_linear_forward(x, w, u, None, None, save=True, fused=f, **options))  # type: ignore[misc]
+            self.median(lambda f=fused: glu_linear_forward(x, GluWeights(w, u), save=True, fused=f, **options))  # type: ignore[misc]
             for fused in (True, False)
         )
         return TableEntry(one < library, min(one, library), library)

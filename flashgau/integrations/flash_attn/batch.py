@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flashgau.ops.validate import Arguments, autocast
 
-from .common import alibi, attend_batch, checked_options, result, unpacked
+from .common import Given, alibi, attend_batch, result, unpacked
 
 
 def flash_attn_func(
@@ -60,10 +60,10 @@ def flash_attn_func(
     args.tensor("q", q, "B M Hq D")
     args.tensor("k", k, "B N Hkv D")
     args.tensor("v", v, "B N Hkv E")
-    return _batch(
-        args, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-        return_attn_probs,
-    )  # fmt: skip
+    given = Given(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+    return _batch(args, q, k, v, given)
 
 
 def flash_attn_kvpacked_func(
@@ -107,10 +107,10 @@ def flash_attn_kvpacked_func(
     q, kv = autocast(q, kv)
     args.tensor("q", q, "B M Hq D")
     k, v = unpacked(args, "kv", kv, "B N 2 Hkv D")
-    return _batch(
-        args, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-        return_attn_probs,
-    )  # fmt: skip
+    given = Given(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+    return _batch(args, q, k, v, given)
 
 
 def flash_attn_qkvpacked_func(
@@ -151,30 +151,17 @@ def flash_attn_qkvpacked_func(
     args = Arguments("flash_attn_qkvpacked_func", {"q": "qkv"})
     (qkv,) = autocast(qkv)
     q, k, v = unpacked(args, "qkv", qkv, "B N 3 Hq D")
-    return _batch(
-        args, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-        return_attn_probs,
-    )  # fmt: skip
-
-
-def _batch(
-    args: Arguments,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float,
-    scale: float | None,
-    causal: bool,
-    window: tuple[int, int],
-    softcap: float,
-    slopes: Tensor | None,
-    deterministic: bool,
-    more: bool,
-) -> Any:
-    """A batch of sequences, (B, ., H, .), whose tensors were checked."""
-    options = checked_options(args, scale, causal, window, softcap, deterministic, more)
-    bias = alibi(args, slopes, max(args.sizes["M"], args.sizes["N"]), "B")
-    out, lse = attend_batch(
-        args, *(x.transpose(1, 2) for x in (q, k, v)), rel_bias=bias, dropout_p=dropout_p, **options
+    given = Given(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
-    return result(out.transpose(1, 2), lse, more)
+    return _batch(args, q, k, v, given)
+
+
+def _batch(args: Arguments, q: Tensor, k: Tensor, v: Tensor, given: Given) -> Any:
+    """A batch of sequences, (B, ., H, .), whose tensors were checked."""
+    options = given.checked(args)
+    bias = alibi(args, given.slopes, max(args.sizes["M"], args.sizes["N"]), "B")
+    out, lse = attend_batch(
+        args, *(x.transpose(1, 2) for x in (q, k, v)), rel_bias=bias, dropout_p=given.dropout_p, **options
+    )
+    return result(out.transpose(1, 2), lse, given.more)

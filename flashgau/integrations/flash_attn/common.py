@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from flashgau.bias import alibi_bias
 from flashgau.ops.attention import attend
-from flashgau.ops.bias import alibi_bias
 from flashgau.ops.validate import Arguments
+from flashgau.options import AttentionOptions, Layout
 
 from ..packing import end_to_end
 from .helpers import within
@@ -24,30 +25,41 @@ _THEIRS = {
 }
 
 
+class Given(NamedTuple):
+    """The options that all functions have, unchecked."""
+
+    dropout_p: float
+    scale: float | None
+    causal: bool
+    window: tuple[int, int]
+    softcap: float
+    slopes: Tensor | None
+    deterministic: bool
+    more: bool
+
+    def checked(self, args: Arguments) -> dict[str, Any]:
+        """Those of `flashgau.attention` but for dropout and bias."""
+        return checked_options(args, self.scale, self.causal, self.window, self.softcap, self.deterministic, self.more)
+
+
 def attend_batch(
     args: Arguments,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
-    scale: float | None,
-    causal: bool,
-    window: tuple[int | None, int | None] | None,
-    softcap: float | None,
-    rel_bias: Tensor | None,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-    dropout_p: float = 0.0,
     backend: str | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`flashgau.attention` and its log-sum-exp; what it refuses, it refuses in the words of the caller."""
     names = dict(args.names or {})
     names |= {ours: names.get(theirs, theirs) for ours, theirs in _THEIRS.items()}
-    out, lse = attend(
-        Arguments(args.op, names), q, k, v, causal, scale, window, softcap, rel_bias, None, lengths, cu_seqlens,
-        cu_seqlens_k, dropout_p, None, True, backend,
-    )  # fmt: skip
+    layout = Layout(lengths, cu_seqlens, cu_seqlens_k)
+    own = Arguments(args.op, names)
+    out, lse = attend(own, q, k, v, AttentionOptions(**options), layout, return_lse=True, backend=backend)
     return out, lse
 
 

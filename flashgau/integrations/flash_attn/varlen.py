@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashgau.ops.validate import Arguments, autocast, readable
 
-from .common import alibi, attend_packed, checked_options, checked_pages, of_segments, result, segments, unpacked
+from .common import Given, alibi, attend_packed, checked_pages, of_segments, result, segments, unpacked
 
 
 def flash_attn_varlen_func(
@@ -72,10 +72,10 @@ def flash_attn_varlen_func(
     args.tensor("q", q, "M Hq D")
     args.tensor("k", k, "N Hkv D" if block_table is None else "pages page Hkv D")
     args.tensor("v", v, "N Hkv E" if block_table is None else "pages page Hkv E")
-    return _varlen(
-        args, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-        window_size, softcap, alibi_slopes, deterministic, return_attn_probs, block_table,
-    )  # fmt: skip
+    given = Given(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+    return _varlen(args, q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), given, block_table)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -128,10 +128,10 @@ def flash_attn_varlen_kvpacked_func(
     q, kv = autocast(q, kv)
     args.tensor("q", q, "M Hq D")
     k, v = unpacked(args, "kv", kv, "N 2 Hkv D")
-    return _varlen(
-        args, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-        window_size, softcap, alibi_slopes, deterministic, return_attn_probs, None,
-    )  # fmt: skip
+    given = Given(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+    return _varlen(args, q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), given)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -182,10 +182,10 @@ def flash_attn_varlen_qkvpacked_func(
     )  # fmt: skip
     (qkv,) = autocast(qkv)
     q, k, v = unpacked(args, "qkv", qkv, "N 3 Hq D")
-    return _varlen(
-        args, q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
-        window_size, softcap, alibi_slopes, deterministic, return_attn_probs, None,
-    )  # fmt: skip
+    given = Given(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+    return _varlen(args, q, k, v, (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen), given)
 
 
 def _varlen(
@@ -193,22 +193,13 @@ def _varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    max_q: int | Tensor,
-    max_k: int | Tensor,
-    dropout_p: float,
-    scale: float | None,
-    causal: bool,
-    window: tuple[int, int],
-    softcap: float,
-    slopes: Tensor | None,
-    deterministic: bool,
-    more: bool,
-    table: Tensor | None,
+    ends: tuple[Tensor, Tensor],
+    longest_of: tuple[int | Tensor, int | Tensor],
+    given: Given,
+    table: Tensor | None = None,
 ) -> Any:
-    """Sequences packed end to end, (., H, .), whose tensors were checked."""
-    options = checked_options(args, scale, causal, window, softcap, deterministic, more)
+    """Sequences packed end to end, (., H, .), whose tensors were checked. Ends and longest, of queries and of keys."""
+    options, (cu_q, cu_k), (max_q, max_k) = given.checked(args), ends, longest_of
     cu_q, cu_k = args.indices("cu_seqlens_q", cu_q, "G+1"), args.indices("cu_seqlens_k", cu_k, "G+1")
     args.sizes["G"] = args.sizes["G+1"] - 1
     capacity = 0
@@ -220,7 +211,7 @@ def _varlen(
         _longest(args, "k", cu_k, max_k, total_k, "N"),
         capacity,
     )
-    bias = alibi(args, slopes, longest, "G")
+    bias = alibi(args, given.slopes, longest, "G")
     if table is not None:
         lengths = cu_k.diff().long()
         if readable(lengths) and len(lengths) and (most := int(lengths.max())) > capacity:
@@ -229,8 +220,8 @@ def _varlen(
         k, v = (x[table].flatten(0, 2) for x in (k, v))
         cu_q, cu_k = segments(cu_q.diff().long(), torch.zeros_like(lengths), lengths, capacity)
         bias = of_segments(bias)
-    out, lse = attend_packed(args, q, k, v, cu_q, cu_k, bias, dropout_p=dropout_p, **options)
-    return result(out, lse, more)
+    out, lse = attend_packed(args, q, k, v, cu_q, cu_k, bias, dropout_p=given.dropout_p, **options)
+    return result(out, lse, given.more)
 
 
 def _longest(args: Arguments, side: str, cu: Tensor, given: Any, total: int, letter: str) -> int:
