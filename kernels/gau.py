@@ -442,7 +442,7 @@ def gau_attention_forward(
     n_blocks = blocks_of(call.sequences, m, 1, config.block_m)
     total = n_blocks * call.rows
     n_tiles = triton.cdiv(e, config.block_n)
-    options = {"SCORE": call.score, "SCALING": call.scaling}
+    scoring = {"SCORE": call.score, "SCALING": call.scaling}
     sizes = {"S": s, "BS": call.width, "BM": config.block_m, "BN": config.block_k}
 
     def multiply(first: int, count: int, panel: Tensor | None, panel_width: int) -> None:
@@ -450,7 +450,7 @@ def gau_attention_forward(
             rows(q), rows(k), rows(v), rows(gate), lse, panel, rows(product), rows(out), *call.sequences,
             *call.rule, n_blocks, first, panel_width,
             Sizes(**sizes, E=e, BE=config.block_n, PRECISION=call.precision, FACTORS=call.factors),
-            **options, **config.launch(),
+            **scoring, **config.launch(),
         )  # fmt: skip
 
     if not panels:
@@ -464,7 +464,7 @@ def gau_attention_forward(
         count = min(step, total - first)
         weights_kernel[(count * n_across,)](
             rows(q), rows(k), lse, panel, *call.sequences, *call.rule, n_blocks, first, n_across, panel_width,
-            Sizes(**sizes, PRECISION=call.precision), **options, **making.launch(),
+            Sizes(**sizes, PRECISION=call.precision), **scoring, **making.launch(),
         )  # fmt: skip
         multiply(first, count, panel, panel_width)
     return out, product
