@@ -22,6 +22,7 @@ from .attention_kernels import (
 from .common import (
     FUSED_ADDITION,
     Choose,
+    Sizes,
     blocks_of,
     heads,
     matmul_precision,
@@ -63,10 +64,11 @@ def attention_forward(
     if n_parts is not None:
         parts = heads(q.new_empty(n_parts, b, n_heads, m, e, dtype=torch.float32)[0])
         sums = q.new_empty(2, n_parts, b, n_heads, m, dtype=torch.float32)
+    precision = matmul_precision(q.dtype)
     forward_kernel[(n_blocks * per_block, n_parts or 1)](
         heads(q), heads(k), heads(v), parts, sums, *sequences, *rule, n_blocks, n_kv_heads, n_parts,
-        GROUPS=groups, D=d, E=e, **widths, BM=config.block_m, BN=config.block_n,
-        PRECISION=matmul_precision(q.dtype), **config.launch(),
+        Sizes(GROUPS=groups, D=d, E=e, **widths, BM=config.block_m, BN=config.block_n, PRECISION=precision),
+        **config.launch(),
     )  # fmt: skip
     if n_parts is not None:
         whole = out if out.is_contiguous() else q.new_empty(b, n_heads, m, e)
@@ -122,7 +124,7 @@ def attention_backward(
         n_blocks = blocks_of(sequences, m, groups, config.block_m)
         dq_kernel[(n_blocks * n_kv_heads * rows,)](
             heads(q), heads(k), heads(v), heads(dout), lse, delta, heads(dq), *sequences, *rule, n_blocks, n_kv_heads,
-            GROUPS=groups, D=d, E=e, **widths, BM=config.block_m, BN=config.block_n, PRECISION=precision,
+            Sizes(GROUPS=groups, D=d, E=e, **widths, BM=config.block_m, BN=config.block_n, PRECISION=precision),
             **config.launch(),
         )  # fmt: skip
     if dk.numel():
@@ -130,15 +132,16 @@ def attention_backward(
         n_blocks = blocks_of(sequences, n, 1, config.block_n)
         dkv_kernel[(n_blocks * n_kv_heads * rows,)](
             heads(q), heads(k), heads(v), heads(dout), lse, delta, heads(dk), heads(dv), *sequences, *rule, n_blocks,
-            n_kv_heads, GROUPS=groups, D=d, E=e, **widths, BM=config.block_m, BN=config.block_n,
-            PRECISION=precision, **config.launch(),
+            n_kv_heads,
+            Sizes(GROUPS=groups, D=d, E=e, **widths, BM=config.block_m, BN=config.block_n, PRECISION=precision),
+            **config.launch(),
         )  # fmt: skip
     if rel_bias is not None and dbias is not None and dbias.numel():
         config = choose("attention_dbias", q, width, options=extras)
         n_blocks = triton.cdiv(rel_bias.shape[-1], config.block_n)
         dbias_kernel[(n_blocks * n_heads * rows,)](
             heads(q), heads(k), heads(v), heads(dout), lse, delta, dbias, *sequences, *rule, n_blocks, n_heads,
-            GROUPS=groups, D=d, E=e, **widths, BM=config.block_m, BN=config.block_n, PRECISION=precision,
+            Sizes(GROUPS=groups, D=d, E=e, **widths, BM=config.block_m, BN=config.block_n, PRECISION=precision),
             **config.launch(),
         )  # fmt: skip
     if rel_bias is not None and dbias is not None:

@@ -40,20 +40,23 @@ from .common import (
 
 
 class AttentionRule(NamedTuple):
-    """Options of the scores. A field that is None is compiled out; windows and caps may change without recompiling."""
+    """Options of the scores. A field that is None is compiled out; windows and caps may change without recompiling.
+
+    With a scale alone, a query sees every key. `right=0` is a causal mask.
+    """
 
     scale: float
-    left: Any  # a query at position p sees the keys p - left .. p + right
-    right: Any
-    softcap: Any
-    bias: Any  # pointer to (B, Hq, 2 max_distance + 1); may be float32 when q is half
-    bias_batch: int
-    bias_head: int
-    max_distance: int
-    sinks: Any  # pointer to (Hq,)
-    seed: Any  # pointer to the seed of dropout
-    threshold: int  # random 32-bit words below it are dropped; less 2^31, for a signed comparison
-    dropout_scale: float  # 1 / (1 - dropout)
+    left: Any = None  # a query at position p sees the keys p - left .. p + right
+    right: Any = None
+    softcap: Any = None
+    bias: Any = None  # pointer to (B, Hq, 2 max_distance + 1); may be float32 when q is half
+    bias_batch: int = 0
+    bias_head: int = 0
+    max_distance: int = 0
+    sinks: Any = None  # pointer to (Hq,)
+    seed: Any = None  # pointer to the seed of dropout
+    threshold: int = -(2**31)  # random 32-bit words below it are dropped; less 2^31, for a signed comparison
+    dropout_scale: float = 1.0  # 1 / (1 - dropout)
 
 
 @triton.jit
@@ -121,11 +124,13 @@ def row_offsets(sequences, i_seq, i_head, n_heads, o_query, o_head, first_m, row
 
 
 @triton.jit
-def block_of_rows(sequences, n_blocks, n_kv_heads, GROUPS: tl.constexpr, BM: tl.constexpr):
+def block_of_rows(sequences, n_blocks, n_kv_heads, SIZES: tl.constexpr):
     """(block of rows, key head, sequence) of a program, and the `bounds` of the sequence.
 
     Of a causal mask, blocks with the most keys come first. A negative block has nothing to do.
     """
+    GROUPS: tl.constexpr = SIZES.GROUPS
+    BM: tl.constexpr = SIZES.BM
     i_block, i_head, i_seq = place(
         tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.cu_seqlens_q, sequences.max_seqlen_q, GROUPS, BM
     )  # fmt: skip
@@ -135,18 +140,18 @@ def block_of_rows(sequences, n_blocks, n_kv_heads, GROUPS: tl.constexpr, BM: tl.
 
 
 @triton.jit
-def rows_of_block(i_block, i_head, m, n, GROUPS: tl.constexpr, BM: tl.constexpr):
+def rows_of_block(i_block, i_head, m, n, SIZES: tl.constexpr):
     """Query, head and position of each row, and whether it is in range."""
-    o_row = i_block * BM + tl.arange(0, BM)
-    o_query, o_head = o_row // GROUPS, i_head * GROUPS + o_row % GROUPS
+    o_row = i_block * SIZES.BM + tl.arange(0, SIZES.BM)
+    o_query, o_head = o_row // SIZES.GROUPS, i_head * SIZES.GROUPS + o_row % SIZES.GROUPS
     return o_query, o_head, o_query + n - m, o_query < m
 
 
 @triton.jit
-def keys_of_block(rule, i_block, m, n, GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def keys_of_block(rule, i_block, m, n, SIZES: tl.constexpr):
     """Blocks of keys that a block of rows sees, as `in_blocks` returns them."""
-    last = tl.minimum((i_block * BM + BM - 1) // GROUPS, m - 1)
-    return keys_seen(rule, i_block * BM // GROUPS + n - m, last + n - m, n, BN)
+    last = tl.minimum((i_block * SIZES.BM + SIZES.BM - 1) // SIZES.GROUPS, m - 1)
+    return keys_seen(rule, i_block * SIZES.BM // SIZES.GROUPS + n - m, last + n - m, n, SIZES.BN)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -154,27 +159,26 @@ def forward_kernel(
     q, k, v, out, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
     sinks, seed, threshold, dropout_scale, n_blocks, n_kv_heads, n_parts,
-    GROUPS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION
 ):  # fmt: skip
     """O and LSE of a block of rows; with `n_parts`, of every n-th part of its keys."""
+    BM: tl.constexpr = SIZES.BM
+    BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = AttentionRule(
         scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale
     )
-    i_block, i_head, i_seq, row, first_m, m, stored, first_n, n = block_of_rows(
-        sequences, n_blocks, n_kv_heads, GROUPS, BM
-    )
+    i_block, i_head, i_seq, row, first_m, m, stored, first_n, n = block_of_rows(sequences, n_blocks, n_kv_heads, SIZES)
     if i_block < 0:
         return
-    o_query, o_head, o_position, m_row = rows_of_block(i_block, i_head, m, n, GROUPS, BM)
+    o_query, o_head, o_position, m_row = rows_of_block(i_block, i_head, m, n, SIZES)
     p_bias = bias_pointers(rule, row, o_head)
-    b_q = load_rows(q, row_pointers(q, row, o_head, first_m + o_query), m_row, D, BD, False)
+    b_q = load_rows(q, row_pointers(q, row, o_head, first_m + o_query), m_row, SIZES.D, SIZES.BD, False)
     p_k = row_pointers(k, row, i_head, first_n)
     p_v = row_pointers(v, row, i_head, first_n)
 
     # The range of keys that the rows see, restricted to this program's part.
-    start, full_start, full_stop, stop = keys_of_block(rule, i_block, m, n, GROUPS, BM, BN)
+    start, full_start, full_stop, stop = keys_of_block(rule, i_block, m, n, SIZES)
     i_part = tl.program_id(1)
     if n_parts is not None:
         per_part = ((stop - start + BN - 1) // BN + n_parts - 1) // n_parts * BN
@@ -192,7 +196,7 @@ def forward_kernel(
             b_sink = tl.where(i_part == 0, b_sink, -float("inf"))
         b_m = b_sink
         b_l = tl.where(b_sink == -float("inf"), 0.0, 1.0)
-    b_acc = tl.zeros([BM, BE], tl.float32)
+    b_acc = tl.zeros([BM, SIZES.BE], tl.float32)
 
     for phase in tl.static_range(3):  # masked blocks on the left, unmasked, masked on the right
         if phase != 0 or rule.left is not None:
@@ -200,8 +204,8 @@ def forward_kernel(
             hi = full_start if phase == 0 else (full_stop if phase == 1 else stop)
             for j in range(lo, hi, BN):
                 o_key = j + tl.arange(0, BN)
-                b_k = load_rows(k, p_k + tl.cast(o_key, tl.int64) * k.token, o_key < n, D, BD, phase == 1)
-                b_qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
+                b_k = load_rows(k, p_k + tl.cast(o_key, tl.int64) * k.token, o_key < n, SIZES.D, SIZES.BD, phase == 1)
+                b_qk = tl.dot(b_q, b_k.T, input_precision=SIZES.PRECISION)
                 b_s, _ = scores(b_qk, rule, p_bias[:, None], o_position[:, None], o_key[None, :], n, phase != 1)
                 b_new = tl.maximum(b_m, tl.max(b_s, 1))
                 b_pivot = tl.where(b_new == -float("inf"), 0.0, b_new)  # no visible key so far: avoids inf - inf
@@ -210,8 +214,8 @@ def forward_kernel(
                 b_l = b_l * b_alpha + tl.sum(b_p, 1)
                 if rule.seed is not None:
                     b_p = tl.where(kept(rule, i_seq, o_head, o_query, j, BM, BN), b_p, 0.0)
-                b_v = load_rows(v, p_v + tl.cast(o_key, tl.int64) * v.token, o_key < n, E, BE, phase == 1)
-                b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
+                b_v = load_rows(v, p_v + tl.cast(o_key, tl.int64) * v.token, o_key < n, SIZES.E, SIZES.BE, phase == 1)
+                b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=SIZES.PRECISION)
                 b_m = b_new
 
     # LSE = m + log l. A row that sees nothing has O = 0 and LSE = -inf.
@@ -219,17 +223,17 @@ def forward_kernel(
     b_acc = tl.where(m_row[:, None], b_acc, 0.0)
     b_lse = tl.where(m_row & (b_l != 0), b_m + tl.log(b_l), -float("inf"))
     p_out = row_pointers(out, row, o_head, first_m + o_query)
-    p_lse = lse + row_offsets(sequences, i_seq, i_head, n_kv_heads * GROUPS, o_query, o_head, first_m, row)
+    p_lse = lse + row_offsets(sequences, i_seq, i_head, n_kv_heads * SIZES.GROUPS, o_query, o_head, first_m, row)
     if n_parts is not None:
-        all_rows = tl.cast(sequences.max_seqlen_q, tl.int64) * n_kv_heads * GROUPS
+        all_rows = tl.cast(sequences.max_seqlen_q, tl.int64) * n_kv_heads * SIZES.GROUPS
         if sequences.cu_seqlens_q is None:
             all_rows *= sequences.n_sequences
-        p_out += i_part * all_rows * E
+        p_out += i_part * all_rows * SIZES.E
         p_lse += i_part * all_rows
         # Maximum and sum are stored separately: LSE = m + log l loses low bits of l when m is large.
         tl.store(p_lse + n_parts * all_rows, tl.where(m_row, b_l, 0.0), mask=o_query < stored)
         b_lse = b_m
-    store_rows(out, p_out, o_query < stored, b_acc, E, BE)
+    store_rows(out, p_out, o_query < stored, b_acc, SIZES.E, SIZES.BE)
     tl.store(p_lse, b_lse, mask=o_query < stored)
 
 
@@ -296,51 +300,50 @@ def dq_kernel(
     q, k, v, dout, lse, delta, dq, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
     sinks, seed, threshold, dropout_scale, n_blocks, n_kv_heads,
-    GROUPS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION
 ):  # fmt: skip
     """dQ = scale dS K of a block of rows, over the keys they see."""
+    BM: tl.constexpr = SIZES.BM
+    BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = AttentionRule(
         scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale
     )
-    i_block, i_head, i_seq, row, first_m, m, stored, first_n, n = block_of_rows(
-        sequences, n_blocks, n_kv_heads, GROUPS, BM
-    )
+    i_block, i_head, i_seq, row, first_m, m, stored, first_n, n = block_of_rows(sequences, n_blocks, n_kv_heads, SIZES)
     if i_block < 0:
         return
-    o_query, o_head, o_position, m_row = rows_of_block(i_block, i_head, m, n, GROUPS, BM)
+    o_query, o_head, o_position, m_row = rows_of_block(i_block, i_head, m, n, SIZES)
     p_bias = bias_pointers(rule, row, o_head)
-    b_q = load_rows(q, row_pointers(q, row, o_head, first_m + o_query), m_row, D, BD, False)
-    b_dout = load_rows(dout, row_pointers(dout, row, o_head, first_m + o_query), m_row, E, BE, False)
-    o_flat = row_offsets(sequences, i_seq, i_head, n_kv_heads * GROUPS, o_query, o_head, first_m, row)
+    b_q = load_rows(q, row_pointers(q, row, o_head, first_m + o_query), m_row, SIZES.D, SIZES.BD, False)
+    b_dout = load_rows(dout, row_pointers(dout, row, o_head, first_m + o_query), m_row, SIZES.E, SIZES.BE, False)
+    o_flat = row_offsets(sequences, i_seq, i_head, n_kv_heads * SIZES.GROUPS, o_query, o_head, first_m, row)
     b_lse = tl.load(lse + o_flat, mask=m_row, other=-float("inf"))
     b_delta = tl.load(delta + o_flat, mask=m_row, other=0.0)
     p_k = row_pointers(k, row, i_head, first_n)
     p_v = row_pointers(v, row, i_head, first_n)
 
-    start, full_start, full_stop, stop = keys_of_block(rule, i_block, m, n, GROUPS, BM, BN)
-    b_dq = tl.zeros([BM, BD], tl.float32)
+    start, full_start, full_stop, stop = keys_of_block(rule, i_block, m, n, SIZES)
+    b_dq = tl.zeros([BM, SIZES.BD], tl.float32)
     for phase in tl.static_range(3):
         if phase != 0 or rule.left is not None:
             lo = start if phase == 0 else (full_start if phase == 1 else full_stop)
             hi = full_start if phase == 0 else (full_stop if phase == 1 else stop)
             for j in range(lo, hi, BN):
                 o_key = j + tl.arange(0, BN)
-                b_k = load_rows(k, p_k + tl.cast(o_key, tl.int64) * k.token, o_key < n, D, BD, phase == 1)
-                b_v = load_rows(v, p_v + tl.cast(o_key, tl.int64) * v.token, o_key < n, E, BE, phase == 1)
-                b_qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
+                b_k = load_rows(k, p_k + tl.cast(o_key, tl.int64) * k.token, o_key < n, SIZES.D, SIZES.BD, phase == 1)
+                b_v = load_rows(v, p_v + tl.cast(o_key, tl.int64) * v.token, o_key < n, SIZES.E, SIZES.BE, phase == 1)
+                b_qk = tl.dot(b_q, b_k.T, input_precision=SIZES.PRECISION)
                 b_s, b_slope = scores(
                     b_qk, rule, p_bias[:, None], o_position[:, None], o_key[None, :], n, phase != 1
                 )  # fmt: skip
                 b_p = probabilities(b_s, b_lse[:, None])
-                b_dp = tl.dot(b_dout, b_v.T, input_precision=PRECISION)
+                b_dp = tl.dot(b_dout, b_v.T, input_precision=SIZES.PRECISION)
                 if rule.seed is not None:
                     b_dp = tl.where(kept(rule, i_seq, o_head, o_query, j, BM, BN), b_dp * rule.dropout_scale, 0.0)
                 b_ds = b_p * (b_dp - b_delta[:, None]) * b_slope
-                b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+                b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=SIZES.PRECISION)
     b_dq = tl.where(m_row[:, None], b_dq * rule.scale, 0.0)
-    store_rows(dq, row_pointers(dq, row, o_head, first_m + o_query), o_query < stored, b_dq, D, BD)
+    store_rows(dq, row_pointers(dq, row, o_head, first_m + o_query), o_query < stored, b_dq, SIZES.D, SIZES.BD)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -348,10 +351,11 @@ def dkv_kernel(
     q, k, v, dout, lse, delta, dk, dv, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
     sinks, seed, threshold, dropout_scale, n_blocks, n_kv_heads,
-    GROUPS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION
 ):  # fmt: skip
     """dK = scale dS^T Q and dV = P^T dO of a block of keys, over the rows of all heads of the group that see them."""
+    BM: tl.constexpr = SIZES.BM
+    BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = AttentionRule(
         scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale
@@ -365,13 +369,13 @@ def dkv_kernel(
 
     o_key = i_block * BN + tl.arange(0, BN)
     m_key = o_key < n
-    b_k = load_rows(k, row_pointers(k, row, i_head, first_n + o_key), m_key, D, BD, False)
-    b_v = load_rows(v, row_pointers(v, row, i_head, first_n + o_key), m_key, E, BE, False)
-    b_dk = tl.zeros([BN, BD], tl.float32)
-    b_dv = tl.zeros([BN, BE], tl.float32)
+    b_k = load_rows(k, row_pointers(k, row, i_head, first_n + o_key), m_key, SIZES.D, SIZES.BD, False)
+    b_v = load_rows(v, row_pointers(v, row, i_head, first_n + o_key), m_key, SIZES.E, SIZES.BE, False)
+    b_dk = tl.zeros([BN, SIZES.BD], tl.float32)
+    b_dv = tl.zeros([BN, SIZES.BE], tl.float32)
     # Out-of-range queries have P = 0, out-of-range keys are masked at the store: neither needs a mask here.
     last = tl.minimum(i_block * BN + BN, n) - 1
-    start, full_start, full_stop, stop = rows_seeing(rule, i_block * BN, last, m, n, GROUPS, BM)
+    start, full_start, full_stop, stop = rows_seeing(rule, i_block * BN, last, m, n, SIZES.GROUPS, BM)
     if rule.left is None:
         full_stop = stop
     for phase in tl.static_range(3):
@@ -380,17 +384,17 @@ def dkv_kernel(
             hi = full_start if phase == 0 else (full_stop if phase == 1 else stop)
             for r in range(lo, hi, BM):
                 o_row = r + tl.arange(0, BM)
-                o_query, o_head = o_row // GROUPS, i_head * GROUPS + o_row % GROUPS
+                o_query, o_head = o_row // SIZES.GROUPS, i_head * SIZES.GROUPS + o_row % SIZES.GROUPS
                 m_row = o_query < m
                 o_position = o_query + n - m
-                b_q = load_rows(q, row_pointers(q, row, o_head, first_m + o_query), m_row, D, BD, False)
+                b_q = load_rows(q, row_pointers(q, row, o_head, first_m + o_query), m_row, SIZES.D, SIZES.BD, False)
                 p_dout = row_pointers(dout, row, o_head, first_m + o_query)
-                b_dout = load_rows(dout, p_dout, m_row, E, BE, False)
-                o_flat = row_offsets(sequences, i_seq, i_head, n_kv_heads * GROUPS, o_query, o_head, first_m, row)
+                b_dout = load_rows(dout, p_dout, m_row, SIZES.E, SIZES.BE, False)
+                o_flat = row_offsets(sequences, i_seq, i_head, n_kv_heads * SIZES.GROUPS, o_query, o_head, first_m, row)
                 b_lse = tl.load(lse + o_flat, mask=m_row, other=-float("inf"))
                 b_delta = tl.load(delta + o_flat, mask=m_row, other=0.0)
                 # S^T, keys by rows: P^T and dS^T are then left operands of tl.dot without a transposition.
-                b_kq = tl.dot(b_k, b_q.T, input_precision=PRECISION)
+                b_kq = tl.dot(b_k, b_q.T, input_precision=SIZES.PRECISION)
                 p_bias = bias_pointers(rule, row, o_head)
                 b_s, b_slope = scores(b_kq, rule, p_bias[None, :], o_position[None, :], o_key[:, None], n, phase != 1)
                 b_p = probabilities(b_s, b_lse[None, :])
@@ -398,16 +402,16 @@ def dkv_kernel(
                 if rule.seed is not None:
                     m_kept = kept(rule, i_seq, o_head, o_query, i_block * BN, BM, BN).T
                     b_weight = tl.where(m_kept, b_p * rule.dropout_scale, 0.0)
-                b_dv = tl.dot(b_weight.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
-                b_dp = tl.dot(b_v, b_dout.T, input_precision=PRECISION)
+                b_dv = tl.dot(b_weight.to(b_dout.dtype), b_dout, b_dv, input_precision=SIZES.PRECISION)
+                b_dp = tl.dot(b_v, b_dout.T, input_precision=SIZES.PRECISION)
                 if rule.seed is not None:
                     b_dp = tl.where(m_kept, b_dp * rule.dropout_scale, 0.0)
                 b_ds = b_p * (b_dp - b_delta[None, :]) * b_slope
-                b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+                b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=SIZES.PRECISION)
     b_dk = tl.where(m_key[:, None], b_dk * rule.scale, 0.0)
     b_dv = tl.where(m_key[:, None], b_dv, 0.0)
-    store_rows(dk, row_pointers(dk, row, i_head, first_n + o_key), o_key < stored, b_dk, D, BD)
-    store_rows(dv, row_pointers(dv, row, i_head, first_n + o_key), o_key < stored, b_dv, E, BE)
+    store_rows(dk, row_pointers(dk, row, i_head, first_n + o_key), o_key < stored, b_dk, SIZES.D, SIZES.BD)
+    store_rows(dv, row_pointers(dv, row, i_head, first_n + o_key), o_key < stored, b_dv, SIZES.E, SIZES.BE)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -415,10 +419,11 @@ def dbias_kernel(
     q, k, v, dout, lse, delta, dbias, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
     sinks, seed, threshold, dropout_scale, n_blocks, n_heads,
-    GROUPS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION
 ):  # fmt: skip
     """dBias of a block of BN = BM distances j - p, over all queries: dS summed along diagonals."""
+    BM: tl.constexpr = SIZES.BM
+    BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = AttentionRule(
         scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale
@@ -449,18 +454,20 @@ def dbias_kernel(
             o_key = i + n - m + nearest + o_column
             m_row = o_query < m
             m_key = (o_key >= 0) & (o_key < n)
-            b_q = load_rows(q, row_pointers(q, row, i_head, first_m + o_query), m_row, D, BD, False)
-            b_dout = load_rows(dout, row_pointers(dout, row, i_head, first_m + o_query), m_row, E, BE, False)
-            b_k = load_rows(k, row_pointers(k, row, i_head // GROUPS, first_n + o_key), m_key, D, BD, False)
-            b_v = load_rows(v, row_pointers(v, row, i_head // GROUPS, first_n + o_key), m_key, E, BE, False)
+            b_q = load_rows(q, row_pointers(q, row, i_head, first_m + o_query), m_row, SIZES.D, SIZES.BD, False)
+            p_dout = row_pointers(dout, row, i_head, first_m + o_query)
+            b_dout = load_rows(dout, p_dout, m_row, SIZES.E, SIZES.BE, False)
+            i_kv_head = i_head // SIZES.GROUPS
+            b_k = load_rows(k, row_pointers(k, row, i_kv_head, first_n + o_key), m_key, SIZES.D, SIZES.BD, False)
+            b_v = load_rows(v, row_pointers(v, row, i_kv_head, first_n + o_key), m_key, SIZES.E, SIZES.BE, False)
             o_flat = row_offsets(sequences, i_seq, i_head, n_heads, o_query, i_head, first_m, row)
             b_lse = tl.load(lse + o_flat, mask=m_row, other=-float("inf"))
             b_delta = tl.load(delta + o_flat, mask=m_row, other=0.0)
-            b_qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
+            b_qk = tl.dot(b_q, b_k.T, input_precision=SIZES.PRECISION)
             p_bias = bias_pointers(rule, row, i_head)
             b_s, _ = scores(b_qk, rule, p_bias, o_position[:, None], o_key[None, :], n, True)
             b_p = tl.where(m_key[None, :], probabilities(b_s, b_lse[:, None]), 0.0)
-            b_dp = tl.dot(b_dout, b_v.T, input_precision=PRECISION)
+            b_dp = tl.dot(b_dout, b_v.T, input_precision=SIZES.PRECISION)
             if rule.seed is not None:
                 b_dp *= kept_at(rule, i_seq, i_head, o_query, o_key, BM, BM + BN)
             b_ds = b_p * (b_dp - b_delta[:, None])

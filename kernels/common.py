@@ -39,6 +39,41 @@ def chosen_by(config: Config | Choose | None) -> Choose:
     return tables.in_force() if config is None else config
 
 
+class Sizes:
+    """What a kernel is compiled for, as one constexpr argument: widths, blocks and precisions of products, by name.
+
+    D and E are the widths of queries and values, S that of gated queries and keys, C the tokens of a chunk, GROUPS the
+    query heads of a key head. BD is D as a block, and so on: a power of two. BM, BN and BK are the blocks of a
+    configuration.
+
+    In a kernel `SIZES.BM` is a `tl.constexpr`, of which the shape of a block can be made. A field of a constexpr
+    NamedTuple would be a plain number there, of which it cannot before Triton 3.8.
+
+    Example:
+        >>> Sizes(D=64, BM=128, PRECISION="ieee").BM
+        constexpr[128]
+    """
+
+    def __init__(self, **sizes: int | str) -> None:
+        self._sizes = sizes
+
+    def __getattr__(self, name: str) -> Any:
+        sizes = vars(self).get("_sizes", {})
+        if name not in sizes:
+            raise AttributeError(f"the kernel needs a size {name}; it was launched with {', '.join(sizes)}")
+        return tl.constexpr(sizes[name])
+
+    # Triton finds compiled kernels by these: in memory by hash and equality, on disk by the text.
+    def __hash__(self) -> int:
+        return hash(frozenset(self._sizes.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sizes) and self._sizes == other._sizes
+
+    def __repr__(self) -> str:
+        return f"Sizes({', '.join(f'{name}={size!r}' for name, size in self._sizes.items())})"
+
+
 class Heads(NamedTuple):
     """A tensor (batch, head, token, column) as a kernel takes it; a stride may be anything, 0 included."""
 
@@ -71,7 +106,12 @@ def heads(x: Tensor) -> Heads:
 
 
 def sequences_of(
-    batch: int, m: int, n: int, lengths: Tensor | None, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None
+    batch: int,
+    m: int,
+    n: int,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Sequences:
     """Describe padding or packing to a kernel, without reading a value on the host."""
     if cu_seqlens is None:

@@ -36,6 +36,7 @@ from .common import (
     Choose,
     Config,
     Sequences,
+    Sizes,
     blocks_of,
     bounds,
     first_slot,
@@ -102,11 +103,11 @@ def panel_pointers(panel, i_slot, width, o_column, BLOCK: tl.constexpr):
 @triton.jit
 def weights_block(
     b_q, b_scale, b_lse, k, p_k, rule, p_bias, o_position, o_key, n,
-    SCORE: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    SIZES: tl.constexpr, SCORE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """A of a block of rows against a block of keys."""
-    b_k = load_rows(k, p_k + tl.cast(o_key, tl.int64) * k.token, o_key < n, S, BS, not MASKED)
-    b_qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
+    b_k = load_rows(k, p_k + tl.cast(o_key, tl.int64) * k.token, o_key < n, SIZES.S, SIZES.BS, not MASKED)
+    b_qk = tl.dot(b_q, b_k.T, input_precision=SIZES.PRECISION)
     b_s = scores(b_qk, b_scale[:, None], rule, p_bias, o_position[:, None], o_key[None, :], n, MASKED)
     return weights(b_s, b_lse[:, None], SCORE)
 
@@ -127,17 +128,19 @@ def load_lse(lse, row, max_seqlen_q, o_token, m_row, SCORE: tl.constexpr):
 def lse_kernel(
     q, k, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, right, bias, bias_batch, max_distance, n_blocks,
-    SCALING: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SIZES: tl.constexpr,  # S, BS, BM, BN, PRECISION
+    SCALING: tl.constexpr,
 ):  # fmt: skip
     """LSE of a block of rows; -inf for a row that sees nothing."""
+    BM: tl.constexpr = SIZES.BM
+    BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = GatedRule(None, right, scale, bias, bias_batch, max_distance)
     i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     o_query = i_block * BM + tl.arange(0, BM)
     o_position, m_row = o_query + n - m, o_query < m
-    b_q = load_rows(q, row_pointers(q, row, 0, first_m + o_query), m_row, S, BS, False)
+    b_q = load_rows(q, row_pointers(q, row, 0, first_m + o_query), m_row, SIZES.S, SIZES.BS, False)
     b_scale, p_bias = scales(rule, o_position, n, SCALING), bias_pointer(rule, row)
     p_k = row_pointers(k, row, 0, first_n)
     last = tl.minimum(i_block * BM + BM, m) - 1
@@ -147,8 +150,8 @@ def lse_kernel(
     for phase in tl.static_range(2):  # unmasked blocks, then masked ones
         for j in range(0 if phase == 0 else full_stop, full_stop if phase == 0 else stop, BN):
             o_key = j + tl.arange(0, BN)
-            b_k = load_rows(k, p_k + tl.cast(o_key, tl.int64) * k.token, o_key < n, S, BS, phase == 0)
-            b_qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
+            b_k = load_rows(k, p_k + tl.cast(o_key, tl.int64) * k.token, o_key < n, SIZES.S, SIZES.BS, phase == 0)
+            b_qk = tl.dot(b_q, b_k.T, input_precision=SIZES.PRECISION)
             b_s = scores(b_qk, b_scale[:, None], rule, p_bias, o_position[:, None], o_key[None, :], n, phase != 0)
             b_new = tl.maximum(b_m, tl.max(b_s, 1))
             b_pivot = tl.where(b_new == -float("inf"), 0.0, b_new)
@@ -163,10 +166,12 @@ def lse_kernel(
 def weights_kernel(
     q, k, lse, panel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, right, bias, bias_batch, max_distance, n_blocks, first_block, n_across, panel_width,
-    SCORE: tl.constexpr, SCALING: tl.constexpr, S: tl.constexpr, BS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    SIZES: tl.constexpr,  # S, BS, BM, BN, PRECISION
+    SCORE: tl.constexpr, SCALING: tl.constexpr,
 ):  # fmt: skip
     """One block of a panel (blocks of rows, BM, keys): A, up to the last key that a row of the block sees."""
+    BM: tl.constexpr = SIZES.BM
+    BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = GatedRule(None, right, scale, bias, bias_batch, max_distance)
     i_slot = tl.program_id(0) // n_across
@@ -179,13 +184,11 @@ def weights_kernel(
         return
     o_query = i_block * BM + tl.arange(0, BM)
     o_position, m_row = o_query + n - m, o_query < m
-    b_q = load_rows(q, row_pointers(q, row, 0, first_m + o_query), m_row, S, BS, False)
+    b_q = load_rows(q, row_pointers(q, row, 0, first_m + o_query), m_row, SIZES.S, SIZES.BS, False)
     b_lse = load_lse(lse, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
     b_scale, p_bias = scales(rule, o_position, n, SCALING), bias_pointer(rule, row)
-    b_a = weights_block(
-        b_q, b_scale, b_lse, k, row_pointers(k, row, 0, first_n), rule, p_bias, o_position, o_key, n,
-        SCORE, S, BS, PRECISION, True,
-    )  # fmt: skip
+    p_k = row_pointers(k, row, 0, first_n)
+    b_a = weights_block(b_q, b_scale, b_lse, k, p_k, rule, p_bias, o_position, o_key, n, SIZES, SCORE, True)
     tl.store(panel_pointers(panel, i_slot, panel_width, o_key, BM), b_a.to(panel.dtype.element_ty))
 
 
@@ -194,15 +197,17 @@ def product_kernel(
     q, k, v, gate, lse, panel, product, out,
     lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, right, bias, bias_batch, max_distance, n_blocks, first_block, panel_width,
-    SCORE: tl.constexpr, SCALING: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, FACTORS: tl.constexpr,
+    SIZES: tl.constexpr,  # S, E, BS, BE, BM, BN, PRECISION, FACTORS
+    SCORE: tl.constexpr, SCALING: tl.constexpr,
 ):  # fmt: skip
     """X = A V and gate * X of a block of rows and a tile of columns; without a panel, A is computed here."""
+    BM: tl.constexpr = SIZES.BM
+    BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = GatedRule(None, right, scale, bias, bias_batch, max_distance)
-    n_tiles = tl.cdiv(E, BE)
+    n_tiles = tl.cdiv(SIZES.E, SIZES.BE)
     i_slot = tl.program_id(0) // n_tiles
-    o_column = tl.program_id(0) % n_tiles * BE + tl.arange(0, BE)
+    o_column = tl.program_id(0) % n_tiles * SIZES.BE + tl.arange(0, SIZES.BE)
     i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, stored, first_n, n, _ = bounds(sequences, i_seq)
     if i_block * BM >= stored:
@@ -212,16 +217,16 @@ def product_kernel(
     last = tl.minimum(i_block * BM + BM, m) - 1
     _, _, full_stop, stop = keys_seen(rule, i_block * BM + n - m, last + n - m, n, BN)
     p_v = row_pointers(v, row, 0, first_n)
-    b_acc = tl.zeros([BM, BE], tl.float32)
+    b_acc = tl.zeros([BM, SIZES.BE], tl.float32)
     if panel is not None:
         for j in range(0, stop, BN):
             o_key = j + tl.arange(0, BN)
             b_a = tl.load(panel_pointers(panel, i_slot, panel_width, o_key, BM))
-            b_v = load_tile(v, p_v + tl.cast(o_key, tl.int64) * v.token, o_key < n, o_column, E, BE)
+            b_v = load_tile(v, p_v + tl.cast(o_key, tl.int64) * v.token, o_key < n, o_column, SIZES.E, SIZES.BE)
             b_a, b_v = factors(b_a, b_v)
-            b_acc = tl.dot(b_a, b_v, b_acc, input_precision=FACTORS)
+            b_acc = tl.dot(b_a, b_v, b_acc, input_precision=SIZES.FACTORS)
     else:
-        b_q = load_rows(q, row_pointers(q, row, 0, first_m + o_query), m_row, S, BS, False)
+        b_q = load_rows(q, row_pointers(q, row, 0, first_m + o_query), m_row, SIZES.S, SIZES.BS, False)
         b_lse = load_lse(lse, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
         b_scale, p_bias = scales(rule, o_position, n, SCALING), bias_pointer(rule, row)
         p_k = row_pointers(k, row, 0, first_n)
@@ -229,20 +234,20 @@ def product_kernel(
             for j in range(0 if phase == 0 else full_stop, full_stop if phase == 0 else stop, BN):
                 o_key = j + tl.arange(0, BN)
                 b_a = weights_block(
-                    b_q, b_scale, b_lse, k, p_k, rule, p_bias, o_position, o_key, n,
-                    SCORE, S, BS, PRECISION, phase != 0,
-                )  # fmt: skip
-                b_v = load_tile(v, p_v + tl.cast(o_key, tl.int64) * v.token, o_key < n, o_column, E, BE)
+                    b_q, b_scale, b_lse, k, p_k, rule, p_bias, o_position, o_key, n, SIZES, SCORE, phase != 0
+                )
+                b_v = load_tile(v, p_v + tl.cast(o_key, tl.int64) * v.token, o_key < n, o_column, SIZES.E, SIZES.BE)
                 b_a, b_v = factors(b_a, b_v)
-                b_acc = tl.dot(b_a, b_v, b_acc, input_precision=FACTORS)
+                b_acc = tl.dot(b_a, b_v, b_acc, input_precision=SIZES.FACTORS)
     b_acc = tl.where(m_row[:, None], b_acc, 0.0)
     m_stored = o_query < stored
     if product is not None:
         p_product = row_pointers(product, row, 0, first_m + o_query)
-        store_tile(product, p_product, m_stored, o_column, b_acc, E, BE)
+        store_tile(product, p_product, m_stored, o_column, b_acc, SIZES.E, SIZES.BE)
     if gate is not None:
-        b_acc *= load_tile(gate, row_pointers(gate, row, 0, first_m + o_query), m_row, o_column, E, BE).to(tl.float32)
-    store_tile(out, row_pointers(out, row, 0, first_m + o_query), m_stored, o_column, b_acc, E, BE)
+        p_gate = row_pointers(gate, row, 0, first_m + o_query)
+        b_acc *= load_tile(gate, p_gate, m_row, o_column, SIZES.E, SIZES.BE).to(tl.float32)
+    store_tile(out, row_pointers(out, row, 0, first_m + o_query), m_stored, o_column, b_acc, SIZES.E, SIZES.BE)
 
 
 # ---------------------------------------------------------------- backward
@@ -253,10 +258,12 @@ def gradient_kernel(
     q, k, v, dx, lse, delta, panel, dpanel,
     lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, right, bias, bias_batch, max_distance, n_blocks, first_block, n_across, panel_width,
-    SCORE: tl.constexpr, SCALING: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    SIZES: tl.constexpr,  # S, E, BS, BE, BM, BN, PRECISION
+    SCORE: tl.constexpr, SCALING: tl.constexpr,
 ):  # fmt: skip
     """One block of both panels (blocks of keys, BN, queries): A^T, and dS^T from dA = dX V^T."""
+    BM: tl.constexpr = SIZES.BM
+    BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = GatedRule(None, right, scale, bias, bias_batch, max_distance)
     i_slot = tl.program_id(0) // n_across
@@ -270,14 +277,14 @@ def gradient_kernel(
     o_position, m_row, m_key = o_query + n - m, o_query < m, o_key < n
     p_v, p_dx = row_pointers(v, row, 0, first_n + o_key), row_pointers(dx, row, 0, first_m + o_query)
     b_da = tl.zeros([BN, BM], tl.float32)
-    for column in range(0, E, BE):
-        o_column = column + tl.arange(0, BE)
-        b_v = load_tile(v, p_v, m_key, o_column, E, BE)
-        b_dx = load_tile(dx, p_dx, m_row, o_column, E, BE)
-        b_da = tl.dot(b_v, b_dx.T, b_da, input_precision=PRECISION)
-    b_q = load_rows(q, row_pointers(q, row, 0, first_m + o_query), m_row, S, BS, False)
-    b_k = load_rows(k, row_pointers(k, row, 0, first_n + o_key), m_key, S, BS, False)
-    b_kq = tl.dot(b_k, b_q.T, input_precision=PRECISION)
+    for column in range(0, SIZES.E, SIZES.BE):
+        o_column = column + tl.arange(0, SIZES.BE)
+        b_v = load_tile(v, p_v, m_key, o_column, SIZES.E, SIZES.BE)
+        b_dx = load_tile(dx, p_dx, m_row, o_column, SIZES.E, SIZES.BE)
+        b_da = tl.dot(b_v, b_dx.T, b_da, input_precision=SIZES.PRECISION)
+    b_q = load_rows(q, row_pointers(q, row, 0, first_m + o_query), m_row, SIZES.S, SIZES.BS, False)
+    b_k = load_rows(k, row_pointers(k, row, 0, first_n + o_key), m_key, SIZES.S, SIZES.BS, False)
+    b_kq = tl.dot(b_k, b_q.T, input_precision=SIZES.PRECISION)
     b_scale, p_bias = scales(rule, o_position, n, SCALING), bias_pointer(rule, row)
     b_s = scores(b_kq, b_scale[None, :], rule, p_bias, o_position[None, :], o_key[:, None], n, True)
     b_lse = load_lse(lse, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
@@ -292,15 +299,17 @@ def gradient_kernel(
 def dkv_kernel(
     panel, x, out, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, right, n_blocks, first_block, panel_width,
-    SCALING: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    FACTORS: tl.constexpr,
+    SIZES: tl.constexpr,  # E, BE, BM, BN, FACTORS
+    SCALING: tl.constexpr,
 ):  # fmt: skip
     """dV = A^T dX, or with SCALING dK = dS^T (scale Q), of a block of keys of a panel and a tile of columns."""
+    BM: tl.constexpr = SIZES.BM
+    BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = GatedRule(None, right, scale, None, 0, 0)
-    n_tiles = tl.cdiv(E, BE)
+    n_tiles = tl.cdiv(SIZES.E, SIZES.BE)
     i_slot = tl.program_id(0) // n_tiles
-    o_column = tl.program_id(0) % n_tiles * BE + tl.arange(0, BE)
+    o_column = tl.program_id(0) % n_tiles * SIZES.BE + tl.arange(0, SIZES.BE)
     i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_k, max_seqlen_k, 1, BN)
     row, first_m, m, _, first_n, n, stored = bounds(sequences, i_seq)
     if i_block * BN >= stored:
@@ -308,27 +317,29 @@ def dkv_kernel(
     o_key = i_block * BN + tl.arange(0, BN)
     start, _, _, stop = rows_seeing(rule, i_block * BN, tl.minimum(i_block * BN + BN, n) - 1, m, n, 1, BM)
     p_x = row_pointers(x, row, 0, first_m)
-    b_acc = tl.zeros([BN, BE], tl.float32)
+    b_acc = tl.zeros([BN, SIZES.BE], tl.float32)
     for r in range(start, stop, BM):
         o_query = r + tl.arange(0, BM)
         b_p = tl.load(panel_pointers(panel, i_slot, panel_width, o_query, BN))
-        b_x = load_tile(x, p_x + tl.cast(o_query, tl.int64) * x.token, o_query < m, o_column, E, BE)
+        b_x = load_tile(x, p_x + tl.cast(o_query, tl.int64) * x.token, o_query < m, o_column, SIZES.E, SIZES.BE)
         if SCALING is not None:
             b_p = b_p * scales(rule, o_query + n - m, n, SCALING)[None, :]
         b_p, b_x = factors(b_p, b_x)
-        b_acc = tl.dot(b_p, b_x, b_acc, input_precision=FACTORS)
+        b_acc = tl.dot(b_p, b_x, b_acc, input_precision=SIZES.FACTORS)
     b_acc = tl.where((o_key < n)[:, None], b_acc, 0.0)
-    store_tile(out, row_pointers(out, row, 0, first_n + o_key), o_key < stored, o_column, b_acc, E, BE)
+    store_tile(out, row_pointers(out, row, 0, first_n + o_key), o_key < stored, o_column, b_acc, SIZES.E, SIZES.BE)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def dq_kernel(
     dpanel, k, dq, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, right, n_blocks, n_key_blocks, first_block, last_block, panel_width,
-    SCALING: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    FACTORS: tl.constexpr,
+    SIZES: tl.constexpr,  # S, BS, BM, BN, FACTORS
+    SCALING: tl.constexpr,
 ):  # fmt: skip
     """dQ += scale dS K of a block of rows, over the keys of a panel: its blocks first_block..last_block."""
+    BM: tl.constexpr = SIZES.BM
+    BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = GatedRule(None, right, scale, None, 0, 0)
     i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
@@ -341,18 +352,18 @@ def dq_kernel(
     if low >= high:
         return
     o_query = i_block * BM + tl.arange(0, BM)
-    b_acc = tl.zeros([BM, BS], tl.float32)
+    b_acc = tl.zeros([BM, SIZES.BS], tl.float32)
     for i in range(low, high):
         o_key = i * BN + tl.arange(0, BN)
         b_ds = tl.load(panel_pointers(dpanel, first + i - first_block, panel_width, o_query, BN))
-        b_k = load_rows(k, row_pointers(k, row, 0, first_n + o_key), o_key < n, S, BS, False)
+        b_k = load_rows(k, row_pointers(k, row, 0, first_n + o_key), o_key < n, SIZES.S, SIZES.BS, False)
         b_ds, b_k = factors(b_ds, b_k)
-        b_acc = tl.dot(b_ds.T, b_k, b_acc, input_precision=FACTORS)
+        b_acc = tl.dot(b_ds.T, b_k, b_acc, input_precision=SIZES.FACTORS)
     b_acc *= scales(rule, o_query + n - m, n, SCALING)[:, None]
-    o_column = tl.arange(0, BS)
+    o_column = tl.arange(0, SIZES.BS)
     p_dq = row_pointers(dq, row, 0, first_m + o_query)
-    b_acc += load_tile(dq, p_dq, o_query < m, o_column, S, BS)
-    store_tile(dq, p_dq, o_query < m, o_column, b_acc, S, BS)
+    b_acc += load_tile(dq, p_dq, o_query < m, o_column, SIZES.S, SIZES.BS)
+    store_tile(dq, p_dq, o_query < m, o_column, b_acc, SIZES.S, SIZES.BS)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -431,14 +442,15 @@ def gau_attention_forward(
     n_blocks = blocks_of(call.sequences, m, 1, config.block_m)
     total = n_blocks * call.rows
     n_tiles = triton.cdiv(e, config.block_n)
-    shared = {"SCORE": call.score, "SCALING": call.scaling, "S": s, "BS": call.width, "PRECISION": call.precision}
-    blocks = {"BM": config.block_m, "BN": config.block_k}
+    scoring = {"SCORE": call.score, "SCALING": call.scaling}
+    sizes = {"S": s, "BS": call.width, "BM": config.block_m, "BN": config.block_k}
 
     def multiply(first: int, count: int, panel: Tensor | None, panel_width: int) -> None:
         product_kernel[(count * n_tiles,)](
             rows(q), rows(k), rows(v), rows(gate), lse, panel, rows(product), rows(out), *call.sequences,
-            *call.rule, n_blocks, first, panel_width, E=e, BE=config.block_n, FACTORS=call.factors, **shared, **blocks,
-            **config.launch(),
+            *call.rule, n_blocks, first, panel_width,
+            Sizes(**sizes, E=e, BE=config.block_n, PRECISION=call.precision, FACTORS=call.factors),
+            **scoring, **config.launch(),
         )  # fmt: skip
 
     if not panels:
@@ -452,7 +464,7 @@ def gau_attention_forward(
         count = min(step, total - first)
         weights_kernel[(count * n_across,)](
             rows(q), rows(k), lse, panel, *call.sequences, *call.rule, n_blocks, first, n_across, panel_width,
-            **shared, **blocks, **making.launch(),
+            Sizes(**sizes, PRECISION=call.precision), **scoring, **making.launch(),
         )  # fmt: skip
         multiply(first, count, panel, panel_width)
     return out, product
@@ -504,20 +516,21 @@ def gau_attention_backward(
         count = min(step, total - first)
         gradient_kernel[(count * n_across,)](
             rows(q), rows(k), rows(v), rows(dx), lse, delta, panel, dpanel, *call.sequences, *rule, n_blocks, first,
-            n_across, panel_width, SCORE=call.score, S=s, E=e, BS=call.width, BE=config.block_k, **blocks, **scaling,
-            PRECISION=call.precision, **config.launch(),
+            n_across, panel_width,
+            Sizes(S=s, E=e, BS=call.width, BE=config.block_k, **blocks, PRECISION=call.precision),
+            SCORE=call.score, **scaling, **config.launch(),
         )  # fmt: skip
         dkv_kernel[(count * triton.cdiv(e, values.block_n),)](
             panel, rows(dx), rows(dv), *call.sequences, *rule[:2], n_blocks, first, panel_width,
-            SCALING=None, E=e, BE=values.block_n, **blocks, FACTORS=call.factors, **values.launch(),
+            Sizes(E=e, BE=values.block_n, **blocks, FACTORS=call.factors), SCALING=None, **values.launch(),
         )  # fmt: skip
         dkv_kernel[(count * triton.cdiv(s, min(call.width, 64)),)](
             dpanel, rows(q), rows(dk), *call.sequences, *rule[:2], n_blocks, first, panel_width,
-            E=s, BE=min(call.width, 64), **blocks, **scaling, FACTORS=call.factors, **queries.launch(),
+            Sizes(E=s, BE=min(call.width, 64), **blocks, FACTORS=call.factors), **scaling, **queries.launch(),
         )  # fmt: skip
         dq_kernel[(n_row_blocks * call.rows,)](
             dpanel, rows(k), rows(dq), *call.sequences, *rule[:2], n_row_blocks, n_blocks, first, first + count,
-            panel_width, S=s, BS=call.width, **blocks, **scaling, FACTORS=call.factors, **queries.launch(),
+            panel_width, Sizes(S=s, BS=call.width, **blocks, FACTORS=call.factors), **scaling, **queries.launch(),
         )  # fmt: skip
         if dbias is not None:
             across = triton.cdiv(dbias.shape[-1], 64)
@@ -563,8 +576,8 @@ def _lse(call: _GatedCall, q: Tensor, k: Tensor, choose: Choose) -> Tensor | Non
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     config: Config = choose("gau_lse", q, call.width)
     n_blocks = blocks_of(call.sequences, q.shape[1], 1, config.block_m, rest=False)
+    sizes = Sizes(S=q.shape[-1], BS=call.width, BM=config.block_m, BN=config.block_n, PRECISION=call.precision)
     lse_kernel[(n_blocks * call.rows,)](
-        rows(q), rows(k), lse, *call.sequences, *call.rule, n_blocks, SCALING=call.scaling, S=q.shape[-1],
-        BS=call.width, BM=config.block_m, BN=config.block_n, PRECISION=call.precision, **config.launch(),
+        rows(q), rows(k), lse, *call.sequences, *call.rule, n_blocks, sizes, SCALING=call.scaling, **config.launch(),
     )  # fmt: skip
     return lse

@@ -17,6 +17,7 @@ from .common import (
     Choose,
     Config,
     Sequences,
+    Sizes,
     blocks_of,
     matmul_precision,
     on_its_device,
@@ -25,6 +26,7 @@ from .common import (
 )
 from .gated import bias_rule, precisions, prologue, room_for_panel, rows, sums_like
 from .mixed_chunk_kernels import (
+    States,
     carry_kernel,
     dbias_kernel,
     gradient_kernel,
@@ -102,13 +104,6 @@ class _ChunkCall(NamedTuple):
         return replace(chosen, **fitting)
 
 
-class _States(NamedTuple):
-    """What chunks read: the sums of their segment before them, and what is added to it, see `load_state`."""
-
-    running: Tensor | None
-    base: Tensor | None
-
-
 @on_its_device
 @takes_fields
 def mixed_chunk_attention_forward(
@@ -138,8 +133,11 @@ def mixed_chunk_attention_forward(
         count = min(step, call.slots - first)
         weights_kernel[(count * (wide // config.block_m) * (wide // config.block_n),)](
             rows(quad_q), rows(quad_k), panel, *call.sequences, *call.rule, call.n_chunks, first,
-            C=options.chunk_size, S=call.size["S"], BS=call.width, BM=config.block_m, BN=config.block_n, WIDTH=wide,
-            SCORE=options.score, PRECISION=call.precision, **config.launch(),
+            Sizes(
+                C=options.chunk_size, S=call.size["S"], BS=call.width, BM=config.block_m, BN=config.block_n, WIDTH=wide,
+                PRECISION=call.precision,
+            ),
+            SCORE=options.score, **config.launch(),
         )  # fmt: skip
         _multiply(
             call,
@@ -192,19 +190,20 @@ def mixed_chunk_attention_backward(
     panels, step = room_for_panel(call.weights, 2 * wide * wide, call.slots)
     panel, dpanel = panels.view(2, -1)
     sizes: dict[str, Any] = {"C": options.chunk_size, "S": call.size["S"], "BS": call.width, "WIDTH": wide}
+    blocks = {"BM": config.block_m, "BN": config.block_n, "BK": config.block_k}
     for first in range(0, call.slots, step):
         count = min(step, call.slots - first)
         gradient_kernel[(count * (wide // config.block_m) * (wide // config.block_n),)](
             rows(quad_q), rows(quad_k), rows(v), rows(dx), panel, dpanel, *call.sequences, *call.rule, call.n_chunks,
-            first, E=call.size["E"], BM=config.block_m, BN=config.block_n, BK=config.block_k, SCORE=options.score,
-            PRECISION=call.precision, **sizes, **config.launch(),
+            first, Sizes(**sizes, E=call.size["E"], **blocks, PRECISION=call.precision),
+            SCORE=options.score, **config.launch(),
         )  # fmt: skip
         _multiply(
             call, quad_q, quad_k, lin_k, dx, panel, dstates, None, None, dv, range(first, first + count), backward=True
         )
         heads_kernel[(count * triton.cdiv(options.chunk_size, of_heads.block_m),)](
             rows(quad_q), rows(quad_k), rows(dquad_q), rows(dquad_k), dpanel, *call.sequences, *call.rule[:2],
-            call.n_chunks, first, BM=of_heads.block_m, BN=of_heads.block_n, FACTORS=call.factors, **sizes,
+            call.n_chunks, first, Sizes(**sizes, BM=of_heads.block_m, BN=of_heads.block_n, FACTORS=call.factors),
             **of_heads.launch(),
         )  # fmt: skip
         if total is not None:
@@ -248,8 +247,8 @@ def mixed_chunk_step(
         step_kernel[(b * triton.cdiv(e, block),)](
             *map(rows, (*heads, v, gate)), *before, out, *after,
             1 / options.divisor, *bias_rule(options.rel_bias), _lin_inv_norm(options),
-            C=c, S=s, E=e, BS=width, BE=block, BC=config.block_k, SCORE=options.score,
-            PRECISION=matmul_precision(v.dtype), **config.launch(),
+            Sizes(C=c, S=s, E=e, BS=width, BE=block, BC=config.block_k, PRECISION=matmul_precision(v.dtype)),
+            SCORE=options.score, **config.launch(),
         )  # fmt: skip
     new_kv, new_quad_k, new_lin_k, new_v, new_position = after
     return out, new_kv, new_quad_k, new_lin_k, new_v, new_position
@@ -310,7 +309,7 @@ def _untouched(call: _ChunkCall, start: Tensor | None) -> Tensor:
 
 def _sum_states(
     call: _ChunkCall, x: Tensor, y: Tensor, start: Tensor | None, *, backward: bool
-) -> tuple[_States, Tensor]:
+) -> tuple[States, Tensor]:
     """The sums of x^T y that chunks read, and the sum (G, S, E) of `start` and all of them."""
     s, e, count = call.size["S"], call.size["E"], call.sequences.n_sequences
     n_segments, chunks_per_segment = call.segments
@@ -319,18 +318,18 @@ def _sum_states(
     totals = y.new_empty(n_segments * call.rows, s, e, dtype=torch.float32)
     states_kernel[(totals.shape[0] * _tiles(call),)](
         rows(x), rows(y), running, totals, call.closed_tokens, *call.sequences, call.lin_inv_norm, call.n_chunks,
-        n_segments, chunks_per_segment, **call.size, BS=config.block_m, BE=config.block_n, BK=config.block_k,
-        CAUSAL=call.causal,
-        BACKWARD=backward, PRECISION=call.precision, **config.launch(),
+        n_segments, chunks_per_segment,
+        Sizes(**call.size, BS=config.block_m, BE=config.block_n, BK=config.block_k, PRECISION=call.precision),
+        CAUSAL=call.causal, BACKWARD=backward, **config.launch(),
     )  # fmt: skip
     if start is None and totals.shape[0] == count:  # a sequence's only segment is all of it
-        return _States(running, None if call.causal else totals), totals
+        return States(running, None if call.causal else totals), totals
     result = totals.new_empty(count, s, e)
     carry_kernel[(count * triton.cdiv(s * e, 1024),)](
         totals, None if start is None else start.float().contiguous(), result, *call.sequences, n_segments,
         call.size["C"] * chunks_per_segment, SIZE=s * e, BLOCK=1024, BACKWARD=backward, **FUSED_ADDITION,
     )  # fmt: skip
-    return _States(running, totals if call.causal else result), result
+    return States(running, totals if call.causal else result), result
 
 
 def _multiply(
@@ -340,7 +339,7 @@ def _multiply(
     lin: Tensor,
     x: Tensor,
     panel: Tensor | None,
-    states: _States,
+    states: States,
     gate: Tensor | None,
     product: Tensor | None,
     out: Tensor,
@@ -352,22 +351,25 @@ def _multiply(
     config = call.config("fused" if panel is None else "product")
     across = triton.cdiv(call.size["E"], config.block_n) * triton.cdiv(call.size["C"], config.block_m)
     product_kernel[(len(slots) * across,)](
-        rows(quad_q), rows(quad_k), rows(lin), rows(x), panel, *states, rows(gate), rows(product), rows(out),
+        rows(quad_q), rows(quad_k), rows(lin), rows(x), panel, states, rows(gate), rows(product), rows(out),
         call.closed_tokens, *call.sequences, *call.rule, call.lin_inv_norm, call.n_chunks, *call.segments, slots.start,
-        **call.size, BS=call.width, BM=config.block_m, BE=config.block_n, BK=config.block_k, WIDTH=call.panel_width,
-        SCORE=call.score, CONTINUED=call.initial is not None, BACKWARD=backward, PRECISION=call.precision,
-        FACTORS=call.factors, **config.launch(),
+        Sizes(
+            **call.size, BS=call.width, BM=config.block_m, BE=config.block_n, BK=config.block_k,
+            WIDTH=call.panel_width, PRECISION=call.precision, FACTORS=call.factors,
+        ),
+        SCORE=call.score, CONTINUED=call.initial is not None, BACKWARD=backward, **config.launch(),
     )  # fmt: skip
 
 
-def _linear(call: _ChunkCall, x: Tensor, states: _States, out: Tensor, *, backward: bool) -> None:
+def _linear(call: _ChunkCall, x: Tensor, states: States, out: Tensor, *, backward: bool) -> None:
     """Start `linear_kernel` for all slots."""
     config = call.config("linear")
     across = triton.cdiv(call.size["S"], config.block_n) * triton.cdiv(call.size["C"], config.block_m)
     linear_kernel[(call.slots * across,)](
-        rows(x), *states, rows(out), call.closed_tokens, *call.sequences, call.lin_inv_norm, call.n_chunks,
-        *call.segments, **call.size, BM=config.block_m, BN=config.block_n, BK=config.block_k, CAUSAL=call.causal,
-        BACKWARD=backward, FACTORS=call.factors, **config.launch(),
+        rows(x), states, rows(out), call.closed_tokens, *call.sequences, call.lin_inv_norm, call.n_chunks,
+        *call.segments,
+        Sizes(**call.size, BM=config.block_m, BN=config.block_n, BK=config.block_k, FACTORS=call.factors),
+        CAUSAL=call.causal, BACKWARD=backward, **config.launch(),
     )  # fmt: skip
 
 

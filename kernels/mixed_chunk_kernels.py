@@ -64,6 +64,13 @@ class Chunk(NamedTuple):
     of: Any  # tokens of the sequence
 
 
+class States(NamedTuple):
+    """What chunks read: the sums of their segment before them, and the sums before the segment."""
+
+    running: Any  # pointer to (slots, S, E); None if not causal
+    base: Any  # pointer to (segments, S, E), or to (sequences, S, E) if not causal; None: nothing to add
+
+
 @triton.jit
 def chunk_at(i_slot, n_chunks, sequences, C: tl.constexpr):
     """The chunk in a slot."""
@@ -97,16 +104,19 @@ def state_pointers(states, i_state, o_row, o_column, S: tl.constexpr, E: tl.cons
 
 
 @triton.jit
-def load_state(states, base, i_state, i_base, o_row, o_column, S: tl.constexpr, E: tl.constexpr):
+def load_state(states, i_state, i_base, o_row, o_column, SIZES: tl.constexpr):
     """A tile of the state that a chunk reads: the sum within its segment plus the sum before the segment."""
-    mask = (o_row < S)[:, None] & (o_column < E)[None, :]
-    if states is None:
-        b_state = tl.load(state_pointers(base, i_base, o_row, o_column, S, E), mask=mask, other=0.0)
+    mask = (o_row < SIZES.S)[:, None] & (o_column < SIZES.E)[None, :]
+    if states.running is None:
+        p_base = state_pointers(states.base, i_base, o_row, o_column, SIZES.S, SIZES.E)
+        b_state = tl.load(p_base, mask=mask, other=0.0)
     else:
-        b_state = tl.load(state_pointers(states, i_state, o_row, o_column, S, E), mask=mask, other=0.0)
-        if base is not None:
-            b_base = tl.load(state_pointers(base, i_base, o_row, o_column, S, E), mask=mask, other=0.0)
-            b_state = (b_state.to(tl.float32) + b_base).to(states.dtype.element_ty)
+        p_running = state_pointers(states.running, i_state, o_row, o_column, SIZES.S, SIZES.E)
+        b_state = tl.load(p_running, mask=mask, other=0.0)
+        if states.base is not None:
+            p_base = state_pointers(states.base, i_base, o_row, o_column, SIZES.S, SIZES.E)
+            b_base = tl.load(p_base, mask=mask, other=0.0)
+            b_state = (b_state.to(tl.float32) + b_base).to(states.running.dtype.element_ty)
     return b_state
 
 
@@ -127,46 +137,47 @@ def base_of(chunk, sequences, n_segments, chunks_per_segment, C: tl.constexpr, C
 def states_kernel(
     x, y, states, totals, closed_tokens, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     lin_inv_norm, n_chunks, n_segments, chunks_per_segment,
-    C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
-    BK: tl.constexpr, CAUSAL: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
+    SIZES: tl.constexpr,  # C, S, E, BS, BE, BK, PRECISION
+    CAUSAL: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """A tile of a segment's sums of x^T y: before each of its chunks (BACKWARD: after it, over n), and over all."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    n_across = tl.cdiv(E, BE)
-    i_tile = tl.program_id(0) % (n_across * tl.cdiv(S, BS))
-    i_slot = tl.program_id(0) // (n_across * tl.cdiv(S, BS))
-    span = C * chunks_per_segment
+    n_across = tl.cdiv(SIZES.E, SIZES.BE)
+    i_tile = tl.program_id(0) % (n_across * tl.cdiv(SIZES.S, SIZES.BS))
+    i_slot = tl.program_id(0) // (n_across * tl.cdiv(SIZES.S, SIZES.BS))
+    span = SIZES.C * chunks_per_segment
     i_segment, _, i_seq = place(i_slot, n_segments, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, span)
     row, first, n, _, _, _, _ = bounds(sequences, i_seq)
-    o_row = i_tile // n_across * BS + tl.arange(0, BS)
-    o_column = i_tile % n_across * BE + tl.arange(0, BE)
-    m_tile = (o_row < S)[:, None] & (o_column < E)[None, :]
+    o_row = i_tile // n_across * SIZES.BS + tl.arange(0, SIZES.BS)
+    o_column = i_tile % n_across * SIZES.BE + tl.arange(0, SIZES.BE)
+    m_tile = (o_row < SIZES.S)[:, None] & (o_column < SIZES.E)[None, :]
     first_chunk = i_segment * chunks_per_segment
-    count = tl.maximum(tl.minimum(tl.cdiv(n, C) - first_chunk, chunks_per_segment), 0)
-    slot = first_slot(sequences, i_seq, n_chunks, C)
+    count = tl.maximum(tl.minimum(tl.cdiv(n, SIZES.C) - first_chunk, chunks_per_segment), 0)
+    slot = first_slot(sequences, i_seq, n_chunks, SIZES.C)
     p_x, p_y = row_pointers(x, row, 0, first), row_pointers(y, row, 0, first)
-    b_sum = tl.zeros([BS, BE], tl.float32)
+    b_sum = tl.zeros([SIZES.BS, SIZES.BE], tl.float32)
     for i in range(0, count):
         i_chunk = first_chunk + i
         if BACKWARD:
             i_chunk = first_chunk + count - 1 - i
         if states is not None:
-            p_state = state_pointers(states, slot + i_chunk, o_row, o_column, S, E)
+            p_state = state_pointers(states, slot + i_chunk, o_row, o_column, SIZES.S, SIZES.E)
             tl.store(p_state, b_sum.to(states.dtype.element_ty), mask=m_tile)
-        tokens = tl.minimum(n - i_chunk * C, C)
+        tokens = tl.minimum(n - i_chunk * SIZES.C, SIZES.C)
         if CAUSAL and not BACKWARD:  # an incomplete chunk is not added to the state
-            tokens = tl.where(tokens == C, C, 0)
-        b_own = tl.zeros([BS, BE], tl.float32)  # tensor cores truncate accumulators: one per chunk, added in fp32
-        for j in range(0, tokens, BK):
-            o_token = j + tl.arange(0, BK)
-            o_there = tl.cast(i_chunk * C + o_token, tl.int64)
-            b_x = load_tile(x, p_x + o_there * x.token, o_token < tokens, o_row, S, BS)
-            b_y = load_tile(y, p_y + o_there * y.token, o_token < tokens, o_column, E, BE)
-            b_own = tl.dot(b_x.T, b_y, b_own, input_precision=PRECISION)
+            tokens = tl.where(tokens == SIZES.C, SIZES.C, 0)
+        # Tensor cores truncate accumulators: one per chunk, added in fp32.
+        b_own = tl.zeros([SIZES.BS, SIZES.BE], tl.float32)
+        for j in range(0, tokens, SIZES.BK):
+            o_token = j + tl.arange(0, SIZES.BK)
+            o_there = tl.cast(i_chunk * SIZES.C + o_token, tl.int64)
+            b_x = load_tile(x, p_x + o_there * x.token, o_token < tokens, o_row, SIZES.S, SIZES.BS)
+            b_y = load_tile(y, p_y + o_there * y.token, o_token < tokens, o_column, SIZES.E, SIZES.BE)
+            b_own = tl.dot(b_x.T, b_y, b_own, input_precision=SIZES.PRECISION)
         if BACKWARD:
-            b_own *= inverse_divisor(lin_inv_norm, closed_tokens, i_seq, i_chunk, n, C, CAUSAL)
+            b_own *= inverse_divisor(lin_inv_norm, closed_tokens, i_seq, i_chunk, n, SIZES.C, CAUSAL)
         b_sum += b_own
-    tl.store(state_pointers(totals, i_slot, o_row, o_column, S, E), b_sum, mask=m_tile)
+    tl.store(state_pointers(totals, i_slot, o_row, o_column, SIZES.S, SIZES.E), b_sum, mask=m_tile)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -201,18 +212,17 @@ def carry_kernel(
 
 
 @triton.jit
-def chunk_rows(x, chunk, o_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def chunk_rows(x, chunk, o_row, SIZES: tl.constexpr):
     """Whole rows of a chunk, zeros after its last token."""
-    return load_rows(x, row_pointers(x, chunk.row, 0, chunk.first + o_row), o_row < chunk.tokens, WIDTH, BLOCK, False)
+    p_x = row_pointers(x, chunk.row, 0, chunk.first + o_row)
+    return load_rows(x, p_x, o_row < chunk.tokens, SIZES.S, SIZES.BS, False)
 
 
 @triton.jit
-def local_scores(
-    chunk, rule, p_bias, b_q, k, o_query, o_key, S: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr
-):
+def local_scores(chunk, rule, p_bias, b_q, k, o_query, o_key, SIZES: tl.constexpr):
     """S of some queries of a chunk against some of its keys; -inf where the key is hidden."""
-    b_k = chunk_rows(k, chunk, o_key, S, BS)
-    b_qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
+    b_k = chunk_rows(k, chunk, o_key, SIZES)
+    b_qk = tl.dot(b_q, b_k.T, input_precision=SIZES.PRECISION)
     return scores(b_qk, rule.scale, rule, p_bias, o_query[:, None], o_key[None, :], chunk.tokens, True)
 
 
@@ -236,105 +246,108 @@ def is_hidden(chunk, rule, first_query, first_key, BM: tl.constexpr):
 def weights_kernel(
     q, k, panel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     inv_norm, right, bias, bias_batch, max_distance, n_chunks, first_block,
-    C: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr,
-    SCORE: tl.constexpr, PRECISION: tl.constexpr,
+    SIZES: tl.constexpr,  # C, S, BS, BM, BN, WIDTH, PRECISION
+    SCORE: tl.constexpr,
 ):  # fmt: skip
     """A block of a chunk's A, to its panel; zeros where no query sees a key."""
+    BM: tl.constexpr = SIZES.BM
+    BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = GatedRule(None, right, inv_norm, bias, bias_batch, max_distance)
-    BLOCKS: tl.constexpr = (WIDTH // BM) * (WIDTH // BN)
+    BLOCKS: tl.constexpr = (SIZES.WIDTH // BM) * (SIZES.WIDTH // BN)
     i_slot, i_block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
-    chunk = chunk_at(first_block + i_slot, n_chunks, sequences, C)
+    chunk = chunk_at(first_block + i_slot, n_chunks, sequences, SIZES.C)
     if chunk.tokens == 0:
         return
-    first_query, first_key = i_block // (WIDTH // BN) * BM, i_block % (WIDTH // BN) * BN
+    first_query, first_key = i_block // (SIZES.WIDTH // BN) * BM, i_block % (SIZES.WIDTH // BN) * BN
     o_query, o_key = first_query + tl.arange(0, BM), first_key + tl.arange(0, BN)
-    p_panel = panel_block(panel, i_slot, o_query, o_key, WIDTH)
+    p_panel = panel_block(panel, i_slot, o_query, o_key, SIZES.WIDTH)
     if is_hidden(chunk, rule, first_query, first_key, BM):
         tl.store(p_panel, tl.zeros([BM, BN], panel.dtype.element_ty))
         return
-    b_q, p_bias = chunk_rows(q, chunk, o_query, S, BS), bias_pointer(rule, chunk.row)
-    b_s = local_scores(chunk, rule, p_bias, b_q, k, o_query, o_key, S, BS, PRECISION)
+    b_q, p_bias = chunk_rows(q, chunk, o_query, SIZES), bias_pointer(rule, chunk.row)
+    b_s = local_scores(chunk, rule, p_bias, b_q, k, o_query, o_key, SIZES)
     tl.store(p_panel, weights(b_s, 0.0, SCORE).to(panel.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=VARYING)
 def product_kernel(
-    q, k, lin, x, panel, states, base, gate, product, out, closed_tokens,
+    q, k, lin, x, panel, states, gate, product, out, closed_tokens,
     lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     inv_norm, right, bias, bias_batch, max_distance, lin_inv_norm, n_chunks, n_segments, chunks_per_segment,
     first_block,
-    C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr,
-    BE: tl.constexpr, BK: tl.constexpr, WIDTH: tl.constexpr, SCORE: tl.constexpr, CONTINUED: tl.constexpr,
-    BACKWARD: tl.constexpr, PRECISION: tl.constexpr, FACTORS: tl.constexpr,
+    SIZES: tl.constexpr,  # C, S, E, BS, BM, BE, BK, WIDTH, PRECISION, FACTORS
+    SCORE: tl.constexpr, CONTINUED: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """[lin | A] [KV ; x] of some rows of a chunk and a tile of columns, and that times the gate.
 
     Forward lin is lin_Q / n, and x the values. BACKWARD it gives dV: lin is lin_K, A transposed, KV is dKV, x is dX.
     """
+    BM: tl.constexpr = SIZES.BM
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = GatedRule(None, right, inv_norm, bias, bias_batch, max_distance)
     CAUSAL: tl.constexpr = right is not None
-    n_tiles = tl.cdiv(E, BE)
-    BLOCKS: tl.constexpr = (C + BM - 1) // BM
+    n_tiles = tl.cdiv(SIZES.E, SIZES.BE)
+    BLOCKS: tl.constexpr = (SIZES.C + BM - 1) // BM
     i_slot = tl.program_id(0) // (n_tiles * BLOCKS)
     first_row = tl.program_id(0) // n_tiles % BLOCKS * BM
-    o_column = tl.program_id(0) % n_tiles * BE + tl.arange(0, BE)
-    chunk = chunk_at(first_block + i_slot, n_chunks, sequences, C)
+    o_column = tl.program_id(0) % n_tiles * SIZES.BE + tl.arange(0, SIZES.BE)
+    chunk = chunk_at(first_block + i_slot, n_chunks, sequences, SIZES.C)
     if first_row >= chunk.stored:
         return
     o_row = first_row + tl.arange(0, BM)
     m_row = o_row < chunk.tokens
-    b_acc = tl.zeros([BM, BE], tl.float32)
+    b_acc = tl.zeros([BM, SIZES.BE], tl.float32)
 
     # The global part. The first chunk has one only with an initial state; an incomplete one gets no dV from it.
     reads = chunk.tokens > 0
     if CAUSAL and BACKWARD:
-        reads = chunk.tokens == C
+        reads = chunk.tokens == SIZES.C
     elif CAUSAL and not CONTINUED:
         reads = (chunk.ordinal > 0) & (chunk.tokens > 0)
-    i_base = base_of(chunk, sequences, n_segments, chunks_per_segment, C, CAUSAL)
+    i_base = base_of(chunk, sequences, n_segments, chunks_per_segment, SIZES.C, CAUSAL)
     p_lin = row_pointers(lin, chunk.row, 0, chunk.first + o_row)
-    KS: tl.constexpr = BK if BK < BS else BS
-    for s in range(0, tl.where(reads, S, 0), KS):
+    KS: tl.constexpr = SIZES.BK if SIZES.BK < SIZES.BS else SIZES.BS
+    for s in range(0, tl.where(reads, SIZES.S, 0), KS):
         o_s = s + tl.arange(0, KS)
-        b_lin = load_tile(lin, p_lin, m_row, o_s, S, KS)
-        b_kv = load_state(states, base, first_block + i_slot, i_base, o_s, o_column, S, E)
+        b_lin = load_tile(lin, p_lin, m_row, o_s, SIZES.S, KS)
+        b_kv = load_state(states, first_block + i_slot, i_base, o_s, o_column, SIZES)
         b_kv, b_lin = factors(b_kv, b_lin)
-        b_acc = tl.dot(b_lin, b_kv, b_acc, input_precision=FACTORS)
+        b_acc = tl.dot(b_lin, b_kv, b_acc, input_precision=SIZES.FACTORS)
     if not BACKWARD:
-        b_acc *= inverse_divisor(lin_inv_norm, closed_tokens, chunk.sequence, chunk.ordinal, chunk.of, C, CAUSAL)
+        b_acc *= inverse_divisor(lin_inv_norm, closed_tokens, chunk.sequence, chunk.ordinal, chunk.of, SIZES.C, CAUSAL)
 
     start, stop = 0, chunk.tokens
     if CAUSAL and BACKWARD:
-        start = first_row // BK * BK
+        start = first_row // SIZES.BK * SIZES.BK
     elif CAUSAL:
         stop = tl.minimum(first_row + BM, chunk.tokens)
     p_x = row_pointers(x, chunk.row, 0, chunk.first)
     if panel is None:
-        b_q, p_bias = chunk_rows(q, chunk, o_row, S, BS), bias_pointer(rule, chunk.row)
-    for j in range(start, stop, BK):
-        o_other = j + tl.arange(0, BK)
+        b_q, p_bias = chunk_rows(q, chunk, o_row, SIZES), bias_pointer(rule, chunk.row)
+    for j in range(start, stop, SIZES.BK):
+        o_other = j + tl.arange(0, SIZES.BK)
         if panel is None:
-            b_s = local_scores(chunk, rule, p_bias, b_q, k, o_row, o_other, S, BS, PRECISION)
+            b_s = local_scores(chunk, rule, p_bias, b_q, k, o_row, o_other, SIZES)
             b_a = weights(b_s, 0.0, SCORE)
         elif BACKWARD:
-            b_a = tl.load(panel_block(panel, i_slot, o_other, o_row, WIDTH), mask=m_row[None, :], other=0.0).T
+            b_a = tl.load(panel_block(panel, i_slot, o_other, o_row, SIZES.WIDTH), mask=m_row[None, :], other=0.0).T
         else:
-            b_a = tl.load(panel_block(panel, i_slot, o_row, o_other, WIDTH), mask=m_row[:, None], other=0.0)
-        b_x = load_tile(x, p_x + tl.cast(o_other, tl.int64) * x.token, o_other < chunk.tokens, o_column, E, BE)
+            b_a = tl.load(panel_block(panel, i_slot, o_row, o_other, SIZES.WIDTH), mask=m_row[:, None], other=0.0)
+        p_other = p_x + tl.cast(o_other, tl.int64) * x.token
+        b_x = load_tile(x, p_other, o_other < chunk.tokens, o_column, SIZES.E, SIZES.BE)
         b_a, b_x = factors(b_a, b_x)
-        b_acc = tl.dot(b_a, b_x, b_acc, input_precision=FACTORS)
+        b_acc = tl.dot(b_a, b_x, b_acc, input_precision=SIZES.FACTORS)
 
     b_acc = tl.where(m_row[:, None], b_acc, 0.0)
     m_stored = o_row < chunk.stored
     if product is not None:
         p_product = row_pointers(product, chunk.row, 0, chunk.first + o_row)
-        store_tile(product, p_product, m_stored, o_column, b_acc, E, BE)
+        store_tile(product, p_product, m_stored, o_column, b_acc, SIZES.E, SIZES.BE)
     if gate is not None:
         p_gate = row_pointers(gate, chunk.row, 0, chunk.first + o_row)
-        b_acc *= load_tile(gate, p_gate, m_row, o_column, E, BE).to(tl.float32)
-    store_tile(out, row_pointers(out, chunk.row, 0, chunk.first + o_row), m_stored, o_column, b_acc, E, BE)
+        b_acc *= load_tile(gate, p_gate, m_row, o_column, SIZES.E, SIZES.BE).to(tl.float32)
+    store_tile(out, row_pointers(out, chunk.row, 0, chunk.first + o_row), m_stored, o_column, b_acc, SIZES.E, SIZES.BE)
 
 
 # ---------------------------------------------------------------- backward
@@ -342,59 +355,63 @@ def product_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def linear_kernel(
-    x, states, base, out, closed_tokens, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
+    x, states, out, closed_tokens, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     lin_inv_norm, n_chunks, n_segments, chunks_per_segment,
-    C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, CAUSAL: tl.constexpr, BACKWARD: tl.constexpr, FACTORS: tl.constexpr,
+    SIZES: tl.constexpr,  # C, S, E, BM, BN, BK, FACTORS
+    CAUSAL: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """dlin_Q = dX KV^T / n of some rows of a chunk and a tile of columns; BACKWARD dlin_K = V dKV^T."""
+    BM: tl.constexpr = SIZES.BM
+    BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    n_tiles = tl.cdiv(S, BN)
-    BLOCKS: tl.constexpr = (C + BM - 1) // BM
+    n_tiles = tl.cdiv(SIZES.S, BN)
+    BLOCKS: tl.constexpr = (SIZES.C + BM - 1) // BM
     i_slot = tl.program_id(0) // (n_tiles * BLOCKS)
     first_row = tl.program_id(0) // n_tiles % BLOCKS * BM
     o_s = tl.program_id(0) % n_tiles * BN + tl.arange(0, BN)
-    chunk = chunk_at(i_slot, n_chunks, sequences, C)
+    chunk = chunk_at(i_slot, n_chunks, sequences, SIZES.C)
     if first_row >= chunk.stored:
         return
     o_row = first_row + tl.arange(0, BM)
     reads = first_row < chunk.tokens
     if CAUSAL and BACKWARD:
-        reads = chunk.tokens == C
-    i_base = base_of(chunk, sequences, n_segments, chunks_per_segment, C, CAUSAL)
+        reads = chunk.tokens == SIZES.C
+    i_base = base_of(chunk, sequences, n_segments, chunks_per_segment, SIZES.C, CAUSAL)
     p_x = row_pointers(x, chunk.row, 0, chunk.first + o_row)
     b_acc = tl.zeros([BM, BN], tl.float32)
-    for e in range(0, tl.where(reads, E, 0), BK):
-        o_column = e + tl.arange(0, BK)
-        b_x = load_tile(x, p_x, o_row < chunk.tokens, o_column, E, BK)
-        b_state = load_state(states, base, i_slot, i_base, o_s, o_column, S, E)
+    for e in range(0, tl.where(reads, SIZES.E, 0), SIZES.BK):
+        o_column = e + tl.arange(0, SIZES.BK)
+        b_x = load_tile(x, p_x, o_row < chunk.tokens, o_column, SIZES.E, SIZES.BK)
+        b_state = load_state(states, i_slot, i_base, o_s, o_column, SIZES)
         b_state, b_x = factors(b_state, b_x)
-        b_acc = tl.dot(b_x, b_state.T, b_acc, input_precision=FACTORS)
+        b_acc = tl.dot(b_x, b_state.T, b_acc, input_precision=SIZES.FACTORS)
     if not BACKWARD:
-        b_acc *= inverse_divisor(lin_inv_norm, closed_tokens, chunk.sequence, chunk.ordinal, chunk.of, C, CAUSAL)
+        b_acc *= inverse_divisor(lin_inv_norm, closed_tokens, chunk.sequence, chunk.ordinal, chunk.of, SIZES.C, CAUSAL)
     p_out = row_pointers(out, chunk.row, 0, chunk.first + o_row)
-    store_tile(out, p_out, o_row < chunk.stored, o_s, b_acc, S, BN)
+    store_tile(out, p_out, o_row < chunk.stored, o_s, b_acc, SIZES.S, BN)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def gradient_kernel(
     q, k, v, dx, panel, dpanel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     inv_norm, right, bias, bias_batch, max_distance, n_chunks, first_block,
-    C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, WIDTH: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr,
+    SIZES: tl.constexpr,  # C, S, E, BS, BM, BN, BK, WIDTH, PRECISION
+    SCORE: tl.constexpr,
 ):  # fmt: skip
     """A block of a chunk's A, and of dS from dA = dX V^T, to their panels; zeros where no query sees a key."""
+    BM: tl.constexpr = SIZES.BM
+    BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = GatedRule(None, right, inv_norm, bias, bias_batch, max_distance)
-    BLOCKS: tl.constexpr = (WIDTH // BM) * (WIDTH // BN)
+    BLOCKS: tl.constexpr = (SIZES.WIDTH // BM) * (SIZES.WIDTH // BN)
     i_slot, i_block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
-    chunk = chunk_at(first_block + i_slot, n_chunks, sequences, C)
+    chunk = chunk_at(first_block + i_slot, n_chunks, sequences, SIZES.C)
     if chunk.tokens == 0:
         return
-    first_query, first_key = i_block // (WIDTH // BN) * BM, i_block % (WIDTH // BN) * BN
+    first_query, first_key = i_block // (SIZES.WIDTH // BN) * BM, i_block % (SIZES.WIDTH // BN) * BN
     o_query, o_key = first_query + tl.arange(0, BM), first_key + tl.arange(0, BN)
-    p_panel = panel_block(panel, i_slot, o_query, o_key, WIDTH)
-    p_dpanel = panel_block(dpanel, i_slot, o_query, o_key, WIDTH)
+    p_panel = panel_block(panel, i_slot, o_query, o_key, SIZES.WIDTH)
+    p_dpanel = panel_block(dpanel, i_slot, o_query, o_key, SIZES.WIDTH)
     if is_hidden(chunk, rule, first_query, first_key, BM):
         tl.store(p_panel, tl.zeros([BM, BN], panel.dtype.element_ty))
         tl.store(p_dpanel, tl.zeros([BM, BN], dpanel.dtype.element_ty))
@@ -402,13 +419,13 @@ def gradient_kernel(
     p_dx = row_pointers(dx, chunk.row, 0, chunk.first + o_query)
     p_v = row_pointers(v, chunk.row, 0, chunk.first + o_key)
     b_da = tl.zeros([BM, BN], tl.float32)
-    for e in range(0, E, BK):
-        o_column = e + tl.arange(0, BK)
-        b_dx = load_tile(dx, p_dx, o_query < chunk.tokens, o_column, E, BK)
-        b_v = load_tile(v, p_v, o_key < chunk.tokens, o_column, E, BK)
-        b_da = tl.dot(b_dx, b_v.T, b_da, input_precision=PRECISION)
-    b_q, p_bias = chunk_rows(q, chunk, o_query, S, BS), bias_pointer(rule, chunk.row)
-    b_s = local_scores(chunk, rule, p_bias, b_q, k, o_query, o_key, S, BS, PRECISION)
+    for e in range(0, SIZES.E, SIZES.BK):
+        o_column = e + tl.arange(0, SIZES.BK)
+        b_dx = load_tile(dx, p_dx, o_query < chunk.tokens, o_column, SIZES.E, SIZES.BK)
+        b_v = load_tile(v, p_v, o_key < chunk.tokens, o_column, SIZES.E, SIZES.BK)
+        b_da = tl.dot(b_dx, b_v.T, b_da, input_precision=SIZES.PRECISION)
+    b_q, p_bias = chunk_rows(q, chunk, o_query, SIZES), bias_pointer(rule, chunk.row)
+    b_s = local_scores(chunk, rule, p_bias, b_q, k, o_query, o_key, SIZES)
     b_a = weights(b_s, 0.0, SCORE)
     tl.store(p_panel, b_a.to(panel.dtype.element_ty))
     tl.store(p_dpanel, score_gradient(b_da, b_s, b_a, 0.0, SCORE).to(dpanel.dtype.element_ty))
@@ -418,14 +435,15 @@ def gradient_kernel(
 def heads_kernel(
     q, k, dq, dk, dpanel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     inv_norm, right, n_chunks, first_block,
-    C: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr,
-    FACTORS: tl.constexpr,
+    SIZES: tl.constexpr,  # C, S, BS, BM, BN, WIDTH, FACTORS
 ):  # fmt: skip
     """dquad_Q = dS quad_K / n and dquad_K = dS^T quad_Q / n of some rows of a chunk."""
+    BM: tl.constexpr = SIZES.BM
+    BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    BLOCKS: tl.constexpr = (C + BM - 1) // BM
+    BLOCKS: tl.constexpr = (SIZES.C + BM - 1) // BM
     i_slot, first_row = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * BM
-    chunk = chunk_at(first_block + i_slot, n_chunks, sequences, C)
+    chunk = chunk_at(first_block + i_slot, n_chunks, sequences, SIZES.C)
     if first_row >= chunk.stored:
         return
     o_row = first_row + tl.arange(0, BM)
@@ -433,20 +451,20 @@ def heads_kernel(
     stop, start = chunk.tokens, 0
     if right is not None:
         stop, start = tl.minimum(first_row + BM, chunk.tokens), first_row // BN * BN
-    b_acc = tl.zeros([BM, BS], tl.float32)
+    b_acc = tl.zeros([BM, SIZES.BS], tl.float32)
     for j in range(0, stop, BN):
         o_key = j + tl.arange(0, BN)
-        b_ds = tl.load(panel_block(dpanel, i_slot, o_row, o_key, WIDTH), mask=m_row[:, None], other=0.0)
-        b_ds, b_k = factors(b_ds, chunk_rows(k, chunk, o_key, S, BS))
-        b_acc = tl.dot(b_ds, b_k, b_acc, input_precision=FACTORS)
-    store_rows(dq, row_pointers(dq, chunk.row, 0, chunk.first + o_row), m_stored, b_acc * inv_norm, S, BS)
-    b_acc = tl.zeros([BM, BS], tl.float32)
+        b_ds = tl.load(panel_block(dpanel, i_slot, o_row, o_key, SIZES.WIDTH), mask=m_row[:, None], other=0.0)
+        b_ds, b_k = factors(b_ds, chunk_rows(k, chunk, o_key, SIZES))
+        b_acc = tl.dot(b_ds, b_k, b_acc, input_precision=SIZES.FACTORS)
+    store_rows(dq, row_pointers(dq, chunk.row, 0, chunk.first + o_row), m_stored, b_acc * inv_norm, SIZES.S, SIZES.BS)
+    b_acc = tl.zeros([BM, SIZES.BS], tl.float32)
     for j in range(start, chunk.tokens, BN):
         o_query = j + tl.arange(0, BN)
-        b_ds = tl.load(panel_block(dpanel, i_slot, o_query, o_row, WIDTH), mask=m_row[None, :], other=0.0)
-        b_ds, b_q = factors(b_ds, chunk_rows(q, chunk, o_query, S, BS))
-        b_acc = tl.dot(b_ds.T, b_q, b_acc, input_precision=FACTORS)
-    store_rows(dk, row_pointers(dk, chunk.row, 0, chunk.first + o_row), m_stored, b_acc * inv_norm, S, BS)
+        b_ds = tl.load(panel_block(dpanel, i_slot, o_query, o_row, SIZES.WIDTH), mask=m_row[None, :], other=0.0)
+        b_ds, b_q = factors(b_ds, chunk_rows(q, chunk, o_query, SIZES))
+        b_acc = tl.dot(b_ds.T, b_q, b_acc, input_precision=SIZES.FACTORS)
+    store_rows(dk, row_pointers(dk, chunk.row, 0, chunk.first + o_row), m_stored, b_acc * inv_norm, SIZES.S, SIZES.BS)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -502,47 +520,47 @@ def step_kernel(
     quad_q, quad_k, lin_q, lin_k, v, gate, kv, held_quad_k, held_lin_k, held_v, position,
     out, new_kv, new_quad_k, new_lin_k, new_v, new_position,
     inv_norm, bias, bias_batch, max_distance, lin_inv_norm,
-    C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
-    SCORE: tl.constexpr, PRECISION: tl.constexpr,
+    SIZES: tl.constexpr,  # C, S, E, BS, BE, BC, PRECISION
+    SCORE: tl.constexpr,
 ):  # fmt: skip
     """One token: a tile of its output and of the state after it. Each program writes a share of the chunk's keys."""
-    n_tiles = tl.cdiv(E, BE)
+    n_tiles = tl.cdiv(SIZES.E, SIZES.BE)
     i_row, i_tile = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles
     seen = tl.load(position + i_row)
-    place = tl.cast(seen % C, tl.int32)
-    full = place + 1 == C
-    o_s, o_column = tl.arange(0, BS).to(tl.int64), i_tile * BE + tl.arange(0, BE)
-    m_s, m_column = o_s < S, o_column < E
+    place = tl.cast(seen % SIZES.C, tl.int32)
+    full = place + 1 == SIZES.C
+    o_s, o_column = tl.arange(0, SIZES.BS).to(tl.int64), i_tile * SIZES.BE + tl.arange(0, SIZES.BE)
+    m_s, m_column = o_s < SIZES.S, o_column < SIZES.E
     rule = GatedRule(None, 0, inv_norm, bias, bias_batch, max_distance)
     p_bias = bias_pointer(rule, i_row)
     b_quad_q = tl.load(row_pointers(quad_q, i_row, 0, 0) + o_s * quad_q.column, mask=m_s, other=0.0).to(tl.float32)
     b_lin_q = tl.load(row_pointers(lin_q, i_row, 0, 0) + o_s * lin_q.column, mask=m_s, other=0.0).to(tl.float32)
     m_state = m_s[:, None] & m_column[None, :]
-    b_kv = tl.load(state_pointers(kv, i_row, o_s, o_column, S, E), mask=m_state, other=0.0)
+    b_kv = tl.load(state_pointers(kv, i_row, o_s, o_column, SIZES.S, SIZES.E), mask=m_state, other=0.0)
     b_out = tl.sum(b_lin_q[:, None] * b_kv, 0)
     if lin_inv_norm is not None:
         b_out *= lin_inv_norm
     else:
         b_out /= tl.maximum(seen - place, 1).to(tl.float32)
-    for c in range(0, C, BC):
-        o_chunk = c + tl.arange(0, BC)
-        b_quad_k = join_token(quad_k, held_quad_k, i_row, place, o_chunk, o_s, C, S)
-        b_lin_k = join_token(lin_k, held_lin_k, i_row, place, o_chunk, o_s, C, S)
-        b_v = join_token(v, held_v, i_row, place, o_chunk, o_column, C, E)
+    for c in range(0, SIZES.C, SIZES.BC):
+        o_chunk = c + tl.arange(0, SIZES.BC)
+        b_quad_k = join_token(quad_k, held_quad_k, i_row, place, o_chunk, o_s, SIZES.C, SIZES.S)
+        b_lin_k = join_token(lin_k, held_lin_k, i_row, place, o_chunk, o_s, SIZES.C, SIZES.S)
+        b_v = join_token(v, held_v, i_row, place, o_chunk, o_column, SIZES.C, SIZES.E)
         b_s = tl.sum(b_quad_k.to(tl.float32) * b_quad_q[None, :], 1)
         b_a = weights(scores(b_s, inv_norm, rule, p_bias, place + 0 * o_chunk, o_chunk, place + 1, True), 0.0, SCORE)
         b_out += tl.sum(b_a[:, None] * b_v.to(tl.float32), 0)
         if full:
-            b_kv = tl.dot(b_lin_k.T, b_v, b_kv, input_precision=PRECISION)
-        keep_chunk(new_v, b_v, i_row, full, o_chunk, o_column, C, E)
-        if c // BC % n_tiles == i_tile:
-            keep_chunk(new_quad_k, b_quad_k, i_row, full, o_chunk, o_s, C, S)
-            keep_chunk(new_lin_k, b_lin_k, i_row, full, o_chunk, o_s, C, S)
-    tl.store(state_pointers(new_kv, i_row, o_s, o_column, S, E), b_kv, mask=m_state)
+            b_kv = tl.dot(b_lin_k.T, b_v, b_kv, input_precision=SIZES.PRECISION)
+        keep_chunk(new_v, b_v, i_row, full, o_chunk, o_column, SIZES.C, SIZES.E)
+        if c // SIZES.BC % n_tiles == i_tile:
+            keep_chunk(new_quad_k, b_quad_k, i_row, full, o_chunk, o_s, SIZES.C, SIZES.S)
+            keep_chunk(new_lin_k, b_lin_k, i_row, full, o_chunk, o_s, SIZES.C, SIZES.S)
+    tl.store(state_pointers(new_kv, i_row, o_s, o_column, SIZES.S, SIZES.E), b_kv, mask=m_state)
     if gate is not None:
         p_gate = row_pointers(gate, i_row, 0, 0) + tl.cast(o_column, tl.int64) * gate.column
         b_out *= tl.load(p_gate, mask=m_column, other=0.0).to(tl.float32)
-    p_out = out + tl.cast(i_row, tl.int64) * E + o_column
+    p_out = out + tl.cast(i_row, tl.int64) * SIZES.E + o_column
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_column)
     if i_tile == 0:
         tl.store(new_position + i_row, seen + 1)

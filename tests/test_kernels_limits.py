@@ -1,7 +1,9 @@
-"""Triton kernels: what goes to eager, and what the interpreter is refused."""
+"""Triton kernels: how wide they are, what goes to eager, and what the interpreter is refused."""
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from types import SimpleNamespace
 
 import kernel_calls
@@ -15,6 +17,7 @@ from flashgau import kernels
 
 pytest.importorskip("triton")
 import triton.language as tl
+from flashgau.kernels.common import Sizes
 
 pytestmark = kernel_calls.pytestmark
 
@@ -28,6 +31,32 @@ def test_what_is_too_wide_goes_to_eager():
         flashgau.attention(wide, wide, wide, backend="triton")
     assert flashgau.ops.dispatch.default_backend("attention", "cuda", width=257) == "eager"
     assert flashgau.attention(wide, wide, wide).shape == wide.shape
+
+
+def test_no_function_of_the_kernels_takes_more_than_30_arguments():
+    files = list(Path(kernels.__file__).parent.glob("*.py"))
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    counts = [(len(node.args.args), node.name) for node in nodes if isinstance(node, ast.FunctionDef)]
+    assert len(counts) > 100
+    assert [found for found in counts if found[0] > 30] == []
+
+
+def test_sizes_are_constants_under_their_names():
+    sizes = Sizes(D=64, BM=32, PRECISION="ieee")
+    assert isinstance(sizes.BM, tl.constexpr)
+    assert [sizes.BM.value, sizes.PRECISION.value] == [32, "ieee"]
+    with pytest.raises(AttributeError, match="the kernel needs a size BN; it was launched with D, BM, PRECISION"):
+        _ = sizes.BN
+
+
+def test_equal_sizes_share_a_compiled_kernel():
+    sizes, same = Sizes(D=64, BM=32), Sizes(BM=32, D=64)
+    assert sizes == same
+    assert hash(sizes) == hash(same)
+    assert repr(sizes) == "Sizes(D=64, BM=32)"
+    for other in (Sizes(D=64, BN=32), Sizes(D=32, BM=64), Sizes(D=64), (64, 32)):
+        assert sizes != other
+        assert repr(sizes) != repr(other)
 
 
 @pytest.mark.parametrize("hidden", ["_patch_builtin", "_get_np_dtype", "is_builtin", None])
