@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from flashgau.options import AttentionOptions, AttentionResults, Layout, takes_fields
+from flashgau.options import AttentionOptions, AttentionResults, Layout
 
 from .attention_kernels import (
     AttentionRule,
@@ -22,18 +22,19 @@ from .attention_kernels import (
 from .common import (
     FUSED_ADDITION,
     Choose,
+    Config,
     Sizes,
     blocks_of,
+    chosen_by,
     heads,
+    launcher,
     matmul_precision,
-    on_its_device,
     processors,
     sequences_of,
 )
 
 
-@on_its_device
-@takes_fields
+@launcher
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -41,7 +42,7 @@ def attention_forward(
     layout: Layout = Layout(),
     options: AttentionOptions = AttentionOptions(),
     *,
-    choose: Choose,
+    config: Config | Choose | None = None,
 ) -> AttentionResults:
     """Output (B, Hq, M, E) and log-sum-exp (B, Hq, M) of every query row."""
     b, n_heads, m, d = q.shape
@@ -55,7 +56,7 @@ def attention_forward(
     rule = _rule(q, n, options)
     widths = _widths(d, e)
     width, extras, biased = max(widths["BD"], widths["BE"]), _extras(rule), rule.bias is not None
-    config = choose("attention_forward", q, width, rows=m * groups, options=extras or biased)
+    config = chosen_by(config)("attention_forward", q, width, rows=m * groups, options=extras or biased)
     n_blocks = blocks_of(sequences, m, groups, config.block_m)
     per_block = n_kv_heads * (b if layout.cu_seqlens is None else 1)
     working = blocks_of(sequences, m, groups, config.block_m, rest=False) * per_block
@@ -80,8 +81,7 @@ def attention_forward(
     return AttentionResults(out, lse)
 
 
-@on_its_device
-@takes_fields
+@launcher
 def attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -92,7 +92,7 @@ def attention_backward(
     layout: Layout = Layout(),
     options: AttentionOptions = AttentionOptions(),
     *,
-    choose: Choose,
+    config: Config | Choose | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, rel_bias (B, Hq, 2P-1) and sinks (Hq,); None where there is no such input."""
     (out, lse), rel_bias, sinks = results, options.rel_bias, options.sinks
@@ -110,7 +110,7 @@ def attention_backward(
     rule = _rule(q, n, options)
     widths, lse = _widths(d, e), lse.contiguous()
     width, extras, biased = max(widths["BD"], widths["BE"]), _extras(rule), rule.bias is not None
-    precision = matmul_precision(q.dtype)
+    precision, choose = matmul_precision(q.dtype), chosen_by(config)
 
     delta = lse.new_empty(lse.shape)
     if lse.numel():

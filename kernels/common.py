@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashgau import tables
+from flashgau.options import takes_fields
 from flashgau.tables.config import FUSED_ADDITION as FUSED_ADDITION  # for every launch of a kernel
 from flashgau.tables.config import Choose, Config
 
@@ -131,14 +132,16 @@ def blocks_of(sequences: Sequences, axis: int, per_token: int, block: int, *, re
     return axis * per_token // block + sequences.n_sequences + (2 if rest else 0)
 
 
-def on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a launcher with the GPU of its first tensor (or list of them) as the current one, for Triton to launch on."""
+def launcher(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that starts kernels: it takes the fields of its tuples by name too, and runs with the GPU of its first
+    tensor (or list of them) as the current one, for Triton to launch on."""
+    call = takes_fields(function)
 
-    @wraps(launcher)
+    @wraps(function)
     def launched(*args: Any, **kwargs: Any) -> Any:
         first = args[0] if args else next(x for x in kwargs.values() if x is not None)
         with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
-            return launcher(*args, **kwargs)
+            return call(*args, **kwargs)
 
     return launched
 

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashgau.options import GatedOptions, Layout, takes_fields
+from flashgau.options import GatedOptions, Layout
 
 from .common import (
     FUSED_ADDITION,
@@ -39,11 +39,12 @@ from .common import (
     Sizes,
     blocks_of,
     bounds,
+    chosen_by,
     first_slot,
     is_visible,
     keys_seen,
+    launcher,
     load_rows,
-    on_its_device,
     place,
     row_pointers,
     rows_seeing,
@@ -415,8 +416,7 @@ class _GatedCall(NamedTuple):
     weights_like: Tensor  # a tensor of their type
 
 
-@on_its_device
-@takes_fields
+@launcher
 def gau_attention_forward(
     q: Tensor,
     k: Tensor,
@@ -426,7 +426,7 @@ def gau_attention_forward(
     options: GatedOptions = GatedOptions(),
     save: bool = False,
     *,
-    choose: Choose,
+    config: Config | Choose | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The output (B, M, E) and, when the backward will want it (`save` and a gate), the ungated product A v."""
     b, m, s = q.shape
@@ -436,6 +436,7 @@ def gau_attention_forward(
     if out.numel() == 0 or n == 0:
         return out.zero_(), product if product is None else product.zero_()
     call = _call(q, k, layout, options)
+    choose = chosen_by(config)
     lse = _lse(call, q, k, choose)
     panels = e > _FUSED_WIDTH or m <= 16
     config = choose("gau_product" if panels else "gau_fused", call.weights_like, call.width, rows=m)
@@ -470,8 +471,7 @@ def gau_attention_forward(
     return out, product
 
 
-@on_its_device
-@takes_fields
+@launcher
 def gau_attention_backward(
     dout: Tensor,
     q: Tensor,
@@ -482,7 +482,7 @@ def gau_attention_backward(
     layout: Layout = Layout(),
     options: GatedOptions = GatedOptions(),
     *,
-    choose: Choose,
+    config: Config | Choose | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, gate and rel_bias (B, 2P-1); None where there is no such input."""
     b, m, s = q.shape
@@ -496,9 +496,10 @@ def gau_attention_backward(
         dgate = dgate if dgate is None else dgate.zero_()
         return dq.to(q.dtype), dk.zero_(), dv.zero_(), dgate, sums_like(dbias, rel_bias)
     call = _call(q, k, layout, options)
+    choose = chosen_by(config)
     lse = _lse(call, q, k, choose)
     if call.score == "softmax" and product is None:
-        product, _ = gau_attention_forward(q, k, v, None, layout, options, choose=choose)
+        product, _ = gau_attention_forward(q, k, v, None, layout, options, config=choose)
     dx, delta = prologue(call.sequences, dout, gate, product, dgate, choose, softmax=call.score == "softmax")
 
     config, values, queries = (

@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashgau.options import GluOptions, GluWeights, takes_fields
+from flashgau import tables
+from flashgau.options import GluOptions, GluWeights
 
-from .common import VARYING, Choose, matmul_precision, on_its_device, tanh
+from .common import VARYING, Choose, Config, chosen_by, launcher, matmul_precision, tanh
 
 
 class Matrix(NamedTuple):
@@ -260,10 +261,14 @@ def linear_backward_kernel(
 # ---------------------------------------------------------------- launchers
 
 
-@on_its_device
-@takes_fields
+@launcher
 def glu_forward(
-    gate: Tensor, up: Tensor | None = None, options: GluOptions = GluOptions(), save: bool = False, *, choose: Choose
+    gate: Tensor,
+    up: Tensor | None = None,
+    options: GluOptions = GluOptions(),
+    save: bool = False,
+    *,
+    config: Config | Choose | None = None,
 ) -> tuple[Tensor, None]:
     """act(gate) * up_act(up); without `up` the last axis of `gate` holds [gate | up], which is read in place.
 
@@ -271,12 +276,11 @@ def glu_forward(
     """
     gate, up = _halves(gate, up)
     out = gate.new_empty(gate.shape)
-    elementwise(glu_kernel, "glu_forward", (gate, up, out), choose, *options)
+    elementwise(glu_kernel, "glu_forward", (gate, up, out), chosen_by(config), *options)
     return out, None
 
 
-@on_its_device
-@takes_fields
+@launcher
 def glu_backward(
     dout: Tensor,
     gate: Tensor,
@@ -284,47 +288,45 @@ def glu_backward(
     activated: None = None,
     options: GluOptions = GluOptions(),
     *,
-    choose: Choose,
+    config: Config | Choose | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of `gate` and `up`; of the packed tensor and None when they came packed."""
     dgate = gate.new_empty(gate.shape)
     dup = up.new_empty(up.shape) if up is not None else None
     tensors = dout, *_halves(gate, up), *_halves(dgate, dup)
-    elementwise(glu_backward_kernel, "glu_backward", tensors, choose, *options)
+    elementwise(glu_backward_kernel, "glu_backward", tensors, chosen_by(config), *options)
     return dgate, dup
 
 
-@on_its_device
-@takes_fields
+@launcher
 def glu_linear_forward(
     x: Tensor,
     weights: GluWeights,
     options: GluOptions = GluOptions(),
     save: bool = False,
     *,
-    fused: bool = True,
-    choose: Choose,
+    fused: bool | None = None,
+    config: Config | Choose | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """glu(x Wg^T + bg, x Wu^T + bu), and both pre-activations if the backward will want them (`save`).
 
-    Not `fused`: two products of the vendor's library, then the elementwise kernel.
+    Not `fused`: two products of the vendor's library, then the elementwise kernel. None: what is faster by the table.
     """
     w_gate, w_up, b_gate, b_up = weights
     rows, shape = _rows(x), (*x.shape[:-1], w_gate.shape[0])
-    if fused:
+    if _is_fused(fused, x, w_gate):
         out = x.new_empty(shape)
         g, u = (x.new_empty(shape) if save else None for _ in range(2))
         flat = (None if t is None else _rows(t) for t in (out, g, u))
         operands = rows, *weights, *flat
-        _product(linear_kernel, "glu_linear", operands, rows, w_gate, options, choose)
+        _product(linear_kernel, "glu_linear", operands, rows, w_gate, options, chosen_by(config))
         return out, g, u
     g, u = (_affine(rows, w, b).view(shape) for w, b in ((w_gate, b_gate), (w_up, b_up)))
-    out, _ = glu_forward(g, u, options, choose=choose)
+    out, _ = glu_forward(g, u, options, config=config)
     return (out, g, u) if save else (out, None, None)
 
 
-@on_its_device
-@takes_fields
+@launcher
 def glu_linear_backward(
     dout: Tensor,
     x: Tensor,
@@ -333,8 +335,8 @@ def glu_linear_backward(
     u: Tensor | None = None,
     options: GluOptions = GluOptions(),
     *,
-    fused: bool = True,
-    choose: Choose,
+    fused: bool | None = None,
+    config: Config | Choose | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w_gate, w_up, b_gate and b_up, from g and u or, with None, by making those again.
 
@@ -344,18 +346,22 @@ def glu_linear_backward(
     rows, d, n = _rows(x), _rows(dout), w_gate.shape[0]
     both = x.new_empty(rows.shape[0], 2 * n)
     if g is None or u is None:
-        if fused:
+        if _is_fused(fused, x, w_gate):
             operands = d, rows, *weights, *_halves(both, None)
-            _product(linear_backward_kernel, "glu_linear_backward", operands, rows, w_gate, options, choose)
+            _product(linear_backward_kernel, "glu_linear_backward", operands, rows, w_gate, options, chosen_by(config))
         else:
             g, u = _affine(rows, w_gate, b_gate), _affine(rows, w_up, b_up)
     if g is not None and u is not None:
         tensors = d, _rows(g), _rows(u), *_halves(both, None)
-        elementwise(glu_backward_kernel, "glu_backward", tensors, choose, *options)
+        elementwise(glu_backward_kernel, "glu_backward", tensors, chosen_by(config), *options)
     dx = both @ torch.cat([w_gate, w_up])  # one sum over both, rounded once
     dw = both.T @ rows
     db = both.sum(0)
     return dx.view(x.shape), dw[:n], dw[n:], db[:n], db[n:]
+
+
+def _is_fused(fused: bool | None, x: Tensor, w_gate: Tensor) -> bool:
+    return tables.fuses_glu_linear(x, w_gate) if fused is None else fused
 
 
 def elementwise(kernel: Any, name: str, tensors: tuple[Tensor, ...], choose: Choose, *traits: str) -> None:

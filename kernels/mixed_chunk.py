@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from flashgau.options import Layout, MixedChunkHeads, MixedChunkOptions, OpenChunk, takes_fields
+from flashgau.options import Layout, MixedChunkHeads, MixedChunkOptions, OpenChunk
 
 from .common import (
     FUSED_ADDITION,
@@ -19,8 +19,9 @@ from .common import (
     Sequences,
     Sizes,
     blocks_of,
+    chosen_by,
+    launcher,
     matmul_precision,
-    on_its_device,
     processors,
     sequences_of,
 )
@@ -104,8 +105,7 @@ class _ChunkCall(NamedTuple):
         return replace(chosen, **fitting)
 
 
-@on_its_device
-@takes_fields
+@launcher
 def mixed_chunk_attention_forward(
     heads: MixedChunkHeads,
     v: Tensor,
@@ -114,13 +114,13 @@ def mixed_chunk_attention_forward(
     options: MixedChunkOptions = MixedChunkOptions(),
     save: bool = False,
     *,
-    choose: Choose,
+    config: Config | Choose | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output (B, N, E); KV (G, S, E) of closed chunks; the ungated sum of both parts if `save` and there is a gate."""
     (quad_q, quad_k, lin_q, lin_k), initial_kv = heads, options.initial_kv
     out = v.new_empty(v.shape)
     product = v.new_empty(v.shape) if save and gate is not None else None
-    call = _call(quad_q, v, layout, options, choose)
+    call = _call(quad_q, v, layout, options, chosen_by(config))
     if v.numel() == 0:
         return out, _untouched(call, initial_kv), product
     states, kv = _sum_states(call, lin_k, v, initial_kv, backward=False)
@@ -156,8 +156,7 @@ def mixed_chunk_attention_forward(
     return out, kv, product
 
 
-@on_its_device
-@takes_fields
+@launcher
 def mixed_chunk_attention_backward(
     dout: Tensor,
     dkv: Tensor | None,
@@ -168,18 +167,18 @@ def mixed_chunk_attention_backward(
     layout: Layout = Layout(),
     options: MixedChunkOptions = MixedChunkOptions(),
     *,
-    choose: Choose,
+    config: Config | Choose | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias (B, 2P-1) and initial_kv (None without it)."""
     (quad_q, quad_k, lin_q, lin_k), rel_bias, initial_kv = heads, options.rel_bias, options.initial_kv
-    call = _call(quad_q, v, layout, options, choose)
+    call = _call(quad_q, v, layout, options, chosen_by(config))
     dquad_q, dquad_k, dlin_q, dlin_k, dv = (t.new_empty(t.shape) for t in (quad_q, quad_k, lin_q, lin_k, v))
     dgate = gate.new_empty(gate.shape) if gate is not None else None
     if v.numel() == 0:
         dbias = rel_bias.new_zeros(rel_bias.shape) if rel_bias is not None else None
         dinitial = _untouched(call, dkv) if initial_kv is not None else None
         return dquad_q, dquad_k, dlin_q, dlin_k, dv, dgate, dbias, dinitial
-    dx, _ = prologue(call.sequences, dout, gate, product if gate is not None else None, dgate, choose)
+    dx, _ = prologue(call.sequences, dout, gate, product if gate is not None else None, dgate, call.choose)
     states, _ = _sum_states(call, lin_k, v, initial_kv, backward=False)
     dstates, dinitial = _sum_states(call, lin_q, dx, dkv, backward=True)
     _linear(call, dx, states, dlin_q, backward=False)
@@ -221,8 +220,7 @@ def mixed_chunk_attention_backward(
     return dquad_q, dquad_k, dlin_q, dlin_k, dv, dgate, sums_like(dbias, rel_bias), dinitial
 
 
-@on_its_device
-@takes_fields
+@launcher
 def mixed_chunk_step(
     heads: MixedChunkHeads,
     v: Tensor,
@@ -230,7 +228,7 @@ def mixed_chunk_step(
     state: OpenChunk,
     options: MixedChunkOptions = MixedChunkOptions(),
     *,
-    choose: Choose,
+    config: Config | Choose | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One token (B, 1, .): its output, then kv, quad_k, lin_k, v and position of the new state."""
     _, quad_k, _, lin_k = heads
@@ -241,7 +239,7 @@ def mixed_chunk_step(
     out = v.new_empty(v.shape)
     after = [t.new_empty(t.shape, dtype=t.dtype) for t in before]
     width = max(16, triton.next_power_of_2(s))
-    config: Config = choose("mixed_chunk_step", v, width)
+    config = chosen_by(config)("mixed_chunk_step", v, width)
     block = min(config.block_n, max(16, triton.next_power_of_2(e)))
     if b > 0:
         step_kernel[(b * triton.cdiv(e, block),)](

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashgau.options import Angles, ProjectionWeights, takes_fields
+from flashgau.options import Angles, ProjectionWeights
 
-from .common import VARYING, Choose, on_its_device
+from .common import VARYING, Choose, Config, chosen_by, launcher
 from .glu import Matrix, activate, block_of, elementwise, load, places, slope, store
 
 
@@ -120,10 +120,14 @@ def heads_backward_kernel(
 # ---------------------------------------------------------------- launchers
 
 
-@on_its_device
-@takes_fields
+@launcher
 def gated_projection_forward(
-    x: Tensor, weights: ProjectionWeights, angles: Angles = Angles(), save: bool = False, *, choose: Choose
+    x: Tensor,
+    weights: ProjectionWeights,
+    angles: Angles = Angles(),
+    save: bool = False,
+    *,
+    config: Config | Choose | None = None,
 ) -> list[Tensor]:
     """u, v, the heads of z and, if `save`, x W^T + b as a whole."""
     weight, bias, gamma, beta = weights
@@ -132,13 +136,12 @@ def gated_projection_forward(
     outs = []
     for half in halves:
         outs.append(half.new_empty(half.shape))
-        elementwise(silu_kernel, "projection", (half, outs[-1]), choose)
-    outs += heads_forward(z, gamma, beta, angles, choose=choose)
+        elementwise(silu_kernel, "projection", (half, outs[-1]), chosen_by(config))
+    outs += heads_forward(z, gamma, beta, angles, config=config)
     return [*outs, wide] if save else outs
 
 
-@on_its_device
-@takes_fields
+@launcher
 def gated_projection_backward(
     du: Tensor,
     dv: Tensor,
@@ -148,7 +151,7 @@ def gated_projection_backward(
     saved: list[Tensor],
     angles: Angles = Angles(),
     *,
-    choose: Choose,
+    config: Config | Choose | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias, gamma and beta; those of u, v and z are in one tensor, for one product each."""
     (wide,), (weight, bias, gamma, _) = saved, weights
@@ -157,13 +160,13 @@ def gated_projection_backward(
     *dhalves, dz = _parts(dwide, gamma)
     for d, half, dhalf in zip((du, dv), halves, dhalves, strict=True):
         flat = tuple(t.reshape(-1, t.shape[-1]) for t in (d, half, dhalf))  # the last must be a view: it is written to
-        elementwise(silu_backward_kernel, "projection", flat, choose)
-    dgamma, dbeta = heads_backward(dheads, z, gamma, angles, dz, choose=choose)
-    return *projection_backward(dwide, x, weight, bias, choose=choose), dgamma, dbeta
+        elementwise(silu_backward_kernel, "projection", flat, chosen_by(config))
+    dgamma, dbeta = heads_backward(dheads, z, gamma, angles, dz, config=config)
+    return *projection_backward(dwide, x, weight, bias, config=config), dgamma, dbeta
 
 
 def projection_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *, choose: Choose
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *, config: Config | Choose | None = None
 ) -> Tensor:
     """x W^T + b, and the residual if there is one."""
     y = torch.nn.functional.linear(x, weight, bias)
@@ -171,27 +174,27 @@ def projection_forward(
 
 
 def projection_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *, choose: Choose
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *, config: Config | Choose | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
     flat = dy.reshape(-1, dy.shape[-1])
     return (dy @ weight).view(x.shape), flat.T @ x.reshape(-1, x.shape[-1]), flat.sum(0)
 
 
-@on_its_device
+@launcher
 def heads_forward(
     z: Tensor,
     gamma: Tensor,
     beta: Tensor | None,
     angles: Angles,
     *,
-    choose: Choose,
+    config: Config | Choose | None = None,
 ) -> list[Tensor]:
     """z (B, N, S) -> each gamma_h silu(z) + beta_h, the first channels rotated by angles (1 or B, N, pairs)."""
     outs = [z.new_empty(z.shape) for _ in range(gamma.shape[0])]
     if z.numel():
         beta = beta if beta is None else beta.contiguous()
-        config = choose("heads", z, 0)
+        config = chosen_by(config)("heads", z, 0)
         heads_kernel[(triton.cdiv(z.shape[0] * z.shape[1], config.block_m),)](
             _matrix(z), gamma.contiguous(), beta, *_angles(angles), tuple(outs),
             *_sizes(z, gamma, angles, config.block_m), **config.launch(),
@@ -199,7 +202,7 @@ def heads_forward(
     return outs
 
 
-@on_its_device
+@launcher
 def heads_backward(
     douts: list[Tensor],
     z: Tensor,
@@ -207,10 +210,10 @@ def heads_backward(
     angles: Angles,
     dz: Tensor,
     *,
-    choose: Choose,
+    config: Config | Choose | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of gamma and beta; that of z is written to `dz`, which may have any strides."""
-    config = choose("heads", z, 0)
+    config = chosen_by(config)("heads", z, 0)
     programs = triton.cdiv(z.shape[0] * z.shape[1], config.block_m)
     if z.numel() == 0:
         return torch.zeros_like(gamma), torch.zeros_like(gamma)

@@ -242,5 +242,5 @@ def test_floors_have_the_same_functions_with_the_same_arguments(file):
     assert [name for name in names if any(hasattr(floor, name) for floor in floors)] == found
     for name in found:
         eager, launcher = (list(inspect.signature(getattr(floor, name)).parameters) for floor in floors)
-        assert [x for x in launcher if x not in ("choose", "fused")] == eager, name
+        assert [x for x in launcher if x not in ("config", "fused")] == eager, name
         assert len(launcher) <= 9, name

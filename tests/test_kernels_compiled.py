@@ -51,7 +51,7 @@ from flashgau.tuning.ahead import compiling_for
 def call(b, hq, hk, m, n, d, window, backward=False, dtype=torch.bfloat16, **options):
     q = torch.empty(b, hq, m, d, dtype=dtype, device="meta")
     k = torch.empty(b, hk, n, d, dtype=dtype, device="meta")
-    options |= {"scale": 0.1, "window": window, "choose": lambda *args, **traits: Config(16, 16, 4, 1)}
+    options |= {"scale": 0.1, "window": window, "config": Config(16, 16, 4, 1)}
     out, lse = attention_forward(q, k, k, **options)
     if backward:
         attention_backward(out, lse, q, k, k, (out, lse), **options)
@@ -92,8 +92,8 @@ with compiling_for("sm_80"):
     for b, n in [(1, 2048), (3, 4096), (7, 2051), (1, 20), (2, 65536), (64, 128)]:
         heads = torch.empty(4, b, n, 16, dtype=torch.bfloat16, device="meta")
         v = torch.empty(b, n, 64, dtype=torch.bfloat16, device="meta")
-        mixed_chunk.mixed_chunk_attention_forward(heads, v, v, **options, choose=choose)
-        mixed_chunk.mixed_chunk_attention_backward(v, None, heads, v, v, v, **options, choose=choose)
+        mixed_chunk.mixed_chunk_attention_forward(heads, v, v, **options, config=choose)
+        mixed_chunk.mixed_chunk_attention_backward(v, None, heads, v, v, v, **options, config=choose)
 for name in dir(mixed_chunk_kernels):
     caches = getattr(getattr(mixed_chunk_kernels, name), "device_caches", {})
     if caches:
@@ -126,7 +126,7 @@ from flashgau.kernels.common import Config
 from flashgau.tuning.ahead import compiling_for
 
 choose = lambda *args, **traits: Config(16, 16, 4, 1, 16)
-options = {"score": "relu2", "normalizer": "keys", "causal": True, "choose": choose}
+options = {"score": "relu2", "normalizer": "keys", "causal": True, "config": choose}
 with compiling_for("sm_80"):
     for b, n in [(1, 512), (3, 1024), (7, 515), (2, 100), (1, 2048)]:
         for e in (64, 528):
@@ -153,12 +153,12 @@ from flashgau.kernels.common import Config
 from flashgau.tuning.ahead import compiling_for
 
 choose = lambda *args, **traits: Config(16, 16, 4, 1, 16)
-options = {"activation": "silu", "up_activation": "identity", "choose": choose}
+options = {"activation": "silu", "up_activation": "identity", "config": choose}
 with compiling_for("sm_80"):
     for rows in (512, 4096, 515, 100, 65536):
         x, w, d = (torch.empty(*s, dtype=torch.bfloat16, device="meta") for s in ((rows, 32), (48, 32), (rows, 48)))
-        module.glu_linear_forward(x, (w, w, None, None), save=True, **options)
-        module.glu_linear_backward(d, x, (w, w, None, None), **options)
+        module.glu_linear_forward(x, (w, w, None, None), fused=True, save=True, **options)
+        module.glu_linear_backward(d, x, (w, w, None, None), fused=True, **options)
 """
         + COUNT
     )
@@ -176,6 +176,7 @@ os.environ["TRITON_DEFAULT_FP_FUSION"] = "0"
 from unittest import mock
 import torch, triton
 from flashgau.kernels import attention_kernels, gated, gau, glu, mixed_chunk_kernels, projection
+from flashgau.tables import configured
 from flashgau.tuning import compiler, lookup
 from flashgau.tuning.ahead import target_of
 from flashgau.tuning.shipped import ENTRIES, Operands
@@ -192,9 +193,10 @@ def launch(kernel, grid):
 with mock.patch.object(triton.JITFunction, "__getitem__", launch):
     for entry in ENTRIES.values():
         for kind in entry.kinds["bf16"]:
-            entry.call(kind, entry.widths[-1], Operands(torch.bfloat16), choose)
+            with configured(choose):
+                entry.call(kind, entry.widths[-1], Operands(torch.bfloat16))
     x, w, gamma = (torch.empty(*shape, device="meta") for shape in ((1, 8, 4), (40, 4), (2, 8)))
-    options = {"interleaved": False, "save": False, "choose": choose}
+    options = {"interleaved": False, "save": False, "config": choose}
     projection.gated_projection_forward(x, (w, None, gamma, None), **options)
 for module in (attention_kernels, gated, gau, glu, mixed_chunk_kernels, projection):
     for name, kernel in vars(module).items():
@@ -207,7 +209,7 @@ def compile(name, kernel):
 x = torch.empty(2, 64, device="meta")
 for target in ("sm_80", "gfx942"):
     with compiler.instead_of_launching(target, target_of(target), compile):
-        glu.glu_forward(x, x, activation="silu", up_activation="identity", choose=choose)
+        glu.glu_forward(x, x, activation="silu", up_activation="identity", config=choose)
 """
     )
     lines = [line.split(maxsplit=1) for line in printed.splitlines()]

@@ -171,12 +171,12 @@ def test_gated_projections_are_those_of_eager(interleaved, data):
     douts = [randn(6 + i, b, n, w) for i, w in enumerate([wide, wide, *[s] * count])]
     douts[0] = douts[0].transpose(0, 1).contiguous().transpose(0, 1)
     results = []
-    for module, choose in ((projection_kernels, {"choose": tables.choose}), (eager_projection, {})):
+    for module in (projection_kernels, eager_projection):
         forward, backward = module.gated_projection_forward, module.gated_projection_backward
         weights, rotary = ProjectionWeights(weight, bias, gamma, beta), Angles(cos, sin, interleaved)
-        found = forward(x, weights, rotary, save=True, **choose)
+        found = forward(x, weights, rotary, save=True)
         outs, saved = found[: 2 + count], found[2 + count :]
-        grads = backward(*douts[:2], douts[2:], x, weights, saved, rotary, **choose)
+        grads = backward(*douts[:2], douts[2:], x, weights, saved, rotary)
         results.append([*outs, *grads])
     for a, e in zip(*results, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=2e-5)
@@ -188,9 +188,9 @@ def test_projections_are_those_of_eager(rows):
         randn(i, *s) for i, s in enumerate([(rows, 2, 6), (7, 6), (7,), *[(rows, 2, 7)] * 2])
     )
     results = []
-    for module, choose in ((projection_kernels, {"choose": tables.choose}), (eager_projection, {})):
-        y = module.projection_forward(x, weight, bias, residual, **choose)
-        results.append([y, *module.projection_backward(dy, x, weight, bias, **choose)])
+    for module in (projection_kernels, eager_projection):
+        y = module.projection_forward(x, weight, bias, residual)
+        results.append([y, *module.projection_backward(dy, x, weight, bias)])
     for a, e in zip(*results, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
 

@@ -7,17 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import pytorch, tables
+from .. import pytorch
 from .dispatch import implementation
 
 
 def run(op: str, backend: str, function: str, *args: Any, **kwargs: Any) -> Any:
     """Call one floor's function with autocast off: operands were cast before, and sums stay in fp32."""
     call = implementation(op, backend, function)
-    if backend == "triton":
-        kwargs["choose"] = tables.in_force()
-        if op == "glu_linear":
-            kwargs["fused"] = tables.fuses_glu_linear(kwargs["x"], kwargs["weights"].w_gate)
     if not pytorch.any_autocast():
         return call(*args, **kwargs)
     device = next(x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor))

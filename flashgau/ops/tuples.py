@@ -63,7 +63,7 @@ class Flattening:
         split = [x for kind in tuples.values() for x in fields(kind) if len(x.parts) > 1 and x.parts[0] in arguments]
         self.names = [*arguments, *(x.name for x in split)]  # of an operator's arguments, then of what they make
         place = {name: i for i, name in enumerate(self.names)}
-        self.joined = [(x.join, itemgetter(*(place[part] for part in x.parts))) for x in split]
+        self.joined = [(x.join, _pick([place[part] for part in x.parts])) for x in split]
         taken = {part for x in split for part in x.parts}
         self.tuples = []
         for name, kind in tuples.items():
@@ -87,8 +87,7 @@ class Flattening:
     def named(self, args: Sequence[Any]) -> dict[str, Any]:
         """What a function is given: tuples, and what is in none, by name. A field that is no argument is None."""
         values = [*args]
-        for join, parts in self.joined:
-            values.append(join(*parts(args)))
+        values += [join(*parts(args)) for join, parts in self.joined]
         values.append(None)
         found = {name: args[i] for name, i in self.plain}
         for name, kind, parts in self.tuples:

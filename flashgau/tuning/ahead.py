@@ -104,7 +104,7 @@ def compiling_for(target: str, only: str | None = None) -> Iterator[list[Compile
         >>> q = torch.empty(1, 8, 1024, 64, dtype=torch.bfloat16, device="meta")
         >>> config = Config(block_m=64, block_n=64, num_warps=4, num_stages=2)
         >>> with compiling_for("sm_80") as compiled:                               # doctest: +SKIP
-        ...     _ = attention_forward(q, q, q, scale=0.125, window=(None, 0), choose=lambda *a, **k: config)
+        ...     _ = attention_forward(q, q, q, causal=True, config=config)
         >>> compiled[0].spills                                                     # doctest: +SKIP
         0
     """
@@ -210,8 +210,8 @@ def compile_one(job: Job) -> Row:
         return config
 
     try:
-        with compiling_for(job.target, only=entry.kernel) as found:
-            entry.call(job.kind, job.width, Operands(DTYPES[job.dtype]), choose)
+        with compiling_for(job.target, only=entry.kernel) as found, tables.configured(choose):
+            entry.call(job.kind, job.width, Operands(DTYPES[job.dtype]))
     except Exception as error:  # a compiler fails in its own ways, each of which is a row that is not ok
         return row(reason=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
     needs = max(found, key=lambda c: (c.spills, c.shared_bytes, c.registers))  # where a kernel serves two purposes

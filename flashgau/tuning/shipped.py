@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashgau import tables
 from flashgau.kernels import attention, gau, glu, mixed_chunk, projection
 from flashgau.kernels.glu import elementwise
 from flashgau.options import Angles
-from flashgau.tables.config import Choose
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -69,7 +69,7 @@ class LaunchEntry:
 
     Attributes:
         kernel: the jitted function's name.
-        call: of the launcher: (kind, width, operands, choose).
+        call: of the launcher: (kind, width, operands).
         kinds: what is compiled in each dtype. fp16 and bf16 differ in the names of instructions only.
         widths: of the heads; 0 alone for a kernel without.
         matrix: the start of the matrix instruction it must have in half precision, by table; None if it multiplies no
@@ -79,7 +79,7 @@ class LaunchEntry:
     """
 
     kernel: str
-    call: Callable[[str, int, Operands, Choose], None]
+    call: Callable[[str, int, Operands], None]
     kinds: Mapping[str, tuple[str, ...]]
     widths: tuple[int, ...] = (0,)
     matrix: dict[str, str] | None = None
@@ -92,12 +92,10 @@ _LARGE = {"sm_90": "HGMMA", "sm_100": "UTC"}
 _ANY: dict[str, str] = {}
 
 
-def _attention(
-    backward: bool, queries: int | None, biased: bool, kind: str, width: int, make: Operands, choose: Choose
-) -> None:
+def _attention(backward: bool, queries: int | None, biased: bool, kind: str, width: int, make: Operands) -> None:
     fp32, n = torch.float32, make.tokens()
     m = n if queries is None else queries
-    options: dict[str, Any] = {"scale": width**-0.5, "window": (None, None if kind == "full" else 0), "choose": choose}
+    options: dict[str, Any] = {"scale": width**-0.5, "window": (None, None if kind == "full" else 0)}
     if kind == "all options":
         options |= {"window": (64, 64), "softcap": 5.0, "dropout_p": 0.1, "sinks": make(8, dtype=fp32)}
         options |= {"dropout_seed": make(1, dtype=torch.int64), "lengths": make(1, dtype=torch.int32)}
@@ -110,10 +108,10 @@ def _attention(
         attention.attention_forward(q, k, k, **options)
 
 
-def _glu(backward: bool, kind: str, width: int, make: Operands, choose: Choose) -> None:
+def _glu(backward: bool, kind: str, width: int, make: Operands) -> None:
     variant, layout = kind.split()
     activation = {"swiglu": "silu", "geglu": "gelu"}[variant]
-    options: dict[str, Any] = {"activation": activation, "up_activation": "identity", "choose": choose}
+    options: dict[str, Any] = {"activation": activation, "up_activation": "identity"}
     gate = make(make.tokens(), 2 * 4096 if layout == "packed" else 4096)
     up, dout = (None if layout == "packed" else gate), make(make.tokens(), 4096)
     if backward:
@@ -122,18 +120,18 @@ def _glu(backward: bool, kind: str, width: int, make: Operands, choose: Choose) 
         glu.glu_forward(gate, up, **options)
 
 
-def _glu_linear(rows: int | None, kind: str, width: int, make: Operands, choose: Choose) -> None:
+def _glu_linear(rows: int | None, kind: str, width: int, make: Operands) -> None:
     rows = make.tokens() if rows is None else rows
     x, w, out = (make(*shape) for shape in ((rows, 1024), (4096, 1024), (rows, 4096)))
     bias = make(4096)
-    options: dict[str, Any] = {"activation": "gelu", "up_activation": "identity", "choose": choose}
+    options: dict[str, Any] = {"activation": "gelu", "fused": True}
     if kind == "backward":
         glu.glu_linear_backward(out, x, (w, w, bias, bias), **options)
     else:
         glu.glu_linear_forward(x, (w, w, bias, bias), save=kind == "training", **options)
 
 
-def _gau(backward: bool, queries: int | None, e: int, kind: str, width: int, make: Operands, choose: Choose) -> None:
+def _gau(backward: bool, queries: int | None, e: int, kind: str, width: int, make: Operands) -> None:
     score, mask, *rest = kind.split()
     n = make.tokens(2048)
     m = n if queries is None else queries
@@ -141,16 +139,16 @@ def _gau(backward: bool, queries: int | None, e: int, kind: str, width: int, mak
     bias = make(1, 2 * n - 1, dtype=torch.float32) if rest else None
     options: dict[str, Any] = {"score": score, "normalizer": "keys", "causal": mask == "causal", "rel_bias": bias}
     if backward:
-        gau.gau_attention_backward(out, q, k, v, out, out, **options, choose=choose)
+        gau.gau_attention_backward(out, q, k, v, out, out, **options)
     else:
-        gau.gau_attention_forward(q, k, v, out, **options, save=True, choose=choose)
+        gau.gau_attention_forward(q, k, v, out, **options, save=True)
 
 
-def _mixed_chunk(backward: bool, e: int, kind: str, width: int, make: Operands, choose: Choose) -> None:
+def _mixed_chunk(backward: bool, e: int, kind: str, width: int, make: Operands) -> None:
     score, mask, *rest = kind.split()
     n, causal, fp32 = make.tokens(), mask != "full", torch.float32
     heads, v = make(4, 1, n, width), make(1, n, e)
-    options: dict[str, Any] = {"chunk_size": 256, "score": score, "causal": causal, "choose": choose}
+    options: dict[str, Any] = {"chunk_size": 256, "score": score, "causal": causal}
     if rest:
         options["rel_bias"] = make(1, 511, dtype=fp32)
     if mask == "continued":
@@ -161,31 +159,31 @@ def _mixed_chunk(backward: bool, e: int, kind: str, width: int, make: Operands, 
         mixed_chunk.mixed_chunk_attention_forward(heads, v, v, **options, save=True)
 
 
-def _mixed_chunk_both(kind: str, width: int, make: Operands, choose: Choose) -> None:
+def _mixed_chunk_both(kind: str, width: int, make: Operands) -> None:
     for backward in (False, True):
-        _mixed_chunk(backward, 2048, kind, width, make, choose)
+        _mixed_chunk(backward, 2048, kind, width, make)
 
 
-def _mixed_chunk_step(kind: str, width: int, make: Operands, choose: Choose) -> None:
+def _mixed_chunk_step(kind: str, width: int, make: Operands) -> None:
     heads, v = make(4, 8, 1, width), make(8, 1, 2048)
     held, kv = make(8, 256, width), make(8, width, 2048, dtype=torch.float32)
     mixed_chunk.mixed_chunk_step(
         heads, v, v, (kv, held, held, make(8, 256, 2048), make(8, dtype=torch.int64)),
-        rel_bias=make(8, 511, dtype=torch.float32), choose=choose,
+        rel_bias=make(8, 511, dtype=torch.float32),
     )  # fmt: skip
 
 
-def _projection(kind: str, width: int, make: Operands, choose: Choose) -> None:
+def _projection(kind: str, width: int, make: Operands) -> None:
     n = make.tokens()
     halves = [part[:, 2048:4096] for part in [make(n, 4224)] * 2]
-    elementwise(projection.silu_backward_kernel, "projection", (make(n, 2048), *halves), choose)
+    elementwise(projection.silu_backward_kernel, "projection", (make(n, 2048), *halves), tables.in_force())
 
 
-def _heads(kind: str, width: int, make: Operands, choose: Choose) -> None:
+def _heads(kind: str, width: int, make: Operands) -> None:
     n = make.tokens(2048)
     z, gamma = make(8, n, 128), make(4, 128, dtype=torch.float32)
     cos = make(1, n, 64, dtype=torch.float32)
-    projection.heads_backward([z] * 4, z, gamma, Angles(cos, cos), z, choose=choose)
+    projection.heads_backward([z] * 4, z, gamma, Angles(cos, cos), z)
 
 
 _ATTENTION: dict[str, Any] = {

@@ -65,7 +65,7 @@ class Bench:
 
         def call() -> None:
             make.rewind()
-            ENTRIES[job.entry].call(job.kind, job.width, make, tables.in_force())
+            ENTRIES[job.entry].call(job.kind, job.width, make)
 
         assert job.config is not None
         with launched(job.key, job.config):
@@ -76,7 +76,7 @@ class Bench:
         make = Operands(torch.float32 if itemsize == 4 else torch.bfloat16, self.device)
         rows = 1 if few_rows else INTERPRETED_LENGTH if self.interpreted else LENGTH
         x, w, u = make(rows, width), make(4096, width), make(4096, width)
-        options: dict[str, Any] = {"activation": "silu", "up_activation": "identity", "choose": tables.in_force()}
+        options: dict[str, Any] = {"activation": "silu", "up_activation": "identity"}
         one, library = (
             self.median(lambda f=fused: glu_linear_forward(x, GluWeights(w, u), save=True, fused=f, **options))  # type: ignore[misc]
             for fused in (True, False)
