@@ -65,7 +65,7 @@ def bias_pointer(rule, row):
 
 
 @triton.jit
-def weights(b_s, b_lse, SCORE: tl.constexpr):
+def probs(b_s, b_lse, SCORE: tl.constexpr):
     """A of a block of scores: relu(S)^2, the Laplace function of [MEGA] section 3.5, or exp(S - LSE)."""
     if SCORE == "relu2":
         b_a = tl.where(b_s < 0, 0.0, b_s * b_s)  # tl.maximum would drop a NaN on a GPU

@@ -57,6 +57,7 @@ from .gated import (
     factors,
     load_tile,
     precisions,
+    probs,
     prologue,
     room_for_panel,
     rows,
@@ -64,7 +65,6 @@ from .gated import (
     scores,
     store_tile,
     sums_like,
-    weights,
 )
 
 _FUSED_WIDTH = 512  # of the values; up to it, recomputing scores for each tile is cheaper than storing them
@@ -102,7 +102,7 @@ def panel_pointers(panel, i_slot, width, o_column, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def weights_block(
+def probs_block(
     b_q, b_scale, b_lse, k, p_k, rule, p_bias, o_position, o_key, n,
     SIZES: tl.constexpr, SCORE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -110,7 +110,7 @@ def weights_block(
     b_k = load_rows(k, p_k + tl.cast(o_key, tl.int64) * k.token, o_key < n, SIZES.S, SIZES.BS, not MASKED)
     b_qk = tl.dot(b_q, b_k.T, input_precision=SIZES.PRECISION)
     b_s = scores(b_qk, b_scale[:, None], rule, p_bias, o_position[:, None], o_key[None, :], n, MASKED)
-    return weights(b_s, b_lse[:, None], SCORE)
+    return probs(b_s, b_lse[:, None], SCORE)
 
 
 @triton.jit
@@ -164,7 +164,7 @@ def lse_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def weights_kernel(
+def probs_kernel(
     q, k, lse, panel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, right, bias, bias_batch, max_distance, n_blocks, first_block, n_across, panel_width,
     SIZES: tl.constexpr,  # S, BS, BM, BN, PRECISION
@@ -189,7 +189,7 @@ def weights_kernel(
     b_lse = load_lse(lse, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
     b_scale, p_bias = scales(rule, o_position, n, SCALING), bias_pointer(rule, row)
     p_k = row_pointers(k, row, 0, first_n)
-    b_a = weights_block(b_q, b_scale, b_lse, k, p_k, rule, p_bias, o_position, o_key, n, SIZES, SCORE, True)
+    b_a = probs_block(b_q, b_scale, b_lse, k, p_k, rule, p_bias, o_position, o_key, n, SIZES, SCORE, True)
     tl.store(panel_pointers(panel, i_slot, panel_width, o_key, BM), b_a.to(panel.dtype.element_ty))
 
 
@@ -234,7 +234,7 @@ def product_kernel(
         for phase in tl.static_range(2):  # unmasked blocks, then masked ones
             for j in range(0 if phase == 0 else full_stop, full_stop if phase == 0 else stop, BN):
                 o_key = j + tl.arange(0, BN)
-                b_a = weights_block(
+                b_a = probs_block(
                     b_q, b_scale, b_lse, k, p_k, rule, p_bias, o_position, o_key, n, SIZES, SCORE, phase != 0
                 )
                 b_v = load_tile(v, p_v + tl.cast(o_key, tl.int64) * v.token, o_key < n, o_column, SIZES.E, SIZES.BE)
@@ -290,7 +290,7 @@ def gradient_kernel(
     b_s = scores(b_kq, b_scale[None, :], rule, p_bias, o_position[None, :], o_key[:, None], n, True)
     b_lse = load_lse(lse, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
     b_delta = load_lse(delta, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
-    b_a = weights(b_s, b_lse[None, :], SCORE)
+    b_a = probs(b_s, b_lse[None, :], SCORE)
     b_ds = score_gradient(b_da, b_s, b_a, tl.where(m_row, b_delta, 0.0)[None, :], SCORE)
     tl.store(panel_pointers(panel, i_slot, panel_width, o_query, BN), b_a.to(panel.dtype.element_ty))
     tl.store(panel_pointers(dpanel, i_slot, panel_width, o_query, BN), b_ds.to(dpanel.dtype.element_ty))
@@ -406,14 +406,14 @@ class _GatedCall(NamedTuple):
 
     sequences: Sequences
     rule: tuple[Any, ...]  # scale, right, bias, bias_batch, max_distance
-    score: str  # of `weights`
+    score: str  # of `probs`
     scaling: str  # of `scales`
     rows: int  # of the batch that have blocks of their own: 1 when packed
     width: int  # S as a block
     max_seqlens: tuple[int, int]  # queries and keys of the longest sequence
     precision: str  # of products of inputs
     factors: str  # of products of weights, see `factors`
-    weights_like: Tensor  # a tensor of their type
+    probs_like: Tensor  # a tensor of their type
 
 
 @launcher
@@ -439,7 +439,7 @@ def gau_attention_forward(
     choose = chosen_by(config)
     lse = _lse(call, q, k, choose)
     panels = e > _FUSED_WIDTH or m <= 16
-    config = choose("gau_product" if panels else "gau_fused", call.weights_like, call.width, rows=m)
+    config = choose("gau_product" if panels else "gau_fused", call.probs_like, call.width, rows=m)
     n_blocks = blocks_of(call.sequences, m, 1, config.block_m)
     total = n_blocks * call.rows
     n_tiles = triton.cdiv(e, config.block_n)
@@ -459,11 +459,11 @@ def gau_attention_forward(
         return out, product
     n_across = triton.cdiv(call.max_seqlens[1], config.block_k)
     panel_width = n_across * config.block_k
-    making = choose("gau_weights", call.weights_like, call.width, rows=m)
-    panel, step = room_for_panel(call.weights_like, config.block_m * panel_width, total)
+    making = choose("gau_weights", call.probs_like, call.width, rows=m)
+    panel, step = room_for_panel(call.probs_like, config.block_m * panel_width, total)
     for first in range(0, total, step):
         count = min(step, total - first)
-        weights_kernel[(count * n_across,)](
+        probs_kernel[(count * n_across,)](
             rows(q), rows(k), lse, panel, *call.sequences, *call.rule, n_blocks, first, n_across, panel_width,
             Sizes(**sizes, PRECISION=call.precision), **scoring, **making.launch(),
         )  # fmt: skip
@@ -503,13 +503,13 @@ def gau_attention_backward(
     dx, delta = prologue(call.sequences, dout, gate, product, dgate, choose, softmax=call.score == "softmax")
 
     config, values, queries = (
-        choose(name, call.weights_like, call.width) for name in ("gau_gradient", "gau_dv", "gau_dq")
+        choose(name, call.probs_like, call.width) for name in ("gau_gradient", "gau_dv", "gau_dq")
     )
     bm, bn = config.block_m, config.block_n
     n_blocks, n_row_blocks = blocks_of(call.sequences, n, 1, bn), blocks_of(call.sequences, m, 1, bm, rest=False)
     total, n_across = n_blocks * call.rows, triton.cdiv(call.max_seqlens[0], bm)
     panel_width = n_across * bm
-    panel, step = room_for_panel(call.weights_like, 2 * bn * panel_width, total)
+    panel, step = room_for_panel(call.probs_like, 2 * bn * panel_width, total)
     panel, dpanel = panel.view(2, -1)
     scaling, rule = {"SCALING": call.scaling}, call.rule
     blocks = {"BM": bm, "BN": bn}
@@ -555,7 +555,7 @@ def _call(q: Tensor, k: Tensor, layout: Layout, options: GatedOptions) -> _Gated
     if cu_seqlens is not None:  # the only value read on the host: panels as wide as the packed batch would be many
         most = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
         max_seqlens = (min(max(most, 1), k.shape[1]),) * 2
-    precision, factors, weights_like = precisions(q)
+    precision, factors, probs_like = precisions(q)
     return _GatedCall(
         sequences=sequences_of(q.shape[0], q.shape[1], k.shape[1], *layout),
         rule=(scale, 0 if causal else None, *bias_rule(rel_bias)),
@@ -566,7 +566,7 @@ def _call(q: Tensor, k: Tensor, layout: Layout, options: GatedOptions) -> _Gated
         max_seqlens=max_seqlens,
         precision=precision,
         factors=factors,
-        weights_like=weights_like,
+        probs_like=probs_like,
     )
 
 

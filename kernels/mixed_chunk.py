@@ -33,10 +33,10 @@ from .mixed_chunk_kernels import (
     gradient_kernel,
     heads_kernel,
     linear_kernel,
+    probs_kernel,
     product_kernel,
     states_kernel,
     step_kernel,
-    weights_kernel,
 )
 
 # The axes that limit a kernel's block_m, block_n and block_k.
@@ -57,7 +57,7 @@ class _ChunkCall(NamedTuple):
     """What all kernels of one call share."""
 
     tokens: Tensor  # the values, for their type and device
-    weights: Tensor  # of the type of weights and states
+    probs_like: Tensor  # of the type of weights and states
     choose: Choose
     size: dict[str, int]  # C, S and E
     sequences: Sequences
@@ -95,7 +95,7 @@ class _ChunkCall(NamedTuple):
 
     def config(self, kernel: str) -> Config:
         """How a kernel is launched; no block is larger than its axis."""
-        x = self.tokens if kernel == "states" else self.weights
+        x = self.tokens if kernel == "states" else self.probs_like
         chosen: Config = self.choose(f"mixed_chunk_{kernel}", x, self.width)
         extents = self.size | {"C": self.largest_chunk}
         fitting = {
@@ -128,10 +128,10 @@ def mixed_chunk_attention_forward(
         _multiply(call, quad_q, quad_k, lin_q, v, None, states, gate, product, out, range(call.slots), backward=False)
         return out, kv, product
     config, wide = call.config("weights"), call.panel_width
-    panel, step = room_for_panel(call.weights, wide * wide, call.slots)
+    panel, step = room_for_panel(call.probs_like, wide * wide, call.slots)
     for first in range(0, call.slots, step):
         count = min(step, call.slots - first)
-        weights_kernel[(count * (wide // config.block_m) * (wide // config.block_n),)](
+        probs_kernel[(count * (wide // config.block_m) * (wide // config.block_n),)](
             rows(quad_q), rows(quad_k), panel, *call.sequences, *call.rule, call.n_chunks, first,
             Sizes(
                 C=options.chunk_size, S=call.size["S"], BS=call.width, BM=config.block_m, BN=config.block_n, WIDTH=wide,
@@ -186,7 +186,7 @@ def mixed_chunk_attention_backward(
 
     config, of_heads, wide = call.config("gradient"), call.config("heads"), call.panel_width
     total = v.new_zeros(v.shape[0], wide, wide, dtype=torch.float32) if rel_bias is not None else None
-    panels, step = room_for_panel(call.weights, 2 * wide * wide, call.slots)
+    panels, step = room_for_panel(call.probs_like, 2 * wide * wide, call.slots)
     panel, dpanel = panels.view(2, -1)
     sizes: dict[str, Any] = {"C": options.chunk_size, "S": call.size["S"], "BS": call.width, "WIDTH": wide}
     blocks = {"BM": config.block_m, "BN": config.block_n, "BK": config.block_k}
@@ -262,7 +262,7 @@ def _call(quad_q: Tensor, v: Tensor, layout: Layout, options: MixedChunkOptions,
     precision, factors, like = precisions(v)
     call = _ChunkCall(
         tokens=v,
-        weights=like,
+        probs_like=like,
         choose=choose,
         size={"C": chunk_size, "S": quad_q.shape[-1], "E": e},
         sequences=sequences,
@@ -312,7 +312,7 @@ def _sum_states(
     s, e, count = call.size["S"], call.size["E"], call.sequences.n_sequences
     n_segments, chunks_per_segment = call.segments
     config = call.config("states")
-    running = call.weights.new_empty(call.slots, s, e) if call.causal else None
+    running = call.probs_like.new_empty(call.slots, s, e) if call.causal else None
     totals = y.new_empty(n_segments * call.rows, s, e, dtype=torch.float32)
     states_kernel[(totals.shape[0] * _tiles(call),)](
         rows(x), rows(y), running, totals, call.closed_tokens, *call.sequences, call.lin_inv_norm, call.n_chunks,

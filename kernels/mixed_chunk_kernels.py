@@ -5,7 +5,7 @@ not causal). Once each chunk's KV is known, all chunks are independent:
 
     states    sums of lin_K^T V, over the chunks of a segment, one state stored per chunk (before adding it)
     carry     the segments' totals, summed over the segments before; none if a sequence is one segment
-    weights   A of some chunks to a panel in the L2 cache (values of one tile of columns: computed in `product`)
+    probs     A of some chunks to a panel in the L2 cache (values of one tile of columns: computed in `product`)
     product   [lin_Q | A] [KV ; V] as one product, with the gate as its epilogue
 
 The backward sums in reverse order: dKV is the sum of lin_Q^T dX / n over the chunks after.
@@ -43,10 +43,10 @@ from .gated import (
     bias_pointer,
     factors,
     load_tile,
+    probs,
     score_gradient,
     scores,
     store_tile,
-    weights,
 )
 
 # ---------------------------------------------------------------- chunks
@@ -243,7 +243,7 @@ def is_hidden(chunk, rule, first_query, first_key, BM: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=VARYING)
-def weights_kernel(
+def probs_kernel(
     q, k, panel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     inv_norm, right, bias, bias_batch, max_distance, n_chunks, first_block,
     SIZES: tl.constexpr,  # C, S, BS, BM, BN, WIDTH, PRECISION
@@ -267,7 +267,7 @@ def weights_kernel(
         return
     b_q, p_bias = chunk_rows(q, chunk, o_query, SIZES), bias_pointer(rule, chunk.row)
     b_s = local_scores(chunk, rule, p_bias, b_q, k, o_query, o_key, SIZES)
-    tl.store(p_panel, weights(b_s, 0.0, SCORE).to(panel.dtype.element_ty))
+    tl.store(p_panel, probs(b_s, 0.0, SCORE).to(panel.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -329,7 +329,7 @@ def product_kernel(
         o_other = j + tl.arange(0, SIZES.BK)
         if panel is None:
             b_s = local_scores(chunk, rule, p_bias, b_q, k, o_row, o_other, SIZES)
-            b_a = weights(b_s, 0.0, SCORE)
+            b_a = probs(b_s, 0.0, SCORE)
         elif BACKWARD:
             b_a = tl.load(panel_block(panel, i_slot, o_other, o_row, SIZES.WIDTH), mask=m_row[None, :], other=0.0).T
         else:
@@ -426,7 +426,7 @@ def gradient_kernel(
         b_da = tl.dot(b_dx, b_v.T, b_da, input_precision=SIZES.PRECISION)
     b_q, p_bias = chunk_rows(q, chunk, o_query, SIZES), bias_pointer(rule, chunk.row)
     b_s = local_scores(chunk, rule, p_bias, b_q, k, o_query, o_key, SIZES)
-    b_a = weights(b_s, 0.0, SCORE)
+    b_a = probs(b_s, 0.0, SCORE)
     tl.store(p_panel, b_a.to(panel.dtype.element_ty))
     tl.store(p_dpanel, score_gradient(b_da, b_s, b_a, 0.0, SCORE).to(dpanel.dtype.element_ty))
 
@@ -548,7 +548,7 @@ def step_kernel(
         b_lin_k = join_token(lin_k, held_lin_k, i_row, place, o_chunk, o_s, SIZES.C, SIZES.S)
         b_v = join_token(v, held_v, i_row, place, o_chunk, o_column, SIZES.C, SIZES.E)
         b_s = tl.sum(b_quad_k.to(tl.float32) * b_quad_q[None, :], 1)
-        b_a = weights(scores(b_s, inv_norm, rule, p_bias, place + 0 * o_chunk, o_chunk, place + 1, True), 0.0, SCORE)
+        b_a = probs(scores(b_s, inv_norm, rule, p_bias, place + 0 * o_chunk, o_chunk, place + 1, True), 0.0, SCORE)
         b_out += tl.sum(b_a[:, None] * b_v.to(tl.float32), 0)
         if full:
             b_kv = tl.dot(b_lin_k.T, b_v, b_kv, input_precision=SIZES.PRECISION)

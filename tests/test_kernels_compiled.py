@@ -102,7 +102,7 @@ for name in dir(mixed_chunk_kernels):
     )
     # Sequences of one segment or of several, forward and backward in one kernel, strides that 16 divides or not.
     counts = {name: int(count) for name, count in (line.split() for line in printed.splitlines())}
-    assert counts.keys() == {f"{name}_kernel" for name in ("states", "carry", "weights", "product", "linear",
+    assert counts.keys() == {f"{name}_kernel" for name in ("states", "carry", "probs", "product", "linear",
                                                            "gradient", "heads")}  # fmt: skip
     assert all(count <= (4 if name in ("product_kernel", "linear_kernel") else 2) for name, count in counts.items()), (
         counts
@@ -139,8 +139,8 @@ with compiling_for("sm_80"):
     )
     counts = {name: int(count) for name, count in (line.split() for line in printed.splitlines())}
     # Two widths of values, which are compiled in; and panels whose width 16 divides, as it always does.
-    assert {"weights_kernel", "product_kernel", "gradient_kernel", "dkv_kernel", "dq_kernel"} <= counts.keys()
-    assert counts["weights_kernel"] == 1
+    assert {"probs_kernel", "product_kernel", "gradient_kernel", "dkv_kernel", "dq_kernel"} <= counts.keys()
+    assert counts["probs_kernel"] == 1
     assert all(count <= 4 for count in counts.values()), counts
 
 

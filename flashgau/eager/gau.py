@@ -47,8 +47,8 @@ def gau_attention_forward(
     for seq in sequences(q.shape[0], q.shape[1], k.shape[1], layout):
         part = _Part(seq, options, q, k, v)
         for i in part.panels():
-            _, weights, _ = part.weights(i)
-            x = part.times_values(weights)
+            _, probs, _ = part.probs(i)
+            x = part.times_values(probs)
             rows = part.absolute(i)
             if product is not None:
                 product[seq.batch, rows] = x.to(out.dtype)
@@ -83,7 +83,7 @@ def gau_attention_backward(
             if gate is not None and dgate is not None and product is not None:
                 dgate[seq.batch, rows] = (dx * product[seq.batch, rows]).to(dgate.dtype)
                 dx = (dx * gate[seq.batch, rows]).to(part.factor)
-            s, a, scale = part.weights(i)
+            s, a, scale = part.probs(i)
             seen = a.shape[-1]
             add_product(_keys_seen(dv_sum, seen), a.to(part.factor).mT, dx, workspace)
             da = _times_transposed(dx, _keys_seen(part.v, seen)).to(acc)
@@ -162,7 +162,7 @@ class _Part:
             return 1 / count
         return 1 / (max(self.n, 1) if normalizer == "keys" else float(normalizer))
 
-    def weights(self, i: slice) -> tuple[Tensor, Tensor, Tensor | float]:
+    def probs(self, i: slice) -> tuple[Tensor, Tensor, Tensor | float]:
         """Scores and weights A (b, rows, keys seen) of a panel, and the scale of its q k^T."""
         offset = self.n - self.m
         seen, scale = self.seen(i), self.scale(i)

@@ -108,7 +108,7 @@ class Chunks:
             scaled.view(self.rows, group.count, *lin.shape[1:])[:, 0] = 0
         return scaled
 
-    def weights(self, heads: Heads) -> tuple[Tensor, Tensor]:
+    def probs(self, heads: Heads) -> tuple[Tensor, Tensor]:
         """Scores before the elementwise function and weights after it and the mask, both (b * count, c, c)."""
         k, alpha = heads.quad_k.mT, 1 / self.options.divisor
         if self.bias_block is None:
@@ -163,7 +163,7 @@ class Chunks:
 
         It stays until the next call, and is that memory itself where it can be.
         """
-        a = self.weights(heads)[1].to(self.factor)
+        a = self.probs(heads)[1].to(self.factor)
         there = keep if keep is not None and keep.dtype == self.factor and keep.is_contiguous() else None
         out = self.workspace.of("product", (*a.shape[:2], v.shape[-1]), v) if there is None else group.split(there)
         x = torch.bmm(a, v, out=out)
@@ -188,7 +188,7 @@ class Chunks:
         state before it; dS is added to `ds_sum`.
         """
         causal = self.options.causal
-        s, a = self.weights(heads)
+        s, a = self.probs(heads)
         dv = torch.bmm(a.to(self.factor).mT, dx, out=self.workspace.like("dv", v))
         ds = torch.bmm(dx, v.mT).to(s.dtype).mul_(score_slope(self.options.score, s))
         if causal:

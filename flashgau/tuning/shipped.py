@@ -237,8 +237,8 @@ ENTRIES: dict[str, LaunchEntry] = {
     "projection": LaunchEntry("silu_backward_kernel", _projection, _BACKWARD, vectors=True),
     "heads": LaunchEntry("heads_backward_kernel", _heads, _BACKWARD),
     "gau_lse": LaunchEntry("lse_kernel", partial(_gau, False, None, 1024), _SOFTMAX, (64, 128, 256), matrix=_LARGE),
-    "gau_weights": LaunchEntry("weights_kernel", partial(_gau, False, None, 1024), matrix=_LARGE, **_GAU),
-    "gau_weights_few_rows": LaunchEntry("weights_kernel", partial(_gau, False, 1, 1024), matrix=_ANY, **_GAU),
+    "gau_weights": LaunchEntry("probs_kernel", partial(_gau, False, None, 1024), matrix=_LARGE, **_GAU),
+    "gau_weights_few_rows": LaunchEntry("probs_kernel", partial(_gau, False, 1, 1024), matrix=_ANY, **_GAU),
     "gau_product": LaunchEntry("product_kernel", partial(_gau, False, None, 1024), matrix=_LARGE, **_GAU),
     "gau_product_few_rows": LaunchEntry("product_kernel", partial(_gau, False, 1, 1024), matrix=_ANY, **_GAU),
     "gau_fused": LaunchEntry("product_kernel", partial(_gau, False, None, 512), matrix=_LARGE, **_GAU),
@@ -249,7 +249,7 @@ ENTRIES: dict[str, LaunchEntry] = {
     "gau_dv": LaunchEntry("dkv_kernel", partial(_gau, True, None, 1024), matrix=_ANY, **_GAU),
     "gau_dq": LaunchEntry("dq_kernel", partial(_gau, True, None, 1024), matrix=_ANY, **_GAU),
     "mixed_chunk_states": LaunchEntry("states_kernel", _mixed_chunk_both, widths=(128,), matrix=_LARGE, **_MIXED),
-    "mixed_chunk_weights": LaunchEntry("weights_kernel", _mixed_chunk_both, widths=(64, 256), matrix=_LARGE, **_MIXED),
+    "mixed_chunk_weights": LaunchEntry("probs_kernel", _mixed_chunk_both, widths=(64, 256), matrix=_LARGE, **_MIXED),
     "mixed_chunk_fused": LaunchEntry(
         "product_kernel", partial(_mixed_chunk, False, 64), widths=(64, 128, 256), matrix=_LARGE, **_MIXED
     ),
