@@ -13,7 +13,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import convert, distributed, integrations, kernels, models, nn, reference, training
+    from . import convert, distributed, integrations, kernels, models, nn, reference, testing, training
     from .bias import alibi_bias, rotary_bias, t5_bias
     from .ops.attention import attention
     from .ops.compare import Report, compare
@@ -46,11 +46,12 @@ __all__ = [
     "reference",
     "rotary_bias",
     "t5_bias",
+    "testing",
     "training",
     "use_backend",
 ]
 
-_SUBMODULES = ("convert", "distributed", "integrations", "kernels", "models", "nn", "reference", "training")
+_SUBMODULES = ("convert", "distributed", "integrations", "kernels", "models", "nn", "reference", "testing", "training")
 
 
 def _find_kernels_and_reference() -> None:

@@ -6,7 +6,6 @@ hypothesis, so a failing example repeats; sizes, layouts and options shrink.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -17,12 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import flashgau
+from flashgau.testing.strategies import LAYOUTS, SIZES, lay_out, lengths, packings
 
-# Empty, single, and on both sides of every power-of-two block; odd, so that every block has a ragged end.
-SIZES = (0, 1, 2, 15, 17, 33, 63, 65, 129)
 WIDTHS = (1, 2, 3, 8, 15, 16, 17, 33)
 
-LAYOUTS = ("contiguous", "transposed", "heads inside", "guarded", "every second", "expanded")
 ACTIVATIONS = ("identity", "sigmoid", "relu", "relu2", "gelu", "gelu_tanh", "silu")
 GAU_SCORES = (
     ("relu2", "keys"),
@@ -99,27 +96,6 @@ def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def lay_out(x: Tensor, layout: str) -> Tensor:
-    """The values of x (for "expanded", of its first row everywhere) in another memory layout.
-
-    What surrounds them in "guarded" and "every second" is NaN: one read out of bounds shows in the result.
-    """
-    if layout == "transposed" and x.dim() >= 2:
-        return x.mT.contiguous().mT
-    if layout == "heads inside" and x.dim() >= 3:
-        return x.transpose(-3, -2).contiguous().transpose(-3, -2)
-    if layout == "expanded" and x.dim() >= 2 and x.shape[0] > 0:
-        return x[:1].clone().expand_as(x)
-    if layout == "guarded":
-        base = x.new_full([s + 5 for s in x.shape], math.nan)
-        view = base[tuple(slice(2, 2 + s) for s in x.shape)]
-        return view.copy_(x)
-    if layout == "every second" and x.dim() >= 1:
-        view = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), math.nan)[..., ::2]
-        return view.copy_(x)
-    return x
-
-
 class Maker:
     """Draws tensors of one call."""
 
@@ -149,16 +125,13 @@ class Maker:
 
 
 def offsets(draw: Any, total: int, parts: int | None = None) -> Tensor:
-    """Ends of packed sequences, some of them empty, after a leading 0."""
-    count = draw(st.integers(1, 4)) if parts is None else parts
-    cuts = sorted(draw(st.integers(0, total)) for _ in range(count - 1))
-    return torch.tensor([0, *cuts, total], dtype=draw(st.sampled_from([torch.int32, torch.int64])))
+    """Ends of packed sequences."""
+    return draw(packings(total, parts))
 
 
 def valid_lengths(draw: Any, batch: int, n: int) -> Tensor:
-    """Lengths of padded rows, 0 and n among them."""
-    values = [draw(st.sampled_from(sorted({0, 1, n // 2, n - 1, n} & set(range(n + 1))))) for _ in range(batch)]
-    return torch.tensor(values, dtype=draw(st.sampled_from([torch.int32, torch.int64])))
+    """Lengths of padded rows."""
+    return draw(lengths(batch, n))
 
 
 def _some(draw: Any, *values: Any) -> Any:

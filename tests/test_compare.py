@@ -119,7 +119,7 @@ def test_a_sum_that_loses_a_little_at_every_step_is_a_miss(monkeypatch, dtype):
 
     def lossy(dout, dlse, q, k, v, *rest, **kwargs):
         dq, dk, dv, *others = right(dout, dlse, q, k, v, *rest, **kwargs)
-        p = torch.softmax(kwargs["scale"] * q.float() @ k.float().mT, -1).to(q.dtype)
+        p = torch.softmax(kwargs["options"].resolved(q.shape[-1]).factor * q.float() @ k.float().mT, -1).to(q.dtype)
         dv = torch.zeros_like(dv)
         for p_block, dout_block in zip(p.split(256, 2), dout.split(256, 2), strict=True):
             dv += p_block.mT @ dout_block

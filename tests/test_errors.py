@@ -334,7 +334,9 @@ def test_values_are_not_read_where_reading_costs(monkeypatch):
 
 
 def test_compare_refuses_what_is_no_operation():
-    with pytest.raises(ValueError, match="compare: `op` is 'relu'"):
+    with pytest.raises(
+        ValueError, match=r"compare: `fn` is 'relu' without `reference`; expected one of flashgau\.attention, "
+    ):
         flashgau.compare(torch.relu, torch.ones(3))
     with pytest.raises(ValueError, match="no argument is a floating tensor"):
         flashgau.compare(flashgau.glu, torch.ones(3, dtype=torch.int64))

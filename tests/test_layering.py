@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "integrations": {"nn", *OPS},
     "distributed": {"nn", *OPS},
     "training": {"models", "nn", *OPS},
+    "testing": {"ops"},
     "verification": {"nn", "ops", "tuning", "tables", "reference", "kernels"},
     "cli": {"bench", "verification", "training", "convert", "models", "nn", "tuning", *OPS},
 }

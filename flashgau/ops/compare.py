@@ -1,18 +1,24 @@
-"""`flashgau.compare`: how far a backend is from the fp64 reference, beside plain PyTorch's own error."""
+"""`flashgau.compare`: how far a function is from its fp64 reference, beside plain PyTorch's own error."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+import inspect
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashgau import reference
+import flashgau.reference
 
 from . import dispatch
+from .attention import attention
+from .gau import gau_attention
+from .glu import glu, glu_linear
+from .mixed_chunk import mixed_chunk_attention, mixed_chunk_step
 
 _ULPS = 8  # floor of the tolerance, in units in the last place of the result's largest value
 _MOVES = 4  # of the inputs, at most
@@ -51,6 +57,12 @@ class Report:
     """What `compare` found: one row for every result and every gradient.
 
     `print(report)` shows a table; `bool(report)` and `report.ok` tell whether every row is within tolerance.
+
+    Attributes:
+        op: the name of the function.
+        backend: which one it ran on, of an operation of flashgau; "" of another function.
+        dtype: of the first floating argument.
+        rows: results, then gradients.
     """
 
     op: str
@@ -67,11 +79,13 @@ class Report:
         return self.ok
 
     def __str__(self) -> str:
-        head = f"{self.op}: {self.backend} against the fp64 reference, {str(self.dtype).removeprefix('torch.')} input"
-        lines = [head, f"{'':10}{'max error':>11}{'allowed':>11}{'plain':>11}{'rms':>11}{'plain rms':>11}"]
+        who = f"{self.op}: {self.backend}" if self.backend else self.op
+        head = f"{who} against the fp64 reference, {str(self.dtype).removeprefix('torch.')} input"
+        width = max(10, *(len(r.name) + 1 for r in self.rows)) if self.rows else 10
+        lines = [head, f"{'':{width}}{'max error':>11}{'allowed':>11}{'plain':>11}{'rms':>11}{'plain rms':>11}"]
         for r in self.rows:
             numbers = (r.max_error, r.tolerance, r.plain_max_error, r.rms_error, r.plain_rms_error)
-            lines.append(f"{r.name:10}" + "".join(f"{x:11.2e}" for x in numbers) + ("  ok" if r.ok else "  MISS"))
+            lines.append(f"{r.name:{width}}" + "".join(f"{x:11.2e}" for x in numbers) + ("  ok" if r.ok else "  MISS"))
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,8 +94,19 @@ class Report:
         return {"op": self.op, "backend": self.backend, "dtype": str(self.dtype), "ok": self.ok, "rows": rows}
 
 
-def compare(op: Callable[..., Any], *args: Any, backend: str | None = None, grad: bool = True, **kwargs: Any) -> Report:
-    """Hold one call of an operation against the fp64 reference on the same values, forward and every gradient.
+def compare(
+    fn: Callable[..., Any],
+    *args: Any,
+    reference: Callable[..., Any] | None = None,
+    names: Sequence[str] | None = None,
+    backend: str | None = None,
+    grad: bool = True,
+    **kwargs: Any,
+) -> Report:
+    """Hold one call of a function to its definition in fp64 on the same values, forward and every gradient.
+
+    Operations of flashgau bring their definition. Any other function, `functools.partial`, module or compiled function
+    is held to the `reference` that is given with it: naive PyTorch that computes the same from the same arguments.
 
     The rule is FlashAttention's: the largest error may be twice (three times for gradients) that of the naive
     formula in plain PyTorch of the same dtype, plus a floor of 8 units in the last place of the result's largest
@@ -94,9 +119,15 @@ def compare(op: Callable[..., Any], *args: Any, backend: str | None = None, grad
     Source of the rule: the tests of Dao et al.'s flash-attention.
 
     Args:
-        op: a public operation, such as `flashgau.attention`.
-        *args: its arguments.
-        backend: the backend to hold to the reference; None for the default.
+        fn: a public operation, such as `flashgau.attention`, or any callable. Of a module, the gradients of its
+            parameters are compared too, if `reference` is a module that has parameters of those names; it then
+            computes with the values of `fn`'s.
+        *args: its arguments: tensors, anything that holds tensors (tuples, lists, dicts, dataclasses), and others.
+        reference: the definition, of any `fn` that is no operation of flashgau. It is called with the arguments in
+            fp64, and once as they are.
+        names: of the results, where `fn` returns several in a tuple or list; "out0", "out1" ... unless given. Those
+            of a dict, a named tuple or a dataclass have their own.
+        backend: the backend to hold to the reference; None for the default. Of an operation of flashgau only.
         grad: also compare the gradient of every floating argument.
         **kwargs: its keyword arguments.
 
@@ -104,31 +135,40 @@ def compare(op: Callable[..., Any], *args: Any, backend: str | None = None, grad
         A `Report`: `.ok`, `.rows`, and a table when printed.
 
     Raises:
-        ValueError: if `op` is not a public operation of flashgau; and whatever the operation itself raises.
+        TypeError: if `fn` or `reference` cannot be called.
+        ValueError: if `fn` is no operation of flashgau and comes without `reference`, or is one and comes with one; if
+            no argument is a floating tensor; if the results of both have other names; and whatever `fn` itself raises.
 
     Example:
         >>> import torch, flashgau
         >>> q, k, v = torch.randn(3, 1, 2, 33, 16)
         >>> flashgau.compare(flashgau.attention, q, k, v, causal=True).ok
         True
+        >>> halved = lambda x: torch.nn.functional.gelu(x) / 2  # a function of yours, and its definition
+        >>> naive = lambda x: x * (1 + torch.erf(x / 2**0.5)) / 4
+        >>> print(flashgau.compare(halved, torch.randn(9), reference=naive).ok)
+        True
     """
-    name = getattr(op, "__name__", repr(op))
-    if name not in dispatch.FILES:
-        raise ValueError(f"compare: `op` is {name!r}; expected one of {', '.join(dispatch.FILES)}")
-    naive = getattr(reference, name)
-    tensors = [x for _, x in _leaves(args, kwargs)]
-    floating = [x for x in tensors if x.is_floating_point()]
+    name = _operation(fn, reference, backend)
+    floating = [x for x in [*_tensors((args, kwargs)), *_parameters(fn).values()] if x.is_floating_point()]
     if not floating:
-        raise ValueError("compare: no argument is a floating tensor; expected those of " + name)
-    if kwargs.get("dropout_p") and kwargs.get("dropout_seed") is None:
-        kwargs = {**kwargs, "dropout_seed": 0}
-    counts = {"attention": 3, "gau_attention": 2, "mixed_chunk_attention": 4, "mixed_chunk_step": 4}
-    heads = floating[: counts.get(name, 0)]  # whose width decides who can run the call
-    width = max((x.shape[-1] for x in heads if x.dim()), default=0)
-    chosen = dispatch.resolve(name, backend, floating[0].device, floating[0].dtype, width)
+        raise ValueError(f"compare: no argument is a floating tensor; expected those of {name or _name_of(fn)}")
+    dtype = floating[0].dtype
+    naive = plain = reference
+    chosen, changes = "", {}
+    if name is not None:
+        if kwargs.get("dropout_p") and kwargs.get("dropout_seed") is None:
+            kwargs = {**kwargs, "dropout_seed": 0}
+        naive = getattr(flashgau.reference, name)
+        plain = naive.__wrapped__
+        heads = floating[: _HEADS.get(name, 0)]  # whose width decides who can run the call
+        width = max((x.shape[-1] for x in heads if x.dim()), default=0)
+        chosen = dispatch.resolve(name, backend, floating[0].device, dtype, width)
+        changes = {"backend": chosen}
+    assert naive is not None
+    assert plain is not None
 
     seed = int(torch.randint(2**31, ()))
-    dtype = floating[0].dtype
 
     def weighting(shape: torch.Size, place: int) -> Tensor:
         """The random weights of a result, the same numbers in every run: rounded to the input's dtype.
@@ -139,68 +179,168 @@ def compare(op: Callable[..., Any], *args: Any, backend: str | None = None, grad
         generator = torch.Generator().manual_seed(seed + place)
         return (1 + torch.randn(shape, generator=generator)).to(dtype)
 
-    ours = _run(
-        op, args, {**kwargs, "backend": chosen}, None, weighting if grad else None
-    )  # first: it checks the arguments
-    exact = _run(naive, args, kwargs, torch.float64, weighting if grad else None)
-    plain = _run(naive.__wrapped__, args, kwargs, None, weighting if grad else None)
+    if name is not None:
+        names = ("out", "lse" if name == "attention" else "state")
+    weights = weighting if grad else None
+    run = _Runs(fn, naive, args, kwargs, names, weights)
+    ours = run.ours(**changes)  # first: it checks the arguments
+    exact = run.naive(naive, torch.float64)
+    if ours.keys() != exact.keys():
+        raise ValueError(f"compare: `fn` gives {', '.join(ours)}; its reference gives {', '.join(exact)}")
     # Plain PyTorch may be right by luck where terms cancel: it gets no better than the last places of fp32 allow. So
     # may one random move of the inputs have no effect; hence others before a miss is one.
-    others = [plain]
+    others = [run.naive(plain, None)]
     for place in range(_MOVES):
-        change = _nudged(seed + place, dtype)
-        others.append(_run(naive, args, kwargs, torch.float64, weighting if grad else None, change))
-        report = Report(name, chosen, dtype, held(ours, exact, others, dtype))
+        others.append(run.naive(naive, torch.float64, _nudged(seed + place, dtype)))
+        report = Report(name or _name_of(fn), chosen, dtype, held(ours, exact, others, dtype))
         if report.ok:
             break
     return report
 
 
-def _leaves(args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor among the arguments, also those inside a recurrent state, with a name."""
-    for key, value in (*((str(i), x) for i, x in enumerate(args)), *kwargs.items()):
-        if isinstance(value, Tensor):
-            yield key, value
-        elif dataclasses.is_dataclass(value):
-            yield from ((f"{key}.{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value))
+_HEADS = {"attention": 3, "gau_attention": 2, "mixed_chunk_attention": 4, "mixed_chunk_step": 4}
+_OPERATIONS: dict[Any, str] = {
+    function: function.__name__
+    for function in (attention, glu, glu_linear, gau_attention, mixed_chunk_attention, mixed_chunk_step)
+}
+
+
+def _operation(fn: Any, naive: Any, backend: str | None) -> str | None:
+    """The name of one of ours, known by what it is and not by what it is called; None for another function."""
+    if not callable(fn):
+        raise TypeError(f"compare: `fn` is a {type(fn).__name__}; expected a function or module")
+    name = _OPERATIONS.get(fn) if isinstance(fn, Hashable) else None
+    if name is not None and naive is not None:
+        raise ValueError(f"compare: `reference` was given with flashgau.{name}; expected none, as it brings its own")
+    if name is None and naive is None:
+        ours = ", ".join(f"flashgau.{ours}" for ours in _OPERATIONS.values())
+        raise ValueError(
+            f"compare: `fn` is {_name_of(fn)!r} without `reference`; expected one of {ours}, or a naive function that "
+            f"defines it as `reference`"
+        )
+    if name is None and not callable(naive):
+        raise TypeError(f"compare: `reference` is a {type(naive).__name__}; expected a function or module")
+    if name is None and backend is not None:
+        raise ValueError(f"compare: `backend` is {backend!r} with {_name_of(fn)!r}, which is no operation of flashgau")
+    return name
+
+
+def _name_of(fn: Any) -> str:
+    if isinstance(fn, functools.partial):
+        return _name_of(fn.func)
+    own = getattr(_module(fn), "__name__", None)
+    return str(own or type(_module(fn)).__name__)
+
+
+def _module(fn: Any) -> Any:
+    """What was compiled, of a module that torch.compile made."""
+    return getattr(fn, "_orig_mod", fn)
+
+
+def _parameters(fn: Any) -> dict[str, Tensor]:
+    """Those of a module that are trained, by name."""
+    module = _module(fn)
+    found = module.named_parameters() if isinstance(module, torch.nn.Module) else ()
+    return {name: x for name, x in found if x.requires_grad}
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Every tensor in a value, also those inside of containers and states."""
+    found: list[Tensor] = []
+    _mapped("", value, lambda name, x: found.append(x))
+    return found
+
+
+def _mapped(name: str, value: Any, change: Callable[[str, Tensor], Any]) -> Any:
+    """The value with every tensor in it changed; the name says where it stands."""
+
+    def part(key: Any, x: Any) -> Any:
+        return _mapped(f"{name}.{key}" if name else str(key), x, change)
+
+    if isinstance(value, Tensor):
+        return change(name, value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value)(**{f.name: part(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(part(key, x) for key, x in zip(value._fields, value, strict=True)))
+    if isinstance(value, (tuple, list)):
+        return type(value)(part(i, x) for i, x in enumerate(value))
+    return {key: part(key, x) for key, x in value.items()} if isinstance(value, dict) else value
 
 
 Weighting = Callable[[torch.Size, int], Tensor]
 
 
-def _run(
-    fn: Callable[..., Any],
-    args: tuple,
-    kwargs: dict[str, Any],
-    dtype: torch.dtype | None,
-    weighting: Weighting | None,
-    change: Callable[[Tensor], Tensor] = lambda x: x,
-) -> dict[str, Tensor]:
-    """Results and, with a weighting, gradients by name, of changed copies of the arguments in `dtype` (None: as is)."""
-    inputs: dict[str, Tensor] = {}
+class _Runs:
+    """Runs of a function and of its reference, each on copies of the arguments: results and gradients by name.
 
-    def copied(name: str, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            copy = _copy(value)
-            if value.is_floating_point():
-                copy = change(copy if dtype is None else copy.to(dtype))
-                copy = inputs[name] = copy.requires_grad_(weighting is not None)
+    Args:
+        fn: the function.
+        naive: its reference.
+        args: of the call.
+        kwargs: of the call.
+        names: of several results.
+        weighting: of the results, for gradients; None for none.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        naive: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        names: Sequence[str] | None,
+        weighting: Weighting | None,
+    ) -> None:
+        self.fn, self.args, self.kwargs, self.names, self.weighting = fn, args, kwargs, names, weighting
+        self.arguments = _argument_names(fn, len(args))
+        both = _parameters(naive).keys()
+        self.shared = {name: x for name, x in _parameters(fn).items() if name in both}
+
+    def ours(self, **changes: Any) -> dict[str, Tensor]:
+        """Of the function, with the arguments as they are."""
+        args, kwargs, inputs = self._copied(lambda x: x)
+        return self._found(self.fn(*args, **{**kwargs, **changes}), inputs | self.shared)
+
+    def naive(
+        self, reference: Any, dtype: torch.dtype | None, change: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> dict[str, Tensor]:
+        """Of a reference, with changed arguments in `dtype` (None: their own)."""
+
+        def changed(x: Tensor) -> Tensor:
+            return change(x if dtype is None else x.to(dtype))
+
+        args, kwargs, inputs = self._copied(changed)
+        if not isinstance(reference, torch.nn.Module):
+            return self._found(reference(*args, **kwargs), inputs)
+        state = {**dict(reference.named_parameters()), **dict(reference.named_buffers()), **self.shared}
+        state = {name: changed(x.detach()) if x.is_floating_point() else x for name, x in state.items()}
+        shared = {name: state[name].requires_grad_(self.weighting is not None) for name in self.shared}
+        return self._found(torch.func.functional_call(reference, state, args, kwargs), inputs | shared)
+
+    def _copied(self, change: Callable[[Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Tensor]]:
+        """Changed copies of the arguments, and of those that floating tensors by name."""
+        inputs: dict[str, Tensor] = {}
+
+        def copied(name: str, x: Tensor) -> Tensor:
+            copy = _copy(x)
+            if x.is_floating_point():
+                copy = inputs[name] = change(copy).requires_grad_(self.weighting is not None)
             return copy
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            parts = {f.name: copied(f"{name}.{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value)}
-            return type(value)(**parts)
-        return value
 
-    names = _argument_names(fn)
-    copies = [copied(names[i] if i < len(names) else str(i), x) for i, x in enumerate(args)]
-    result = fn(*copies, **{key: copied(key, x) for key, x in kwargs.items()})
-    results = _named_results(result)
-    found = {key: value.detach() for key, value in results.items()}
-    if weighting is not None:
+        args = tuple(_mapped(name, x, copied) for name, x in zip(self.arguments, self.args, strict=True))
+        return args, {name: _mapped(name, x, copied) for name, x in self.kwargs.items()}, inputs
+
+    def _found(self, result: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The results, and the gradients of `inputs`."""
+        results = _named_results(result, self.names)
+        found = {key: value.detach() for key, value in results.items()}
+        if self.weighting is None:
+            return found
         terms = []
         for place, value in enumerate(results.values()):
             if value.requires_grad:
-                weight = weighting(value.shape, place).to(value)
+                weight = self.weighting(value.shape, place).to(value)
                 alive = torch.isfinite(value)  # the log-sum-exp of a row that sees nothing is -inf
                 terms.append((torch.where(alive, value, 0) * torch.where(alive, weight, 0)).sum())
         if terms:
@@ -208,7 +348,7 @@ def _run(
             grads = torch.autograd.grad(total, list(inputs.values()), allow_unused=True)
             for (key, x), g in zip(inputs.items(), grads, strict=True):
                 found[f"d{key}"] = torch.zeros_like(x) if g is None else g
-    return found
+        return found
 
 
 def _nudged(seed: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -230,18 +370,41 @@ def _copy(x: Tensor) -> Tensor:
     return torch.empty(0, dtype=x.dtype, device=x.device).set_(storage, x.storage_offset(), x.shape, x.stride())
 
 
-def _argument_names(fn: Callable[..., Any]) -> list[str]:
-    code = getattr(fn, "__wrapped__", fn).__code__
-    return list(code.co_varnames[: code.co_argcount])
+def _argument_names(fn: Any, count: int) -> list[str]:
+    """Names of that many positional arguments, as far as the function has names for them."""
+    module = _module(fn)
+    try:
+        parameters = inspect.signature(module.forward if isinstance(module, torch.nn.Module) else fn).parameters
+    except (TypeError, ValueError):  # built in, without a signature
+        parameters = {}  # type: ignore[assignment]
+    named = [x.name for x in parameters.values() if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD)]
+    return [named[i] if i < len(named) else str(i) for i in range(count)]
 
 
-def _named_results(result: Any) -> dict[str, Tensor]:
+def _named_results(result: Any, names: Sequence[str] | None) -> dict[str, Tensor]:
+    """The tensors of a result by name: one is "out"; those of a container have its keys, fields or places."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, x: Tensor) -> Tensor:
+        found[name] = x
+        return x
+
     if isinstance(result, Tensor):
-        return {"out": result}
-    out, extra = result
-    if isinstance(extra, Tensor):
-        return {"out": out, "lse": extra}
-    return {"out": out, **{f"state.{f.name}": getattr(extra, f.name) for f in dataclasses.fields(extra)}}
+        found["out"] = result
+    elif type(result) in (tuple, list):
+        if names is None:
+            names = [f"out{i}" for i in range(len(result))]
+        if len(names) != len(result):
+            raise ValueError(f"compare: `names` has {len(names)} names; expected one for each of {len(result)} results")
+        for name, x in zip(names, result, strict=True):
+            _mapped(name, x, keep)
+    else:
+        _mapped("", result, keep)
+    if not found:
+        raise TypeError(
+            f"compare: the result is a {type(result).__name__}; expected tensors, or something that holds them"
+        )
+    return found
 
 
 def held(
