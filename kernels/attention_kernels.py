@@ -219,9 +219,10 @@ def forward_kernel(
                 b_m = b_new
 
     # LSE = m + log l. A row that sees nothing has O = 0 and LSE = -inf.
-    b_acc *= (rule.dropout_scale / tl.where(b_l == 0, 1.0, b_l))[:, None]
+    b_divisor = tl.where(b_l == 0, 1.0, b_l)
+    b_acc *= (rule.dropout_scale / b_divisor)[:, None]
     b_acc = tl.where(m_row[:, None], b_acc, 0.0)
-    b_lse = tl.where(m_row & (b_l != 0), b_m + tl.log(b_l), -float("inf"))
+    b_lse = tl.where(m_row & (b_l != 0), b_m + tl.log(b_divisor), -float("inf"))
     p_out = row_pointers(out, row, o_head, first_m + o_query)
     p_lse = lse + row_offsets(sequences, i_seq, i_head, n_kv_heads * SIZES.GROUPS, o_query, o_head, first_m, row)
     if n_parts is not None:
@@ -259,8 +260,9 @@ def merge_kernel(parts, sums, out, lse, n_rows, n_parts, E: tl.constexpr, BE: tl
         b_acc = b_acc * b_alpha[:, None] + b_part * b_weight[:, None]
         b_l = b_l * b_alpha + b_weight
         b_m = b_new
-    b_acc /= tl.where(b_l == 0, 1.0, b_l)[:, None]
-    b_lse = tl.where(b_l == 0, -float("inf"), b_m + tl.log(b_l))
+    b_divisor = tl.where(b_l == 0, 1.0, b_l)
+    b_acc /= b_divisor[:, None]
+    b_lse = tl.where(b_l == 0, -float("inf"), b_m + tl.log(b_divisor))
     tl.store(out + o_row[:, None] * E + o_column[None, :], b_acc.to(out.dtype.element_ty), mask=m_out)
     tl.store(lse + o_row, b_lse, mask=m_row)
 

@@ -20,6 +20,8 @@ from flashgau.options import takes_fields
 from flashgau.tables.config import FUSED_ADDITION as FUSED_ADDITION  # for every launch of a kernel
 from flashgau.tables.config import Choose, Config
 
+from . import NO_INTERPRETED_BF16, interpreting
+
 LOG2_E = tl.constexpr(1.4426950408889634)  # multiplies differences of scores only: a large score would be rounded twice
 
 # Arguments that vary from call to call and must not cause a compilation (do_not_specialize). Triton applies this to
@@ -134,13 +136,17 @@ def blocks_of(sequences: Sequences, axis: int, per_token: int, block: int, *, re
 
 def launcher(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that starts kernels: it takes the fields of its tuples by name too, and runs with the GPU of its first
-    tensor (or list of them) as the current one, for Triton to launch on."""
+    tensor (or list of them) as the current one, for Triton to launch on. On a CPU it refuses that tensor in bf16."""
     call = takes_fields(function)
 
     @wraps(function)
     def launched(*args: Any, **kwargs: Any) -> Any:
         first = args[0] if args else next(x for x in kwargs.values() if x is not None)
-        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
+        if not isinstance(first, Tensor):
+            first = first[0]
+        if first.dtype == torch.bfloat16 and first.device.type == "cpu" and interpreting():
+            raise RuntimeError(f"{function.__name__}: {NO_INTERPRETED_BF16}")
+        with torch.cuda.device_of(first):
             return call(*args, **kwargs)
 
     return launched

@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,7 @@ def normal(output: str, vary: bool) -> str:
 def test_python_blocks_run_and_print_what_the_page_says(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
+    warnings.simplefilter("error")
     namespace: dict[str, Any] = {"__name__": "__docs__"}
     printed: str | None = None
     for block in fenced_blocks(page.read_text()):
