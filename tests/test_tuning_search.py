@@ -22,7 +22,7 @@ from flashgau.cli import app, main
 from flashgau.tables import table
 from flashgau.tables.config import Config
 from flashgau.tables.table import TableEntry
-from flashgau.tuning import ahead, compiler, search, shipped
+from flashgau.tuning import ahead, compiler, searching, shipped
 from flashgau.verification import candidates as tune_command
 from flashgau.verification import configurations
 
@@ -78,7 +78,7 @@ def test_cuobjdump_is_found_without_tritons_help(monkeypatch, tmp_path):
 def test_the_space_is_around_the_entry(entry, arch):
     key = ahead.Job("", entry, "bf16", shipped.ENTRIES[entry].widths[0], "").key
     start = tables.lookup(arch, key.kernel, key.itemsize, key.width, 1 if key.few_rows else None)
-    found = search.space(key, start)
+    found = searching.space(key, start)
     assert found[0] == (0, start)
     assert len({c for _, c in found}) == len(found)
     assert [far for far, _ in found] == sorted(far for far, _ in found)
@@ -91,15 +91,15 @@ def test_the_space_is_around_the_entry(entry, arch):
             assert c.block_m == c.block_n
 
 
-def searching(folder: Path, **changes: Any) -> search.Search:
+def a_search(folder: Path, **changes: Any) -> searching.Search:
     options: dict[str, Any] = {
         "starts": [job(), job(Config(32, 32), "attention_dq")],
         "check": lambda j: None,
         "clock": lambda j: fast_where(j.config),
-        "journal": search.Journal(folder / "j.jsonl", {"torch": "2"}),
+        "journal": searching.Journal(folder / "j.jsonl", {"torch": "2"}),
         "compile": lambda work: ((j, row_of(j)) for j in work),
     }
-    return search.Search(**(options | changes))
+    return searching.Search(**(options | changes))
 
 
 def test_the_fastest_that_compiles_and_is_right_wins(folder):
@@ -117,7 +117,7 @@ def test_the_fastest_that_compiles_and_is_right_wins(folder):
         timed.append(j)
         return fast_where(j.config) - (j.config.num_warps == 8)
 
-    found = searching(folder, compile=compile, check=check, clock=clock)
+    found = a_search(folder, compile=compile, check=check, clock=clock)
     list(found.run())
     best = found.best()
     assert best[KEY] == TableEntry(
@@ -130,13 +130,13 @@ def test_the_fastest_that_compiles_and_is_right_wins(folder):
 
 
 def test_a_gain_within_the_noise_changes_nothing(folder):
-    found = searching(folder, clock=lambda j: 1.0 if j.config == Config(64, 32) else 0.99)
+    found = a_search(folder, clock=lambda j: 1.0 if j.config == Config(64, 32) else 0.99)
     list(found.run())
     assert found.best()[KEY] == TableEntry(Config(64, 32), 1.0, 1.0)
 
 
 def test_near_candidates_of_all_entries_come_first(folder):
-    found = searching(folder)
+    found = a_search(folder)
     order = [j for j, _ in found.run()]
     assert [j.config for j in order[:2]] == [Config(64, 32), Config(32, 32)]
     assert len(order) == len(found.candidates()) == len(set(order))
@@ -144,26 +144,26 @@ def test_near_candidates_of_all_entries_come_first(folder):
 
 def test_a_search_goes_on_where_it_was_stopped(folder):
     clock = iter(range(10_000))
-    first = searching(folder)
+    first = a_search(folder)
     some = list(first.run(seconds=30, now=lambda: next(clock)))
     assert 2 < len(some) < len(first.candidates())
     with open(folder / "j.jsonl", "a") as file:
         file.write('{"key": {"kern')  # killed while it wrote
     tried = []
-    second = searching(folder, check=tried.append)
+    second = a_search(folder, check=tried.append)
     assert len(list(second.run())) == len(second.candidates())
     assert not {j for j, _ in some} & set(tried)
     assert len(tried) + len(some) == len(second.candidates())
-    whole = searching(folder / "other")
+    whole = a_search(folder / "other")
     list(whole.run())
     assert second.best() == whole.best()
 
 
 def test_measurements_of_other_versions_count_for_nothing(folder):
-    list(searching(folder).run())
+    list(a_search(folder).run())
     tried = []
-    list(searching(folder, check=tried.append, journal=search.Journal(folder / "j.jsonl", {"torch": "3"})).run())
-    assert len(tried) == len(searching(folder).candidates())
+    list(a_search(folder, check=tried.append, journal=searching.Journal(folder / "j.jsonl", {"torch": "3"})).run())
+    assert len(tried) == len(a_search(folder).candidates())
 
 
 # ---- the command
@@ -174,9 +174,9 @@ def test_tuning_from_end_to_end(folder, monkeypatch):
     """Compiled ahead of time for sm_80, held to the reference in the interpreter, ranked by a clock of the test."""
     near = [(0, Config(64, 32, 4, 2)), (1, Config(32, 32, 4, 2)), (2, Config(32, 32, 8, 1))]
     huge = Config(16, 128, 4, 4)  # whose stages take 256 KB of shared memory
-    monkeypatch.setattr(search, "space", lambda key, start: [*near, (3, huge)])
+    monkeypatch.setattr(searching, "space", lambda key, start: [*near, (3, huge)])
     monkeypatch.setattr(
-        search, "tasks", lambda target, *rest: [ahead.Job(target, "attention_forward", "fp32", 64, "causal")]
+        searching, "tasks", lambda target, *rest: [ahead.Job(target, "attention_forward", "fp32", 64, "causal")]
     )
     monkeypatch.setattr(tune_command.Bench, "clock", lambda self, j: fast_where(j.config))
     result = runner.invoke(app, ["tune", "--device", "cpu", "--op", "attention", "--shapes", "64", "--json"])
@@ -184,7 +184,7 @@ def test_tuning_from_end_to_end(folder, monkeypatch):
     row = json.loads(result.stdout)["rows"][0]
     assert row["choice"] == dataclasses.asdict(Config(64, 32, 4, 2))
     assert not row["changed"]
-    outcomes = search.Journal(folder / "interpreter.journal.jsonl", tune_command.versions()).read()
+    outcomes = searching.Journal(folder / "interpreter.journal.jsonl", tune_command.versions()).read()
     assert "shared memory" in outcomes[KEY, huge].reason
     assert all(outcomes[KEY, c].ms == fast_where(c) for _, c in near)
     assert chosen() == Config(64, 32, 4, 2)
@@ -254,7 +254,7 @@ def test_timed_calls_run_on_tensors_made_once(entry, monkeypatch):
     """The very calls that are compiled, with values; the second makes no operand."""
     dtype = "fp32"
     j = ahead.Job(
-        "sm_80", entry, dtype, shipped.ENTRIES[entry].widths[0], search._kind(shipped.ENTRIES[entry].kinds[dtype])
+        "sm_80", entry, dtype, shipped.ENTRIES[entry].widths[0], searching._kind(shipped.ENTRIES[entry].kinds[dtype])
     )
     j = dataclasses.replace(j, config=tables.shipped_config(CPU, j.key))
     made = []

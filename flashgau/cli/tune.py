@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from flashgau.tables.table import Key, TableEntry
     from flashgau.tuning.ahead import Job
-    from flashgau.tuning.search import Search
+    from flashgau.tuning.searching import Search
 
 
 def block_text(choice: Any) -> str:
@@ -145,7 +145,7 @@ def _tune(
         return 0
 
     from flashgau.tuning import ahead
-    from flashgau.tuning.search import Journal, Search
+    from flashgau.tuning.searching import Journal, Search
 
     path, bench = tables.user_path(where), candidates.Bench(where)
     before = candidates.starts(where, ops, widths)

@@ -20,7 +20,7 @@ from flashgau.options import GluWeights
 from flashgau.tables import table
 from flashgau.tables.config import Config
 from flashgau.tables.table import FUSED, Key, TableEntry
-from flashgau.tuning import ahead, search
+from flashgau.tuning import ahead, searching
 from flashgau.tuning.ahead import Job
 from flashgau.tuning.shipped import DTYPES, ENTRIES, Kept, Operands
 from flashgau.verification import configurations
@@ -51,7 +51,7 @@ class Bench:
         try:
             report = configurations.hold(case, self.device)
         except Exception as error:  # whatever a launch fails with is the candidate's fate
-            return self._failed(error)
+            return self.failed(error)
         worst = [row for row in report.rows if not row.ok]
         return f"{worst[0].name} is off by {worst[0].max_error:.1e}" if worst else None
 
@@ -83,7 +83,8 @@ class Bench:
         )
         return TableEntry(one < library, min(one, library), library)
 
-    def _failed(self, error: Exception) -> str:
+    def failed(self, error: Exception) -> str:
+        """A failure in a line; it may have left the device unusable."""
         if self.device.type == "cuda":
             try:
                 torch.cuda.synchronize(self.device)
@@ -114,7 +115,7 @@ def starts(device: torch.device, ops: set[str], widths: list[int] | None) -> lis
     """A job for every entry, with the shipped configuration, around which others are tried."""
     arch = tables.architecture(device)
     half = "fp16" if arch == "interpreter" else "bf16"
-    jobs = search.tasks(ahead.target_here(device), ops, widths, (half, "fp32"))
+    jobs = searching.tasks(ahead.target_here(device), ops, widths, (half, "fp32"))
     return [
         replace(job, config=tables.shipped_config(device, job.key))
         for job in jobs

@@ -52,8 +52,9 @@ def case_of(key: Key, config: Config, dtype: str, interpreted: bool) -> Configur
 def cases_of(device: torch.device, ops: set[str]) -> list[Configured]:
     """One case for every configuration that a call on `device` may be launched with, of these operations.
 
-    Those of the user's table, of the table of the GPU and of that of its architecture. "projection" and "heads" are no
-    operations of their own, but a layer's: they come with "gau_attention".
+    Those of the user's table, of the table of the GPU and of that of its architecture; not those of kernels of the
+    user's own, of which no operation is known. "projection" and "heads" are no operations of their own, but a
+    layer's: they come with "gau_attention".
     """
     ops = ops | (set(LAYERS) if "gau_attention" in ops else set())
     arch = tables.architecture(device)
@@ -64,7 +65,7 @@ def cases_of(device: torch.device, ops: set[str]) -> list[Configured]:
     return [
         case_of(key, config, "float32" if key.itemsize == 4 else half, interpreted)
         for key, config in found
-        if op_of(key.kernel) in ops and is_asked(key, interpreted)
+        if key.kernel in tables.shipped_kernels() and op_of(key.kernel) in ops and is_asked(key, interpreted)
     ]
 
 
