@@ -289,6 +289,10 @@ def test_an_entry_of_ones_own_disturbs_no_command(folder, capsys):
     if os.environ.get("TRITON_INTERPRET") == "1":
         assert main(["tune", "--device", "cpu", "--show"]) == 0
         assert "attention_mine" in capsys.readouterr().out
+        table.merge(tables.user_path(CPU), user_table(entries={tuning_tables.KEY: TableEntry(Config(16, 16))}))
+        tables.reload()
+        assert main(["tune", "--device", "cpu", "--export", str(folder / "out.json")]) == 0
+        assert set(table.read(folder / "out.json").entries) == {tuning_tables.KEY}  # what others have, too
 
 
 def test_the_package_below_loads_nothing_from_above():
@@ -427,3 +431,55 @@ def test_a_configuration_offered_is_one(folder):
     assert isinstance(offered[0], Config)
     assert dataclasses.astuple(offered[0]) == dataclasses.astuple(SPACE[0])
     assert offered[0]("mine", X, 24) == SPACE[0]
+
+
+# ---- Triton's own autotuner
+
+AUTOTUNED = """
+import sys, torch, triton
+from flashgau.kernels.attention_kernels import AttentionRule, forward_kernel
+from flashgau.kernels.common import Sizes, heads, sequences_of
+from flashgau.tuning import ahead, compiler
+
+device = sys.argv[1]
+q, k, v = torch.linspace(-1, 1, 3 * 2 * 2 * 70 * 16, device=device).view(3, 2, 2, 70, 16).sin()
+(B, H, N, D), BLOCKS = q.shape, [(16, 16), (32, 16), (64, 32)]
+out, lse = torch.empty_like(q), torch.empty(B, H, N, device=device)
+widths = {"GROUPS": 1, "D": D, "E": D, "BD": 16, "BE": 16, "PRECISION": "ieee"}
+configs = [triton.Config({"SIZES": Sizes(**widths, BM=m, BN=n)}, num_warps=4, num_stages=1) for m, n in BLOCKS]
+counted = triton.heuristics({"n_blocks": lambda a: triton.cdiv(a["max_seqlen_q"], a["SIZES"].BM.value)})
+times = {(16, 16): 3.0, (32, 16): 1.0, (64, 32): 2.0}
+results = []
+
+def clock(call, quantiles):
+    out.fill_(float("nan"))
+    call()
+    results.append(out.clone())
+    return [times[BLOCKS[len(results) - 1]]] * 3
+
+tuned = triton.autotune(configs, key=["max_seqlen_q"], do_bench=clock)(counted(forward_kernel))
+rule = AttentionRule(scale=D**-0.5, right=0)
+args = heads(q), heads(k), heads(v), heads(out), lse, *sequences_of(B, N, N), *rule
+if device == "cpu":  # interpreted
+    tuned[lambda a: (a["n_blocks"] * H * B, 1)](*args, n_kv_heads=H, n_parts=None)
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    for result in [*results, out]:
+        assert (result - exact).abs().max() < 1e-6
+    sizes = tuned.best_config.kwargs["SIZES"]
+    assert (len(results), sizes.BM.value, sizes.BN.value) == (3, 32, 16)
+else:  # compiled for a GPU that is not there, every configuration with its own blocks
+    with compiler.instead_of_launching("sm_80", ahead.target_of("sm_80"), None):
+        kernels = tuned.warmup(*args, n_kv_heads=H, n_parts=None, grid=(1,))
+    shared = [compiler.needs(kernel).shared_bytes for kernel in kernels]
+    assert len(set(shared)) == len(BLOCKS) and min(shared) > 0, shared
+"""
+
+
+@pytest.mark.parametrize(("device", "interpret"), [("cpu", "1"), ("meta", "0")], ids=["interpreted", "compiled"])
+def test_the_bare_kernel_can_be_tuned_by_triton(device, interpret):
+    """Nothing that the host passes depends on a block size, but the number of blocks, which a heuristic finds."""
+    env = os.environ | {"TRITON_INTERPRET": interpret}
+    done = subprocess.run(
+        [sys.executable, "-c", AUTOTUNED, device], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr

@@ -201,6 +201,8 @@ def _widths(shapes: str | None) -> list[int] | None:
 
 
 def _export(where: torch.device, to: Path) -> int:
+    from dataclasses import replace
+
     from flashgau import tables
     from flashgau.tables import table
 
@@ -208,6 +210,8 @@ def _export(where: torch.device, to: Path) -> int:
     own = table.usable(path)
     if own is None:
         fail("tune", f"there is no table of yours to export at {path}; `flashgau tune` makes it")
+    shipped = tables.shipped_kernels()  # others know nothing of kernels of yours
+    own = replace(own, entries={key: entry for key, entry in own.entries.items() if key.kernel in shipped})
     to = to / path.name if to.is_dir() or to.suffix != ".json" else to
     if to.exists():
         fail("tune", f"{to} exists already, and is left as it is; name another file", USAGE)
