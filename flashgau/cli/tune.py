@@ -43,10 +43,11 @@ def block_text(choice: Any) -> str:
         >>> block_text({"block_m": 64, "block_n": 32, "block_k": 16, "num_warps": 4, "num_stages": 2}), block_text(True)
         ('64x32x16, 4 warps, 2 stages', 'one kernel')
     """
+    from flashgau.tables.config import Config
+
     if isinstance(choice, bool):
         return "one kernel" if choice else "the vendor's library"
-    c = choice
-    return f"{c['block_m']}x{c['block_n']}x{c['block_k']}, {c['num_warps']} warps, {c['num_stages']} stages"
+    return Config(**choice).text()
 
 
 def _print_choices(rows: list[dict[str, Any]]) -> None:

@@ -58,15 +58,17 @@ class Wanted:
             and (self.kernels is None or key.kernel in self.kernels)
             and (self.dtypes is None or key.itemsize in {DTYPES[dtype].itemsize for dtype in self.dtypes})
             and (self.widths is None or wide in (0, *self.widths))
-            and (self.shape.width is None or wide in (0, self._class(device, key)))
+            and (self.shape.width is None or wide == 0 or self._serves(device, key, self.shape.width))
         )
 
-    def _class(self, device: torch.device, key: Key) -> int:
-        """The class of the exact width, of the kernel of an entry; -1 if it has none."""
+    def _serves(self, device: torch.device, key: Key, width: int) -> bool:
+        """Whether an entry's class is that of the exact width."""
+        if key.kernel not in tables.shipped_kernels():
+            return key.width >= width  # which classes there are is not known before something is measured
         try:
-            return tables.key_for(device, key._replace(width=self.shape.width or 0)).width
-        except ValueError:
-            return -1
+            return tables.key_for(device, key._replace(width=width)).width == key.width
+        except ValueError:  # wider than the kernel has
+            return False
 
 
 class Bench:

@@ -38,8 +38,7 @@ class Configured(CheckCase):
 def case_of(key: Key, config: Config, dtype: str, interpreted: bool) -> Configured:
     """The case of one configuration."""
     shape = ", ".join([*([f"D{key.width}"] if key.width else []), *(["few rows"] if key.few_rows else [])])
-    c = config
-    options = f"{key.kernel} {c.block_m}x{c.block_n}x{c.block_k}, {c.num_warps} warps, {c.num_stages} stages"
+    options = f"{key.kernel} {config.text()}"
     if key.options:
         options += ", softcap"
     # A block of an interpreted program takes milliseconds, and is small.

@@ -80,18 +80,18 @@ class Ranking:
         lines.append(f"{'':5}{'configuration':34}{'ms':>10}{'max error':>11}{'allowed':>11}  needs")
         for place, row in enumerate(self.rows, 1):
             errors = "".join(f"{'-' if x is None else format(x, '.2e'):>11}" for x in (row.max_error, row.tolerance))
-            name = f"{config_text(row.config):34}"
+            name = f"{row.config.text():34}"
             if row.reason is None:
                 mark = "*" if row.config == self.best else " "
                 lines.append(f"{place:3}{mark} {name}{row.ms:10.4g}{errors}  {needs_text(row.needs)}".rstrip())
             else:
                 lines.append(f"   - {name}{'':10}{errors}  {row.reason}")
-        if self.entry is None:
+        if self.entry is None or self.best is None:
             lines.append("no candidate is right, and nothing was written")
         else:
             gain = f", {self.entry.default_ms / self.entry.ms:.2f}x" if self.entry.default_ms and self.entry.ms else ""
             where = f"; written to {self.path}" if self.path else ""
-            lines.append(f"best: {config_text(self.entry.choice)}{gain}{where}")
+            lines.append(f"best: {self.best.text()}{gain}{where}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,18 +100,6 @@ class Ranking:
         rows = [asdict(row) | {"needs": [_plain(needs) for needs in row.needs]} for row in self.rows]
         path = None if self.path is None else str(self.path)
         return {"key": self.key._asdict(), "device": self.device, "best": best, "path": path, "rows": rows}
-
-
-def config_text(config: Config | bool) -> str:
-    """A configuration in a few words.
-
-    Example:
-        >>> config_text(Config(64, 32, 4, 1))
-        '64x32x32, 4 warps, 1 stage'
-    """
-    assert isinstance(config, Config)
-    stages = f"{config.num_stages} stage" + "s" * (config.num_stages != 1)
-    return f"{config.block_m}x{config.block_n}x{config.block_k}, {config.num_warps} warps, {stages}"
 
 
 def needs_text(needs: list[Compiled]) -> str:
