@@ -13,7 +13,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import convert, distributed, integrations, kernels, models, nn, reference, testing, training
+    from . import convert, distributed, integrations, kernels, models, nn, reference, testing, training, tuning
     from .bias import alibi_bias, rotary_bias, t5_bias
     from .ops.attention import attention
     from .ops.compare import Report, compare
@@ -48,10 +48,22 @@ __all__ = [
     "t5_bias",
     "testing",
     "training",
+    "tuning",
     "use_backend",
 ]
 
-_SUBMODULES = ("convert", "distributed", "integrations", "kernels", "models", "nn", "reference", "testing", "training")
+_SUBMODULES = (
+    "convert",
+    "distributed",
+    "integrations",
+    "kernels",
+    "models",
+    "nn",
+    "reference",
+    "testing",
+    "training",
+    "tuning",
+)
 
 
 def _find_kernels_and_reference() -> None:

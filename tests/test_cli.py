@@ -140,7 +140,7 @@ def test_files_that_are_no_json_are_refused_by_name(content, tmp_path):
 
 def test_lines_of_a_journal_of_any_form_count_for_nothing(tmp_path):
     pytest.importorskip("triton")
-    from flashgau.tuning.search import Journal
+    from flashgau.tuning.searching import Journal
 
     row = {"key": {"kernel": "attention_dq", "itemsize": 2, "width": 64}, "versions": {"torch": "2"}}
     row |= {"config": TABLE["entries"][0]["config"], "ms": 1.5, "reason": None}

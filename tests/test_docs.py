@@ -100,8 +100,11 @@ def normal(output: str, vary: bool) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_ids(PAGES))
-def test_python_blocks_run_and_print_what_the_page_says(page, tmp_path, monkeypatch):
+def test_python_blocks_run_and_print_what_the_page_says(page, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLASHGAU_TUNING", str(tmp_path))  # a page may write a table
+    flashgau.tuning.reload()
+    request.addfinalizer(flashgau.tuning.reload)
     torch.manual_seed(0)
     warnings.simplefilter("error")
     namespace: dict[str, Any] = {"__name__": "__docs__"}

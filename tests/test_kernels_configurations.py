@@ -27,7 +27,7 @@ from flashgau import tables
 from flashgau.eager import projection as eager_projection
 from flashgau.options import Angles, ProjectionWeights
 from flashgau.tables.config import Config
-from flashgau.tuning import search, shipped
+from flashgau.tuning import searching, shipped
 
 pytestmark = kernel_calls.pytestmark
 
@@ -234,7 +234,7 @@ def test_tables_are_complete(arch, width, itemsize):
             config = tables.lookup(arch, kernel, itemsize, width if has_heads else 0, rows, options)
             sizes = config.block_m, config.block_n, config.block_k
             assert all(n & (n - 1) == 0 for n in sizes)
-            own = [n for n, axis in zip(sizes, "mnk", strict=True) if axis in search.BLOCKS[kernel]]
+            own = [n for n, axis in zip(sizes, "mnk", strict=True) if axis in searching.BLOCKS[kernel]]
             assert entry.matrix is None or min(own, default=16) >= 16
             if name == "attention_dbias":
                 assert config.block_m == config.block_n

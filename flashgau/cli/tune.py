@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +28,12 @@ if TYPE_CHECKING:
 
     from flashgau.tables.table import Key, TableEntry
     from flashgau.tuning.ahead import Job
-    from flashgau.tuning.search import Search
+    from flashgau.tuning.searching import Search
+    from flashgau.verification.candidates import Wanted
+
+
+LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal
+SECONDS_EACH = 1.5  # of a candidate, compiled beside others: an assumption, until some are done
 
 
 def block_text(choice: Any) -> str:
@@ -37,10 +43,11 @@ def block_text(choice: Any) -> str:
         >>> block_text({"block_m": 64, "block_n": 32, "block_k": 16, "num_warps": 4, "num_stages": 2}), block_text(True)
         ('64x32x16, 4 warps, 2 stages', 'one kernel')
     """
+    from flashgau.tables.config import Config
+
     if isinstance(choice, bool):
         return "one kernel" if choice else "the vendor's library"
-    c = choice
-    return f"{c['block_m']}x{c['block_n']}x{c['block_k']}, {c['num_warps']} warps, {c['num_stages']} stages"
+    return Config(**choice).text()
 
 
 def _print_choices(rows: list[dict[str, Any]]) -> None:
@@ -56,7 +63,10 @@ def _print_choices(rows: list[dict[str, Any]]) -> None:
 
 
 def run_search(search: Search, limit: float, stop: Callable[[], bool]) -> bool:
-    """Run a search under a progress bar, until it is done, out of time, or `stop`; False if Ctrl-C ended it."""
+    """Run a search until it is done, out of time, or `stop`; False if Ctrl-C ended it.
+
+    A terminal has a progress bar, and what is no terminal a line now and then.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     def steps() -> Iterator[tuple[Job, str]]:
@@ -65,20 +75,33 @@ def run_search(search: Search, limit: float, stop: Callable[[], bool]) -> bool:
             if stop():
                 return
 
-    total, began = len(search.candidates()), time.monotonic()
+    total, untried, began = len(search.candidates()), search.untried(), time.monotonic()
+    known, said = total - untried, began
+    _announce(search, limit)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = make_console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("compiling", total=total)
         try:
             for done, (job, what) in enumerate(steps(), 1):
-                spent = time.monotonic() - began
-                left = min(limit - spent, spent / done * (total - done))
-                text = f"{seconds(max(0.0, left))} left; {job.key}: {what[:40]}"
-                progress.update(task, advance=1, description=text)
+                now = time.monotonic()
+                spent = now - began
+                left = max(0.0, min(limit - spent, spent / max(1, done - known) * (total - done)))
+                progress.update(task, advance=1, description=f"{seconds(left)} left; {job.key}: {what[:40]}")
+                if not console.is_terminal and now - said >= LINE_EVERY:
+                    said = now
+                    print(f"{done} of {total}, {seconds(left)} left; {job.key}: {what}", file=sys.stderr, flush=True)
         except KeyboardInterrupt:
             return False
     return True
+
+
+def _announce(search: Search, limit: float) -> None:
+    """How much there is to do, before it begins."""
+    total, untried = len(search.candidates()), search.untried()
+    known = f", {total - untried} of them known" if untried < total else ""
+    time_left = f"about {seconds(untried * SECONDS_EACH)}, at most {seconds(limit)}"
+    print(f"{total} candidates for {len(search.starts)} entries{known}; {time_left}", file=sys.stderr, flush=True)
 
 
 def tune(
@@ -87,6 +110,26 @@ def tune(
     ] = None,
     shapes: Annotated[
         str | None, typer.Option(metavar="WIDTHS", help="Only these classes of the head dimension, such as 64,128.")
+    ] = None,
+    kernel: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Only these kernels, as --show calls them.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Only these of bf16, fp16 and fp32; bf16,fp32 unless given.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(metavar="N", min=32, max=2**20, help="Tokens of a timed call; 8192 unless given.")
+    ] = None,
+    batch: Annotated[int, typer.Option(metavar="B", min=1, max=2**16, help="Sequences of a timed call.")] = 1,
+    heads: Annotated[
+        int, typer.Option(metavar="H", min=1, max=1024, help="Query heads of a timed call of attention.")
+    ] = 8,
+    kv_heads: Annotated[
+        int | None, typer.Option(metavar="H", min=1, max=1024, help="Its key heads; as many, unless given.")
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(metavar="D", min=1, max=256, help="The exact head dimension: times it, and tunes its class."),
     ] = None,
     minutes: Annotated[float, typer.Option(metavar="M", help="Stop after so long; a second run goes on.")] = 30.0,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="Which GPU: cuda, cuda:1.")] = "cuda",
@@ -109,22 +152,28 @@ def tune(
     Examples:
       flashgau tune --minutes 60
       flashgau tune --op attention --shapes 64,128
-      flashgau tune --show
+      flashgau tune --op attention --dtype bf16 --length 4096 --batch 4 --heads 32 --kv-heads 8 --width 80
+      flashgau tune --show --op glu
       flashgau tune --export flashgau/tables/gpus/
     """
     where = _device(device)
     if not minutes > 0:
         fail("tune", f"--minutes is {minutes:g}; expected a positive number", USAGE)
-    ops = _names(op)
-    widths = _widths(shapes)
+    ops, widths = _names(op), _widths(shapes)
+    if heads % (kv_heads or heads):
+        fail("tune", f"--kv-heads is {kv_heads} of --heads {heads}; expected a divisor", USAGE)
+    from flashgau.tuning.shipped import CallShape
+    from flashgau.verification.candidates import Wanted
+
+    shape = CallShape(length, batch, heads, None if kv_heads == heads else kv_heads, width)
+    wanted = Wanted(ops, _kernels(kernel, where), _dtypes(dtype, where, show_only), widths, shape)
     with failing("tune"):
-        return _tune(where, ops, widths, minutes, show_only, export, as_json)
+        return _tune(where, wanted, minutes, show_only, export, as_json)
 
 
 def _tune(
     where: torch.device,
-    ops: set[str],
-    widths: list[int] | None,
+    wanted: Wanted,
     minutes: float,
     show_only: bool,
     export: Path | None,
@@ -137,7 +186,7 @@ def _tune(
     if export is not None:
         return _export(where, export)
     if show_only:
-        rows = candidates.choices(where)
+        rows = candidates.choices(where, wanted)
         if as_json:
             print(dump_json({"schema": "flashgau-tuning", "schema_version": 1, "device": str(where), "rows": rows}))
         else:
@@ -145,19 +194,22 @@ def _tune(
         return 0
 
     from flashgau.tuning import ahead
-    from flashgau.tuning.search import Journal, Search
+    from flashgau.tuning.searching import Journal, Search
 
-    path, bench = tables.user_path(where), candidates.Bench(where)
-    before = candidates.starts(where, ops, widths)
-    journal = Journal(path.with_suffix(".journal.jsonl"), candidates.versions())
+    path, bench = tables.user_path(where), candidates.Bench(where, shape=wanted.shape)
+    before = candidates.starts(where, wanted)
+    if not before:
+        fail("tune", "there is no entry of this operation, kernel, dtype and width at once", USAGE)
+    measured = candidates.versions() | candidates.shape_measured(wanted.shape)
+    journal = Journal(path.with_suffix(".journal.jsonl"), measured)
     search = Search(before, bench.check, bench.clock, journal, ahead.compile_each)
     finished = run_search(search, 60 * minutes, lambda: bench.broken)
     found = search.best()
     if finished:
         candidates.keep(where, path, found)  # whose products the fused form is then timed with
-        found |= candidates.fused_entries(bench, ops)
+        found |= candidates.fused_entries(bench, wanted)
     candidates.keep(where, path, found)
-    _report(before, found, path, as_json)
+    _report(before, found, path, search, as_json)
     if bench.broken:
         fail("tune", "a candidate left the GPU unusable for this process; the same command goes on without it")
     return 0 if finished else INTERRUPTED
@@ -182,25 +234,61 @@ def _device(name: str) -> torch.device:
     return where
 
 
-def _names(op: str | None) -> set[str]:
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _names(op: str | None) -> frozenset[str] | None:
     from flashgau.verification.configurations import LAYERS
 
-    names = set(OPERATIONS) if op is None else {name.strip() for name in op.split(",") if name.strip()}
+    if op is None:
+        return None
+    names = set(_words(op))
     if unknown := sorted(names - set(OPERATIONS)):
         fail("tune", f"no operation is called {unknown[0]!r}; there are {', '.join(OPERATIONS)}", USAGE)
-    return names | (set(LAYERS) if "gau_attention" in names else set())
+    return frozenset(names | (set(LAYERS) if "gau_attention" in names else set()))
 
 
-def _widths(shapes: str | None) -> list[int] | None:
+def _kernels(kernel: str | None, where: torch.device) -> frozenset[str] | None:
+    from flashgau import tables
+
+    if kernel is None:
+        return None
+    names = set(_words(kernel))
+    own = {key.kernel for found in tables.measured_tables(where) for key in found.entries}
+    known = sorted(tables.shipped_kernels() | own)
+    if unknown := sorted(names - set(known)):
+        fail("tune", f"no kernel is called {unknown[0]!r}; there are {', '.join(known)}", USAGE)
+    return frozenset(names)
+
+
+def _dtypes(dtype: str | None, where: torch.device, show_only: bool) -> tuple[str, ...] | None:
+    from flashgau.tuning.shipped import DTYPES
+
+    if dtype is None:
+        return None
+    names = tuple(_words(dtype))
+    if not names or not set(names) <= set(DTYPES):
+        fail("tune", f"--dtype is {dtype!r}; expected some of bf16, fp16 and fp32, separated by commas", USAGE)
+    if not show_only and {"bf16", "fp16"} <= set(names):
+        fail("tune", f"--dtype is {dtype!r}; bf16 and fp16 have the same entries: expected one of them", USAGE)
+    if not show_only and where.type == "cpu" and "bf16" in names:
+        fail("tune", f"--dtype is {dtype!r}; Triton's interpreter multiplies bf16 wrongly", USAGE)
+    return names
+
+
+def _widths(shapes: str | None) -> tuple[int, ...] | None:
     if shapes is None:
         return None
-    words = [word.strip() for word in shapes.split(",") if word.strip()]
+    words = _words(shapes)
     if not words or not set(words) <= {"64", "128", "256"}:
         fail("tune", f"--shapes is {shapes!r}; expected some of 64, 128 and 256, separated by commas", USAGE)
-    return [int(word) for word in words]
+    return tuple(int(word) for word in words)
 
 
 def _export(where: torch.device, to: Path) -> int:
+    from dataclasses import replace
+
     from flashgau import tables
     from flashgau.tables import table
 
@@ -208,6 +296,8 @@ def _export(where: torch.device, to: Path) -> int:
     own = table.usable(path)
     if own is None:
         fail("tune", f"there is no table of yours to export at {path}; `flashgau tune` makes it")
+    shipped = tables.shipped_kernels()  # others know nothing of kernels of yours
+    own = replace(own, entries={key: entry for key, entry in own.entries.items() if key.kernel in shipped})
     to = to / path.name if to.is_dir() or to.suffix != ".json" else to
     if to.exists():
         fail("tune", f"{to} exists already, and is left as it is; name another file", USAGE)
@@ -216,13 +306,14 @@ def _export(where: torch.device, to: Path) -> int:
     return 0
 
 
-def _report(before: list[Job], found: dict[Key, TableEntry], path: Path, as_json: bool) -> None:
-    """What is now launched otherwise than as shipped, and what it gains."""
+def _report(before: list[Job], found: dict[Key, TableEntry], path: Path, search: Search, as_json: bool) -> None:
+    """What is launched now, what that gains over what is shipped, and what remains to be tried."""
     from dataclasses import asdict
 
     from flashgau.tables.config import Config
 
     shipped = {job.key: job.config for job in before}
+    total, untried = len(search.candidates()), search.untried()
     rows = []
     for key, entry in sorted(found.items()):
         was, now = shipped.get(key), entry.choice
@@ -231,15 +322,20 @@ def _report(before: list[Job], found: dict[Key, TableEntry], path: Path, as_json
             "choice": asdict(now) if isinstance(now, Config) else now, "ms": entry.ms, "default_ms": entry.default_ms,
         })  # fmt: skip
     if as_json:
-        print(dump_json({"schema": "flashgau-tune", "schema_version": 1, "table": str(path), "rows": rows}))
+        counts = {"candidates": total, "untried": untried}
+        print(dump_json({"schema": "flashgau-tune", "schema_version": 1, "table": str(path), **counts, "rows": rows}))
         return
     numbers = ("ms shipped", "ms now", "gain")
     table = make_table("entry", "shipped", "now", *numbers, right=numbers)
     for key, row in zip(sorted(found), rows, strict=True):
-        if row["changed"]:
-            ms, was_ms = row["ms"], row["default_ms"]
-            times = (f"{was_ms:.3g}", f"{ms:.3g}", f"{was_ms / ms:.2f}x") if was_ms else ("-", f"{ms:.3g}", "-")
-            table.add_row(str(key), block_text(row["shipped"] or False), block_text(row["choice"]), *times)
+        ms, was_ms = row["ms"], row["default_ms"]
+        times = (f"{was_ms:.3g}", f"{ms:.3g}", f"{was_ms / ms:.2f}x") if was_ms else ("-", f"{ms:.3g}", "-")
+        text = block_text(row["choice"]) if row["changed"] else "the same"
+        table.add_row(str(key), block_text(row["shipped"] or False), text, *times)
     if table.row_count:
         make_console().print(table)
-    print(f"{len(found)} entries measured, {table.row_count} changed; {path if found else 'nothing was written'}")
+    changed = sum(row["changed"] for row in rows)
+    print(f"{len(found)} entries measured, {changed} changed; {path if found else 'nothing was written'}")
+    if untried:
+        entries = f"{len(shipped.keys() - found.keys())} of {len(shipped)} entries have no measurement yet; "
+        print(f"{untried} of {total} candidates are untried; {entries}the same command goes on")

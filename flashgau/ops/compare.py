@@ -168,34 +168,82 @@ def compare(
     assert naive is not None
     assert plain is not None
 
-    seed = int(torch.randint(2**31, ()))
+    if name is not None:
+        names = ("out", "lse" if name == "attention" else "state")
+    standard = Standard(fn, naive, plain, args, kwargs, names=names, grad=grad)
+    return Report(name or _name_of(fn), chosen, dtype, standard.hold(fn, **changes))
 
-    def weighting(shape: torch.Size, place: int) -> Tensor:
+
+class Standard:
+    """What the reference of one call gives, computed when it is needed and once, for any number of functions.
+
+    Args:
+        fn: a function of those that are held: its arguments have their names, and a module its parameters.
+        naive: its definition.
+        plain: the definition in the arguments' own dtype; the same, unless that is another function.
+        args: of the call.
+        kwargs: of the call.
+        names: of several results.
+        grad: also hold the gradient of every floating argument.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        naive: Callable[..., Any],
+        plain: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        names: Sequence[str] | None = None,
+        grad: bool = True,
+    ) -> None:
+        self.dtype = next(
+            x for x in [*_tensors((args, kwargs)), *_parameters(fn).values()] if x.is_floating_point()
+        ).dtype
+        self.seed = int(torch.randint(2**31, ()))
+        self._runs = _Runs(fn, naive, args, kwargs, names, self._weighting if grad else None)
+        self._naive, self._plain = naive, plain
+        self._exact: dict[str, Tensor] | None = None
+        self._others: list[dict[str, Tensor]] = []
+
+    def _weighting(self, shape: torch.Size, place: int) -> Tensor:
         """The random weights of a result, the same numbers in every run: rounded to the input's dtype.
 
         Their mean is as large as their deviation. About a mean of zero what a long sum loses at every step, in one
         direction, would average out, as the sum itself does.
         """
-        generator = torch.Generator().manual_seed(seed + place)
-        return (1 + torch.randn(shape, generator=generator)).to(dtype)
+        generator = torch.Generator().manual_seed(self.seed + place)
+        return (1 + torch.randn(shape, generator=generator)).to(self.dtype)
 
-    if name is not None:
-        names = ("out", "lse" if name == "attention" else "state")
-    weights = weighting if grad else None
-    run = _Runs(fn, naive, args, kwargs, names, weights)
-    ours = run.ours(**changes)  # first: it checks the arguments
-    exact = run.naive(naive, torch.float64)
-    if ours.keys() != exact.keys():
-        raise ValueError(f"compare: `fn` gives {', '.join(ours)}; its reference gives {', '.join(exact)}")
-    # Plain PyTorch may be right by luck where terms cancel: it gets no better than the last places of fp32 allow. So
-    # may one random move of the inputs have no effect; hence others before a miss is one.
-    others = [run.naive(plain, None)]
-    for place in range(_MOVES):
-        others.append(run.naive(naive, torch.float64, _nudged(seed + place, dtype)))
-        report = Report(name or _name_of(fn), chosen, dtype, held(ours, exact, others, dtype))
-        if report.ok:
-            break
-    return report
+    @property
+    def exact(self) -> dict[str, Tensor]:
+        """The results of the definition in fp64, and their gradients."""
+        if self._exact is None:
+            self._exact = self._runs.naive(self._naive, torch.float64)
+        return self._exact
+
+    def others(self, moves: int) -> list[dict[str, Tensor]]:
+        """Those in the arguments' dtype, then those in fp64 of so many random moves of the arguments."""
+        if not self._others:
+            self._others.append(self._runs.naive(self._plain, None))
+        for place in range(len(self._others) - 1, moves):
+            moved = _nudged(self.seed + place, self.dtype)
+            self._others.append(self._runs.naive(self._naive, torch.float64, moved))
+        return self._others[: moves + 1]
+
+    def hold(self, fn: Callable[..., Any], **changes: Any) -> list[Row]:
+        """The rows of one function, which is called with the arguments and `changes`."""
+        ours = self._runs.ours(fn, **changes)  # first: it checks the arguments
+        if ours.keys() != self.exact.keys():
+            raise ValueError(f"compare: `fn` gives {', '.join(ours)}; its reference gives {', '.join(self.exact)}")
+        # Plain PyTorch may be right by luck where terms cancel: it gets no better than the last places of fp32 allow.
+        # So may one random move of the inputs have no effect; hence others before a miss is one.
+        for moves in range(1, _MOVES + 1):
+            rows = held(ours, self.exact, self.others(moves), self.dtype)
+            if all(row.ok for row in rows):
+                break
+        return rows
 
 
 _HEADS = {"attention": 3, "gau_attention": 2, "mixed_chunk_attention": 4, "mixed_chunk_step": 4}
@@ -247,15 +295,15 @@ def _parameters(fn: Any) -> dict[str, Tensor]:
 def _tensors(value: Any) -> list[Tensor]:
     """Every tensor in a value, also those inside of containers and states."""
     found: list[Tensor] = []
-    _mapped("", value, lambda name, x: found.append(x))
+    map_tensors("", value, lambda name, x: found.append(x))
     return found
 
 
-def _mapped(name: str, value: Any, change: Callable[[str, Tensor], Any]) -> Any:
+def map_tensors(name: str, value: Any, change: Callable[[str, Tensor], Any]) -> Any:
     """The value with every tensor in it changed; the name says where it stands."""
 
     def part(key: Any, x: Any) -> Any:
-        return _mapped(f"{name}.{key}" if name else str(key), x, change)
+        return map_tensors(f"{name}.{key}" if name else str(key), x, change)
 
     if isinstance(value, Tensor):
         return change(name, value)
@@ -272,10 +320,10 @@ Weighting = Callable[[torch.Size, int], Tensor]
 
 
 class _Runs:
-    """Runs of a function and of its reference, each on copies of the arguments: results and gradients by name.
+    """Runs of functions and of their reference, each on copies of the arguments: results and gradients by name.
 
     Args:
-        fn: the function.
+        fn: a function, after whose arguments gradients are called.
         naive: its reference.
         args: of the call.
         kwargs: of the call.
@@ -292,15 +340,15 @@ class _Runs:
         names: Sequence[str] | None,
         weighting: Weighting | None,
     ) -> None:
-        self.fn, self.args, self.kwargs, self.names, self.weighting = fn, args, kwargs, names, weighting
+        self.args, self.kwargs, self.names, self.weighting = args, kwargs, names, weighting
         self.arguments = _argument_names(fn, len(args))
         both = _parameters(naive).keys()
         self.shared = {name: x for name, x in _parameters(fn).items() if name in both}
 
-    def ours(self, **changes: Any) -> dict[str, Tensor]:
-        """Of the function, with the arguments as they are."""
+    def ours(self, fn: Callable[..., Any], **changes: Any) -> dict[str, Tensor]:
+        """Of a function, with the arguments as they are."""
         args, kwargs, inputs = self._copied(lambda x: x)
-        return self._found(self.fn(*args, **{**kwargs, **changes}), inputs | self.shared)
+        return self._found(fn(*args, **{**kwargs, **changes}), inputs | self.shared)
 
     def naive(
         self, reference: Any, dtype: torch.dtype | None, change: Callable[[Tensor], Tensor] = lambda x: x
@@ -328,8 +376,8 @@ class _Runs:
                 copy = inputs[name] = change(copy).requires_grad_(self.weighting is not None)
             return copy
 
-        args = tuple(_mapped(name, x, copied) for name, x in zip(self.arguments, self.args, strict=True))
-        return args, {name: _mapped(name, x, copied) for name, x in self.kwargs.items()}, inputs
+        args = tuple(map_tensors(name, x, copied) for name, x in zip(self.arguments, self.args, strict=True))
+        return args, {name: map_tensors(name, x, copied) for name, x in self.kwargs.items()}, inputs
 
     def _found(self, result: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The results, and the gradients of `inputs`."""
@@ -397,9 +445,9 @@ def _named_results(result: Any, names: Sequence[str] | None) -> dict[str, Tensor
         if len(names) != len(result):
             raise ValueError(f"compare: `names` has {len(names)} names; expected one for each of {len(result)} results")
         for name, x in zip(names, result, strict=True):
-            _mapped(name, x, keep)
+            map_tensors(name, x, keep)
     else:
-        _mapped("", result, keep)
+        map_tensors("", result, keep)
     if not found:
         raise TypeError(
             f"compare: the result is a {type(result).__name__}; expected tensors, or something that holds them"

@@ -41,7 +41,9 @@ def choose(kernel: str, x: Tensor, width: int, rows: int | None = None, options:
         options: whether the scores go through more than a scale and a mask, which takes registers and shared memory.
 
     Returns:
-        The entry of the user's table, else of the GPU's, else of its architecture's.
+        The entry of the user's table, else of the GPU's, else of its architecture's. Of a kernel of the user's own,
+        which no architecture has: that of the least width that is not below this one; few rows, or options, have the
+        entry of any if they have none of their own.
 
     Raises:
         ValueError: for a kernel, or a width, that no table has.
@@ -56,14 +58,53 @@ def choose(kernel: str, x: Tensor, width: int, rows: int | None = None, options:
 
 @cache
 def _chosen(device: torch.device, kernel: str, itemsize: int, width: int, few_rows: bool, options: bool) -> Config:
-    width = _class(architecture(device), kernel, itemsize, width, few_rows)
-    return chosen(device, Key(kernel, itemsize, width, few_rows, options))
+    return chosen(device, key_for(device, Key(kernel, itemsize, width, few_rows, options)))
 
 
 def chosen(device: torch.device, key: Key) -> Config:
     """What `choose` gives for a key, whose width is that of a class."""
+    if key.kernel not in shipped_kernels():
+        return _of_users_kernel(device, key)
     own = user_table(device)
     return (own and own.config(key)) or shipped_config(device, key)
+
+
+def key_for(device: torch.device, key: Key) -> Key:
+    """Where a table has the entry of such a call: the width becomes that of a class.
+
+    A kernel of the user's own has a class for every power of two.
+
+    Raises:
+        ValueError: for a width that is larger than what the kernel has.
+    """
+    if key.kernel in shipped_kernels():
+        return key._replace(width=_class(architecture(device), key.kernel, key.itemsize, key.width, key.few_rows))
+    return key._replace(width=1 << (key.width - 1).bit_length() if key.width else 0)
+
+
+@cache
+def shipped_kernels() -> frozenset[str]:
+    """The kernels of this package, by the names that launchers ask for; all others are a user's own."""
+    return frozenset(key.kernel for key in shipped_table("interpreter").entries) | {FUSED}
+
+
+def _of_users_kernel(device: torch.device, key: Key) -> Config:
+    """The nearest entry that serves: what was measured for many rows serves few, and so with options."""
+    found = []
+    for place, own in enumerate(measured_tables(device)):
+        for other in own.entries:
+            fits = (other.kernel, other.itemsize) == key[:2] and other.width >= key.width
+            if fits and other.few_rows <= key.few_rows and other.options <= key.options:
+                traits = other.few_rows != key.few_rows, other.options != key.options
+                found.append((traits, other.width, place, own.config(other)))
+    config = min(found, key=lambda item: item[:3])[3] if found else None
+    if config is None:
+        raise ValueError(
+            f"tuning: {key}; expected a kernel of the table of {architecture(device)}, or one of yours that is in "
+            f"{user_path(device)}, where flashgau.tuning.search(launcher, args, reference=..., "
+            f"kernel={key.kernel!r}) puts it"
+        )
+    return config
 
 
 def shipped_config(device: torch.device, key: Key) -> Config:
@@ -261,7 +302,7 @@ def gpu_name(device: torch.device) -> str:
 
 def reload() -> None:
     """Forget what was read, so that the next call reads the tables again."""
-    for cached in (_chosen, _fusing_measured, _widths, shipped_table, gpu_name, table.usable):
+    for cached in (_chosen, _fusing_measured, _widths, shipped_kernels, shipped_table, gpu_name, table.usable):
         cached.cache_clear()
 
 

@@ -43,6 +43,16 @@ class Config:
         """The keywords of a Triton launch."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **FUSED_ADDITION}
 
+    def text(self) -> str:
+        """It in a few words.
+
+        Example:
+            >>> Config(64, 32, 4, 1).text()
+            '64x32x32, 4 warps, 1 stage'
+        """
+        stages = f"{self.num_stages} stage" + "s" * (self.num_stages != 1)
+        return f"{self.block_m}x{self.block_n}x{self.block_k}, {self.num_warps} warps, {stages}"
+
 
 # Called by a launcher for each kernel that it starts: (kernel, first tensor, widest head, traits) -> Config.
 Choose = Callable[..., Config]

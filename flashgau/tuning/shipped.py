@@ -19,22 +19,50 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
+class CallShape:
+    """The shape of a call.
+
+    Attributes:
+        length: tokens of a sequence; None for as many as compiling takes.
+        batch: sequences; of what has rows only, their tokens are its rows.
+        heads: of attention's queries.
+        kv_heads: of its keys and values; None for as many.
+        width: of a head, exactly; None for that of the entry.
+    """
+
+    length: int | None = None
+    batch: int = 1
+    heads: int = 8
+    kv_heads: int | None = None
+    width: int | None = None
+
+    @property
+    def groups(self) -> int:
+        """Query heads of a key head."""
+        return self.heads // (self.kv_heads or self.heads)
+
+
+@dataclass(frozen=True)
 class Operands:
     """Makes the tensors of a call.
 
     Attributes:
         dtype: of all that does not say otherwise.
         device: where they are, or None for tensors without values, which compiling takes.
-        length: tokens; None for as many as compiling takes.
+        shape: of the call.
     """
 
     dtype: torch.dtype
     device: torch.device | None = None
-    length: int | None = None
+    shape: CallShape = CallShape()
 
     def tokens(self, compiling: int = 16384) -> int:
-        """How many tokens, unless the `length` is given."""
-        return compiling if self.length is None else self.length
+        """How many tokens a sequence has, unless the shape says it."""
+        return compiling if self.shape.length is None else self.shape.length
+
+    def rows(self) -> int:
+        """How many tokens all sequences have."""
+        return self.tokens() * self.shape.batch
 
     def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor, of normal values on a device that holds any. (An integer may be a seed or a position: 100.)"""
@@ -95,15 +123,16 @@ _ANY: dict[str, str] = {}
 def _attention(backward: bool, queries: int | None, biased: bool, kind: str, width: int, make: Operands) -> None:
     fp32, n = torch.float32, make.tokens()
     m = n if queries is None else queries
+    b, h, kv_heads = make.shape.batch, make.shape.heads, make.shape.kv_heads or make.shape.heads
     options: dict[str, Any] = {"scale": width**-0.5, "window": (None, None if kind == "full" else 0)}
     if kind == "all options":
-        options |= {"window": (64, 64), "softcap": 5.0, "dropout_p": 0.1, "sinks": make(8, dtype=fp32)}
-        options |= {"dropout_seed": make(1, dtype=torch.int64), "lengths": make(1, dtype=torch.int32)}
+        options |= {"window": (64, 64), "softcap": 5.0, "dropout_p": 0.1, "sinks": make(h, dtype=fp32)}
+        options |= {"dropout_seed": make(1, dtype=torch.int64), "lengths": make(b, dtype=torch.int32)}
     if biased or kind == "all options":
-        options["rel_bias"] = make(1, 8, 2 * n - 1, dtype=fp32)
-    q, k = make(1, 8, m, width), make(1, 8, n, width)
+        options["rel_bias"] = make(b, h, 2 * n - 1, dtype=fp32)
+    q, k = make(b, h, m, width), make(b, kv_heads, n, width)
     if backward:
-        attention.attention_backward(q, None, q, k, k, (q, make(1, 8, m, dtype=fp32)), **options)
+        attention.attention_backward(q, None, q, k, k, (q, make(b, h, m, dtype=fp32)), **options)
     else:
         attention.attention_forward(q, k, k, **options)
 
@@ -112,8 +141,8 @@ def _glu(backward: bool, kind: str, width: int, make: Operands) -> None:
     variant, layout = kind.split()
     activation = {"swiglu": "silu", "geglu": "gelu"}[variant]
     options: dict[str, Any] = {"activation": activation, "up_activation": "identity"}
-    gate = make(make.tokens(), 2 * 4096 if layout == "packed" else 4096)
-    up, dout = (None if layout == "packed" else gate), make(make.tokens(), 4096)
+    gate = make(make.rows(), 2 * 4096 if layout == "packed" else 4096)
+    up, dout = (None if layout == "packed" else gate), make(make.rows(), 4096)
     if backward:
         glu.glu_backward(dout, gate, up, **options)
     else:
@@ -121,7 +150,7 @@ def _glu(backward: bool, kind: str, width: int, make: Operands) -> None:
 
 
 def _glu_linear(rows: int | None, kind: str, width: int, make: Operands) -> None:
-    rows = make.tokens() if rows is None else rows
+    rows = make.rows() if rows is None else rows
     x, w, out = (make(*shape) for shape in ((rows, 1024), (4096, 1024), (rows, 4096)))
     bias = make(4096)
     options: dict[str, Any] = {"activation": "gelu", "fused": True}
@@ -135,7 +164,7 @@ def _gau(backward: bool, queries: int | None, e: int, kind: str, width: int, mak
     score, mask, *rest = kind.split()
     n = make.tokens(2048)
     m = n if queries is None else queries
-    q, k, v, out = (make(1, *shape) for shape in ((m, width), (n, width), (n, e), (m, e)))
+    q, k, v, out = (make(make.shape.batch, *shape) for shape in ((m, width), (n, width), (n, e), (m, e)))
     bias = make(1, 2 * n - 1, dtype=torch.float32) if rest else None
     options: dict[str, Any] = {"score": score, "normalizer": "keys", "causal": mask == "causal", "rel_bias": bias}
     if backward:
@@ -147,7 +176,7 @@ def _gau(backward: bool, queries: int | None, e: int, kind: str, width: int, mak
 def _mixed_chunk(backward: bool, e: int, kind: str, width: int, make: Operands) -> None:
     score, mask, *rest = kind.split()
     n, causal, fp32 = make.tokens(), mask != "full", torch.float32
-    heads, v = make(4, 1, n, width), make(1, n, e)
+    heads, v = make(4, make.shape.batch, n, width), make(make.shape.batch, n, e)
     options: dict[str, Any] = {"chunk_size": 256, "score": score, "causal": causal}
     if rest:
         options["rel_bias"] = make(1, 511, dtype=fp32)
@@ -174,7 +203,7 @@ def _mixed_chunk_step(kind: str, width: int, make: Operands) -> None:
 
 
 def _projection(kind: str, width: int, make: Operands) -> None:
-    n = make.tokens()
+    n = make.rows()
     halves = [part[:, 2048:4096] for part in [make(n, 4224)] * 2]
     elementwise(projection.silu_backward_kernel, "projection", (make(n, 2048), *halves), tables.in_force())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from flashgau.options import GluWeights
 from flashgau.tables import table
 from flashgau.tables.config import Config
 from flashgau.tables.table import FUSED, Key, TableEntry
-from flashgau.tuning import ahead, search
-from flashgau.tuning.ahead import Job
-from flashgau.tuning.shipped import DTYPES, ENTRIES, Kept, Operands
+from flashgau.tuning import ahead, searching
+from flashgau.tuning.ahead import Job, op_of
+from flashgau.tuning.shipped import DTYPES, ENTRIES, CallShape, Kept, Operands
 from flashgau.verification import configurations
 from flashgau.verification.configurations import is_asked, launched
 
@@ -31,17 +31,68 @@ FUSED_WIDTHS = (512, 1024, 2048, 4096)  # inner axes for which the maker of glu_
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Which entries are tuned, or shown, and the shape of the calls that are timed.
+
+    Attributes:
+        ops: operations, "projection" and "heads" among them; None for all.
+        kernels: names of tables' entries; None for all.
+        dtypes: "bf16", "fp16", "fp32"; None for half precision and fp32.
+        widths: classes of the head dimension; what has no heads is wanted, too. None for all.
+        shape: of the timed calls.
+    """
+
+    ops: frozenset[str] | None = None
+    kernels: frozenset[str] | None = None
+    dtypes: tuple[str, ...] | None = None
+    widths: tuple[int, ...] | None = None
+    shape: CallShape = field(default_factory=CallShape)
+
+    def keeps(self, device: torch.device, key: Key) -> bool:
+        """Whether an entry of the tables is one of them."""
+        ours = key.kernel in tables.shipped_kernels()
+        wide = key.width if key.kernel != FUSED else 0  # whose width is no head's
+        return (
+            (self.ops is None or (ours and op_of(key.kernel) in self.ops))
+            and (self.kernels is None or key.kernel in self.kernels)
+            and (self.dtypes is None or key.itemsize in {DTYPES[dtype].itemsize for dtype in self.dtypes})
+            and (self.widths is None or wide in (0, *self.widths))
+            and (self.shape.width is None or wide == 0 or self._serves(device, key, self.shape.width))
+        )
+
+    def _serves(self, device: torch.device, key: Key, width: int) -> bool:
+        """Whether an entry's class is that of the exact width."""
+        if key.kernel not in tables.shipped_kernels():
+            return key.width >= width  # which classes there are is not known before something is measured
+        try:
+            return tables.key_for(device, key._replace(width=width)).width == key.width
+        except ValueError:  # wider than the kernel has
+            return False
+
+
 class Bench:
     """Checks and times candidates on one device.
+
+    Args:
+        device: where.
+        clock: takes a call and gives its milliseconds.
+        shape: of timed calls; their length, unless given, is `LENGTH`.
 
     Attributes:
         broken: whether the device refuses all work since a candidate's, so that the process must end.
     """
 
-    def __init__(self, device: torch.device, clock: Callable[[Callable[[], object]], float] | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        clock: Callable[[Callable[[], object]], float] | None = None,
+        shape: CallShape = CallShape(),  # noqa: B008
+    ) -> None:
         self.device, self.broken = device, False
         self.interpreted = tables.architecture(device) == "interpreter"
         self.median = clock or (_wall_clock if self.interpreted else _gpu_clock)
+        self.shape = replace(shape, length=shape.length or (INTERPRETED_LENGTH if self.interpreted else LENGTH))
         self._operands: tuple[Any, Any] = None, None
 
     def check(self, job: Job) -> str | None:
@@ -51,30 +102,41 @@ class Bench:
         try:
             report = configurations.hold(case, self.device)
         except Exception as error:  # whatever a launch fails with is the candidate's fate
-            return self._failed(error)
+            return self.failed(error)
         worst = [row for row in report.rows if not row.ok]
         return f"{worst[0].name} is off by {worst[0].max_error:.1e}" if worst else None
 
     def clock(self, job: Job) -> float:
-        """Milliseconds of the whole call of a candidate's launcher, all else launched as the tables say."""
+        """Milliseconds of the whole call of a candidate's launcher, all else launched as the tables say.
+
+        Raises:
+            NotTimed: if the call fails, or never asks for the entry.
+        """
         key = job.entry, job.dtype, job.width, job.kind
         if self._operands[0] != key:  # those of one entry at a time: they are large
-            length = INTERPRETED_LENGTH if self.interpreted else LENGTH
-            self._operands = key, Kept(DTYPES[job.dtype], self.device, length)
+            self._operands = None, None  # the last ones are let go first
+            self._operands = key, Kept(DTYPES[job.dtype], self.device, self.shape)
         make = self._operands[1]
+        width = self.shape.width if job.width and self.shape.width else job.width
 
         def call() -> None:
             make.rewind()
-            ENTRIES[job.entry].call(job.kind, job.width, make)
+            ENTRIES[job.entry].call(job.kind, width, make)
 
         assert job.config is not None
-        with launched(job.key, job.config):
-            return self.median(call)
+        try:
+            with launched(job.key, job.config) as asked:
+                ms = self.median(call)
+        except Exception as error:  # such as too little memory for a large shape
+            raise searching.NotTimed(self.failed(error)) from error
+        if not asked:
+            raise searching.NotTimed("a call of this shape never starts the kernel")
+        return ms
 
     def fusing(self, itemsize: int, width: int, few_rows: bool) -> TableEntry:
         """Whether one kernel makes glu_linear's products faster than the vendor's library."""
-        make = Operands(torch.float32 if itemsize == 4 else torch.bfloat16, self.device)
-        rows = 1 if few_rows else INTERPRETED_LENGTH if self.interpreted else LENGTH
+        make = Operands(torch.float32 if itemsize == 4 else torch.bfloat16, self.device, self.shape)
+        rows = 1 if few_rows else make.rows()
         x, w, u = make(rows, width), make(4096, width), make(4096, width)
         options: dict[str, Any] = {"activation": "silu", "up_activation": "identity"}
         one, library = (
@@ -83,7 +145,8 @@ class Bench:
         )
         return TableEntry(one < library, min(one, library), library)
 
-    def _failed(self, error: Exception) -> str:
+    def failed(self, error: Exception) -> str:
+        """A failure in a line; it may have left the device unusable."""
         if self.device.type == "cuda":
             try:
                 torch.cuda.synchronize(self.device)
@@ -110,33 +173,46 @@ def versions() -> dict[str, str]:
     return found | ({"runtime": runtime} if runtime else {})
 
 
-def starts(device: torch.device, ops: set[str], widths: list[int] | None) -> list[Job]:
+def starts(device: torch.device, wanted: Wanted) -> list[Job]:
     """A job for every entry, with the shipped configuration, around which others are tried."""
     arch = tables.architecture(device)
-    half = "fp16" if arch == "interpreter" else "bf16"
-    jobs = search.tasks(ahead.target_here(device), ops, widths, (half, "fp32"))
+    dtypes = wanted.dtypes or ("fp16" if arch == "interpreter" else "bf16", "fp32")
+    every_op = {op_of(name) for name in ENTRIES}
+    jobs = searching.tasks(ahead.target_here(device), wanted.ops or every_op, wanted.widths, dtypes)
     return [
         replace(job, config=tables.shipped_config(device, job.key))
         for job in jobs
         if is_asked(job.key, arch == "interpreter")
+        and wanted.keeps(device, job.key)
+        # A decoded token of many query heads on a key head is not few rows.
+        and not (job.key.few_rows and op_of(job.entry) == "attention" and wanted.shape.groups > tables.FEW_ROWS)
     ]
 
 
-def fused_entries(bench: Bench, ops: set[str]) -> dict[Key, TableEntry]:
+def shape_measured(shape: CallShape) -> dict[str, str]:
+    """What a journal's lines say of the shape of timed calls, beside the versions; nothing of the usual one."""
+    usual = CallShape()
+    found = {name: str(value) for name, value in asdict(shape).items() if value != getattr(usual, name)}
+    return {f"timed {name}": value for name, value in found.items()}
+
+
+def fused_entries(bench: Bench, wanted: Wanted) -> dict[Key, TableEntry]:
     """Who makes the products of glu_linear, by inner axis and dtype."""
-    if "glu_linear" not in ops or bench.interpreted or bench.broken:
+    if bench.interpreted or bench.broken:
         return {}
     places = [
         Key(FUSED, itemsize, width, few) for itemsize in (2, 4) for width in FUSED_WIDTHS for few in (True, False)
     ]
-    return {key: bench.fusing(key.itemsize, key.width, key.few_rows) for key in places}
+    return {
+        key: bench.fusing(key.itemsize, key.width, key.few_rows) for key in places if wanted.keeps(bench.device, key)
+    }
 
 
-def choices(device: torch.device) -> list[dict[str, Any]]:
+def choices(device: torch.device, wanted: Wanted = Wanted()) -> list[dict[str, Any]]:
     """Every choice for a device: where it comes from, and what measuring it gave."""
     sources = [*tables.measured_tables(device), tables.shipped_table(tables.architecture(device))]
     rows = []
-    for key in sorted({key for source in sources for key in source.entries}):
+    for key in sorted({key for source in sources for key in source.entries if wanted.keeps(device, key)}):
         source = next(source for source in sources if key in source.entries)
         entry = source.entries[key]
         choice = asdict(entry.choice) if isinstance(entry.choice, Config) else entry.choice

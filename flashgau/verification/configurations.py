@@ -38,8 +38,7 @@ class Configured(CheckCase):
 def case_of(key: Key, config: Config, dtype: str, interpreted: bool) -> Configured:
     """The case of one configuration."""
     shape = ", ".join([*([f"D{key.width}"] if key.width else []), *(["few rows"] if key.few_rows else [])])
-    c = config
-    options = f"{key.kernel} {c.block_m}x{c.block_n}x{c.block_k}, {c.num_warps} warps, {c.num_stages} stages"
+    options = f"{key.kernel} {config.text()}"
     if key.options:
         options += ", softcap"
     # A block of an interpreted program takes milliseconds, and is small.
@@ -52,8 +51,9 @@ def case_of(key: Key, config: Config, dtype: str, interpreted: bool) -> Configur
 def cases_of(device: torch.device, ops: set[str]) -> list[Configured]:
     """One case for every configuration that a call on `device` may be launched with, of these operations.
 
-    Those of the user's table, of the table of the GPU and of that of its architecture. "projection" and "heads" are no
-    operations of their own, but a layer's: they come with "gau_attention".
+    Those of the user's table, of the table of the GPU and of that of its architecture; not those of kernels of the
+    user's own, of which no operation is known. "projection" and "heads" are no operations of their own, but a
+    layer's: they come with "gau_attention".
     """
     ops = ops | (set(LAYERS) if "gau_attention" in ops else set())
     arch = tables.architecture(device)
@@ -64,7 +64,7 @@ def cases_of(device: torch.device, ops: set[str]) -> list[Configured]:
     return [
         case_of(key, config, "float32" if key.itemsize == 4 else half, interpreted)
         for key, config in found
-        if op_of(key.kernel) in ops and is_asked(key, interpreted)
+        if key.kernel in tables.shipped_kernels() and op_of(key.kernel) in ops and is_asked(key, interpreted)
     ]
 
 

@@ -40,6 +40,10 @@ BLOCKS = {
 _PASSES_ONCE = ("glu_forward", "glu_backward", "projection", "heads", "gau_prologue")  # no loop, and so no pipeline
 
 
+class NotTimed(Exception):
+    """Why a clock could not time a candidate."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of a candidate: its milliseconds, or why it was not timed."""
@@ -152,7 +156,7 @@ class Search:
     Attributes:
         starts: each entry's job, with the configuration that the tables have now.
         check: the reason why a candidate's results are wrong, or None.
-        clock: milliseconds of a candidate's call.
+        clock: milliseconds of a candidate's call, or `NotTimed` with the reason.
         journal: where measurements are kept.
         compile: gives jobs with their rows, as they are done, such as `ahead.compile_each`.
     """
@@ -178,6 +182,10 @@ class Search:
         ]
         return sorted(found, key=lambda item: item[0])
 
+    def untried(self) -> int:
+        """How many candidates nothing is known of."""
+        return sum(_place(job) not in self.outcomes for _, job in self.candidates())
+
     def run(
         self, seconds: float = math.inf, now: Callable[[], float] = time.monotonic
     ) -> Iterator[tuple[Job, Outcome]]:
@@ -201,7 +209,10 @@ class Search:
 
     def _try(self, job: Job, row: Row) -> Outcome:
         reason = row.reason if not row.ok else self.check(job)
-        outcome = Outcome(reason=reason) if reason is not None else Outcome(self.clock(job))
+        try:
+            outcome = Outcome(reason=reason) if reason is not None else Outcome(self.clock(job))
+        except NotTimed as error:
+            outcome = Outcome(reason=str(error))
         self.outcomes[_place(job)] = outcome
         self.journal.add(job, outcome)
         return outcome
