@@ -240,9 +240,10 @@ def check_slopes(
         largest = [float(torch.where(there, y, 0).abs().max()) for y in (left, right, middle)]
         allowed = 1e-3 * max(largest[:2]) + 8 * torch.finfo(torch.float32).eps / steps * largest[2]
         below, above = torch.minimum(left, right) - allowed, torch.maximum(left, right) + allowed
-        wrong = there & ~((found >= below) & (found <= above))  # a NaN is wrong
-        if wrong.any():
-            h, i, j = (int(place) for place in wrong.nonzero()[0])
+        beyond = torch.maximum(below - found, found - above).nan_to_num(nan=float("inf"))
+        beyond = torch.where(there, beyond, 0.0)
+        if beyond.max() > 0:
+            h, i, j = (int(place) for place in torch.unravel_index(beyond.argmax(), x.shape))
             raise AssertionError(
                 f"check_slopes: `{name}_slope` is {float(found[h, i, j]):.6g} at b_s = {float(x[h, i, j]):.6g}, query "
                 f"{i}, key {j}, head {h}; differences give {float((left + right)[h, i, j]) / 2:.6g}"
