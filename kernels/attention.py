@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flashgau.options import AttentionOptions, AttentionResults, Layout, Window
 
@@ -281,15 +280,30 @@ class _OwnAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, rel_bias, sinks, out, lse = ctx.saved_tensors
         layout, options, own, config = ctx.rest
         options = options._replace(rel_bias=rel_bias, sinks=sinks)
-        grads = attention_backward(
-            dout, None, q, k, v, AttentionResults(out, lse), layout, options, own=own, config=config
-        )
+        with torch.no_grad():
+            results = AttentionResults(out, lse)
+            grads = attention_backward(dout, None, q, k, v, results, layout, options, own=own, config=config)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = tuple(None if x is None else _Once.apply(x, dout, q, k, v) for x in grads)
         return *grads, None, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that refuses to be differentiated, by whatever it depends on."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *operands: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(
+            "attention_with: it is differentiated twice; expected once, as its slopes have no derivative"
+        )
 
 
 def _rule(q: Tensor, n: int, options: AttentionOptions, own: OwnScores) -> AttentionRule:

@@ -156,8 +156,8 @@ def naive(
         if own.weight is not None:
             return torch.where(seen, own.weight(torch.where(seen, s, 0)), 0) @ vs
         s = torch.where(seen, s, -torch.inf)
-        sink = torch.full_like(s[..., :1], -torch.inf) if sinks is None else sinks.to(s)[:, None, None] + 0 * s[..., :1]
-        s = torch.cat([s, sink.expand(n_heads, s.shape[1], 1)], -1)
+        sink = s.new_full((n_heads,), -torch.inf) if sinks is None else sinks.to(s.dtype)
+        s = torch.cat([s, sink[:, None, None].expand(n_heads, s.shape[1], 1)], -1)
         alive = torch.isfinite(s).any(-1, keepdim=True)
         return torch.where(alive, torch.softmax(torch.where(alive, s, 0), -1), 0)[..., :-1] @ vs
 

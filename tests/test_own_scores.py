@@ -218,7 +218,7 @@ def test_a_second_derivative_is_refused():
     q, k, v = (randn(i, 1, 1, 5, 8).requires_grad_() for i in range(3))
     out = attention_with(q, k, v, **OWN["sigmoid"].keywords)
     (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="attention_with: it is differentiated twice"):
         grad.sum().backward()
 
 
@@ -251,14 +251,12 @@ def sigmoid(b_s):
     return tl.sigmoid(b_s) + 1
 
 assert repr(Sizes(WEIGHT_MOD=sigmoid)) != first, "a changed function is compiled anew"
-q, k = (torch.empty(1, 4, n, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (1024, 1024))
-functions = {"weight_mod": sigmoid, "weight_slope": slope}
-own = functions | {"score_mod": bent, "score_slope": bent_slope, "aux": torch.empty(4, device="meta")}
-for keywords in (functions, own):
-    with compiling_for("sm_80") as compiled:
-        out = attention_with(q, k, k, **keywords, causal=True, config=Config(64, 64, 4, 2))
-        out.backward(torch.empty_like(out))
-    print(*(c.kernel for c in compiled), sum(c.spills for c in compiled), all(c.matrix for c in compiled))
+q = torch.empty(1, 4, 1024, 32, dtype=torch.bfloat16, device="meta", requires_grad=True)
+own = {"weight_mod": sigmoid, "weight_slope": slope, "score_mod": bent, "score_slope": bent_slope}
+with compiling_for("sm_80") as compiled:
+    out = attention_with(q, q, q, **own, aux=torch.empty(4, device="meta"), config=Config(32, 32, 4, 2))
+    out.backward(torch.empty_like(out))
+print(*(c.kernel for c in compiled), sum(c.spills for c in compiled), all(c.matrix for c in compiled))
 """
 
 
@@ -268,7 +266,7 @@ def test_kernels_with_functions_compile(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == 2 * ["forward_kernel dq_kernel dkv_kernel 0 True"]
+    assert done.stdout == "forward_kernel dq_kernel dkv_kernel 0 True\n"
 
 
 def test_functions_are_among_the_sizes_a_kernel_may_lack():
