@@ -54,7 +54,7 @@ class AttentionOptions(NamedTuple):
         """With the scale that None stands for, and the window that a causal mask closes."""
         scale = width**-0.5 if self.scale is None else float(self.scale)
         window = (self.window[0], 0) if self.causal else self.window
-        return AttentionOptions(scale, False, window, *self[3:])
+        return self._replace(scale=scale, causal=False, window=window)
 
 
 class AttentionResults(NamedTuple):

@@ -73,8 +73,8 @@ def test_every_field_of_a_preset_is_an_argument(layer, preset):
     for field in dataclasses.fields(preset):
         assert arguments[field.name].default is None, field.name
     undecided = {name for name, argument in arguments.items() if argument.default is None}
-    sizes = {"hidden", "max_length", "device", "dtype"}
-    assert undecided - sizes == {field.name for field in dataclasses.fields(preset)}
+    others = {"hidden", "max_length", "attention_fn", "device", "dtype"}
+    assert undecided - others == {field.name for field in dataclasses.fields(preset)}
 
 
 # --- parameters: every name and shape, and numbers that need no generator ------------------------------------------

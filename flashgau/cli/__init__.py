@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flashgau.cli import check, compile, demo, doctor, eval, sample, train, tune
+from flashgau.cli import check, compile, demo, doctor, eval, new_kernel, sample, train, tune
 from flashgau.cli.console import INTERRUPTED, USAGE, with_outputs
 
 __all__ = ["app", "main"]
@@ -61,6 +61,7 @@ app.command(short_help="Versions, devices and backends of this machine.")(doctor
 app.command(short_help="Hold every operation to the fp64 reference here.")(check.check)
 app.command(short_help="Compile every kernel for GPUs that are not there.")(compile.compile)
 app.command(short_help="Find the fastest launch configurations for this GPU.")(tune.tune)
+app.command("new-kernel", short_help="A Triton kernel of your own to begin from, and its test.")(new_kernel.new_kernel)
 app.command(short_help="Train a byte-level language model.")(train.train)
 app.command(short_help="Text that a trained model writes.")(sample.sample)
 app.command("eval", short_help="Bits per byte of a text under a trained model.")(eval.evaluate)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,8 @@ class FLASH(GatedUnit):
         token_shift: half of the normalised channels come from the token before.
         residual: add x to the output.
         qk_dropout: dropout of the four heads while training.
+        attention_fn: called in place of `flashgau.mixed_chunk_attention`, as that is, everything by name. Decoding
+            asks it for a state (`return_state=True`).
         device: where the parameters live.
         dtype: their type.
 
@@ -128,6 +130,7 @@ class FLASH(GatedUnit):
         token_shift: bool | None = None,
         residual: bool = True,
         qk_dropout: float = 0.0,
+        attention_fn: Callable[..., Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -136,7 +139,9 @@ class FLASH(GatedUnit):
         order = options.head_order
         if sorted(order) != sorted(HEADS):
             raise ValueError(f"FLASH: `head_order` is {order}; expected an order of {', '.join(HEADS)}")
-        check_options(Arguments("FLASH"), chunk_size, options.score, options.lin_normalizer)
+        args = Arguments("FLASH")
+        check_options(args, chunk_size, options.score, options.lin_normalizer)
+        args.function("attention_fn", attention_fn, "flashgau.mixed_chunk_attention")
         super().__init__(
             dim,
             4,
@@ -151,6 +156,7 @@ class FLASH(GatedUnit):
             dtype=dtype,
         )
         self.chunk_size, self.lin_normalizer, self.head_order = chunk_size, options.lin_normalizer, tuple(order)
+        self.attention_fn = attention_fn
 
     def forward(
         self,
@@ -183,7 +189,8 @@ class FLASH(GatedUnit):
             "rel_bias": None if self.rel_bias is None else self.rel_bias(self.chunk_size),
         }
         memory = None
-        if not recurrent and not (self.qk_dropout and self.training) and runs_whole(x):
+        dropped, own = self.qk_dropout and self.training, self.attention_fn is not None
+        if not recurrent and not dropped and not own and runs_whole(x):
             # All of it as one operator, which keeps nothing wide but x W + b and what u multiplies.
             hidden, scale, out = self.to_hidden, self.offset_scale, self.to_out
             order = [self.head_order.index(name) for name in HEADS]
@@ -201,10 +208,10 @@ class FLASH(GatedUnit):
             options |= {**dict(zip(self.head_order, heads, strict=True)), "v": v, "gate": gate}
             before = None if state is None else state.memory
             result: Any
-            if before is not None and lengths is None and x.shape[1] == 1:  # in constant time
+            if before is not None and lengths is None and x.shape[1] == 1 and not own:  # in constant time
                 result = mixed_chunk_step(state=before, **options)
             else:
-                result = mixed_chunk_attention(
+                result = (self.attention_fn or mixed_chunk_attention)(
                     chunk_size=self.chunk_size,
                     causal=self.causal,
                     lengths=lengths,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,8 @@ class GAU(GatedUnit):
         token_shift: half of the normalised channels come from the token before.
         residual: add x to the output.
         qk_dropout: dropout of q and k while training.
+        attention_fn: called in place of `flashgau.gau_attention`, as that is: q, k, v, gate, and score, normalizer,
+            causal, rel_bias, lengths and cu_seqlens by name.
         device: where the parameters live.
         dtype: their type.
 
@@ -126,6 +129,7 @@ class GAU(GatedUnit):
         token_shift: bool | None = None,
         residual: bool = True,
         qk_dropout: float = 0.0,
+        attention_fn: Callable[..., Tensor] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -134,6 +138,7 @@ class GAU(GatedUnit):
         args = Arguments("GAU")
         check_options(args, options.score, options.normalizer)
         args.flag("bias_over_n", options.bias_over_n)
+        args.function("attention_fn", attention_fn, "flashgau.gau_attention")
         if options.bias_over_n and options.normalizer == "row":
             raise ValueError('GAU: `bias_over_n` with normalizer "row"; expected "keys" or a number')
         super().__init__(
@@ -150,6 +155,7 @@ class GAU(GatedUnit):
             dtype=dtype,
         )
         self.normalizer, self.bias_over_n = options.normalizer, options.bias_over_n
+        self.attention_fn: Callable[..., Tensor] = gau_attention if attention_fn is None else attention_fn
 
     def forward(
         self,
@@ -189,7 +195,7 @@ class GAU(GatedUnit):
             k, v, valid = memory.keys[:, 0], memory.values[:, 0], memory.lengths
         elif return_state:
             memory = KeyValueCache(k.unsqueeze(1), v.unsqueeze(1), lengths)
-        out = gau_attention(
+        out = self.attention_fn(
             q,
             k,
             v,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ class MultiHeadAttention(nn.Module):
         max_length: longest sequence; needed by `bias="toeplitz"` only.
         linear_bias: whether the projections have biases.
         dropout: dropout of the attention weights while training.
+        attention_fn: called in place of `flashgau.attention`, as that is: q, k, v, and causal, rel_bias, lengths,
+            cu_seqlens and dropout_p by name.
         device: where the parameters live.
         dtype: their type.
 
@@ -57,6 +60,7 @@ class MultiHeadAttention(nn.Module):
         max_length: int | None = None,
         linear_bias: bool = False,
         dropout: float = 0.0,
+        attention_fn: Callable[..., Tensor] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -65,6 +69,7 @@ class MultiHeadAttention(nn.Module):
         args = Arguments("MultiHeadAttention")
         check_heads(args, dim, heads, kv_heads, head_dim, rotary_dim)
         args.flags(causal=causal, linear_bias=linear_bias)
+        args.function("attention_fn", attention_fn, "flashgau.attention")
         args.number("dropout", dropout, "a probability in [0, 1]", 0, 1)
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"MultiHeadAttention: `heads` is {heads}; expected a multiple of `kv_heads` = {kv_heads}")
@@ -75,6 +80,7 @@ class MultiHeadAttention(nn.Module):
         head_dim = dim // heads if head_dim is None else head_dim
         self.dim, self.heads, self.kv_heads, self.head_dim = dim, heads, kv_heads, head_dim
         self.causal, self.dropout = causal, dropout
+        self.attention_fn: Callable[..., Any] = attention if attention_fn is None else attention_fn
         self.to_qkv = linear(dim, (heads + 2 * kv_heads) * head_dim, linear_bias, device=device, dtype=dtype)
         self.rotary = None if rotary_dim == 0 else RotaryEmbedding(rotary_dim or head_dim)
         self.rel_bias = make_bias(
@@ -130,7 +136,7 @@ class MultiHeadAttention(nn.Module):
             k, v, lengths = state.keys, state.values, state.lengths
         elif return_state:
             state = KeyValueCache(k, v, lengths)
-        out: Any = attention(
+        out: Any = self.attention_fn(
             q,
             k,
             v,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ class MultiHeadMixedChunk(nn.Module):
         bias: relative bias inside a chunk, one for all heads: "none", "toeplitz", "rotary" or "t5".
         score: "relu2" or "laplace"; see `flashgau.mixed_chunk_attention`.
         linear_bias: whether the projections have biases.
+        attention_fn: called in place of `flashgau.mixed_chunk_attention`, as that is: the four heads and v, the options
+            by name. Decoding asks it for a state (`return_state=True`).
         device: where the parameters live.
         dtype: their type.
 
@@ -62,6 +65,7 @@ class MultiHeadMixedChunk(nn.Module):
         bias: str = "toeplitz",
         score: str = "relu2",
         linear_bias: bool = False,
+        attention_fn: Callable[..., Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -71,6 +75,7 @@ class MultiHeadMixedChunk(nn.Module):
         check_heads(args, dim, heads, kv_heads, head_dim, rotary_dim)
         args.flags(causal=causal, linear_bias=linear_bias)
         check_options(args, chunk_size, score)
+        args.function("attention_fn", attention_fn, "flashgau.mixed_chunk_attention")
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"MultiHeadMixedChunk: `heads` is {heads}; expected a multiple of `kv_heads` = {kv_heads}")
         if head_dim is None and dim % heads:
@@ -79,7 +84,7 @@ class MultiHeadMixedChunk(nn.Module):
             )
         head_dim = dim // heads if head_dim is None else head_dim
         self.dim, self.heads, self.kv_heads, self.head_dim = dim, heads, kv_heads, head_dim
-        self.chunk_size, self.causal, self.score = chunk_size, causal, score
+        self.chunk_size, self.causal, self.score, self.attention_fn = chunk_size, causal, score, attention_fn
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.to_qkv = linear(dim, (heads + 2 * kv_heads) * head_dim, linear_bias, **factory)
         self.rotary = None if rotary_dim == 0 else RotaryEmbedding(rotary_dim or head_dim)
@@ -123,7 +128,7 @@ class MultiHeadMixedChunk(nn.Module):
         bias = None if self.rel_bias is None else self.rel_bias(self.chunk_size)
         options: dict[str, Any] = {"score": self.score, "rel_bias": bias}
         result: Any
-        if state is not None and lengths is None and n == 1:  # in constant time
+        if state is not None and lengths is None and n == 1 and self.attention_fn is None:  # in constant time
             result = mixed_chunk_step(q, k, q, k, v, state=state, **options)
         else:
             bounds = None
@@ -135,7 +140,7 @@ class MultiHeadMixedChunk(nn.Module):
             options |= {"lengths": None if lengths is None else lengths.repeat_interleave(self.heads)}
             options |= {"cu_seqlens": bounds, "initial_state": state, "return_state": recurrent}
             options |= {"chunk_size": self.chunk_size, "causal": self.causal}
-            result = mixed_chunk_attention(q, k, q, k, v, **options)
+            result = (self.attention_fn or mixed_chunk_attention)(q, k, q, k, v, **options)
         out, after = result if recurrent else (result, None)
         y = self._merge(out, batch, n)
         return (y, after) if return_state else y

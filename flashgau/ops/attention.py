@@ -126,15 +126,12 @@ def attend(
     if name == "reference":
         given = options._replace(dropout_seed=seed)._asdict() | layout._asdict()
         return autograd.run("attention", name, "attention", q, k, v, **given, return_lse=return_lse)
-    options = AttentionOptions(
-        None if options.scale is None else float(options.scale),
-        options.causal,
-        window,
-        options.softcap,
-        rel_bias.expand(q.shape[0], heads, -1) if rel_bias is not None else None,
-        options.sinks,
-        float(options.dropout_p),
-        seed,
+    options = options._replace(
+        scale=None if options.scale is None else float(options.scale),
+        window=window,
+        rel_bias=rel_bias.expand(q.shape[0], heads, -1) if rel_bias is not None else None,
+        dropout_p=float(options.dropout_p),
+        dropout_seed=seed,
     )
     out, lse = _attention(q, k, v, options=options, layout=layout, backend=name)
     return (out, lse) if return_lse else out

@@ -92,6 +92,11 @@ class Arguments:
         for name, value in values.items():
             self.flag(name, value)
 
+    def function(self, name: str, value: Any, like: str) -> None:
+        """Something that can be called as another function is, or None."""
+        if value is not None and not callable(value):
+            self.fail(name, f"is a {type(value).__name__}", f"a function that is called as {like}, or None", TypeError)
+
     def choice(self, name: str, value: Any, options: tuple[str, ...]) -> None:
         """One of a few words."""
         if value not in options:
