@@ -32,6 +32,9 @@ VARYING = ("n_sequences", "max_seqlen_q", "max_seqlen_k", "left", "right", "bias
            "span", "first_row")  # fmt: skip
 
 
+OWN_FUNCTIONS = ("SCORE_MOD", "SCORE_SLOPE", "WEIGHT_MOD", "WEIGHT_SLOPE")  # sizes that may be absent
+
+
 def chosen_by(config: Config | Choose | None) -> Choose:
     """Who configures the kernels of a launcher that is given this: one for all, a function, or the device's table.
 
@@ -49,7 +52,8 @@ class Sizes:
 
     D and E are the widths of queries and values, S that of gated queries and keys, C the tokens of a chunk, GROUPS the
     query heads of a key head. BD is D as a block, and so on: a power of two. BM, BN and BK are the blocks of a
-    configuration.
+    configuration. A user's own scores bring jitted functions (`own_scores.py`): SCORE_MOD, SCORE_SLOPE, WEIGHT_MOD and
+    WEIGHT_SLOPE, each of which is None unless it was given.
 
     In a kernel `SIZES.BM` is a `tl.constexpr`, of which the shape of a block can be made. A field of a constexpr
     NamedTuple would be a plain number there, of which it cannot before Triton 3.8.
@@ -59,11 +63,13 @@ class Sizes:
         constexpr[128]
     """
 
-    def __init__(self, **sizes: int | str) -> None:
+    def __init__(self, **sizes: Any) -> None:
         self._sizes = sizes
 
     def __getattr__(self, name: str) -> Any:
         sizes = vars(self).get("_sizes", {})
+        if name not in sizes and name in OWN_FUNCTIONS:
+            return None
         if name not in sizes:
             raise AttributeError(f"the kernel needs a size {name}; it was launched with {', '.join(sizes)}")
         return tl.constexpr(sizes[name])
@@ -76,7 +82,12 @@ class Sizes:
         return isinstance(other, Sizes) and self._sizes == other._sizes
 
     def __repr__(self) -> str:
-        return f"Sizes({', '.join(f'{name}={size!r}' for name, size in self._sizes.items())})"
+        return f"Sizes({', '.join(f'{name}={_as_text(size)}' for name, size in self._sizes.items())})"
+
+
+def _as_text(size: Any) -> str:
+    """A size; of a jitted function also the hash of its source, so that a changed one is compiled anew."""
+    return f"{size.__name__}:{getattr(size, 'cache_key', '')}" if callable(size) else repr(size)
 
 
 class Heads(NamedTuple):
