@@ -47,13 +47,22 @@ def attention_forward(
     layout: Layout = Layout(),
     options: AttentionOptions = AttentionOptions(),
     *,
-    own: OwnScores = SOFTMAX,
     config: Config | Choose | None = None,
 ) -> AttentionResults:
-    """Output (B, Hq, M, E) and log-sum-exp (B, Hq, M) of every query row.
+    """Output (B, Hq, M, E) and log-sum-exp (B, Hq, M) of every query row."""
+    return _forward(q, k, v, layout, options, SOFTMAX, config)
 
-    `own` are functions of a user. An elementwise weight has no log-sum-exp: an empty tensor stands for it.
-    """
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    options: AttentionOptions,
+    own: OwnScores,
+    config: Config | Choose | None,
+) -> AttentionResults:
+    """With functions of a user. An elementwise weight has no log-sum-exp: an empty tensor stands for it."""
     b, n_heads, m, d = q.shape
     n_kv_heads, n, e = k.shape[1], k.shape[2], v.shape[-1]
     out = _empty_output(q, e)
@@ -105,10 +114,25 @@ def attention_backward(
     layout: Layout = Layout(),
     options: AttentionOptions = AttentionOptions(),
     *,
-    own: OwnScores = SOFTMAX,
     config: Config | Choose | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, rel_bias (B, Hq, 2P-1) and sinks (Hq,); None where there is no such input."""
+    return _backward((dout, dlse), q, k, v, results, layout, options, SOFTMAX, config)
+
+
+def _backward(
+    dresults: tuple[Tensor, Tensor | None],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    results: AttentionResults,
+    layout: Layout,
+    options: AttentionOptions,
+    own: OwnScores,
+    config: Config | Choose | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """With functions of a user."""
+    dout, dlse = dresults
     (out, lse), rel_bias, sinks = results, options.rel_bias, options.sinks
     b, n_heads, m, d = q.shape
     n_kv_heads, n, e = k.shape[1], k.shape[2], v.shape[-1]
@@ -274,7 +298,8 @@ class _OwnAttention(torch.autograd.Function):
         config: Config | Choose | None,
     ) -> Tensor:
         options = options._replace(rel_bias=rel_bias, sinks=sinks)
-        out, lse = attention_forward(q, k, v, layout, options, own=own, config=config)
+        with torch.cuda.device_of(q):
+            out, lse = _forward(q, k, v, layout, options, own, config)
         ctx.save_for_backward(q, k, v, rel_bias, sinks, out, lse)
         ctx.rest = layout, options._replace(rel_bias=None, sinks=None), own, config
         return out
@@ -284,9 +309,9 @@ class _OwnAttention(torch.autograd.Function):
         q, k, v, rel_bias, sinks, out, lse = ctx.saved_tensors
         layout, options, own, config = ctx.rest
         options = options._replace(rel_bias=rel_bias, sinks=sinks)
-        with torch.no_grad():
-            results = AttentionResults(out, lse)
-            grads = attention_backward(dout, None, q, k, v, results, layout, options, own=own, config=config)
+        results = AttentionResults(out, lse)
+        with torch.no_grad(), torch.cuda.device_of(q):
+            grads: tuple[Any, ...] = _backward((dout, None), q, k, v, results, layout, options, own, config)
         if torch.is_grad_enabled():  # create_graph=True
             grads = tuple(None if x is None else _Once.apply(x, dout, q, k, v) for x in grads)
         return *grads, None, None, None, None

@@ -108,7 +108,7 @@ layer(torch.randn(1, 20, 16)).sum().backward()
 config = flashgau.models.ModelConfig(kind="flash", dim=16, depth=1, key_dim=16, chunk_size=16)
 model = flashgau.models.CausalLM(config)
 assert model.generate(torch.zeros(1, 3, dtype=torch.int64), 2).shape[1] in (2, 5)
-import flashgau.convert, flashgau.distributed, flashgau.integrations, flashgau.tuning.search
+import flashgau.convert, flashgau.distributed, flashgau.integrations, flashgau.tuning.searching
 """
     blocked = {*MODULES, "transformers", "platformdirs", "pytest", "tqdm", "mkdocs"}
     done = run_without(blocked, code, TRITON_INTERPRET="1", FLASHGAU_TUNING=str(tmp_path))
