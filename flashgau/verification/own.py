@@ -196,7 +196,7 @@ def search(
 def default_space(x: Tensor, kernel: str = "") -> list[Config]:
     """Candidates for a kernel: blocks of 16 to 128 rows by 16 to 128 keys, 4 or 8 warps, 1 to 3 stages.
 
-    No block is larger than the longest axis before the last; in fp32, and where the last is longer than 128, none is
+    No block is larger than the longest axis before the last, or the only one; in fp32, and where the last is longer than 128, none is
     larger than 64. Interpreted, warps and stages mean nothing: there is one of each. A kernel of this package has the
     neighbours of its entry.
 
@@ -208,8 +208,8 @@ def default_space(x: Tensor, kernel: str = "") -> list[Config]:
     if kernel in searching.BLOCKS:
         key = tables.key_for(x.device, Key(kernel, x.element_size(), _power(x.shape[-1])))
         return [config for _, config in searching.space(key, tables.chosen(x.device, key))]
-    longest = max(x.shape[:-1], default=1)
-    most = min(64 if x.element_size() >= 4 or x.shape[-1:] > (128,) else 128, max(16, _power(longest)))
+    longest = max(x.shape[:-1] or x.shape)
+    most = min(64 if x.element_size() >= 4 or x.shape[-1] > 128 else 128, max(16, _power(longest)))
     blocks = [block for block in (16, 32, 64, 128) if block <= most]
     rest = [(4, 1)] if interpreted else [(warps, stages) for warps in (4, 8) for stages in (1, 2, 3)]
     return [Config(m, n, *launch) for m, n in product(blocks, blocks) for launch in rest]
