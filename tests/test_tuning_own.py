@@ -369,6 +369,19 @@ def test_our_own_launchers_are_searched_alike(folder):
     assert all(math.log2(c.block_m / 32) in (-1, 0, 1) for c in near)
 
 
+@pytest.mark.parametrize("kernel", ["glu_forward", "attention_dq", "heads", "mixed_chunk_step"])
+def test_every_kernel_of_ours_has_a_default_space_whatever_becomes_of_it(kernel, folder):
+    """Also one without heads, and when all candidates fail."""
+
+    def launcher(x: Tensor, config: Any) -> Tensor:
+        raise RuntimeError("nothing works")
+
+    found = tuning.search(launcher, (X,), reference=naive, kernel=kernel)
+    assert not found
+    assert found.key.width == (0 if kernel in ("glu_forward", "heads") else 64)
+    assert len(found.rows) == len(default_space(X, kernel)) > 1
+
+
 COMPILED = """
 import torch, triton, triton.language as tl
 from flashgau import tuning
