@@ -8,12 +8,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from flashgau.extras import MissingExtra, extra
+
+try:
+    with extra("bench"):
+        import matplotlib  # noqa: F401  # which bench.report draws with
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from flashgau.cli.console import with_outputs
+except MissingExtra as missing:
+    sys.exit(f"bench: {missing}")
 
 from bench import harness, page, report, suite
 from bench.cases import OPERATIONS, load
-from flashgau.cli.console import with_outputs
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from flashgau.extras import extra
 
 Shapes = Mapping[str, tuple[Any, ...]]
 
@@ -53,6 +54,8 @@ def open_safetensors(path: Path, subject: str, error: Callable[[str], Exception]
         subject: how a message names it.
         error: what a damaged one raises.
     """
+    with extra("models"):
+        from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, "pt") as file:
             yield TensorFile(file)

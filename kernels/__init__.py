@@ -6,4 +6,14 @@ A file `<op>.py` has the launchers; the kernels stand above them, or in `<op>_ke
 on the `eager` backend, and an explicit `backend="triton"` is refused with that reason.
 """
 
+import os
+
+# Why Triton does not run a call in bf16 on a CPU: the public functions and the launchers say the same.
+NO_INTERPRETED_BF16 = "Triton's interpreter, which runs kernels on a CPU, multiplies bf16 wrongly"
+
 SUPPORTED: dict[str, int | None] = {"attention": 256, "glu": None, "gau": 256, "mixed_chunk": 256, "projection": None}
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in Python: the variable must be set when they are imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

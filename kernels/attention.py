@@ -1,14 +1,18 @@
-"""Launchers of softmax attention's kernels (`attention_kernels.py`): forward and backward."""
+"""Launchers of softmax attention's kernels (`attention_kernels.py`): forward and backward.
+
+`attention_with` runs them, differentiably, with scores of your own (`own_scores.py`).
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from flashgau.options import AttentionOptions, AttentionResults, Layout
+from flashgau.options import AttentionOptions, AttentionResults, Layout, Window
 
 from .attention_kernels import (
     AttentionRule,
@@ -32,6 +36,7 @@ from .common import (
     processors,
     sequences_of,
 )
+from .own_scores import SOFTMAX, OwnScores, check_operands, check_options, check_own
 
 
 @launcher
@@ -42,39 +47,47 @@ def attention_forward(
     layout: Layout = Layout(),
     options: AttentionOptions = AttentionOptions(),
     *,
+    own: OwnScores = SOFTMAX,
     config: Config | Choose | None = None,
 ) -> AttentionResults:
-    """Output (B, Hq, M, E) and log-sum-exp (B, Hq, M) of every query row."""
+    """Output (B, Hq, M, E) and log-sum-exp (B, Hq, M) of every query row.
+
+    `own` are functions of a user. An elementwise weight has no log-sum-exp: an empty tensor stands for it.
+    """
     b, n_heads, m, d = q.shape
     n_kv_heads, n, e = k.shape[1], k.shape[2], v.shape[-1]
     out = _empty_output(q, e)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    if lse.numel() == 0:
+    softmax = own.weight_mod is None
+    lse = q.new_empty(q.shape[:3] if softmax else 0, dtype=torch.float32)
+    if out.numel() == 0:
         return AttentionResults(out, lse)
     groups = n_heads // n_kv_heads
     sequences = sequences_of(b, m, n, *layout)
-    rule = _rule(q, n, options)
+    rule = _rule(q, n, options, own)
     widths = _widths(d, e)
-    width, extras, biased = max(widths["BD"], widths["BE"]), _extras(rule), rule.bias is not None
+    width, extras, biased = max(widths["BD"], widths["BE"]), _extras(rule, own), rule.bias is not None
     config = chosen_by(config)("attention_forward", q, width, rows=m * groups, options=extras or biased)
     n_blocks = blocks_of(sequences, m, groups, config.block_m)
     per_block = n_kv_heads * (b if layout.cu_seqlens is None else 1)
     working = blocks_of(sequences, m, groups, config.block_m, rest=False) * per_block
     n_parts = _parts(working, processors(q.device), triton.cdiv(n, 2 * config.block_n))
-    parts, sums = heads(out), lse
+    parts, sums = heads(out), lse if softmax else None
     if n_parts is not None:
-        parts = heads(q.new_empty(n_parts, b, n_heads, m, e, dtype=torch.float32)[0])
-        sums = q.new_empty(2, n_parts, b, n_heads, m, dtype=torch.float32)
-    precision = matmul_precision(q.dtype)
+        every = q.new_empty(n_parts, b, n_heads, m, e, dtype=torch.float32)
+        parts = heads(every[0])
+        sums = q.new_empty(2, n_parts, b, n_heads, m, dtype=torch.float32) if softmax else None
+    sizes = {"GROUPS": groups, "D": d, "E": e, **widths, "PRECISION": matmul_precision(q.dtype)}
     forward_kernel[(n_blocks * per_block, n_parts or 1)](
         heads(q), heads(k), heads(v), parts, sums, *sequences, *rule, n_blocks, n_kv_heads, n_parts,
-        Sizes(GROUPS=groups, D=d, E=e, **widths, BM=config.block_m, BN=config.block_n, PRECISION=precision),
+        Sizes(**sizes, BM=config.block_m, BN=config.block_n, **own.sizes(backward=False)),
         **config.launch(),
     )  # fmt: skip
-    if n_parts is not None:
+    if n_parts is not None and not softmax:  # there is nothing to weigh the parts by: they add up
+        out.copy_(every.sum(0))
+    elif n_parts is not None:
         whole = out if out.is_contiguous() else q.new_empty(b, n_heads, m, e)
         merge_kernel[(triton.cdiv(lse.numel(), 16),)](
-            parts.pointer, sums, whole, lse, lse.numel(), n_parts, E=e, BE=widths["BE"], BM=16, **FUSED_ADDITION
+            every, sums, whole, lse, lse.numel(), n_parts, E=e, BE=widths["BE"], BM=16, **FUSED_ADDITION
         )
         if whole is not out:
             out.copy_(whole)
@@ -92,6 +105,7 @@ def attention_backward(
     layout: Layout = Layout(),
     options: AttentionOptions = AttentionOptions(),
     *,
+    own: OwnScores = SOFTMAX,
     config: Config | Choose | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, rel_bias (B, Hq, 2P-1) and sinks (Hq,); None where there is no such input."""
@@ -107,41 +121,45 @@ def attention_backward(
         else None
     )
     sequences = sequences_of(b, m, n, *layout)
-    rule = _rule(q, n, options)
+    rule = _rule(q, n, options, own)
     widths, lse = _widths(d, e), lse.contiguous()
-    width, extras, biased = max(widths["BD"], widths["BE"]), _extras(rule), rule.bias is not None
-    precision, choose = matmul_precision(q.dtype), chosen_by(config)
+    width, extras, biased = max(widths["BD"], widths["BE"]), _extras(rule, own), rule.bias is not None
+    choose, softmax = chosen_by(config), own.weight_mod is None
+    sizes = {"GROUPS": groups, "D": d, "E": e, **widths, "PRECISION": matmul_precision(q.dtype)}
+    sizes |= own.sizes(backward=True)
 
     delta = lse.new_empty(lse.shape)
-    if lse.numel():
+    statistics = (lse, delta) if softmax else (None, None)
+    if dq.numel() and softmax:
         n_blocks = blocks_of(sequences, m, 1, 64)
         delta_kernel[(n_blocks * n_heads * rows,)](
             heads(dout), heads(out), lse, dlse if dlse is None else dlse.contiguous(), delta, *sequences,
             n_blocks, n_heads,
             E=e, BE=widths["BE"], BM=64, **FUSED_ADDITION,
         )  # fmt: skip
+    if dq.numel():
         config = choose("attention_dq", q, width, options=extras or biased)
         n_blocks = blocks_of(sequences, m, groups, config.block_m)
         dq_kernel[(n_blocks * n_kv_heads * rows,)](
-            heads(q), heads(k), heads(v), heads(dout), lse, delta, heads(dq), *sequences, *rule, n_blocks, n_kv_heads,
-            Sizes(GROUPS=groups, D=d, E=e, **widths, BM=config.block_m, BN=config.block_n, PRECISION=precision),
+            heads(q), heads(k), heads(v), heads(dout), *statistics, heads(dq), *sequences, *rule, n_blocks, n_kv_heads,
+            Sizes(**sizes, BM=config.block_m, BN=config.block_n),
             **config.launch(),
         )  # fmt: skip
     if dk.numel():
         config = choose("attention_dkv", q, width, options=extras or biased)
         n_blocks = blocks_of(sequences, n, 1, config.block_n)
         dkv_kernel[(n_blocks * n_kv_heads * rows,)](
-            heads(q), heads(k), heads(v), heads(dout), lse, delta, heads(dk), heads(dv), *sequences, *rule, n_blocks,
+            heads(q), heads(k), heads(v), heads(dout), *statistics, heads(dk), heads(dv), *sequences, *rule, n_blocks,
             n_kv_heads,
-            Sizes(GROUPS=groups, D=d, E=e, **widths, BM=config.block_m, BN=config.block_n, PRECISION=precision),
+            Sizes(**sizes, BM=config.block_m, BN=config.block_n),
             **config.launch(),
         )  # fmt: skip
     if rel_bias is not None and dbias is not None and dbias.numel():
         config = choose("attention_dbias", q, width, options=extras)
         n_blocks = triton.cdiv(rel_bias.shape[-1], config.block_n)
         dbias_kernel[(n_blocks * n_heads * rows,)](
-            heads(q), heads(k), heads(v), heads(dout), lse, delta, dbias, *sequences, *rule, n_blocks, n_heads,
-            Sizes(GROUPS=groups, D=d, E=e, **widths, BM=config.block_m, BN=config.block_n, PRECISION=precision),
+            heads(q), heads(k), heads(v), heads(dout), *statistics, dbias, *sequences, *rule, n_blocks, n_heads,
+            Sizes(**sizes, BM=config.block_m, BN=config.block_n),
             **config.launch(),
         )  # fmt: skip
     if rel_bias is not None and dbias is not None:
@@ -153,7 +171,142 @@ def attention_backward(
     return dq, dk, dv, dbias, dsinks
 
 
-def _rule(q: Tensor, n: int, options: AttentionOptions) -> AttentionRule:
+def attention_with(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    score_mod: Any = None,
+    score_slope: Any = None,
+    weight_mod: Any = None,
+    weight_slope: Any = None,
+    aux: Tensor | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    rel_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    config: Config | Choose | None = None,
+) -> Tensor:
+    """Attention with scores of your own, by the kernels of `flashgau.attention`, forward and backward.
+
+        S = score_mod(cap(scale * q k^T)) + rel_bias        A = softmax(S + mask), or weight_mod(S) where seen, else 0
+        O = A v                                             dS = dA * weight_slope(S) instead of softmax's derivative
+
+    Functions are under `triton.jit` and take blocks: fp32 scores `b_s`, beside which the rest broadcasts.
+    `score_mod(b_s, o_query, o_key, i_head, aux)` gets the positions of queries among the keys (i + N - M, each sequence
+    from 0) and of keys, and query heads. Positions never lie behind the last key, so that `tl.load(aux + o_key)` is
+    safe; with more queries than keys those of queries may be negative. `score_slope` takes the same and gives the
+    derivative by `b_s`; `weight_slope(b_s)` that of `weight_mod(b_s)`. A score of -inf hides a key. How the keys of few
+    rows are split and put together follows from whether there is a `weight_mod`; nothing is to be chosen.
+
+    Args:
+        q: (B, Hq, M, D), fp16, bf16 or fp32, D <= 256.
+        k: (B, Hkv, N, D), Hq a multiple of Hkv.
+        v: (B, Hkv, N, E), E <= 256.
+        score_mod: of the scaled and capped scores; None leaves them.
+        score_slope: its derivative; gradients need it.
+        weight_mod: an elementwise weight in the place of softmax, without a normaliser; None for softmax.
+        weight_slope: its derivative; gradients need it.
+        aux: what the first two read, a contiguous fp32 tensor, of which they get the pointer. It has no gradient.
+        causal: a query sees no key after its position.
+        window: (left, right) of its position; None is unbounded.
+        lengths: (B,) valid tokens of right-padded rows.
+        cu_seqlens: (G+1,) offsets of packed sequences, of queries and, unless these have their own, keys.
+        cu_seqlens_k: (G+1,) offsets of the keys.
+        scale: 1 / sqrt(D) unless given.
+        softcap: c of c tanh(s / c).
+        rel_bias: (Hq, 2P-1) or (B, Hq, 2P-1); P covers the longest sequence.
+        sinks: (Hq,), of softmax only.
+        config: of the launches, as launchers take it.
+
+    Returns:
+        (B, Hq, M, E), differentiable once in q, k, v, rel_bias and sinks.
+
+    Raises:
+        TypeError: if a function is not jitted, or a tensor has another kind.
+        ValueError: if functions, slopes and `aux` do not belong together, shapes do not, or sinks come with a weight.
+        RuntimeError: where Triton cannot run.
+
+    Example:
+        >>> import torch, triton, triton.language as tl
+        >>> @triton.jit
+        ... def sigmoid(b_s):
+        ...     return tl.sigmoid(b_s)
+        >>> @triton.jit
+        ... def slope(b_s):
+        ...     return tl.sigmoid(b_s) * (1 - tl.sigmoid(b_s))
+        >>> q, k, v = torch.randn(3, 1, 2, 33, 16)
+        >>> attention_with(q, k, v, weight_mod=sigmoid, weight_slope=slope, causal=True).shape  # doctest: +SKIP
+        torch.Size([1, 2, 33, 16])
+    """
+    op, own = "attention_with", OwnScores(score_mod, score_slope, weight_mod, weight_slope, aux)
+    check_operands(op, q, k, v)
+    check_options(op, own, q, k, lengths, cu_seqlens, cu_seqlens_k, rel_bias, sinks)
+    differentiated = any(x is not None and x.requires_grad for x in (q, k, v, rel_bias, sinks))
+    check_own(op, own, differentiated=differentiated and torch.is_grad_enabled(), device=q.device)
+    if rel_bias is not None:
+        rel_bias = rel_bias.expand(q.shape[0], q.shape[1], rel_bias.shape[-1])
+    layout = Layout(lengths, cu_seqlens, cu_seqlens_k)
+    options = AttentionOptions(scale, causal, window or (None, None), softcap)
+    out: Tensor = _OwnAttention.apply(q, k, v, rel_bias, sinks, layout, options, own, config)
+    return out
+
+
+class _OwnAttention(torch.autograd.Function):
+    """Autograd's view of the launchers with a user's functions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rel_bias: Tensor | None,
+        sinks: Tensor | None,
+        layout: Layout,
+        options: AttentionOptions,
+        own: OwnScores,
+        config: Config | Choose | None,
+    ) -> Tensor:
+        options = options._replace(rel_bias=rel_bias, sinks=sinks)
+        out, lse = attention_forward(q, k, v, layout, options, own=own, config=config)
+        ctx.save_for_backward(q, k, v, rel_bias, sinks, out, lse)
+        ctx.rest = layout, options._replace(rel_bias=None, sinks=None), own, config
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, rel_bias, sinks, out, lse = ctx.saved_tensors
+        layout, options, own, config = ctx.rest
+        options = options._replace(rel_bias=rel_bias, sinks=sinks)
+        with torch.no_grad():
+            results = AttentionResults(out, lse)
+            grads = attention_backward(dout, None, q, k, v, results, layout, options, own=own, config=config)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = tuple(None if x is None else _Once.apply(x, dout, q, k, v) for x in grads)
+        return *grads, None, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that refuses to be differentiated, by whatever it depends on."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *operands: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(
+            "attention_with: it is differentiated twice; expected once, as its slopes have no derivative"
+        )
+
+
+def _rule(q: Tensor, n: int, options: AttentionOptions, own: OwnScores) -> AttentionRule:
     """The options as the kernels take them."""
     options, p = options.resolved(q.shape[-1]), options.dropout_p
     left, right = (None if side is None else min(side, q.shape[2] + n) for side in options.window)
@@ -174,12 +327,13 @@ def _rule(q: Tensor, n: int, options: AttentionOptions) -> AttentionRule:
         seed=options.dropout_seed if p > 0 else None,
         threshold=min(int(p * 2**32), 2**32 - 1) - 2**31,
         dropout_scale=1 / (1 - p) if p < 1 else 0.0,
+        aux=own.aux,
     )
 
 
-def _extras(rule: AttentionRule) -> bool:
-    """Whether softcap or dropout is applied between the products, which takes registers."""
-    return rule.softcap is not None or rule.seed is not None
+def _extras(rule: AttentionRule, own: OwnScores) -> bool:
+    """Whether softcap, dropout or a user's function is applied between the products, which takes registers."""
+    return rule.softcap is not None or rule.seed is not None or own.given
 
 
 def _widths(d: int, e: int) -> dict[str, int]:

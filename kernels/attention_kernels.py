@@ -13,6 +13,9 @@ all rows need no mask (`common.keys_seen`).
     dbias       diagonals of a relative bias, over the queries
 
 The last three recompute P = exp(S - LSE). Each result has one writer and no atomics, so it is bitwise repeatable.
+
+A user's functions (`own_scores.py`) are sizes: SCORE_MOD of a block of scores, WEIGHT_MOD in the place of softmax, and
+their slopes. What is absent is compiled out. An elementwise weight has no maximum, no sum, no LSE and no delta.
 """
 
 from __future__ import annotations
@@ -57,23 +60,47 @@ class AttentionRule(NamedTuple):
     seed: Any = None  # pointer to the seed of dropout
     threshold: int = -(2**31)  # random 32-bit words below it are dropped; less 2^31, for a signed comparison
     dropout_scale: float = 1.0  # 1 / (1 - dropout)
+    aux: Any = None  # what a user's function of the scores reads
 
 
 @triton.jit
-def scores(b_qk, rule, p_bias, o_position, o_key, n, MASKED: tl.constexpr):
-    """S of a block, and the softcap's slope. Positions and keys broadcast against the block."""
+def scores(b_qk, rule, p_bias, o_head, o_position, o_key, n, MASKED: tl.constexpr, SIZES: tl.constexpr):
+    """S of a block, and its slope: that of the softcap and of a user's function. Heads, positions and keys broadcast
+    against the block."""
     b_slope = 1.0
     b_s = b_qk * rule.scale
     if rule.softcap is not None:
         b_t = tanh(b_s / rule.softcap)
         b_slope = 1 - b_t * b_t
         b_s = b_t * rule.softcap
+    if SIZES.SCORE_MOD is not None:
+        # Such a function may read from memory: what is out of range stands at the last key.
+        o_query_in, o_key_in = tl.minimum(o_position, n - 1), tl.minimum(tl.maximum(o_key, 0), n - 1)
+        if SIZES.SCORE_SLOPE is not None:
+            b_slope = SIZES.SCORE_SLOPE(b_s, o_query_in, o_key_in, o_head, rule.aux) * b_slope
+        b_s = SIZES.SCORE_MOD(b_s, o_query_in, o_key_in, o_head, rule.aux)
     if rule.bias is not None:
         # Out-of-range rows have positions >= n, where the bias is undefined.
         b_s += toeplitz(p_bias, o_key - o_position, rule.max_distance, (o_key < n) & (o_position < n))
     if MASKED:
         b_s = tl.where(is_visible(rule, o_position, o_key, n), b_s, -float("inf"))
+    if SIZES.SCORE_MOD is not None or SIZES.WEIGHT_MOD is not None:
+        # A function may be anything out of range, and have any slope where it is -inf.
+        b_s = tl.where((o_position < n) & (o_key < n), b_s, -float("inf"))
+        b_slope = tl.where(b_s == -float("inf"), 0.0, b_slope)
     return b_s, b_slope
+
+
+@triton.jit
+def own_weights(b_s, SIZES: tl.constexpr):
+    """A user's elementwise weight of a block of scores. What is hidden has weight 0."""
+    return tl.where(b_s == -float("inf"), 0.0, SIZES.WEIGHT_MOD(b_s))
+
+
+@triton.jit
+def own_weight_slopes(b_s, SIZES: tl.constexpr):
+    """The slope of such a weight."""
+    return tl.where(b_s == -float("inf"), 0.0, SIZES.WEIGHT_SLOPE(b_s))
 
 
 @triton.jit
@@ -158,16 +185,17 @@ def keys_of_block(rule, i_block, m, n, SIZES: tl.constexpr):
 def forward_kernel(
     q, k, v, out, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
-    sinks, seed, threshold, dropout_scale, n_blocks, n_kv_heads, n_parts,
-    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION
+    sinks, seed, threshold, dropout_scale, aux, n_blocks, n_kv_heads, n_parts,
+    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION, and a user's functions
 ):  # fmt: skip
     """O and LSE of a block of rows; with `n_parts`, of every n-th part of its keys."""
     BM: tl.constexpr = SIZES.BM
     BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = AttentionRule(
-        scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale
-    )
+        scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale,
+        aux,
+    )  # fmt: skip
     i_block, i_head, i_seq, row, first_m, m, stored, first_n, n = block_of_rows(sequences, n_blocks, n_kv_heads, SIZES)
     if i_block < 0:
         return
@@ -206,35 +234,51 @@ def forward_kernel(
                 o_key = j + tl.arange(0, BN)
                 b_k = load_rows(k, p_k + tl.cast(o_key, tl.int64) * k.token, o_key < n, SIZES.D, SIZES.BD, phase == 1)
                 b_qk = tl.dot(b_q, b_k.T, input_precision=SIZES.PRECISION)
-                b_s, _ = scores(b_qk, rule, p_bias[:, None], o_position[:, None], o_key[None, :], n, phase != 1)
-                b_new = tl.maximum(b_m, tl.max(b_s, 1))
-                b_pivot = tl.where(b_new == -float("inf"), 0.0, b_new)  # no visible key so far: avoids inf - inf
-                b_p = tl.exp2((b_s - b_pivot[:, None]) * LOG2_E)
-                b_alpha = tl.exp2((b_m - b_pivot) * LOG2_E)
-                b_l = b_l * b_alpha + tl.sum(b_p, 1)
+                b_s, _ = scores(
+                    b_qk, rule, p_bias[:, None], o_head[:, None], o_position[:, None], o_key[None, :], n, phase != 1,
+                    SIZES,
+                )  # fmt: skip
+                if SIZES.WEIGHT_MOD is not None:
+                    b_p = own_weights(b_s, SIZES)
+                else:
+                    b_new = tl.maximum(b_m, tl.max(b_s, 1))
+                    b_pivot = tl.where(b_new == -float("inf"), 0.0, b_new)  # no visible key so far: avoids inf - inf
+                    b_p = tl.exp2((b_s - b_pivot[:, None]) * LOG2_E)
+                    b_alpha = tl.exp2((b_m - b_pivot) * LOG2_E)
+                    b_l = b_l * b_alpha + tl.sum(b_p, 1)
                 if rule.seed is not None:
                     b_p = tl.where(kept(rule, i_seq, o_head, o_query, j, BM, BN), b_p, 0.0)
                 b_v = load_rows(v, p_v + tl.cast(o_key, tl.int64) * v.token, o_key < n, SIZES.E, SIZES.BE, phase == 1)
-                b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=SIZES.PRECISION)
-                b_m = b_new
+                if SIZES.WEIGHT_MOD is not None:
+                    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=SIZES.PRECISION)
+                else:
+                    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=SIZES.PRECISION)
+                    b_m = b_new
 
-    # LSE = m + log l. A row that sees nothing has O = 0 and LSE = -inf.
-    b_acc *= (rule.dropout_scale / tl.where(b_l == 0, 1.0, b_l))[:, None]
-    b_acc = tl.where(m_row[:, None], b_acc, 0.0)
-    b_lse = tl.where(m_row & (b_l != 0), b_m + tl.log(b_l), -float("inf"))
+    # LSE = m + log l. A row that sees nothing has O = 0 and LSE = -inf. The sum of elementwise weights is O itself.
+    if SIZES.WEIGHT_MOD is not None:
+        b_acc = tl.where(m_row[:, None], b_acc * rule.dropout_scale, 0.0)
+    else:
+        b_divisor = tl.where(b_l == 0, 1.0, b_l)
+        b_acc *= (rule.dropout_scale / b_divisor)[:, None]
+        b_acc = tl.where(m_row[:, None], b_acc, 0.0)
+        b_lse = tl.where(m_row & (b_l != 0), b_m + tl.log(b_divisor), -float("inf"))
     p_out = row_pointers(out, row, o_head, first_m + o_query)
-    p_lse = lse + row_offsets(sequences, i_seq, i_head, n_kv_heads * SIZES.GROUPS, o_query, o_head, first_m, row)
+    if SIZES.WEIGHT_MOD is None:
+        p_lse = lse + row_offsets(sequences, i_seq, i_head, n_kv_heads * SIZES.GROUPS, o_query, o_head, first_m, row)
     if n_parts is not None:
         all_rows = tl.cast(sequences.max_seqlen_q, tl.int64) * n_kv_heads * SIZES.GROUPS
         if sequences.cu_seqlens_q is None:
             all_rows *= sequences.n_sequences
         p_out += i_part * all_rows * SIZES.E
-        p_lse += i_part * all_rows
-        # Maximum and sum are stored separately: LSE = m + log l loses low bits of l when m is large.
-        tl.store(p_lse + n_parts * all_rows, tl.where(m_row, b_l, 0.0), mask=o_query < stored)
-        b_lse = b_m
+        if SIZES.WEIGHT_MOD is None:
+            p_lse += i_part * all_rows
+            # Maximum and sum are stored separately: LSE = m + log l loses low bits of l when m is large.
+            tl.store(p_lse + n_parts * all_rows, tl.where(m_row, b_l, 0.0), mask=o_query < stored)
+            b_lse = b_m
     store_rows(out, p_out, o_query < stored, b_acc, SIZES.E, SIZES.BE)
-    tl.store(p_lse, b_lse, mask=o_query < stored)
+    if SIZES.WEIGHT_MOD is None:
+        tl.store(p_lse, b_lse, mask=o_query < stored)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -259,8 +303,9 @@ def merge_kernel(parts, sums, out, lse, n_rows, n_parts, E: tl.constexpr, BE: tl
         b_acc = b_acc * b_alpha[:, None] + b_part * b_weight[:, None]
         b_l = b_l * b_alpha + b_weight
         b_m = b_new
-    b_acc /= tl.where(b_l == 0, 1.0, b_l)[:, None]
-    b_lse = tl.where(b_l == 0, -float("inf"), b_m + tl.log(b_l))
+    b_divisor = tl.where(b_l == 0, 1.0, b_l)
+    b_acc /= b_divisor[:, None]
+    b_lse = tl.where(b_l == 0, -float("inf"), b_m + tl.log(b_divisor))
     tl.store(out + o_row[:, None] * E + o_column[None, :], b_acc.to(out.dtype.element_ty), mask=m_out)
     tl.store(lse + o_row, b_lse, mask=m_row)
 
@@ -299,16 +344,17 @@ def probabilities(b_s, b_lse):
 def dq_kernel(
     q, k, v, dout, lse, delta, dq, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
-    sinks, seed, threshold, dropout_scale, n_blocks, n_kv_heads,
-    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION
+    sinks, seed, threshold, dropout_scale, aux, n_blocks, n_kv_heads,
+    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION, and a user's functions
 ):  # fmt: skip
     """dQ = scale dS K of a block of rows, over the keys they see."""
     BM: tl.constexpr = SIZES.BM
     BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = AttentionRule(
-        scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale
-    )
+        scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale,
+        aux,
+    )  # fmt: skip
     i_block, i_head, i_seq, row, first_m, m, stored, first_n, n = block_of_rows(sequences, n_blocks, n_kv_heads, SIZES)
     if i_block < 0:
         return
@@ -316,9 +362,10 @@ def dq_kernel(
     p_bias = bias_pointers(rule, row, o_head)
     b_q = load_rows(q, row_pointers(q, row, o_head, first_m + o_query), m_row, SIZES.D, SIZES.BD, False)
     b_dout = load_rows(dout, row_pointers(dout, row, o_head, first_m + o_query), m_row, SIZES.E, SIZES.BE, False)
-    o_flat = row_offsets(sequences, i_seq, i_head, n_kv_heads * SIZES.GROUPS, o_query, o_head, first_m, row)
-    b_lse = tl.load(lse + o_flat, mask=m_row, other=-float("inf"))
-    b_delta = tl.load(delta + o_flat, mask=m_row, other=0.0)
+    if SIZES.WEIGHT_MOD is None:
+        o_flat = row_offsets(sequences, i_seq, i_head, n_kv_heads * SIZES.GROUPS, o_query, o_head, first_m, row)
+        b_lse = tl.load(lse + o_flat, mask=m_row, other=-float("inf"))
+        b_delta = tl.load(delta + o_flat, mask=m_row, other=0.0)
     p_k = row_pointers(k, row, i_head, first_n)
     p_v = row_pointers(v, row, i_head, first_n)
 
@@ -334,13 +381,18 @@ def dq_kernel(
                 b_v = load_rows(v, p_v + tl.cast(o_key, tl.int64) * v.token, o_key < n, SIZES.E, SIZES.BE, phase == 1)
                 b_qk = tl.dot(b_q, b_k.T, input_precision=SIZES.PRECISION)
                 b_s, b_slope = scores(
-                    b_qk, rule, p_bias[:, None], o_position[:, None], o_key[None, :], n, phase != 1
+                    b_qk, rule, p_bias[:, None], o_head[:, None], o_position[:, None], o_key[None, :], n, phase != 1,
+                    SIZES,
                 )  # fmt: skip
-                b_p = probabilities(b_s, b_lse[:, None])
+                if SIZES.WEIGHT_MOD is None:
+                    b_p = probabilities(b_s, b_lse[:, None])
                 b_dp = tl.dot(b_dout, b_v.T, input_precision=SIZES.PRECISION)
                 if rule.seed is not None:
                     b_dp = tl.where(kept(rule, i_seq, o_head, o_query, j, BM, BN), b_dp * rule.dropout_scale, 0.0)
-                b_ds = b_p * (b_dp - b_delta[:, None]) * b_slope
+                if SIZES.WEIGHT_MOD is not None:
+                    b_ds = b_dp * own_weight_slopes(b_s, SIZES) * b_slope
+                else:
+                    b_ds = b_p * (b_dp - b_delta[:, None]) * b_slope
                 b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=SIZES.PRECISION)
     b_dq = tl.where(m_row[:, None], b_dq * rule.scale, 0.0)
     store_rows(dq, row_pointers(dq, row, o_head, first_m + o_query), o_query < stored, b_dq, SIZES.D, SIZES.BD)
@@ -350,16 +402,17 @@ def dq_kernel(
 def dkv_kernel(
     q, k, v, dout, lse, delta, dk, dv, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
-    sinks, seed, threshold, dropout_scale, n_blocks, n_kv_heads,
-    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION
+    sinks, seed, threshold, dropout_scale, aux, n_blocks, n_kv_heads,
+    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION, and a user's functions
 ):  # fmt: skip
     """dK = scale dS^T Q and dV = P^T dO of a block of keys, over the rows of all heads of the group that see them."""
     BM: tl.constexpr = SIZES.BM
     BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = AttentionRule(
-        scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale
-    )
+        scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale,
+        aux,
+    )  # fmt: skip
     i_block, i_head, i_seq = place(
         tl.program_id(0), n_blocks, n_kv_heads, sequences, sequences.cu_seqlens_k, max_seqlen_k, 1, BN
     )
@@ -390,14 +443,23 @@ def dkv_kernel(
                 b_q = load_rows(q, row_pointers(q, row, o_head, first_m + o_query), m_row, SIZES.D, SIZES.BD, False)
                 p_dout = row_pointers(dout, row, o_head, first_m + o_query)
                 b_dout = load_rows(dout, p_dout, m_row, SIZES.E, SIZES.BE, False)
-                o_flat = row_offsets(sequences, i_seq, i_head, n_kv_heads * SIZES.GROUPS, o_query, o_head, first_m, row)
-                b_lse = tl.load(lse + o_flat, mask=m_row, other=-float("inf"))
-                b_delta = tl.load(delta + o_flat, mask=m_row, other=0.0)
+                if SIZES.WEIGHT_MOD is None:
+                    o_flat = row_offsets(
+                        sequences, i_seq, i_head, n_kv_heads * SIZES.GROUPS, o_query, o_head, first_m, row
+                    )
+                    b_lse = tl.load(lse + o_flat, mask=m_row, other=-float("inf"))
+                    b_delta = tl.load(delta + o_flat, mask=m_row, other=0.0)
                 # S^T, keys by rows: P^T and dS^T are then left operands of tl.dot without a transposition.
                 b_kq = tl.dot(b_k, b_q.T, input_precision=SIZES.PRECISION)
                 p_bias = bias_pointers(rule, row, o_head)
-                b_s, b_slope = scores(b_kq, rule, p_bias[None, :], o_position[None, :], o_key[:, None], n, phase != 1)
-                b_p = probabilities(b_s, b_lse[None, :])
+                b_s, b_slope = scores(
+                    b_kq, rule, p_bias[None, :], o_head[None, :], o_position[None, :], o_key[:, None], n, phase != 1,
+                    SIZES,
+                )  # fmt: skip
+                if SIZES.WEIGHT_MOD is not None:
+                    b_p = own_weights(b_s, SIZES)
+                else:
+                    b_p = probabilities(b_s, b_lse[None, :])
                 b_weight = b_p
                 if rule.seed is not None:
                     m_kept = kept(rule, i_seq, o_head, o_query, i_block * BN, BM, BN).T
@@ -406,7 +468,10 @@ def dkv_kernel(
                 b_dp = tl.dot(b_v, b_dout.T, input_precision=SIZES.PRECISION)
                 if rule.seed is not None:
                     b_dp = tl.where(m_kept, b_dp * rule.dropout_scale, 0.0)
-                b_ds = b_p * (b_dp - b_delta[None, :]) * b_slope
+                if SIZES.WEIGHT_MOD is not None:
+                    b_ds = b_dp * own_weight_slopes(b_s, SIZES) * b_slope
+                else:
+                    b_ds = b_p * (b_dp - b_delta[None, :]) * b_slope
                 b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=SIZES.PRECISION)
     b_dk = tl.where(m_key[:, None], b_dk * rule.scale, 0.0)
     b_dv = tl.where(m_key[:, None], b_dv, 0.0)
@@ -418,16 +483,17 @@ def dkv_kernel(
 def dbias_kernel(
     q, k, v, dout, lse, delta, dbias, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
-    sinks, seed, threshold, dropout_scale, n_blocks, n_heads,
-    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION
+    sinks, seed, threshold, dropout_scale, aux, n_blocks, n_heads,
+    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION, and a user's functions
 ):  # fmt: skip
     """dBias of a block of BN = BM distances j - p, over all queries: dS summed along diagonals."""
     BM: tl.constexpr = SIZES.BM
     BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = AttentionRule(
-        scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale
-    )
+        scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale,
+        aux,
+    )  # fmt: skip
     i_block = tl.program_id(0) % n_blocks
     i_head = tl.program_id(0) // n_blocks % n_heads
     i_batch = tl.program_id(0) // n_blocks // n_heads
@@ -460,13 +526,18 @@ def dbias_kernel(
             i_kv_head = i_head // SIZES.GROUPS
             b_k = load_rows(k, row_pointers(k, row, i_kv_head, first_n + o_key), m_key, SIZES.D, SIZES.BD, False)
             b_v = load_rows(v, row_pointers(v, row, i_kv_head, first_n + o_key), m_key, SIZES.E, SIZES.BE, False)
-            o_flat = row_offsets(sequences, i_seq, i_head, n_heads, o_query, i_head, first_m, row)
-            b_lse = tl.load(lse + o_flat, mask=m_row, other=-float("inf"))
-            b_delta = tl.load(delta + o_flat, mask=m_row, other=0.0)
+            if SIZES.WEIGHT_MOD is None:
+                o_flat = row_offsets(sequences, i_seq, i_head, n_heads, o_query, i_head, first_m, row)
+                b_lse = tl.load(lse + o_flat, mask=m_row, other=-float("inf"))
+                b_delta = tl.load(delta + o_flat, mask=m_row, other=0.0)
             b_qk = tl.dot(b_q, b_k.T, input_precision=SIZES.PRECISION)
             p_bias = bias_pointers(rule, row, i_head)
-            b_s, _ = scores(b_qk, rule, p_bias, o_position[:, None], o_key[None, :], n, True)
-            b_p = tl.where(m_key[None, :], probabilities(b_s, b_lse[:, None]), 0.0)
+            b_s, _ = scores(b_qk, rule, p_bias, i_head, o_position[:, None], o_key[None, :], n, True, SIZES)
+            if SIZES.WEIGHT_MOD is not None:  # P's place has its slope
+                b_p = tl.where(m_key[None, :], own_weight_slopes(b_s, SIZES), 0.0)
+                b_delta = tl.zeros([BM], tl.float32)
+            else:
+                b_p = tl.where(m_key[None, :], probabilities(b_s, b_lse[:, None]), 0.0)
             b_dp = tl.dot(b_dout, b_v.T, input_precision=SIZES.PRECISION)
             if rule.seed is not None:
                 b_dp *= kept_at(rule, i_seq, i_head, o_query, o_key, BM, BM + BN)

@@ -20,6 +20,8 @@ from flashgau.options import takes_fields
 from flashgau.tables.config import FUSED_ADDITION as FUSED_ADDITION  # for every launch of a kernel
 from flashgau.tables.config import Choose, Config
 
+from . import NO_INTERPRETED_BF16, interpreting
+
 LOG2_E = tl.constexpr(1.4426950408889634)  # multiplies differences of scores only: a large score would be rounded twice
 
 # Arguments that vary from call to call and must not cause a compilation (do_not_specialize). Triton applies this to
@@ -28,6 +30,9 @@ VARYING = ("n_sequences", "max_seqlen_q", "max_seqlen_k", "left", "right", "bias
            "threshold", "n_blocks", "n_heads", "n_kv_heads", "n_parts", "n_rows", "first_block", "last_block",
            "n_key_blocks", "n_across", "n_tokens", "angle_batch", "n_chunks", "n_segments", "chunks_per_segment",
            "span", "first_row")  # fmt: skip
+
+
+OWN_FUNCTIONS = ("SCORE_MOD", "SCORE_SLOPE", "WEIGHT_MOD", "WEIGHT_SLOPE")  # sizes that may be absent
 
 
 def chosen_by(config: Config | Choose | None) -> Choose:
@@ -47,7 +52,8 @@ class Sizes:
 
     D and E are the widths of queries and values, S that of gated queries and keys, C the tokens of a chunk, GROUPS the
     query heads of a key head. BD is D as a block, and so on: a power of two. BM, BN and BK are the blocks of a
-    configuration.
+    configuration. A user's own scores bring jitted functions (`own_scores.py`): SCORE_MOD, SCORE_SLOPE, WEIGHT_MOD and
+    WEIGHT_SLOPE, each of which is None unless it was given.
 
     In a kernel `SIZES.BM` is a `tl.constexpr`, of which the shape of a block can be made. A field of a constexpr
     NamedTuple would be a plain number there, of which it cannot before Triton 3.8.
@@ -57,11 +63,13 @@ class Sizes:
         constexpr[128]
     """
 
-    def __init__(self, **sizes: int | str) -> None:
+    def __init__(self, **sizes: Any) -> None:
         self._sizes = sizes
 
     def __getattr__(self, name: str) -> Any:
         sizes = vars(self).get("_sizes", {})
+        if name not in sizes and name in OWN_FUNCTIONS:
+            return None
         if name not in sizes:
             raise AttributeError(f"the kernel needs a size {name}; it was launched with {', '.join(sizes)}")
         return tl.constexpr(sizes[name])
@@ -74,7 +82,12 @@ class Sizes:
         return isinstance(other, Sizes) and self._sizes == other._sizes
 
     def __repr__(self) -> str:
-        return f"Sizes({', '.join(f'{name}={size!r}' for name, size in self._sizes.items())})"
+        return f"Sizes({', '.join(f'{name}={_as_text(size)}' for name, size in self._sizes.items())})"
+
+
+def _as_text(size: Any) -> str:
+    """A size; of a jitted function also the hash of its source, so that a changed one is compiled anew."""
+    return f"{size.__name__}:{getattr(size, 'cache_key', '')}" if callable(size) else repr(size)
 
 
 class Heads(NamedTuple):
@@ -136,13 +149,17 @@ def blocks_of(sequences: Sequences, axis: int, per_token: int, block: int, *, re
 
 def launcher(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that starts kernels: it takes the fields of its tuples by name too, and runs with the GPU of its first
-    tensor (or list of them) as the current one, for Triton to launch on."""
+    tensor (or list of them) as the current one, for Triton to launch on. On a CPU it refuses that tensor in bf16."""
     call = takes_fields(function)
 
     @wraps(function)
     def launched(*args: Any, **kwargs: Any) -> Any:
         first = args[0] if args else next(x for x in kwargs.values() if x is not None)
-        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
+        if not isinstance(first, Tensor):
+            first = first[0]
+        if first.dtype == torch.bfloat16 and first.device.type == "cpu" and interpreting():
+            raise RuntimeError(f"{function.__name__}: {NO_INTERPRETED_BF16}")
+        with torch.cuda.device_of(first):
             return call(*args, **kwargs)
 
     return launched

@@ -159,7 +159,7 @@ def lse_kernel(
             b_p = tl.exp2((b_s - b_pivot[:, None]) * LOG2_E)
             b_l = b_l * tl.exp2((b_m - b_pivot) * LOG2_E) + tl.sum(b_p, 1)
             b_m = b_new
-    b_lse = tl.where(b_l == 0, -float("inf"), b_m + tl.log(b_l))
+    b_lse = tl.where(b_l == 0, -float("inf"), b_m + tl.log(tl.where(b_l == 0, 1.0, b_l)))
     tl.store(lse + tl.cast(row, tl.int64) * max_seqlen_q + first_m + o_query, b_lse, mask=m_row)
 
 

@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,7 @@ def test_python_blocks_run_and_print_what_the_page_says(page, tmp_path, monkeypa
     flashgau.tuning.reload()
     request.addfinalizer(flashgau.tuning.reload)
     torch.manual_seed(0)
+    warnings.simplefilter("error")
     namespace: dict[str, Any] = {"__name__": "__docs__"}
     printed: str | None = None
     for block in fenced_blocks(page.read_text()):

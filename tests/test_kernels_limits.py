@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,9 +83,41 @@ def test_interpreting_needs_none_of_the_names_that_make_it_faster(monkeypatch, h
         assert [args[1:] for args in calls] == [("builder", "scope"), ("builder",)]
 
 
+LAUNCHERS = [
+    (file.stem, node.name, ast.unparse(node.args.args[0].annotation))
+    for file in sorted(Path(kernels.__file__).parent.glob("*.py"))
+    for node in ast.parse(file.read_text()).body
+    if isinstance(node, ast.FunctionDef) and "launcher" in map(ast.unparse, node.decorator_list)
+]
+
+
 def test_the_interpreter_is_refused_what_it_computes_wrongly():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU, and Triton compiles")
     q = randn(0, 1, 1, 3, 4).bfloat16()
     with pytest.raises(RuntimeError, match="interpreter"):
         flashgau.attention(q, q, q, backend="triton")
+    assert len(LAUNCHERS) > 10
+
+
+@pytest.mark.parametrize(("file", "name", "kind"), LAUNCHERS)
+def test_launchers_refuse_bf16_to_the_interpreter_too(file, name, kind, monkeypatch):
+    """In the words of the public functions; other dtypes, and Triton that compiles, are let by."""
+    launch = getattr(importlib.import_module(f"flashgau.kernels.{file}"), name)
+    reason = flashgau.ops.dispatch.explain("glu", "cpu", torch.bfloat16)["triton"]
+
+    def first(dtype: torch.dtype, device: str = "cpu") -> object:
+        x = torch.empty(1, 1, 3, 4, dtype=dtype, device=device)
+        return x if kind == "Tensor" else [x]
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError) as refused:
+        launch(first(torch.bfloat16))
+    assert str(refused.value) == f"{name}: {kernels.NO_INTERPRETED_BF16}"
+    assert reason in (None, kernels.NO_INTERPRETED_BF16)
+    for other in (first(torch.float16), first(torch.bfloat16, "meta")):
+        with pytest.raises(TypeError, match="no argument `nothing`"):
+            launch(other, nothing=0)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(TypeError, match="no argument `nothing`"):
+        launch(first(torch.bfloat16), nothing=0)

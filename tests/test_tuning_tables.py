@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -234,11 +235,34 @@ def test_a_launcher_takes_a_configuration_a_function_or_nothing():
 
 
 @pytest.mark.parametrize(("target", "arch"), [("sm_90", "sm_90"), ("sm_89", "sm_86"), ("gfx942", "gfx942")])
-def test_what_is_compiled_for_a_target_has_its_table(target, arch):
+def test_what_is_compiled_for_a_target_has_its_table(target, arch, monkeypatch):
+    monkeypatch.setattr(ahead.compiler, "is_compiled", lambda kernel: True)  # nothing is launched here
     x = torch.empty(1, device="meta")
     with ahead.compiling_for(target):
         found = chosen_by(None)("attention_forward", x, 128, rows=1, options=True)
     assert found == tables.lookup(arch, "attention_forward", 4, 128, rows=1, options=True)
+    assert chosen_by(None) is tables.choose
+
+
+@pytest.mark.parametrize("field", ["block_m", "block_n", "block_k", "num_warps"])
+@pytest.mark.parametrize("size", [48, 0, -16, 16.0, True, None])
+def test_a_size_that_is_no_power_of_two_is_refused_by_name(field, size):
+    message = re.escape(f"Config: `{field}` is {size!r}; expected a power of two")
+    with pytest.raises(ValueError, match=message):
+        Config(**{"block_m": 64, "block_n": 32, field: size})
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(Config(64, 32), **{field: size})
+
+
+@pytest.mark.parametrize("stages", [0, -1, 1.0, False])
+def test_stages_that_are_no_positive_number_are_refused(stages):
+    with pytest.raises(ValueError, match=re.escape(f"Config: `num_stages` is {stages!r}; expected a positive number")):
+        Config(64, 32, num_stages=stages)
+
+
+def test_nothing_is_compiled_by_an_interpreter(interpreted):
+    with pytest.raises(RuntimeError, match=r"compiling_for: TRITON_INTERPRET=1 was set .* unset TRITON_INTERPRET"):
+        ahead.compiling_for("sm_90").__enter__()
     assert chosen_by(None) is tables.choose
 
 

@@ -10,10 +10,14 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-import typer
+from flashgau.extras import MissingExtra, extra
+
+with extra("cli"):
+    import rich  # noqa: F401  # which commands import when they print
+    import typer
 
 from flashgau.cli import check, compile, demo, doctor, eval, new_kernel, sample, train, tune
-from flashgau.cli.console import INTERRUPTED, USAGE, with_outputs
+from flashgau.cli.console import FAILURE, INTERRUPTED, USAGE, with_outputs
 
 __all__ = ["app", "main"]
 
@@ -82,6 +86,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         message = " ".join(error.format_message().split())
         print(f"{where}: {message} (see `{where} --help`)", file=sys.stderr)
         return USAGE
+    except MissingExtra as missing:
+        print(f"flashgau: {missing}", file=sys.stderr)
+        return FAILURE
     except (typer.Abort, KeyboardInterrupt):
         return INTERRUPTED
     return status if isinstance(status, int) else 0

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flashgau.cli.console import FAILURE, USAGE, dump_json, fail, make_console, make_table
+
+if TYPE_CHECKING:
+    from flashgau.tuning.ahead import Row
 
 TARGETS = "sm_80,sm_90,sm_100,gfx942"
 
@@ -38,7 +41,6 @@ def compile(
         fail("compile", reason)
     from rich.progress import Progress
 
-    from flashgau.tables.config import Config
     from flashgau.tuning import ahead
 
     names = [name.strip() for name in target.split(",") if name.strip()]
@@ -63,11 +65,9 @@ def compile(
         right=("registers", "spills", "shared"),
     )  # fmt: skip
     for row in rows:
-        c = row.configuration or asdict(Config(0, 0))  # of a call that failed before it chose
-        block = f"{c['block_m']}x{c['block_n']}" + ("" if row.op == "attention" else f"x{c['block_k']}")
         table.add_row(
             row.target, row.kernel, row.dtype, row.shape,
-            f"{block}, {c['num_warps']} warps, {c['num_stages']} stages",
+            _configuration(row),
             str(row.registers), str(row.spills), str(row.shared_bytes), "yes" if row.tensor_core else "no",
             "ok" if row.ok else str(row.reason),
         )  # fmt: skip
@@ -75,3 +75,12 @@ def compile(
     console.print(table)
     console.print(f"{len(rows)} kernels compiled, {len(bad)} not ok")
     return FAILURE if bad else 0
+
+
+def _configuration(row: Row) -> str:
+    """For the table; a dash for a call that failed before it chose one."""
+    if not row.configuration:
+        return "-"
+    c = row.configuration
+    block = f"{c['block_m']}x{c['block_n']}" + ("" if row.op == "attention" else f"x{c['block_k']}")
+    return f"{block}, {c['num_warps']} warps, {c['num_stages']} stages"

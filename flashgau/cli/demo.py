@@ -27,6 +27,7 @@ from flashgau.cli.console import (
     printable,
     seconds,
 )
+from flashgau.extras import extra
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -284,6 +285,11 @@ def demo(
     """
     if not 0 < minutes < math.inf:
         fail("demo", f"--minutes is {minutes}; expected a positive number", USAGE)
+    # All that it needs, before minutes of work rather than after them.
+    with extra("plots"):
+        import matplotlib  # noqa: F401
+    with extra("models"):
+        import safetensors  # noqa: F401
     console = make_console(stderr=as_json)
     with failing("demo"):
         moved = fresh_folder(out)

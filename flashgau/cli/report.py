@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from flashgau.cli.check import number
 from flashgau.cli.console import mebibytes, seconds
 from flashgau.cli.doctor import backend_rows, facts_rows
+from flashgau.extras import extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,8 +73,9 @@ details summary { cursor: pointer; color: var(--accent); margin: .7rem 0; }
 
 def _figure(x: str, y: str) -> tuple[Figure, Axes]:
     """An empty plot with named axes. No pyplot: a report has no use for windows and global state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with extra("plots"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.0, 4.1), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
@@ -120,7 +122,8 @@ def loss_plot(log: Sequence[Facts]) -> bytes | None:
 
 def length_plot(points: Sequence[Facts], value: Callable[[Facts], float | None], label: str) -> bytes | None:
     """PNG of a cost against length, both on logarithmic scales; None if nothing was measured."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    with extra("plots"):
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     figure, axes = _figure("length (tokens)", label)
     axes.set_xscale("log", base=2)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..extras import extra
 from ..files import atomic_write
 from ..tensors import TensorFile, differences, open_safetensors
 from .config import ModelConfig
@@ -27,6 +27,8 @@ def write_model(
     path: str | os.PathLike[str], name: str, config: ModelConfig, tensors: Mapping[str, Tensor], overwrite: bool
 ) -> None:
     """Write the model of class `name`, atomically, and over an existing file only if `overwrite`."""
+    with extra("models"):
+        from safetensors.torch import save as to_bytes
     path = Path(path)
     if path.exists() and not overwrite:
         raise FileExistsError(f"save: `path` is {path}, which exists; expected a new name, or `overwrite=True`")

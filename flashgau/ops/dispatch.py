@@ -171,7 +171,7 @@ def _known(op: str, argument: str, name: object) -> str:
 def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     if _file(op) not in kernels.SUPPORTED:
         return f"this version has no Triton kernel for {op}"
-    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    interpreting = kernels.interpreting()
     if unfit := unfit_triton(interpreting):
         return unfit
     if dtype == torch.float64:
@@ -184,7 +184,7 @@ def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, width: in
     if device.type == "cpu" and not interpreting:
         return "the tensors are on the CPU, and TRITON_INTERPRET=1 was not set"
     if device.type == "cpu" and dtype == torch.bfloat16:
-        return "Triton's interpreter, which runs kernels on a CPU, multiplies bf16 wrongly"
+        return kernels.NO_INTERPRETED_BF16
     if device.type not in ("cpu", "cuda", "xpu"):
         return f"Triton does not drive devices of type {device.type!r}"
     return None

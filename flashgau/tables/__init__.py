@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -280,9 +281,17 @@ def user_path(device: torch.device) -> Path:
     name = table.file_name(gpu_name(device))
     if folder := os.environ.get("FLASHGAU_TUNING"):
         return Path(folder) / name
-    import platformdirs  # which only who leaves the variable unset needs
+    return _user_data() / "flashgau" / "tuning" / name
 
-    return platformdirs.user_data_path("flashgau") / "tuning" / name
+
+def _user_data() -> Path:
+    """The folder in which programs keep the data of the user, by the custom of the system."""
+    if os.name == "nt":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    named = os.environ.get("XDG_DATA_HOME")
+    if named and os.path.isabs(named):  # another is to be ignored (XDG Base Directory Specification)
+        return Path(named)
+    return Path.home() / ("Library/Application Support" if sys.platform == "darwin" else ".local/share")
 
 
 @cache

@@ -11,13 +11,33 @@ FUSED_ADDITION = {"enable_fp_fusion": True}
 
 @dataclass(frozen=True)
 class Config:
-    """How one kernel is launched: its block (of queries by keys, of rows by columns), warps, stages of its pipeline."""
+    """How one kernel is launched: its block (of queries by keys, of rows by columns), warps, stages of its pipeline.
+
+    Blocks of what is multiplied are of 16 at least. A kernel without products takes smaller ones, too.
+
+    Raises:
+        ValueError: for a block or a number of warps that is no power of two, or stages that are no positive number.
+
+    Example:
+        >>> Config(block_m=48, block_n=64)
+        Traceback (most recent call last):
+            ...
+        ValueError: Config: `block_m` is 48; expected a power of two
+    """
 
     block_m: int
     block_n: int
     num_warps: int = 4
     num_stages: int = 2
     block_k: int = 32  # of a product of matrices: how much of the inner axis at a time
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n", "block_k", "num_warps"):
+            size = getattr(self, name)
+            if type(size) is not int or size < 1 or size & (size - 1):
+                raise ValueError(f"Config: `{name}` is {size!r}; expected a power of two")
+        if type(self.num_stages) is not int or self.num_stages < 1:
+            raise ValueError(f"Config: `num_stages` is {self.num_stages!r}; expected a positive number")
 
     def launch(self) -> dict[str, int]:
         """The keywords of a Triton launch."""

@@ -7,7 +7,7 @@
     def test_mine(x):
         testing.assert_close(mine, naive, x)
 
-`assert_close` and `held` need PyTorch alone; the strategies need hypothesis.
+`assert_close` and `held` need PyTorch alone; the strategies need hypothesis, which `flashgau[testing]` brings.
 """
 
 from __future__ import annotations

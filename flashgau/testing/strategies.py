@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
+
+from flashgau.extras import extra
+
+with extra("testing"):
+    from hypothesis import strategies as st
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)

@@ -7,9 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..extras import extra
 from ..files import atomic_write
 
 KINDS = ("train", "validation")
+
+
+def check_installed() -> None:
+    """Raise MissingExtra if there is nothing to draw with: better before a run than at its first curve."""
+    with extra("plots"):
+        import matplotlib  # noqa: F401
 
 
 def loss_plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
@@ -20,9 +27,10 @@ def loss_plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
     """
     # Imported here: it takes half a second, and nothing else of training needs it. No pyplot, whose global
     # state and choice of a display have no place in a library.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, MaxNLocator
+    with extra("plots"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter, MaxNLocator
 
     figure = Figure(figsize=(7.2, 4.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)

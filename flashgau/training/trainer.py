@@ -23,7 +23,7 @@ from .folder import BEST, FILES, LAST, LOG, PLOT, check_folder, locked, write_se
 from .log import Log
 from .objective import count_targets, examples, mask_seeds, model_class, vocabulary
 from .optimization import Schedule, adamw
-from .plots import loss_plot
+from .plots import check_installed, loss_plot
 from .prepare import check_batch, check_masked, choose_device, read_corpus
 from .processes import TIMEOUT, Processes, launched
 from .restore import State, fixed, read_run
@@ -77,6 +77,7 @@ def train(
         OSError: something cannot be read or written; the last checkpoint is intact.
         TimeoutError: (an OSError) a process that `torchrun` started stands still or has ended, and is named; the last
             checkpoint is intact.
+        ImportError: matplotlib, which draws the curve, is not installed.
 
     Example:
         >>> import tempfile
@@ -89,6 +90,7 @@ def train(
         >>> result.stopped, result.step, result.bits_per_byte < 1.5
         ('steps', 200, True)
     """
+    check_installed()
     out = Path(config.out)
     if config.checkpointing and model is not None:
         raise ValueError("train: `checkpointing` is for the models of flashgau; expected a `model` that does it itself")

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from flashgau import tables
+from flashgau.kernels import common
 from flashgau.tables.config import Config
 from flashgau.tables.table import Key
 
@@ -96,7 +97,10 @@ def compiling_for(target: str, only: str | None = None) -> Iterator[list[Compile
     """Inside the block every launch (or those of kernel `only`) compiles for `target`, and nothing runs.
 
     The list collects what the kernels need. What is given no configuration has that of the table that serves the
-    target. Triton must not be interpreting (TRITON_INTERPRET).
+    target.
+
+    Raises:
+        RuntimeError: if Triton interprets the kernels (TRITON_INTERPRET).
 
     Example:
         >>> import torch
@@ -108,6 +112,11 @@ def compiling_for(target: str, only: str | None = None) -> Iterator[list[Compile
         >>> compiled[0].spills                                                     # doctest: +SKIP
         0
     """
+    if not compiler.is_compiled(common.tanh):
+        raise RuntimeError(
+            "compiling_for: TRITON_INTERPRET=1 was set when the kernels were imported, so that Triton interprets them; "
+            "expected a process without it: unset TRITON_INTERPRET"
+        )
     found: list[Compiled] = []
     inspected: dict[Any, Compiled] = {}  # Triton gives the same object to launches that share a kernel
 

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-__all__ = ["GPUTarget", "Needs", "cuobjdump", "instead_of_launching", "needs"]
+__all__ = ["GPUTarget", "Needs", "cuobjdump", "instead_of_launching", "is_compiled", "needs"]
 
 
 class _Absent:
@@ -39,6 +39,11 @@ class _Absent:
 
     def get_current_stream(self, device: Any) -> int:
         return 0
+
+
+def is_compiled(kernel: Any) -> bool:
+    """Whether Triton compiles a kernel, rather than interpret it."""
+    return isinstance(kernel, triton.JITFunction)
 
 
 @contextmanager

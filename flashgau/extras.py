@@ -1,0 +1,34 @@
+"""Packages that only some uses need: flashgau alone has operations and kernels, an extra brings what goes beyond."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class MissingExtra(ImportError):
+    """A package that an extra of flashgau brings is not installed; the message is one line that names the extra."""
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Inside, a module that is not installed is one that this extra of flashgau brings.
+
+    Args:
+        name: the extra's, as pyproject.toml has it.
+
+    Raises:
+        MissingExtra: it is not installed.
+
+    Example:
+        >>> with extra("plots"):
+        ...     import a_module_that_draws
+        Traceback (most recent call last):
+            ...
+        flashgau.extras.MissingExtra: a_module_that_draws is not installed: pip install 'flashgau[plots]'
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "a package").partition(".")[0]
+        raise MissingExtra(f"{module} is not installed: pip install 'flashgau[{name}]'", name=error.name) from error
