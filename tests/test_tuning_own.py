@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -368,6 +369,19 @@ def test_our_own_launchers_are_searched_alike(folder):
     assert all(math.log2(c.block_m / 32) in (-1, 0, 1) for c in near)
 
 
+@pytest.mark.parametrize("kernel", ["glu_forward", "attention_dq", "heads", "mixed_chunk_step"])
+def test_every_kernel_of_ours_has_a_default_space_whatever_becomes_of_it(kernel, folder):
+    """Also one without heads, and when all candidates fail."""
+
+    def launcher(x: Tensor, config: Any) -> Tensor:
+        raise RuntimeError("nothing works")
+
+    found = tuning.search(launcher, (X,), reference=naive, kernel=kernel)
+    assert not found
+    assert found.key.width == (0 if kernel in ("glu_forward", "heads") else 64)
+    assert len(found.rows) == len(default_space(X, kernel)) > 1
+
+
 COMPILED = """
 import torch, triton, triton.language as tl
 from flashgau import tuning
@@ -486,3 +500,11 @@ def test_the_bare_kernel_can_be_tuned_by_triton(device, interpret):
         [sys.executable, "-c", AUTOTUNED, device], env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_page_needs_few_lines():
+    """A kernel, its launcher, its search: 15 lines beside the imports, which test_docs runs."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "tuning.md").read_text()
+    script = next(block for block in page.split("```") if block.startswith("python") and "tuning.search(" in block)
+    lines = [line for line in script.splitlines()[1:] if line.strip() and "import" not in line]
+    assert len(lines) <= 15

@@ -196,9 +196,9 @@ def search(
 def default_space(x: Tensor, kernel: str = "") -> list[Config]:
     """Candidates for a kernel: blocks of 16 to 128 rows by 16 to 128 keys, 4 or 8 warps, 1 to 3 stages.
 
-    No block is larger than the longest axis before the last; in fp32, and where the last is longer than 128, none is
-    larger than 64. Interpreted, warps and stages mean nothing: there is one of each. A kernel of this package has the
-    neighbours of its entry.
+    No block is larger than the longest axis before the last, or the only one; in fp32, and where the last is longer
+    than 128, none is larger than 64. Interpreted, warps and stages mean nothing: there is one of each. A kernel of this
+    package has the neighbours of its entry.
 
     Example:
         >>> len(default_space(torch.empty(2, 300, 64, dtype=torch.bfloat16, device="meta")))
@@ -206,10 +206,10 @@ def default_space(x: Tensor, kernel: str = "") -> list[Config]:
     """
     interpreted = tables.architecture(x.device) == "interpreter"
     if kernel in searching.BLOCKS:
-        key = tables.key_for(x.device, Key(kernel, x.element_size(), _power(x.shape[-1])))
+        key = tables.key_for(x.device, Key(kernel, x.element_size(), _width(kernel, x)))
         return [config for _, config in searching.space(key, tables.chosen(x.device, key))]
-    longest = max(x.shape[:-1], default=1)
-    most = min(64 if x.element_size() >= 4 or x.shape[-1:] > (128,) else 128, max(16, _power(longest)))
+    longest = max(x.shape[:-1] or x.shape)
+    most = min(64 if x.element_size() >= 4 or x.shape[-1] > 128 else 128, max(16, _power(longest)))
     blocks = [block for block in (16, 32, 64, 128) if block <= most]
     rest = [(4, 1)] if interpreted else [(warps, stages) for warps in (4, 8) for stages in (1, 2, 3)]
     return [Config(m, n, *launch) for m, n in product(blocks, blocks) for launch in rest]
@@ -253,7 +253,8 @@ class _Call:
     @property
     def key(self) -> Key:
         """Where the entry stands: as the launcher asks for it; of one that does not ask, by the first tensor."""
-        found = self.asked[0] if self.asked else Key(self.kernel, self.first.element_size(), self.first.shape[-1])
+        unasked = Key(self.kernel, self.first.element_size(), _width(self.kernel, self.first))
+        found = self.asked[0] if self.asked else unasked
         return tables.key_for(self.device, found if self.width is None else found._replace(width=self.width))
 
     def in_table(self) -> Config | None:
@@ -372,6 +373,12 @@ def _ranked(call: _Call, rows: list[Tried], path: Path | None) -> Ranking:
     if path is not None:
         candidates.keep(call.device, path, {call.key: entry})
     return replace(found, entry=entry, path=path)
+
+
+def _width(kernel: str, x: Tensor) -> int:
+    """What a table has a kernel's entry by, as far as a tensor tells: 0 for those of this package without heads."""
+    ours = [key.width for key in tables.shipped_table("interpreter").entries if key.kernel == kernel]
+    return 0 if ours and not any(ours) else x.shape[-1]
 
 
 def _power(number: int) -> int:
