@@ -11,6 +11,7 @@ from cli_runs import few_cases, runner
 import flashgau
 from flashgau.cli import app, main
 from flashgau.cli.doctor import OPERATIONS
+from flashgau.eager import glu as eager_glu
 from flashgau.verification.cases import ACTIVATIONS, all_cases
 
 
@@ -75,13 +76,13 @@ def test_check_refuses_a_backend_that_cannot_run(monkeypatch, capsys):
 
 def test_check_finds_a_wrong_operation(monkeypatch):
     few_cases(monkeypatch, "glu", 49)
-    right = flashgau.glu
+    right = eager_glu.glu_forward
 
-    def glu(gate, up=None, *, activation="silu", up_activation="identity", backend=None):
-        out = right(gate, up, activation=activation, up_activation=up_activation, backend=backend)
-        return out * 1.001 if activation == "gelu" else out
+    def glu_forward(*, options, **named):
+        out, kept = right(options=options, **named)
+        return (out * 1.001 if options.activation == "gelu" else out), kept
 
-    monkeypatch.setattr(flashgau, "glu", glu)
+    monkeypatch.setattr(eager_glu, "glu_forward", glu_forward)
     result = runner.invoke(app, ["check", "--op", "glu"])
     assert result.exit_code == 1
     missed = [line for line in result.output.splitlines() if " miss" in line and line.startswith(" glu ")]
@@ -94,10 +95,10 @@ def test_check_finds_a_wrong_operation(monkeypatch):
 def test_check_survives_a_call_that_fails(monkeypatch):
     few_cases(monkeypatch, "glu")
 
-    def glu(gate, up=None, **options):
+    def glu_forward(**named):
         raise RuntimeError("the abacus\nis broken")
 
-    monkeypatch.setattr(flashgau, "glu", glu)
+    monkeypatch.setattr(eager_glu, "glu_forward", glu_forward)
     result = runner.invoke(app, ["check", "--op", "glu", "--json"])
     assert result.exit_code == 1
     rows = json.loads(result.output)["rows"]
@@ -108,8 +109,7 @@ def test_check_survives_a_call_that_fails(monkeypatch):
 
 def test_json_has_no_nan(monkeypatch):
     few_cases(monkeypatch, "glu", 1)
-    monkeypatch.setattr(flashgau, "glu", lambda gate, up=None, **options: gate * up * math.nan)
-    flashgau.glu.__name__ = "glu"
+    monkeypatch.setattr(eager_glu, "glu_forward", lambda gate, **named: (gate * math.nan, None))
     result = runner.invoke(app, ["check", "--op", "glu", "--json"])
     assert result.exit_code == 1
     json.loads(result.output, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
