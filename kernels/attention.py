@@ -161,11 +161,13 @@ def _backward(
             n_blocks, n_heads,
             E=e, BE=widths["BE"], BM=64, **FUSED_ADDITION,
         )  # fmt: skip
+    sink_deltas = None if sinks is None else torch.zeros_like(lse)
     if dq.numel():
         config = choose("attention_dq", q, width, options=extras or biased)
         n_blocks = blocks_of(sequences, m, groups, config.block_m)
         dq_kernel[(n_blocks * n_kv_heads * rows,)](
-            heads(q), heads(k), heads(v), heads(dout), *statistics, heads(dq), *sequences, *rule, n_blocks, n_kv_heads,
+            heads(q), heads(k), heads(v), heads(dout), *statistics, heads(dq), *sequences,
+            *rule._replace(sinks=sink_deltas), n_blocks, n_kv_heads,
             Sizes(**sizes, BM=config.block_m, BN=config.block_n),
             **config.launch(),
         )  # fmt: skip
@@ -190,8 +192,11 @@ def _backward(
         dbias = dbias.to(rel_bias.dtype)
     dsinks = None
     if sinks is not None:
-        share = torch.exp(sinks.float()[:, None] - torch.where(lse == -math.inf, math.inf, lse))
-        dsinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
+        alive = lse != -math.inf
+        share = torch.exp(sinks.float()[:, None] - torch.where(alive, lse, math.inf))
+        if dlse is not None:
+            sink_deltas = sink_deltas - torch.where(alive, dlse, 0)
+        dsinks = -(share * sink_deltas).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dbias, dsinks
 
 

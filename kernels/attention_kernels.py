@@ -344,15 +344,19 @@ def probabilities(b_s, b_lse):
 def dq_kernel(
     q, k, v, dout, lse, delta, dq, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
-    sinks, seed, threshold, dropout_scale, aux, n_blocks, n_kv_heads,
+    sink_deltas, seed, threshold, dropout_scale, aux, n_blocks, n_kv_heads,
     SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION, and a user's functions
 ):  # fmt: skip
-    """dQ = scale dS K of a block of rows, over the keys they see."""
+    """dQ = scale dS K of a block of rows, over the keys they see.
+
+    With sinks also rowsum(P * dP) in fp32, which is rowsum(dO * O) but for the rounding of O: the gradient of a sink is
+    a sum of it over all rows, where the terms may cancel and roundings stay.
+    """
     BM: tl.constexpr = SIZES.BM
     BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = AttentionRule(
-        scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, sinks, seed, threshold, dropout_scale,
+        scale, left, right, softcap, bias, bias_batch, bias_head, max_distance, None, seed, threshold, dropout_scale,
         aux,
     )  # fmt: skip
     i_block, i_head, i_seq, row, first_m, m, stored, first_n, n = block_of_rows(sequences, n_blocks, n_kv_heads, SIZES)
@@ -371,6 +375,7 @@ def dq_kernel(
 
     start, full_start, full_stop, stop = keys_of_block(rule, i_block, m, n, SIZES)
     b_dq = tl.zeros([BM, SIZES.BD], tl.float32)
+    b_sum = tl.zeros([BM], tl.float32)
     for phase in tl.static_range(3):
         if phase != 0 or rule.left is not None:
             lo = start if phase == 0 else (full_start if phase == 1 else full_stop)
@@ -393,9 +398,13 @@ def dq_kernel(
                     b_ds = b_dp * own_weight_slopes(b_s, SIZES) * b_slope
                 else:
                     b_ds = b_p * (b_dp - b_delta[:, None]) * b_slope
+                    if sink_deltas is not None:
+                        b_sum += tl.sum(b_p * b_dp, 1)
                 b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=SIZES.PRECISION)
     b_dq = tl.where(m_row[:, None], b_dq * rule.scale, 0.0)
     store_rows(dq, row_pointers(dq, row, o_head, first_m + o_query), o_query < stored, b_dq, SIZES.D, SIZES.BD)
+    if sink_deltas is not None:
+        tl.store(sink_deltas + o_flat, b_sum, mask=m_row)
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import backend_fixture
 from checks import check_agrees
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ CALLS = {
     "mixed_chunk_attention": mixed_chunk_calls,
 }
 data = st.data()
+backend = backend_fixture("attention")
 
 
 @pytest.fixture(params=[True, False], ids=["native", "through fp32"])
@@ -82,3 +84,16 @@ def test_the_processor_is_asked(monkeypatch, cpu, asked):
         monkeypatch.setattr(common.Path, "read_text", lambda path, **options: flags)
     assert common.native_halves.__wrapped__("cpu") == frozenset(expected)
     assert common.native_halves.__wrapped__("cuda") == common.HALVES
+
+
+def test_the_gradient_of_sinks_does_not_round_its_terms(backend):
+    """It is a sum over all rows of terms of both signs: what each is rounded by, as rowsum(dO * O) is by O, stays."""
+    q, k, v, dout = (randn(i, 2, 3, 70, 16, dtype=torch.float16) for i in range(4))
+    dlse, sinks = randn(4, 2, 3, 70), randn(5, 3).requires_grad_()
+    out, lse = flashgau.attention(q, k, v, sinks=sinks, causal=True, return_lse=True)
+    (dsinks,) = torch.autograd.grad([out, lse], sinks, [dout, dlse])
+    exact, lse = flashgau.reference.attention(*(x.double() for x in (q, k, v)), sinks=sinks.double(), causal=True,
+                                              return_lse=True)  # fmt: skip
+    terms = (sinks[:, None] - lse).exp() * (dlse - (dout * exact).sum(-1))
+    allowed = 32 * torch.finfo(torch.float32).eps * terms.abs().sum((0, 2))
+    assert ((dsinks - terms.sum((0, 2))).abs() <= allowed).all()
