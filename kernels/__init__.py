@@ -7,6 +7,7 @@ on the `eager` backend, and an explicit `backend="triton"` is refused with that 
 """
 
 import os
+import threading
 
 # Why Triton does not run a call in bf16 on a CPU: the public functions and the launchers say the same.
 NO_INTERPRETED_BF16 = "Triton's interpreter, which runs kernels on a CPU, multiplies bf16 wrongly"
@@ -17,3 +18,12 @@ SUPPORTED: dict[str, int | None] = {"attention": 256, "glu": None, "gau": 256, "
 def interpreting() -> bool:
     """Whether Triton runs kernels in Python: the variable must be set when they are imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class _Executed(threading.local):
+    """The GPU for which kernels on CPU tensors are compiled and then executed, in this thread (`flashgau.ptx`)."""
+
+    target: str | None = None
+
+
+executed = _Executed()

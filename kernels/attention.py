@@ -83,7 +83,7 @@ def _forward(
     parts, sums = heads(out), lse if softmax else None
     if n_parts is not None:
         every = q.new_empty(n_parts, b, n_heads, m, e, dtype=torch.float32)
-        parts = heads(every[0])
+        parts = heads(every.flatten(0, 1))
         sums = q.new_empty(2, n_parts, b, n_heads, m, dtype=torch.float32) if softmax else None
     sizes = {"GROUPS": groups, "D": d, "E": e, **widths, "PRECISION": matmul_precision(q.dtype)}
     forward_kernel[(n_blocks * per_block, n_parts or 1)](

@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "tables": set(),
     **FLOORS,
     "tuning": {"kernels", "tables"},
+    "ptx": {"tuning", "kernels", "tables"},
     "ops": {"tables", *FLOORS},
     "nn": OPS,
     "models": {"nn", *OPS},
@@ -27,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": {"nn", *OPS},
     "training": {"models", "nn", *OPS},
     "testing": {"ops"},
-    "verification": {"nn", "ops", "tuning", "tables", "reference", "kernels"},
+    "verification": {"nn", "ops", "ptx", "tuning", "tables", "reference", "kernels"},
     "cli": {"bench", "verification", "training", "convert", "models", "nn", "tuning", *OPS},
 }
 

@@ -1,0 +1,255 @@
+"""PTX's arithmetic on numpy arrays: exact where PTX is exact, and what hardware is free in as `Freedom` chooses.
+
+Halves are held as their bits in uint16: numpy has no bfloat16, and fp16 is held alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+_TINY = np.float32(np.finfo(np.float32).tiny)
+
+
+# ---- fp32 ----
+
+
+def flushed(x: Array) -> Array:
+    """Subnormal numbers become zeros of their sign (`.ftz`)."""
+    return np.where(np.abs(x) < _TINY, np.copysign(np.float32(0), x), x)
+
+
+def saturated(x: Array) -> Array:
+    """Clamped to [0, 1], NaN to 0 (`.sat`)."""
+    return np.where(np.isnan(x), np.float32(0), np.clip(x, np.float32(0), np.float32(1)))
+
+
+def _odd(rounded: Array, error: Array) -> Array:
+    """fp64 that was rounded to nearest, by `error` less than exact: as if rounded to odd, which survives another
+    rounding to a shorter format (Boldo and Melquiond 2008)."""
+    bits = rounded.view(np.int64)
+    towards_zero = (error != 0) & ((error < 0) != (rounded < 0))
+    return np.where(error != 0, (bits - towards_zero) | 1, bits).view(np.float64)
+
+
+def fma(a: Array, b: Array, c: Array) -> Array:
+    """a b + c, rounded once (to nearest even) to fp32."""
+    product, addend = a.astype(np.float64) * b, c.astype(np.float64)  # the product is exact
+    total = product + addend
+    narrow = total.astype(np.float32)
+    # Rounding twice is wrong only where fp64 lies halfway between two fp32 numbers, or these are subnormal.
+    doubtful = ((total.view(np.int64) & 0x1FFFFFFF) == 0x10000000) | (np.abs(total) < 2 * _TINY)
+    if doubtful.any():
+        back = total - product
+        error = (product - (total - back)) + (addend - back)
+        error = np.where(np.isfinite(error), error, 0)
+        narrow = np.where(doubtful, _odd(total, error).astype(np.float32), narrow)
+    return narrow
+
+
+def larger(a: Array, b: Array) -> Array:
+    """max: a NaN loses, and +0 is more than -0."""
+    return np.where(a == b, (a.view(np.uint32) & b.view(np.uint32)).view(np.float32), np.fmax(a, b))
+
+
+def smaller(a: Array, b: Array) -> Array:
+    """min, likewise."""
+    return np.where(a == b, (a.view(np.uint32) | b.view(np.uint32)).view(np.float32), np.fmin(a, b))
+
+
+# ---- halves ----
+
+
+def widened(bits: Array, kind: str) -> Array:
+    """fp32 of halves' bits: "bf16" or "f16"."""
+    if kind == "bf16":
+        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return np.ascontiguousarray(bits).view(np.float16).astype(np.float32)
+
+
+def halved(x: Array, kind: str, *, towards_zero: bool = False, relu: bool = False) -> Array:
+    """Bits of the nearest half (to even), or of the next one towards zero; NaN is PTX's 0x7FFF."""
+    if relu:
+        x = np.where(x > 0, x, np.where(np.isnan(x), x, np.float32(0)))
+    if kind == "f16":
+        bits = _fp16_towards_zero(x) if towards_zero else x.astype(np.float16).view(np.uint16)
+        return np.where(np.isnan(x), np.uint16(0x7FFF), bits)
+    bits = x.view(np.uint32)
+    if not towards_zero:
+        bits = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return np.where(np.isnan(x), np.uint16(0x7FFF), (bits >> np.uint32(16)).astype(np.uint16))
+
+
+def _fp16_towards_zero(x: Array) -> Array:
+    near = x.astype(np.float16)
+    too_far = np.abs(near.astype(np.float32)) > np.abs(x)
+    return near.view(np.uint16) - too_far.astype(np.uint16)
+
+
+def half_fma(a: Array, b: Array, c: Array, kind: str) -> Array:
+    """a b + c of halves' bits, rounded once."""
+    a, b, c = (widened(x, kind).astype(np.float64) for x in (a, b, c))
+    product = a * b
+    total = product + c
+    back = total - product
+    error = (product - (total - back)) + (c - back)
+    exact = _odd(total, np.where(np.isfinite(error), error, 0))
+    narrow = exact.astype(np.float32)
+    missed = exact - narrow.astype(np.float64)
+    bits = narrow.view(np.int32)
+    towards_zero = (missed != 0) & ((missed < 0) != (narrow < 0))
+    odd = np.where(np.isfinite(narrow) & (missed != 0), (bits - towards_zero) | 1, bits).astype(np.int32)
+    return halved(odd.view(np.float32), kind)
+
+
+# ---- integers ----
+
+
+def quotient(a: Array, b: Array) -> Array:
+    """Integer division, truncated; by 0 it is unspecified in PTX, and here all ones."""
+    zero = b == 0
+    b = np.where(zero, b.dtype.type(1), b)
+    if a.dtype.kind == "u":
+        found = a // b
+    else:
+        found = np.abs(a) // np.abs(b)
+        found = np.where((a < 0) != (b < 0), -found, found)
+    return np.where(zero, a.dtype.type(0) - a.dtype.type(1), found)
+
+
+def remainder(a: Array, b: Array) -> Array:
+    """a - b (a / b), of the sign of a."""
+    return a - b * quotient(a, b)
+
+
+def high_product(a: Array, b: Array) -> Array:
+    """The upper half of a product of 32-bit or 64-bit integers."""
+    if a.dtype.itemsize == 4:
+        wide = np.int64 if a.dtype.kind == "i" else np.uint64
+        return ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(a.dtype)
+    return np.array([(int(x) * int(y)) >> 64 for x, y in zip(a, b, strict=True)]).astype(object).astype(a.dtype)
+
+
+def shifted_left(a: Array, by: Array) -> Array:
+    """Amounts of the width and more give 0."""
+    width = a.dtype.itemsize * 8
+    amount = np.minimum(by, by.dtype.type(width - 1)).astype(a.dtype)
+    return np.where(by >= width, a.dtype.type(0), a << amount)
+
+
+def shifted_right(a: Array, by: Array) -> Array:
+    """Signed numbers keep their sign; amounts of the width and more give 0, or the sign in every bit."""
+    width = a.dtype.itemsize * 8
+    amount = np.minimum(by, by.dtype.type(width - 1)).astype(a.dtype)
+    if a.dtype.kind == "i":
+        return a >> amount
+    return np.where(by >= width, a.dtype.type(0), a >> amount)
+
+
+def field_of(a: Array, start: Array, length: Array) -> Array:
+    """bfe: `length` bits from `start` on, sign-extended for signed types."""
+    width = a.dtype.itemsize * 8
+    start, length = (start & 0xFF).astype(np.int64), (length & 0xFF).astype(np.int64)
+    place = np.arange(width, dtype=np.int64)[:, None]
+    unsigned = a.view(f"u{a.dtype.itemsize}").astype(np.uint64)
+    if start.ndim == 0 or ((start == start.flat[0]).all() and (length == length.flat[0]).all()):
+        first, count = int(start.flat[0]), int(length.flat[0])
+        taken = (unsigned >> np.uint64(min(first, 63))) & np.uint64((1 << count) - 1)
+        if first >= width:
+            taken = np.zeros_like(taken)
+        if a.dtype.kind == "i" and count:
+            last = min(first + count - 1, width - 1)
+            negative = (unsigned >> np.uint64(last)) & np.uint64(1) == 1
+            fill = np.uint64(((1 << width) - 1) & ~((1 << max(last - first + 1, 0)) - 1))
+            taken = np.where(negative, taken | fill, taken)
+        return taken.astype(unsigned.dtype).astype(f"u{a.dtype.itemsize}").view(a.dtype)
+    bit = np.minimum(start + length - 1, width - 1).astype(np.uint64)
+    sign = (unsigned >> bit) & np.uint64(1) if a.dtype.kind == "i" else np.zeros_like(unsigned)
+    source = start + place
+    bits = np.where(source < width, (unsigned >> np.minimum(source, 63).astype(np.uint64)) & np.uint64(1), sign)
+    bits = np.where(place < length, bits, np.where(length > 0, sign, np.uint64(0)))
+    total = (bits << place.astype(np.uint64)).sum(0, dtype=np.uint64)
+    return total.astype(f"u{a.dtype.itemsize}").view(a.dtype)
+
+
+def inserted(a: Array, b: Array, start: Array, length: Array) -> Array:
+    """bfi: `length` bits of a put into b from `start` on."""
+    width = np.uint64(a.dtype.itemsize * 8)
+    start, length = (start & 0xFF).astype(np.uint64), np.minimum((length & 0xFF).astype(np.uint64), width)
+    ones = np.where(length >= 64, ~np.uint64(0), (np.uint64(1) << np.minimum(length, np.uint64(63))) - np.uint64(1))
+    mask = np.where(start >= width, np.uint64(0), ones << np.minimum(start, np.uint64(63)))
+    moved = np.where(start >= width, np.uint64(0), a.astype(np.uint64) << np.minimum(start, np.uint64(63)))
+    return ((b.astype(np.uint64) & ~mask) | (moved & mask)).astype(a.dtype)
+
+
+def permuted(a: Array, b: Array, selector: Array) -> Array:
+    """prmt: four bytes chosen from the eight of a and b, or their signs."""
+    source = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
+    found = np.zeros_like(source)
+    for i in range(4):
+        choice = (selector.astype(np.uint64) >> np.uint64(4 * i)) & np.uint64(15)
+        byte = (source >> (np.uint64(8) * (choice & np.uint64(7)))) & np.uint64(0xFF)
+        sign = np.where(byte >= 128, np.uint64(0xFF), np.uint64(0))
+        found |= np.where(choice >= 8, sign, byte) << np.uint64(8 * i)
+    return found.astype(np.uint32)
+
+
+def to_integer(x: Array, kind: str, rounding: str) -> Array:
+    """cvt of a float to an integer: NaN gives 0, what is out of range the nearest that is in it."""
+    steps = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+    whole = np.where(np.isnan(x), 0.0, steps[rounding](x.astype(np.float64)))
+    dtype = np.dtype(f"{'i' if kind[0] == 's' else 'u'}{int(kind[1:]) // 8}")
+    limits = np.iinfo(dtype)
+    inside = np.clip(whole, float(limits.min), float(limits.max))
+    top = inside >= float(limits.max)
+    return np.where(top, limits.max, np.where(top, 0, inside).astype(dtype)).astype(dtype)
+
+
+# ---- what hardware is free in ----
+
+
+@dataclass
+class Freedom:
+    """Choices that PTX leaves to hardware.
+
+    Attributes:
+        seed: of the errors of approximate functions, within the bounds that PTX documents; None for correct rounding.
+        descending: whether products of a matrix instruction are added up from the last to the first, each sum in fp32;
+            None lets numpy add them in the order that suits it.
+    """
+
+    seed: int | None = None
+    descending: bool | None = None
+    _generator: np.random.Generator = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._generator = np.random.default_rng(self.seed)
+
+    def approximate(self, function: str, *args: Array) -> Array:
+        """An approximate function of fp32: `ex2`, `lg2`, `rcp`, `rsqrt`, `sqrt`, `sin`, `cos`, `tanh` or `div`."""
+        compute, relative, absolute = _APPROXIMATE[function]
+        exact = compute(*(x.astype(np.float64) for x in args))
+        if self.seed is not None:
+            error = self._generator.uniform(-1, 1, exact.shape)
+            kept = np.isfinite(exact) & (exact != 0) & (exact != 1)
+            near_one = np.abs(np.log2(np.abs(args[0]))) < 1 if function == "lg2" else True
+            bound = np.where(near_one, absolute, 0) + relative * np.abs(exact)
+            exact = np.where(kept, exact + error * bound, exact)
+        return exact.astype(np.float32)
+
+
+# Function, largest relative and absolute error: PTX ISA 8.7, section 9.7.3. An ulp counts as 2^-23 of the value.
+_APPROXIMATE: dict[str, tuple[Any, float, float]] = {
+    "ex2": (np.exp2, 2**-22.0, 0.0),
+    "lg2": (np.log2, 2**-22.0, 2**-22.0),
+    "rcp": (lambda x: 1 / x, 2**-23.0, 0.0),
+    "rsqrt": (lambda x: 1 / np.sqrt(x), 2**-22.9, 0.0),
+    "sqrt": (np.sqrt, 2**-23.0, 0.0),
+    "sin": (np.sin, 0.0, 2**-20.5),
+    "cos": (np.cos, 0.0, 2**-20.5),
+    "tanh": (np.tanh, 2**-11.0, 0.0),
+    "div": (lambda x, y: x / y, 2**-22.0, 0.0),
+}
