@@ -18,6 +18,7 @@ from torch import Tensor
 from flashgau import tables
 from flashgau.options import takes_fields
 from flashgau.tables.config import FUSED_ADDITION as FUSED_ADDITION  # for every launch of a kernel
+from flashgau.tables.config import SEPARATE_ADDITION as SEPARATE_ADDITION  # but of this kind
 from flashgau.tables.config import Choose, Config
 
 from . import NO_INTERPRETED_BF16, interpreting

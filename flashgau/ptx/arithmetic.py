@@ -29,6 +29,7 @@ class Arithmetic(Operands):
             text = form.format(*values)
             text = f"n.flushed({text})" if "ftz" in parts else text
             text = f"n.saturated({text})" if "sat" in parts else text
+            text = f"n.canonical({text})" if kind == "f32" and parts[0] not in ("abs", "neg", "copysign") else text
             self._store(target, text, kind, spread=self._spreads(*operands))
         elif kind in _HALVES:
             half = kind.removesuffix("x2")

@@ -150,15 +150,19 @@ class Machine:
     def _next(self, counter: Array, runnable: Array) -> tuple[int, Array | None]:
         """Where to go on, and with which threads; None for all."""
         if self.generator is None:
-            step = int(counter[runnable].min())
+            step = self._first(counter[runnable])
             active = runnable & (counter == step)
         else:
             warp = int(self.generator.choice(self.kernel_warps(runnable)))
             mine = np.zeros(self.lanes, bool)
             mine[32 * warp : 32 * warp + 32] = True
-            step = int(counter[runnable & mine].min())
+            step = self._first(counter[runnable & mine])
             active = runnable & mine & (counter == step)
         return step, None if active.all() else active
+
+    def _first(self, steps: Array) -> int:
+        """The one that goes first."""
+        return int(steps[self.program.rank[steps].argmin()])
 
     def _stuck(self, counter: Array) -> None:
         """Nobody can go on: some wait for a barrier that the others do not reach."""

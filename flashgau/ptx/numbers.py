@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+_NAN = np.uint32(0x7FFFFFFF).view(np.float32)
 _TINY = np.float32(np.finfo(np.float32).tiny)
 
 
@@ -20,6 +21,12 @@ _TINY = np.float32(np.finfo(np.float32).tiny)
 def flushed(x: Array) -> Array:
     """Subnormal numbers become zeros of their sign (`.ftz`)."""
     return np.where(np.abs(x) < _TINY, np.copysign(np.float32(0), x), x)
+
+
+def canonical(x: Array) -> Array:
+    """Every NaN becomes PTX's."""
+    wrong = np.isnan(x)
+    return np.where(wrong, _NAN, x) if wrong.any() else x
 
 
 def saturated(x: Array) -> Array:

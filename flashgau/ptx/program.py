@@ -22,6 +22,7 @@ class Program:
     shared_granule: of that to shared memory.
     classes: of each basic block, how many instructions of each class it has.
     flops: of each basic block's matrix instructions, for one warp.
+    rank: of each basic block: threads of a warp that parted meet again if the lower rank goes first.
     """
 
     def __init__(self, ptx: str) -> None:
@@ -37,6 +38,7 @@ class Program:
         starts = [*self.kernel.starts, len(self.kernel.instructions)]
         spans = [self.kernel.instructions[a:b] for a, b in pairwise(starts)]
         self.classes = [Counter(class_of(x.name) for x in span) for span in spans]
+        self.rank = _ranks([self._next(block) for block in range(len(spans))])
         self.flops = [sum(_flops(x.name) for x in span) for span in spans]
 
     def function(self, block: int, masked: bool) -> Callable[..., Any]:
@@ -45,6 +47,15 @@ class Program:
         if key not in self._functions:
             self._functions[key] = self._translator.function(block, masked)
         return self._functions[key]
+
+    def _next(self, block: int) -> list[int]:
+        """The blocks that may come after one."""
+        kernel, starts = self.kernel, self.kernel.starts
+        last = kernel.instructions[(*starts, len(kernel.instructions))[block + 1] - 1]
+        found = [] if last.parts[0] in ("bra", "ret", "exit") and last.predicate is None else [block + 1]
+        if last.parts[0] == "bra":
+            found.append(starts.index(kernel.labels[str(last.operands[0])]))
+        return [x for x in found if x < len(starts)]
 
     def _granule(self, space: str) -> int:
         """Bytes of the narrowest access, at most 4: the cells of a shadow."""
@@ -104,3 +115,57 @@ def _flops(name: str) -> int:
         return 0
     m, n, k = (int(x) for x in shape.groups())
     return 2 * m * n * k // (4 if name.startswith("wgmma") else 1)
+
+
+def _ranks(following: list[list[int]]) -> np.ndarray[Any, Any]:
+    """Numbers of the blocks of a control-flow graph in a weak topological order (Bourdoncle 1993): both sides of a
+    branch come before what follows both, and a whole loop before what comes after it."""
+    order: list[int] = []
+
+    def visit(nodes: set[int], entries: list[int]) -> None:
+        for head, *rest in _components(nodes, entries, following):
+            order.append(head)
+            if rest:
+                visit(set(rest), following[head])
+
+    visit(set(range(len(following))), [0])
+    left = [n for n in range(len(following)) if n not in set(order)]
+    ranks = np.empty(len(following), np.int64)
+    ranks[[*order, *left]] = np.arange(len(following))
+    return ranks
+
+
+def _components(nodes: set[int], entries: list[int], following: list[list[int]]) -> list[list[int]]:
+    """Strongly connected components of the nodes that can be reached from `entries`, in topological order, each with
+    the node that is reached first at its head (Tarjan 1972)."""
+    number: dict[int, int] = {}
+    low: dict[int, int] = {}
+    path: list[int] = []
+    found: list[list[int]] = []
+    for entry in (e for e in entries if e in nodes):
+        open_nodes = [] if entry in number else [(entry, iter(following[entry]))]
+        while open_nodes:
+            node, others = open_nodes[-1]
+            if node not in number:
+                number[node] = low[node] = len(number)
+                path.append(node)
+            deeper = None
+            for other in others:
+                if other in nodes and other not in number:
+                    deeper = other
+                    break
+                if other in nodes and low[other] >= 0:  # on the path
+                    low[node] = min(low[node], number[other])
+            if deeper is not None:
+                open_nodes.append((deeper, iter(following[deeper])))
+                continue
+            open_nodes.pop()
+            if open_nodes:
+                before = open_nodes[-1][0]
+                low[before] = min(low[before], low[node])
+            if low[node] == number[node]:
+                first = path.index(node)
+                found.append(path[first:])
+                low |= dict.fromkeys(path[first:], -1)
+                del path[first:]
+    return found[::-1]
