@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flashgau.cli.console import FAILURE, USAGE, dump_json, fail, make_console, make_table, seconds, usable_device
 from flashgau.cli.doctor import OPERATIONS
+from flashgau.cli.executed import executed
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +93,19 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
     thorough: Annotated[bool, typer.Option("--thorough", help="Every option at many lengths.")] = False,
     seed: Annotated[int, typer.Option(help="Draw other values.", metavar="N", min=0, max=2**64 - 1)] = 0,
+    execute: Annotated[
+        str | None,
+        typer.Option(help="Compile the kernels for these GPUs, and execute what the compiler gives.", metavar="NAMES"),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="With --execute: only bf16, fp16 or fp32.", metavar="NAME")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="With --execute: each kernel once, in bf16.")] = False,
+    counts: Annotated[bool, typer.Option("--counts", help="With --execute: what each case did.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="With --execute: keep rows here; go on where it stopped.", metavar="FILE")
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(metavar="N", min=0, max=1024, help="With --execute: how many run at once; 0 for all.")
+    ] = 0,
 ) -> None:
     """Hold every operation and option to the fp64 reference on this machine.
 
@@ -99,17 +114,33 @@ def check(
     PyTorch's, and what is allowed, for the tensor of each case that comes nearest to it. Where Triton runs, so does
     every launch configuration in the tables of the device. Exit status 1 if a case misses.
 
+    With --execute no GPU is needed: the kernels are compiled for one (sm_80, sm_90), in every configuration that is
+    shipped for it and with every option, and their PTX is executed. Races, stray accesses and early reads are errors.
+
     \b
     Examples:
       flashgau check
       flashgau check --op attention --backend eager
       flashgau check --device cuda --thorough
       flashgau check --json > check.json
+      flashgau check --execute sm_80,sm_90 --quick
     """
     if op is not None and op not in OPERATIONS:
         fail("check", f"no operation is called {op!r}; there are {', '.join(OPERATIONS)}", USAGE)
     if backend is not None and backend not in BACKENDS:
         fail("check", f"no backend is called {backend!r}; there are {', '.join(BACKENDS)}", USAGE)
+
+    if execute is not None:
+        if device != "cpu" or backend is not None or thorough or seed:
+            fail(
+                "check",
+                "--execute runs Triton's kernels on the CPU: expected no --device, --backend, --thorough, --seed",
+                USAGE,
+            )
+        executed(execute, op, dtype, quick, counts, out, processes, as_json)
+        return
+    if dtype is not None or quick or counts or out is not None or processes:
+        fail("check", "--dtype, --quick, --counts, --out and --processes come with --execute", USAGE)
 
     from flashgau.verification.checking import select
 

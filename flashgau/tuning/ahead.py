@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -249,21 +249,36 @@ def compile_all(work: list[Job], processes: int | None = None) -> Iterator[Row]:
 
 def compile_each(work: list[Job], processes: int | None = None) -> Iterator[tuple[Job, Row]]:
     """Compile in parallel; jobs and their rows come as they are done. What crashes the compiler is not ok."""
+    return in_processes(compile_one, lambda job: _row(job)(reason="the compiler crashed"), work, processes)
+
+
+Work = TypeVar("Work", bound=Hashable)
+Result = TypeVar("Result")
+
+
+def in_processes(
+    function: Callable[[Work], Result], crashed: Callable[[Work], Result], work: list[Work], processes: int | None
+) -> Iterator[tuple[Work, Result]]:
+    """Run in parallel, in processes that compile kernels even if this one interprets them; what is done comes as it is.
+
+    What takes a process down has `crashed` as its result.
+    """
     left = dict.fromkeys(work)
-    for job, row in _in_processes(work, processes or os.cpu_count() or 1):
-        del left[job]
-        yield job, row
-    for job in left:  # a crash took the pool down: each of the rest on its own
-        yield next(_in_processes([job], 1), (job, _row(job)(reason="the compiler crashed")))
+    for one, result in _until_a_crash(function, work, processes or os.cpu_count() or 1):
+        del left[one]
+        yield one, result
+    for one in left:  # a crash took the pool down: each of the rest on its own
+        yield next(_until_a_crash(function, [one], 1), (one, crashed(one)))
 
 
-def _in_processes(work: list[Job], processes: int) -> Iterator[tuple[Job, Row]]:
-    """The jobs that end before a process dies."""
+def _until_a_crash(
+    function: Callable[[Work], Result], work: list[Work], processes: int
+) -> Iterator[tuple[Work, Result]]:
     # Ctrl-C reaches every process of a terminal; the one that waits for them ends the work.
     ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=ignore) as pool:
         with _not_interpreting():  # the processes start while work is submitted
-            waiting = {pool.submit(compile_one, job): job for job in work}
+            waiting = {pool.submit(function, one): one for one in work}
         try:
             for done in as_completed(waiting):
                 yield waiting[done], done.result()

@@ -22,6 +22,7 @@ class Row:
     """The verdict on one case, with the errors of its worst tensor: the one nearest to, or past, its tolerance.
 
     `verdict` is "ok", "miss" (an error past its tolerance) or "error" (the call itself failed: see `detail`).
+    `counts` is what executed kernels did.
     """
 
     op: str
@@ -36,6 +37,7 @@ class Row:
     tolerance: float | None = None
     detail: str = ""
     tensors: tuple[dict[str, Any], ...] = ()
+    counts: dict[str, Any] | None = None
 
     @property
     def ok(self) -> bool:
@@ -78,7 +80,8 @@ def select(op: str | None, backend: str | None, device: torch.device, thorough: 
     return pairs
 
 
-def _row(case: CheckCase, backend: str, device: torch.device, seed: int) -> Row:
+def held_row(case: CheckCase, backend: str, device: torch.device, seed: int) -> Row:
+    """The verdict on one case."""
     row = Row(case.op, case.options, case.shape, case.dtype, backend, verdict="error")
     try:
         report = _report(case, backend, device, seed)
@@ -129,7 +132,7 @@ def run_cases(
     """Run each (case, backend) and return its row; `on_row` is told of each as it comes."""
     rows = []
     for case, backend in pairs:
-        row = _row(case, backend, device, seed)
+        row = held_row(case, backend, device, seed)
         rows.append(row)
         if on_row is not None:
             on_row(row)
