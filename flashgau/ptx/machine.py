@@ -153,9 +153,10 @@ class Machine:
             step = self._first(counter[runnable])
             active = runnable & (counter == step)
         else:
-            warp = int(self.generator.choice(self.kernel_warps(runnable)))
+            together = self.program.together  # a warp, or the warpgroup that multiplies
+            first = int(self.generator.choice(np.flatnonzero(runnable))) // together * together
             mine = np.zeros(self.lanes, bool)
-            mine[32 * warp : 32 * warp + 32] = True
+            mine[first : first + together] = True
             step = self._first(counter[runnable & mine])
             active = runnable & mine & (counter == step)
         return step, None if active.all() else active

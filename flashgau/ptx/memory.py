@@ -54,12 +54,12 @@ class Global:
         total = size * count
         inside = (offset >= 0) & (offset <= len(self.bytes) - total)
         offset = np.where(active & inside, offset, 0)
-        good = inside & self.allowed[offset] & self.allowed[offset + (total - 1)]
-        if not (good | ~active).all():
-            report("outside", f"{total} bytes outside every tensor", active & ~good, address)
         crooked = (offset & (total - 1)) != 0
         if (crooked & active).any():
             report("misaligned", f"{total} bytes at no multiple of {total}", active & crooked, address)
+        good = inside & self.allowed[offset] & self.allowed[offset + (total - 1)]
+        if not (good | ~active).all():
+            report("outside", f"{total} bytes outside every tensor", active & ~good, address)
         return offset
 
     def _cells(self, offset: Array, total: int, active: Array) -> list[Array]:
@@ -191,11 +191,11 @@ class Shared:
         self, cell: Array, lane: Array, blame: Callable[[str, str, Array], None], *, note: bool = True
     ) -> None:
         """Threads `lane` read `cell`."""
+        if self.copies and self.arriving[cell].any():
+            blame("early read", "a copy to it was not waited for", self.arriving[cell] > 0)
         written = self.write_time[cell]
         if not written.all():
             blame("unwritten", "nothing was written there before", written == 0)
-        if self.copies and self.arriving[cell].any():
-            blame("early read", "a copy to it was not waited for", self.arriving[cell] > 0)
         now = self.clock[lane]
         recent = written == now
         if recent.any():

@@ -22,6 +22,7 @@ class Program:
     shared_granule: of that to shared memory.
     classes: of each basic block, how many instructions of each class it has.
     flops: of each basic block's matrix instructions, for one warp.
+    together: threads that always run together: a warp, or a warpgroup where such multiply.
     rank: of each basic block: threads of a warp that parted meet again if the lower rank goes first.
     """
 
@@ -38,6 +39,7 @@ class Program:
         starts = [*self.kernel.starts, len(self.kernel.instructions)]
         spans = [self.kernel.instructions[a:b] for a, b in pairwise(starts)]
         self.classes = [Counter(class_of(x.name) for x in span) for span in spans]
+        self.together = 128 if any(x.name.startswith("wgmma") for x in self.kernel.instructions) else 32
         self.rank = _ranks([self._next(block) for block in range(len(spans))])
         self.flops = [sum(_flops(x.name) for x in span) for span in spans]
 
