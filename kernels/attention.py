@@ -25,7 +25,6 @@ from .attention_kernels import (
 )
 from .common import (
     FUSED_ADDITION,
-    SEPARATE_ADDITION,
     Choose,
     Config,
     Sizes,
@@ -160,7 +159,7 @@ def _backward(
         delta_kernel[(n_blocks * n_heads * rows,)](
             heads(dout), heads(out), lse, dlse if dlse is None else dlse.contiguous(), delta, *sequences,
             n_blocks, n_heads,
-            E=e, BE=widths["BE"], BM=64, **SEPARATE_ADDITION,
+            E=e, BE=widths["BE"], BM=64, **FUSED_ADDITION,
         )  # fmt: skip
     sink_deltas = None if sinks is None else torch.zeros_like(lse)
     if dq.numel():

@@ -34,6 +34,7 @@ from .common import (
     keys_seen,
     load_rows,
     place,
+    products,
     row_pointers,
     rows_seeing,
     store_rows,
@@ -326,7 +327,7 @@ def delta_kernel(
     m_row = o_query < m
     b_dout = load_rows(dout, row_pointers(dout, row, i_head, first_m + o_query), m_row, E, BE, False)
     b_out = load_rows(out, row_pointers(out, row, i_head, first_m + o_query), m_row, E, BE, False)
-    b_delta = tl.sum(b_dout.to(tl.float32) * b_out.to(tl.float32), 1)
+    b_delta = tl.sum(products(b_dout.to(tl.float32), b_out.to(tl.float32)), 1)
     o_flat = row_offsets(sequences, i_seq, i_head, n_heads, o_query, i_head, first_m, row)
     if dlse is not None:  # it may be NaN for a row without visible keys
         b_lse = tl.load(lse + o_flat, mask=m_row, other=-float("inf"))
@@ -399,7 +400,7 @@ def dq_kernel(
                 else:
                     b_ds = b_p * (b_dp - b_delta[:, None]) * b_slope
                     if sink_deltas is not None:
-                        b_sum += tl.sum(b_p * b_dp, 1)
+                        b_sum += tl.sum(products(b_p, b_dp), 1)
                 b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=SIZES.PRECISION)
     b_dq = tl.where(m_row[:, None], b_dq * rule.scale, 0.0)
     store_rows(dq, row_pointers(dq, row, o_head, first_m + o_query), o_query < stored, b_dq, SIZES.D, SIZES.BD)

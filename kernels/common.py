@@ -18,7 +18,6 @@ from torch import Tensor
 from flashgau import tables
 from flashgau.options import takes_fields
 from flashgau.tables.config import FUSED_ADDITION as FUSED_ADDITION  # for every launch of a kernel
-from flashgau.tables.config import SEPARATE_ADDITION as SEPARATE_ADDITION  # but of this kind
 from flashgau.tables.config import Choose, Config
 
 from . import NO_INTERPRETED_BF16, interpreting
@@ -354,6 +353,13 @@ def is_visible(visible, o_position, o_key, n):
     if visible.left is not None:
         m_seen &= o_key >= o_position - visible.left
     return m_seen
+
+
+@triton.jit
+def products(b_a, b_b):
+    """a * b of fp32, rounded, to be summed over threads. Fused into the first of these sums, each thread's own product
+    would stay unrounded and its neighbour's not, and threads that hold the same sum would have other last bits."""
+    return b_a * b_b + 0.0
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from .common import (
     is_visible,
     matmul_precision,
     place,
+    products,
     row_pointers,
     toeplitz,
 )
@@ -191,7 +192,7 @@ def prologue_kernel(
             store_tile(dx, row_pointers(dx, row, 0, first_m + o_query), m_stored, o_column, b_dx, E, BE)
             p_dgate = row_pointers(dgate, row, 0, first_m + o_query)
             store_tile(dgate, p_dgate, m_stored, o_column, b_do * b_x, E, BE)
-        b_delta += tl.sum(b_dx * b_x, 1)
+        b_delta += tl.sum(products(b_dx, b_x), 1)
     if delta is not None:
         tl.store(delta + tl.cast(row, tl.int64) * max_seqlen_q + first_m + o_query, b_delta, mask=m_row)
 

@@ -35,6 +35,7 @@ from .common import (
     first_slot,
     load_rows,
     place,
+    products,
     row_pointers,
     store_rows,
 )
@@ -537,7 +538,7 @@ def step_kernel(
     b_lin_q = tl.load(row_pointers(lin_q, i_row, 0, 0) + o_s * lin_q.column, mask=m_s, other=0.0).to(tl.float32)
     m_state = m_s[:, None] & m_column[None, :]
     b_kv = tl.load(state_pointers(kv, i_row, o_s, o_column, SIZES.S, SIZES.E), mask=m_state, other=0.0)
-    b_out = tl.sum(b_lin_q[:, None] * b_kv, 0)
+    b_out = tl.sum(products(b_lin_q[:, None], b_kv), 0)
     if lin_inv_norm is not None:
         b_out *= lin_inv_norm
     else:
@@ -547,9 +548,9 @@ def step_kernel(
         b_quad_k = join_token(quad_k, held_quad_k, i_row, place, o_chunk, o_s, SIZES.C, SIZES.S)
         b_lin_k = join_token(lin_k, held_lin_k, i_row, place, o_chunk, o_s, SIZES.C, SIZES.S)
         b_v = join_token(v, held_v, i_row, place, o_chunk, o_column, SIZES.C, SIZES.E)
-        b_s = tl.sum(b_quad_k.to(tl.float32) * b_quad_q[None, :], 1)
+        b_s = tl.sum(products(b_quad_k.to(tl.float32), b_quad_q[None, :]), 1)
         b_a = probs(scores(b_s, inv_norm, rule, p_bias, place + 0 * o_chunk, o_chunk, place + 1, True), 0.0, SCORE)
-        b_out += tl.sum(b_a[:, None] * b_v.to(tl.float32), 0)
+        b_out += tl.sum(products(b_a[:, None], b_v.to(tl.float32)), 0)
         if full:
             b_kv = tl.dot(b_lin_k.T, b_v, b_kv, input_precision=SIZES.PRECISION)
         keep_chunk(new_v, b_v, i_row, full, o_chunk, o_column, SIZES.C, SIZES.E)

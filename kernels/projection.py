@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashgau.options import Angles, ProjectionWeights
 
-from .common import VARYING, Choose, Config, chosen_by, launcher
+from .common import VARYING, Choose, Config, chosen_by, launcher, products
 from .glu import Matrix, activate, block_of, elementwise, load, places, slope, store
 
 
@@ -111,7 +111,7 @@ def heads_backward_kernel(
             b_d = tl.where(turns, b_d * b_cos - b_other * b_sin, b_d)
         b_dz += b_d * tl.load(gamma + h * S + o_channel, mask=m_channel, other=0.0).to(tl.float32)[None, :]
         o_sum = (tl.program_id(0).to(tl.int64) * H + h) * S + o_channel
-        tl.store(dgamma + o_sum, tl.sum(b_d * activate(b_z, "silu"), 0), mask=m_channel)
+        tl.store(dgamma + o_sum, tl.sum(products(b_d, activate(b_z, "silu")), 0), mask=m_channel)
         tl.store(dbeta + o_sum, tl.sum(b_d, 0), mask=m_channel)
     b_dz *= slope(b_z, "silu")
     tl.store(places(dz, o_row, o_channel), b_dz.to(dz.pointer.dtype.element_ty), mask=mask)

@@ -5,7 +5,7 @@ Halves are held as their bits in uint16: numpy has no bfloat16, and fp16 is held
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -230,22 +230,26 @@ class Freedom:
 
     seed: int | None = None
     descending: bool | None = None
-    _generator: np.random.Generator = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._generator = np.random.default_rng(self.seed)
 
     def approximate(self, function: str, *args: Array) -> Array:
         """An approximate function of fp32: `ex2`, `lg2`, `rcp`, `rsqrt`, `sqrt`, `sin`, `cos`, `tanh` or `div`."""
         compute, relative, absolute = _APPROXIMATE[function]
         exact = compute(*(x.astype(np.float64) for x in args))
         if self.seed is not None:
-            error = self._generator.uniform(-1, 1, exact.shape)
+            error = _scattered(args[0], self.seed)
             kept = np.isfinite(exact) & (exact != 0) & (exact != 1)
             near_one = np.abs(np.log2(np.abs(args[0]))) < 1 if function == "lg2" else True
             bound = np.where(near_one, absolute, 0) + relative * np.abs(exact)
             exact = np.where(kept, exact + error * bound, exact)
         return exact.astype(np.float32)
+
+
+def _scattered(x: Array, seed: int) -> Array:
+    """Numbers in [-1, 1) that look random, and are the same for the same x: hardware's functions are functions."""
+    bits = x.view(np.uint32).astype(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
+    for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):  # splitmix64's, of Steele et al. 2014
+        bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(factor)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1
 
 
 # Function, largest relative and absolute error: PTX ISA 8.7, section 9.7.3. An ulp counts as 2^-23 of the value.

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 # Every launch enables fused multiply-add explicitly: Triton's default differs between versions.
 FUSED_ADDITION = {"enable_fp_fusion": True}
-# Where threads that hold the same row add up products of their own: fused, each would round another one's alone.
-SEPARATE_ADDITION = {"enable_fp_fusion": False}
 
 
 @dataclass(frozen=True)

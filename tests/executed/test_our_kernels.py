@@ -1,0 +1,61 @@
+"""Our operations in bf16, as compiled code: forward and gradients, held to fp64 by the rule of `compare`."""
+
+import pytest
+import torch
+from strategies import randn
+
+import flashgau
+from flashgau import tables
+from flashgau.ptx import executing, numbers
+from flashgau.tables.config import Config
+
+TARGETS = ["sm_80", "sm_90"]
+BF16 = torch.bfloat16
+
+
+def draw(*shapes, dtype=BF16):
+    return [randn(i, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
+
+
+def calls(dtype=BF16):
+    heads, rows = [(1, 2, 70, 16)] * 3, [(1, 70, 16)] * 2
+    return {
+        "attention": (draw(*heads, dtype=dtype), {"causal": True, "window": (40, 0), "return_lse": True}),
+        "glu": (draw((3, 1030), (3, 1030), dtype=dtype), {"activation": "gelu"}),
+        "glu_linear": (draw((33, 24), (40, 24), (40, 24), dtype=dtype), {"activation": "silu"}),
+        "gau_attention": (draw(*rows, (1, 70, 40), (1, 70, 40), dtype=dtype), {"causal": True}),
+        "mixed_chunk_attention": (
+            draw(*rows, *rows, (1, 70, 40), (1, 70, 40), dtype=dtype), {"causal": True, "chunk_size": 32},
+        ),
+    }  # fmt: skip
+
+
+def small(kernel, x, width, rows=None, options=False):
+    """Blocks that the rows cross, and that Hopper's products of 64 rows still take."""
+    return Config(64, 64 if "gau" in kernel or "mixed" in kernel else 32, block_k=32)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("op", calls())
+def test_operations_agree_with_fp64(op, target):
+    tensors, options = calls()[op]
+    with executing(target, seed=0) as executed, tables.configured(small):
+        report = flashgau.compare(getattr(flashgau, op), *tensors, backend="triton", **options)
+    assert report, str(report)
+    assert len(executed.launches) >= 2
+    if op not in ("glu", "glu_linear"):
+        assert executed.counts.matrix_flops > 0
+
+
+def gradients(seed):
+    """Of attention, in some order of warps and blocks."""
+    tensors, options = calls()["attention"]
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    with executing("sm_80", seed=seed), tables.configured(small):
+        out, _ = flashgau.attention(*leaves, backend="triton", **options)
+        return [out, *torch.autograd.grad(out.sum(), leaves)]
+
+
+def test_results_are_the_same_in_any_order_of_warps_and_blocks(monkeypatch):
+    monkeypatch.setattr(numbers, "_scattered", lambda x, seed: 0.0)  # whose approximate functions are the same
+    assert all(torch.equal(a, b) for a, b in zip(gradients(1), gradients(2), strict=True))
