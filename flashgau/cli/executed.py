@@ -57,7 +57,7 @@ def executed(
             kept.add(task, row)
     finally:  # Ctrl-C included
         kept.write()
-    rows = [row for task in work if (row := kept.row_of(task)) is not None]
+    rows = [kept.rows[kept.name_of(task)] for task in work]
     elapsed = time.perf_counter() - started
     missed = [row for row in rows if not row.ok]
     if as_json:
@@ -97,16 +97,17 @@ class Kept:
         self.rows = rows
 
     @staticmethod
-    def _name(task: Task) -> str:
+    def name_of(task: Task) -> str:
+        """What its row is kept under."""
         return f"{task.target} {task.case.key}"
 
     def row_of(self, task: Task) -> Row | None:
         """What is known of a task; errors are tried again."""
-        return self.rows.get(self._name(task))
+        return self.rows.get(self.name_of(task))
 
     def add(self, task: Task, row: Row) -> None:
         """Keep one, and write the file now and then."""
-        self.rows[self._name(task)] = row
+        self.rows[self.name_of(task)] = row
         if time.monotonic() - self.written > EVERY:
             self.write()
 
@@ -170,8 +171,8 @@ def show(rows: list[Row], console: Console, counts: bool) -> None:
             what = row.detail or f"{row.worst}: error {row.max_error:.1e}, allowed {row.tolerance:.1e}"
             console.print(f"{row.backend}: {row.op}, {row.options}, {row.shape}, {row.dtype}: {what}", style="red",
                           soft_wrap=True)  # fmt: skip
-    numbers = ("cases", "missed", "largest error / allowed")
-    table = make_table("operation", "backend", *numbers, right=numbers)
+    figures = ("cases", "missed", "largest error / allowed")
+    table = make_table("operation", "backend", *figures, right=figures)
     for backend in dict.fromkeys(row.backend for row in rows):
         for op, _, count, missed, share in summary([row for row in rows if row.backend == backend]):
             table.add_row(op, backend, str(count), str(missed), "-" if share is None else f"{share:.0%}")

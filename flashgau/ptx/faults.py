@@ -5,8 +5,8 @@ from __future__ import annotations
 from .text import Place
 
 
-class UnknownInstruction(NotImplementedError):
-    """An instruction, or a form of one, that is not executed here; the message has its name and line."""
+class UnknownInstruction(RuntimeError):
+    """An instruction, a form of one or a kind of launch that is not executed here; the message names it."""
 
 
 class Fault(RuntimeError):

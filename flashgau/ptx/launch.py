@@ -17,6 +17,7 @@ from flashgau import kernels, tables
 from flashgau.tuning import compiler
 from flashgau.tuning.ahead import table_of, target_of
 
+from .faults import UnknownInstruction
 from .machine import LANES, Counts, Machine
 from .memory import BASE, Global
 from .numbers import Array, Freedom
@@ -131,7 +132,7 @@ def _execute(
 ) -> Launch:
     name = function.__name__
     if getattr(kernel.metadata, "num_ctas", 1) != 1:
-        raise NotImplementedError(f"ptx: {name} runs in clusters, which is not executed")
+        raise UnknownInstruction(f"ptx: {name} runs in clusters, which is not executed")
     bound = _bound(function, args, keywords)
     grid = _grid(keywords["grid"], bound)
     values = [x for key, kind in kernel.src.signature.items() for x in _flat(kind, bound.get(key), name)]
@@ -236,7 +237,7 @@ def _flat(kind: Any, value: Any, name: str) -> Iterator[tuple[str, Any]]:
     elif kind.startswith("*") or kind in _FORMATS:
         yield kind, value
     else:
-        raise NotImplementedError(f"ptx: {name} takes a {kind}, which is not executed")
+        raise UnknownInstruction(f"ptx: {name} takes a {kind}, which is not executed")
 
 
 def _storages(values: list[tuple[str, Any]]) -> dict[int, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import matrix
-from .faults import Fault
+from .faults import Fault, UnknownInstruction
 from .memory import Global, Shared
 from .numbers import Array, Freedom
 from .program import Program
@@ -259,7 +259,7 @@ class Machine:
         """cp.async: `taken` bytes of `size` come from global memory, the rest is zero."""
         reads = active if taken is None else active & (taken > 0)
         if taken is not None and (active & (taken != 0) & (taken != size)).any():
-            raise NotImplementedError(f"ptx: {self.kernel.instructions[number].text}: a part of a copy")
+            raise UnknownInstruction(f"ptx: {self.kernel.instructions[number].text}: a part of a copy")
         width = min(size, 8)
         data = self.memory.load(source, width, size // width, reads, self.block, self._reporter(number))
         self.shared.copy(target, data, width, active, self._reporter(number))
