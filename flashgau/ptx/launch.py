@@ -106,6 +106,8 @@ def executing(
         >>> executed.counts.read_bytes                                             # doctest: +SKIP
         400
     """
+    if kernels.interpreting():
+        raise RuntimeError("executing: TRITON_INTERPRET=1 is set, so that Triton interprets kernels; expected it unset")
     described = target_of(target)
     if described.backend != "cuda":
         raise ValueError(f"executing: `target` is {target!r}; expected an NVIDIA GPU, such as sm_80 or sm_90")
