@@ -9,8 +9,9 @@ on the `eager` backend, and an explicit `backend="triton"` is refused with that 
 import os
 import threading
 
-# Why Triton does not run a call in bf16 on a CPU: the public functions and the launchers say the same.
-NO_INTERPRETED_BF16 = "Triton's interpreter, which runs kernels on a CPU, multiplies bf16 wrongly"
+# Why Triton does not run a call in bf16 on a CPU, where `interpreted.mend` cannot put that right: the public functions
+# and the launchers say the same.
+NO_INTERPRETED_BF16 = "this version of Triton's interpreter, which runs kernels on a CPU, multiplies bf16 wrongly"
 
 SUPPORTED: dict[str, int | None] = {"attention": 256, "glu": None, "gau": 256, "mixed_chunk": 256, "projection": None}
 

@@ -21,7 +21,9 @@ from flashgau.tables.config import FUSED_ADDITION as FUSED_ADDITION  # for every
 from flashgau.tables.config import Choose, Config
 
 from . import NO_INTERPRETED_BF16, interpreting
+from .interpreted import mend
 
+_TAKES_BF16 = not interpreting() or mend()  # on a CPU
 LOG2_E = tl.constexpr(1.4426950408889634)  # multiplies differences of scores only: a large score would be rounded twice
 
 # Arguments that vary from call to call and must not cause a compilation (do_not_specialize). Triton applies this to
@@ -149,7 +151,8 @@ def blocks_of(sequences: Sequences, axis: int, per_token: int, block: int, *, re
 
 def launcher(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that starts kernels: it takes the fields of its tuples by name too, and runs with the GPU of its first
-    tensor (or list of them) as the current one, for Triton to launch on. On a CPU it refuses that tensor in bf16."""
+    tensor (or list of them) as the current one, for Triton to launch on. On a CPU it refuses that tensor in bf16 where
+    the interpreter could not be put right."""
     call = takes_fields(function)
 
     @wraps(function)
@@ -157,7 +160,7 @@ def launcher(function: Callable[..., Any]) -> Callable[..., Any]:
         first = args[0] if args else next(x for x in kwargs.values() if x is not None)
         if not isinstance(first, Tensor):
             first = first[0]
-        if first.dtype == torch.bfloat16 and first.device.type == "cpu" and interpreting():
+        if first.dtype == torch.bfloat16 and first.device.type == "cpu" and not _TAKES_BF16:
             raise RuntimeError(f"{function.__name__}: {NO_INTERPRETED_BF16}")
         with torch.cuda.device_of(first):
             return call(*args, **kwargs)

@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import executed
+from . import NO_INTERPRETED_BF16, executed
 from .common import FUSED_ADDITION, Sizes, is_visible, launcher
+from .interpreted import mend
 
 WIDEST = 256  # head dimension
 
@@ -112,8 +113,8 @@ def check_operands(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     if not 1 <= min(d, e) <= max(d, e) <= WIDEST:
         raise ValueError(f"{op}: `q` and `v` have widths {d} and {e}; expected 1 to {WIDEST}")
     interpreting = type(is_visible).__name__ != "JITFunction"
-    if interpreting and q.dtype == torch.bfloat16:
-        raise RuntimeError(f"{op}: Triton's interpreter multiplies bf16 wrongly; expected float16 or float32 there")
+    if interpreting and q.dtype == torch.bfloat16 and not mend():
+        raise RuntimeError(f"{op}: {NO_INTERPRETED_BF16}; expected float16 or float32 there")
     if not interpreting and q.device.type == "cpu" and executed.target is None:
         raise RuntimeError(f"{op}: the tensors are on the CPU; expected TRITON_INTERPRET=1, set before Python starts")
 

@@ -15,9 +15,11 @@ from strategies import randn
 
 import flashgau
 from flashgau import kernels
+from flashgau.ops import dispatch
 
 pytest.importorskip("triton")
 import triton.language as tl
+from flashgau.kernels import common
 from flashgau.kernels.common import Sizes
 
 pytestmark = kernel_calls.pytestmark
@@ -91,10 +93,12 @@ LAUNCHERS = [
 ]
 
 
-def test_the_interpreter_is_refused_what_it_computes_wrongly():
+def test_a_version_whose_interpreter_cannot_be_put_right_is_refused_bf16(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU, and Triton compiles")
     q = randn(0, 1, 1, 3, 4).bfloat16()
+    assert flashgau.attention(q, q, q, backend="triton").dtype == torch.bfloat16
+    monkeypatch.setattr(dispatch, "_bf16", False)
     with pytest.raises(RuntimeError, match="interpreter"):
         flashgau.attention(q, q, q, backend="triton")
     assert len(LAUNCHERS) > 10
@@ -104,13 +108,14 @@ def test_the_interpreter_is_refused_what_it_computes_wrongly():
 def test_launchers_refuse_bf16_to_the_interpreter_too(file, name, kind, monkeypatch):
     """In the words of the public functions; other dtypes, and Triton that compiles, are let by."""
     launch = getattr(importlib.import_module(f"flashgau.kernels.{file}"), name)
-    reason = flashgau.ops.dispatch.explain("glu", "cpu", torch.bfloat16)["triton"]
+    monkeypatch.setattr(dispatch, "_bf16", False)
+    reason = dispatch.explain("glu", "cpu", torch.bfloat16)["triton"]
 
     def first(dtype: torch.dtype, device: str = "cpu") -> object:
         x = torch.empty(1, 1, 3, 4, dtype=dtype, device=device)
         return x if kind == "Tensor" else [x]
 
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(common, "_TAKES_BF16", False)
     with pytest.raises(RuntimeError) as refused:
         launch(first(torch.bfloat16))
     assert str(refused.value) == f"{name}: {kernels.NO_INTERPRETED_BF16}"
@@ -118,6 +123,6 @@ def test_launchers_refuse_bf16_to_the_interpreter_too(file, name, kind, monkeypa
     for other in (first(torch.float16), first(torch.bfloat16, "meta")):
         with pytest.raises(TypeError, match="no argument `nothing`"):
             launch(other, nothing=0)
-    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(common, "_TAKES_BF16", True)
     with pytest.raises(TypeError, match="no argument `nothing`"):
         launch(first(torch.bfloat16), nothing=0)

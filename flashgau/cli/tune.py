@@ -263,6 +263,8 @@ def _kernels(kernel: str | None, where: torch.device) -> frozenset[str] | None:
 
 
 def _dtypes(dtype: str | None, where: torch.device, show_only: bool) -> tuple[str, ...] | None:
+    from flashgau.kernels import NO_INTERPRETED_BF16
+    from flashgau.ops.dispatch import interprets_bf16
     from flashgau.tuning.shipped import DTYPES
 
     if dtype is None:
@@ -272,8 +274,8 @@ def _dtypes(dtype: str | None, where: torch.device, show_only: bool) -> tuple[st
         fail("tune", f"--dtype is {dtype!r}; expected some of bf16, fp16 and fp32, separated by commas", USAGE)
     if not show_only and {"bf16", "fp16"} <= set(names):
         fail("tune", f"--dtype is {dtype!r}; bf16 and fp16 have the same entries: expected one of them", USAGE)
-    if not show_only and where.type == "cpu" and "bf16" in names:
-        fail("tune", f"--dtype is {dtype!r}; Triton's interpreter multiplies bf16 wrongly", USAGE)
+    if not show_only and where.type == "cpu" and "bf16" in names and not interprets_bf16():
+        fail("tune", f"--dtype is {dtype!r}; {NO_INTERPRETED_BF16}", USAGE)
     return names
 
 

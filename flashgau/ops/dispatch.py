@@ -185,7 +185,7 @@ def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, width: in
         return None
     if device.type == "cpu" and not interpreting:
         return "the tensors are on the CPU, and TRITON_INTERPRET=1 was not set"
-    if device.type == "cpu" and dtype == torch.bfloat16:
+    if device.type == "cpu" and dtype == torch.bfloat16 and not interprets_bf16():
         return kernels.NO_INTERPRETED_BF16
     if device.type not in ("cpu", "cuda", "xpu"):
         return f"Triton does not drive devices of type {device.type!r}"
@@ -194,6 +194,7 @@ def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, width: in
 
 # The first Triton that compiles the kernels, the first that interprets with any NumPy, and the NumPy others cannot take
 _OLDEST, _ANY_NUMPY, _NEW_NUMPY = (3, 5), (3, 7), (2, 4)
+_bf16: bool | None = None
 _found: dict[bool, str | None] = {}  # by `interpreting`; not a cache of functools, at which torch.compile warns
 
 
@@ -202,6 +203,16 @@ def unfit_triton(interpreting: bool) -> str | None:
     if interpreting not in _found:
         _found[interpreting] = _look_at_triton(interpreting)
     return _found[interpreting]
+
+
+def interprets_bf16() -> bool:
+    """Whether Triton's interpreter could be made to multiply bf16. Found once in a process."""
+    global _bf16
+    if _bf16 is None:
+        from flashgau.kernels.interpreted import mend
+
+        _bf16 = mend()
+    return _bf16
 
 
 def _look_at_triton(interpreting: bool) -> str | None:

@@ -16,6 +16,7 @@ from triton.testing import do_bench
 import flashgau
 from flashgau import tables
 from flashgau.kernels.glu import glu_linear_forward
+from flashgau.ops import dispatch
 from flashgau.options import GluWeights
 from flashgau.tables import table
 from flashgau.tables.config import Config
@@ -176,13 +177,14 @@ def versions() -> dict[str, str]:
 def starts(device: torch.device, wanted: Wanted) -> list[Job]:
     """A job for every entry, with the shipped configuration, around which others are tried."""
     arch = tables.architecture(device)
-    dtypes = wanted.dtypes or ("fp16" if arch == "interpreter" else "bf16", "fp32")
+    without_bf16 = arch == "interpreter" and not dispatch.interprets_bf16()
+    dtypes = wanted.dtypes or ("fp16" if without_bf16 else "bf16", "fp32")
     every_op = {op_of(name) for name in ENTRIES}
     jobs = searching.tasks(ahead.target_here(device), wanted.ops or every_op, wanted.widths, dtypes)
     return [
         replace(job, config=tables.shipped_config(device, job.key))
         for job in jobs
-        if is_asked(job.key, arch == "interpreter")
+        if is_asked(job.key, fp16=job.dtype == "fp16")
         and wanted.keeps(device, job.key)
         # A decoded token of many query heads on a key head is not few rows.
         and not (job.key.few_rows and op_of(job.entry) == "attention" and wanted.shape.groups > tables.FEW_ROWS)

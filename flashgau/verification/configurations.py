@@ -58,24 +58,21 @@ def cases_of(device: torch.device, ops: set[str]) -> list[Configured]:
     ops = ops | (set(LAYERS) if "gau_attention" in ops else set())
     arch = tables.architecture(device)
     interpreted = arch == "interpreter"
+    half = "float16" if interpreted and not dispatch.interprets_bf16() else "bfloat16"
     sources: list[Table] = [*tables.measured_tables(device), tables.shipped_table(arch)]
     found = {(key, config): None for table in sources for key in table.entries if (config := table.config(key))}
-    half = "float16" if interpreted else "bfloat16"  # bf16 products are wrong there
     return [
         case_of(key, config, "float32" if key.itemsize == 4 else half, interpreted)
         for key, config in found
-        if key.kernel in tables.shipped_kernels() and op_of(key.kernel) in ops and is_asked(key, interpreted)
+        if key.kernel in tables.shipped_kernels() and op_of(key.kernel) in ops and is_asked(key, fp16=half == "float16")
     ]
 
 
-def is_asked(key: Key, interpreted: bool) -> bool:
-    """Whether any call asks for an entry: some kernels work on weights, which beside fp16 are fp32.
-
-    So these are asked for two bytes by bf16 alone, which is not interpreted.
-    """
+def is_asked(key: Key, *, fp16: bool) -> bool:
+    """Whether any call in halves asks for an entry: some kernels work on weights, which beside fp16 are fp32."""
     inputs = ("gau_lse", "gau_prologue", "mixed_chunk_states", "mixed_chunk_step")
     weights = key.kernel.startswith(("gau_", "mixed_chunk_")) and key.kernel not in inputs
-    return not (interpreted and key.itemsize == 2 and weights)
+    return not (fp16 and key.itemsize == 2 and weights)
 
 
 @contextmanager

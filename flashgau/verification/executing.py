@@ -56,7 +56,7 @@ def cases(target: str, op: str | None, dtype: str | None, quick: bool) -> tuple[
         assert config is not None
         for name in ("float32",) if key.itemsize == 4 else ("bfloat16",) if quick else ("bfloat16", "float16"):
             # Beside fp16 some kernels work on weights in fp32. Weights of chunks are kept of long ones alone.
-            if name != "float16" or is_asked(key, interpreted=True):
+            if name != "float16" or is_asked(key, fp16=True):
                 found.append(case_of(key, config, name, interpreted=key.kernel != "mixed_chunk_weights"))
     if not quick:
         found += [case for case in all_cases(op, thorough=False) if case.dtype in DTYPES]

@@ -1,0 +1,152 @@
+"""bf16 in Triton's interpreter: to the bit what PyTorch computes, and what the compiled code does."""
+
+import numpy as np
+import pytest
+import torch
+from strategies import randn
+
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+from flashgau.kernels import interpreted
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles")
+BF16 = torch.bfloat16
+
+
+def bits(x):
+    return x.view(torch.int16).numpy().view(np.uint16)
+
+
+def test_every_bf16_is_widened_exactly():
+    every = np.arange(2**16, dtype=np.uint16)
+    expected = torch.from_numpy(every.view(np.int16)).view(BF16).float().numpy()
+    assert np.array_equal(interpreted.widened(every), expected, equal_nan=True)
+    numbers = ~np.isnan(expected)
+    assert np.array_equal(interpreted.rounded(expected)[numbers], every[numbers])
+    assert (interpreted.rounded(expected)[~numbers] == 0x7FFF).all()
+
+
+@given(st.lists(st.one_of(st.integers(0, 2**32 - 1), st.integers(0, 2**16 - 1).map(lambda x: x << 16 | 0x8000))))
+def test_fp32_is_rounded_as_pytorch_rounds(values):
+    x = np.array(values, np.uint32).view(np.float32)
+    expected = torch.from_numpy(x.copy()).bfloat16()
+    found = torch.from_numpy(interpreted.rounded(x).view(np.int16)).view(BF16)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
+@given(st.integers(0, 2**16 - 1), st.integers(1, 2**40))
+def test_fp64_is_rounded_once(b, below):
+    """A number between two bf16, nearer to the middle than fp32 can tell."""
+    low = interpreted.widened(np.array([b], np.uint16)).astype(np.float64)
+    high = interpreted.widened(np.array([b + 1], np.uint16)).astype(np.float64)
+    if not (np.isfinite(low) & np.isfinite(high)).all() or b % 2**15 == 2**15 - 1:
+        return
+    middle = (low + high) / 2
+    for towards, expected in ((low, b), (high, b + 1)):
+        x = middle + (towards - middle) * 2.0**-40 * (below % 1024 + 1)
+        assert interpreted.rounded(x)[0] == expected
+
+
+@triton.jit
+def steps_kernel(x, y, out, n, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    b_x = tl.load(x + o, o < n, other=2.5)
+    b_y = tl.load(y + o, o < n, other=1.0)
+    if STEP == "add":
+        b_out = b_x + b_y
+    elif STEP == "sub":
+        b_out = b_x - b_y
+    elif STEP == "mul":
+        b_out = b_x * b_y
+    elif STEP == "div":
+        b_out = (b_x / b_y).to(tl.bfloat16)
+    elif STEP == "number":
+        b_out = b_x * 2.7
+    elif STEP == "where":
+        b_out = tl.where(b_x > b_y, b_x, b_y)
+    elif STEP == "maximum":
+        b_out = tl.maximum(b_x, b_y)
+    elif STEP == "abs":
+        b_out = tl.abs(b_x)
+    elif STEP == "neg":
+        b_out = -b_x
+    elif STEP == "full":
+        b_out = tl.full([BLOCK], 1.1, tl.bfloat16)
+    elif STEP == "sum":
+        b_out = tl.zeros([BLOCK], tl.bfloat16) + tl.sum(tl.where(o < n, b_x, 0.0), 0)
+    elif STEP == "max":
+        b_out = tl.zeros([BLOCK], tl.bfloat16) + tl.max(b_x, 0)
+    elif STEP == "cumsum":
+        b_out = tl.cumsum(b_x, 0)
+    elif STEP == "fp32":
+        b_out = (b_x.to(tl.float32) * 1.001).to(tl.bfloat16)
+    elif STEP == "fp16":
+        b_out = b_x.to(tl.float16).to(tl.bfloat16)
+    elif STEP == "int":
+        b_out = b_x.to(tl.int32).to(tl.bfloat16)
+    else:
+        b_out = tl.reshape(tl.trans(tl.reshape(b_x, [4, BLOCK // 4])), [BLOCK])
+    tl.store(out + o, b_out, o < n)
+
+
+STEPS = {
+    "add": lambda x, y: x + y,
+    "sub": lambda x, y: x - y,
+    "mul": lambda x, y: x * y,
+    "div": lambda x, y: x / y,
+    "number": lambda x, y: x * torch.tensor(2.7).bfloat16(),
+    "where": torch.maximum,
+    "maximum": torch.maximum,
+    "abs": lambda x, y: x.abs(),
+    "neg": lambda x, y: -x,
+    "full": lambda x, y: torch.full_like(x, 1.1),
+    "sum": lambda x, y: x.float().sum().bfloat16().expand(len(x)),
+    "max": lambda x, y: torch.cat([x, torch.tensor([2.5])]).max().bfloat16().expand(len(x)),
+    "cumsum": lambda x, y: x.float().cumsum(0).bfloat16(),
+    "fp32": lambda x, y: (x.float() * 1.001).bfloat16(),
+    "fp16": lambda x, y: x.half().bfloat16(),
+    "int": lambda x, y: x.int().bfloat16(),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_is_pytorchs_to_the_bit(step):
+    x, y = randn(0, 100, dtype=BF16), randn(1, 100, dtype=BF16)
+    x[:3] = torch.tensor([1.5e-39, -0.0, 3e38])
+    out = torch.zeros_like(x)
+    steps_kernel[(1,)](x, y, out, 100, STEP=step, BLOCK=128)
+    assert torch.equal(out, STEPS[step](x, y).to(BF16))
+
+
+def test_views_keep_their_bits():
+    x = randn(0, 128, dtype=BF16)
+    out = torch.zeros_like(x)
+    steps_kernel[(1,)](x, x, out, 128, STEP="turned", BLOCK=128)
+    assert torch.equal(out, x.view(4, 32).T.reshape(-1))
+
+
+@triton.jit
+def product_kernel(a, b, out, K: tl.constexpr):
+    o_m, o_k = tl.arange(0, 16), tl.arange(0, K)
+    b_a = tl.load(a + o_m[:, None] * K + o_k[None, :])
+    b_b = tl.load(b + o_k[:, None] * 16 + o_m[None, :])
+    tl.store(out + o_m[:, None] * 16 + o_m[None, :], tl.dot(b_a, b_b))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_of_halves_are_summed_in_fp32(dtype):
+    a, b, out = randn(0, 16, 512, dtype=dtype), randn(1, 512, 16, dtype=dtype), torch.zeros(16, 16)
+    product_kernel[(1,)](a, b, out, K=512)
+    exact, terms = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    assert ((out - exact).abs() <= 512 * torch.finfo(torch.float32).eps * terms).all()
+
+
+def test_a_version_that_calls_things_otherwise_is_left_alone(monkeypatch):
+    from triton.runtime import interpreter
+
+    monkeypatch.delattr(interpreter.InterpreterBuilder, "binary_op")
+    assert interpreted._mend() is False
