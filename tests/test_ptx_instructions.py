@@ -60,6 +60,10 @@ def float_of(x):
     return np.uint32(x % 2**32).view(np.float32)
 
 
+def half_of(x):
+    return np.uint16(x % 2**16).view(np.float16)
+
+
 def bits_of(x):
     return int(np.float32(x).view(np.uint32))
 
@@ -114,6 +118,8 @@ CASES = {
     "setp.num.f32 %p1, %r2, %r3; " + FLAG: lambda a, b: not (np.isnan(float_of(a)) or np.isnan(float_of(b))),
     "setp.ne.f32 %p1, %r2, 0f7FFFFFFF; " + FLAG: lambda a, b: False,
     "setp.neu.f32 %p1, %r2, 0f7FFFFFFF; " + FLAG: lambda a, b: True,
+    "setp.lt.f16x2 %p2|%p1, %r2, %r3; selp.b32 %r9, 2, 0, %p2; selp.b32 %r10, 1, 0, %p1; or.b32 %r9, %r9, %r10; " + LOW:
+        lambda a, b: 2 * bool(half_of(a) < half_of(b)) + bool(half_of(a >> 16) < half_of(b >> 16)),
     "setp.eq.b32 %p2, %r2, %r2; selp.b32 %r9, %r3, 9, %p2; " + LOW: lambda a, b: b % M,
     "setp.lt.s32 %p1, %r2, 0; @%p1 mov.b32 %r9, 5; @!%p1 mov.b32 %r9, 6; " + LOW: lambda a, b: 5 if s(a, 32) < 0 else 6,
     "ld.param.f32 %r9, [f]; " + LOW: lambda a, b: bits_of(0.5),

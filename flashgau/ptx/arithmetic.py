@@ -191,53 +191,54 @@ class Arithmetic(Operands):
     # ---- comparisons and moves ----
 
     def _setp(self, parts: list[str], *operands: Any) -> None:
+        """One predicate, or two: the comparison and its opposite, or those of a pair of halves."""
         kind, how = parts[-1], parts[1]
-        second = len(operands) > 3 and operands[1] in self.numbers and self.kernel.registers[operands[1]] == "pred"
         boolean = next((p for p in parts[2:-1] if p in ("and", "or", "xor")), None)
-        targets, rest = (
-            (operands[:2], operands[2:])
-            if second and len(operands) - 2 >= 2 + bool(boolean)
-            else (operands[:1], operands[1:])
-        )
-        a, b = rest[:2]
+        count = len(operands) - 2 - bool(boolean)
+        if kind not in TYPES or count not in (1, 2):
+            raise self._unknown()
+        targets, (a, b, *third) = operands[:count], operands[count:]
         x, y = (self._value(v, kind) for v in (a, b))
-        if kind in ("f16", "bf16"):
-            x, y = (f"n.widened({v}, {kind!r})" for v in (x, y))
-        if "ftz" in parts:
-            x, y = f"n.flushed({x})", f"n.flushed({y})"
-        floating = kind[0] == "f" or kind == "bf16"
-        signs = {
-            "eq": "==",
-            "ne": "!=",
-            "lt": "<",
-            "le": "<=",
-            "gt": ">",
-            "ge": ">=",
-            "lo": "<",
-            "ls": "<=",
-            "hi": ">",
-            "hs": ">=",
-        }
+        half = kind.removesuffix("x2")
+        if kind.endswith("x2"):
+            low, high = (
+                [f"n.widened(({v} {shift}).astype(u2), {half!r})" for v in (x, y)] for shift in ("", ">> u4(16)")
+            )
+            texts = [self._compared(how, *low, floating=True), self._compared(how, *high, floating=True)]
+        else:
+            if kind in _HALVES:
+                x, y = (f"n.widened({v}, {kind!r})" for v in (x, y))
+            if "ftz" in parts:
+                x, y = f"n.flushed({x})", f"n.flushed({y})"
+            text = self._compared(how, x, y, floating=kind in ("f32", "f64", *_HALVES))
+            texts = [text, f"~({text})"]
+        if boolean is not None:
+            sign, other = {"and": "&", "or": "|", "xor": "^"}[boolean], self._value(third[0], "pred")
+            texts = [f"({text}) {sign} {other}" for text in texts]
+        self.lines.append(f"t = {texts[0]}" if count == 1 else f"t, v = {texts[0]}, {texts[1]}")
+        for target, found in zip(targets, ("t", "v"), strict=False):
+            self._store(target, found, "pred", spread=self._spreads(a, b))
+
+    def _compared(self, how: str, x: str, y: str, *, floating: bool) -> str:
+        """An expression: of floats, those that end in u hold where one is NaN, and the others do not."""
+        signs = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">",
+                 "hs": ">="}  # fmt: skip
         opposite = {"ltu": ">=", "leu": ">", "gtu": "<=", "geu": "<"}
-        unordered = {
+        if floating and how == "ne":
+            return f"({x} < {y}) | ({x} > {y})"
+        if floating and how in opposite:
+            return f"~({x} {opposite[how]} {y})"
+        special = {
             "neu": f"({x} != {y})",
             "equ": f"~(({x} < {y}) | ({x} > {y}))",
             "num": f"({x} == {x}) & ({y} == {y})",
             "nan": f"({x} != {x}) | ({y} != {y})",
         }
-        if floating and how == "ne":
-            text = f"({x} < {y}) | ({x} > {y})"
-        elif floating and how in (*unordered, *opposite):
-            text = unordered.get(how) or f"~({x} {opposite[how]} {y})"
-        elif how in signs:
-            text = f"({x} {signs[how]} {y})"
-        else:
+        if floating and how in special:
+            return special[how]
+        if how not in signs:
             raise self._unknown()
-        spread = self._spreads(a, b)
-        sign = {"and": "&", "or": "|", "xor": "^"}.get(boolean or "")
-        for target, one in zip(targets, (text, f"~({text})"), strict=False):
-            whole = one if sign is None else f"({one}) {sign} {self._value(rest[2], 'pred')}"
-            self._store(target, whole, "pred", spread=spread)
+        return f"({x} {signs[how]} {y})"
 
     def _selp(self, parts: list[str], target: Any, a: Any, b: Any, condition: Any) -> None:
         kind = parts[-1]
