@@ -155,6 +155,46 @@ def test_a_transposed_operand_is_a_wrong_product(target, old, new):
         assert (multiply(ptx, target) - exact).abs().max() > 1
 
 
+# ---- copies by tensor maps
+
+MAPPED = (Path(__file__).parent / "ptx" / "mapped_sm_90.ptx").read_text()
+
+
+def multiply_mapped(ptx, **options):
+    a, b = randn(0, M, K, dtype=torch.bfloat16), randn(1, K, N, dtype=torch.bfloat16)
+    c, scratch = torch.zeros(M, N, dtype=torch.bfloat16), torch.zeros(4 * 384, dtype=torch.uint8)
+    run(ptx, (2, 2), a, b, c, M, N, K, scratch, shared_bytes=24600, **options)
+    return c, a.double() @ b.double()
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_copies_by_tensor_maps(seed):
+    """What lies outside of the tensors is zero when it is read, and dropped when it is written."""
+    c, exact = multiply_mapped(MAPPED, seed=seed)
+    assert ((c - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda ptx: without(without(ptx, "@!complete bra"), "mbarrier.try_wait"), "early read"),
+        (lambda ptx: ptx.replace("], 8192;", "], 8193;"), "endless"),
+        (lambda ptx: without(ptx, "fence.proxy.async.shared::cta", -1), "race"),
+        (lambda ptx: without(ptx, "mbarrier.init"), "unwritten"),
+        (lambda ptx: replaced(ptx, "global_dim.shared::cta.b1024.b32 [ %rd2 + 0 ], 0x0, %r8", "global_dim.shared::cta."
+                              "b1024.b32 [ %rd2 + 0 ], 0x0, 800", -1), "two writers"),
+    ],
+    ids=["not waited for", "wrong bytes", "no proxy fence", "no barrier", "a map that is too wide"],
+)  # fmt: skip
+def test_faults_of_copies_by_tensor_maps(change, kind):
+    ptx = change(MAPPED)
+    assert ptx != MAPPED
+    with pytest.raises(Fault) as found:
+        multiply_mapped(ptx, budget=3000)
+    assert found.value.kind == kind, str(found.value)
+    assert found.value.source.startswith("outside_kernels.py:")
+
+
 # ---- kernels written by hand
 
 HEAD = """

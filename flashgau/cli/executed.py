@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,12 +89,12 @@ class Kept:
         try:
             found = parse_json(read_text(path), str(path))
             facts = {name: found[name] for name in self.facts}
-            rows = {x["task"]: Row(**{**x["row"], "tensors": tuple(x["row"]["tensors"])}) for x in found["rows"]}
+            rows = {x["task"]: Row(**x["row"]) for x in found["rows"]}
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail("check", f"{path} holds no rows of `flashgau check --execute`: {error}", USAGE)
         if facts != self.facts:
             fail("check", f"{path} is of other versions, {facts['versions']}; expected another --out", USAGE)
-        self.rows = rows
+        self.rows = {name: row for name, row in rows.items() if row.ok}  # what missed is tried again
 
     @staticmethod
     def name_of(task: Task) -> str:
@@ -102,7 +102,7 @@ class Kept:
         return f"{task.target} {task.case.key}"
 
     def row_of(self, task: Task) -> Row | None:
-        """What is known of a task; errors are tried again."""
+        """What is known of a task."""
         return self.rows.get(self.name_of(task))
 
     def add(self, task: Task, row: Row) -> None:
@@ -118,7 +118,7 @@ class Kept:
         self.written = time.monotonic()
         if self.path is None:
             return
-        rows = [{"task": name, "row": asdict(row)} for name, row in self.rows.items()]
+        rows = [{"task": name, "row": asdict(replace(row, tensors=()))} for name, row in self.rows.items()]
         with atomic_write(self.path) as stream:
             stream.write((json.dumps({**self.facts, "rows": rows}, indent=1) + "\n").encode())
 

@@ -138,6 +138,8 @@ def _execute(
     bound = _bound(function, args, keywords)
     grid = _grid(keywords["grid"], bound)
     values = [x for key, kind in kernel.src.signature.items() for x in _flat(kind, bound.get(key), name)]
+    if scratch := getattr(kernel.metadata, "global_scratch_size", 0):  # where tensor maps are made
+        values.append(("*", torch.zeros(scratch * grid[0] * grid[1] * grid[2], dtype=torch.uint8)))
     return _run(kernel.asm["ptx"], grid, values, kernel.metadata.shared, freedom, budget)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import matrix
+from .bulk import Bulk
 from .faults import Fault, UnknownInstruction
 from .memory import Global, Shared
 from .numbers import Array, Freedom
@@ -98,6 +99,8 @@ class Machine:
         self.pending: dict[tuple[int, int], int] = {}  # (register, warpgroup) of products not waited for -> group
         self.products = np.zeros(self.lanes // 128 + 1, np.int64)  # groups that a warpgroup committed
         self.unfenced = np.zeros(self.lanes, bool)
+        self.yielded = np.zeros(self.lanes, bool)  # who waits for an mbarrier, and lets others go first
+        self.bulk = Bulk(self)
 
     def _all(self, value: int) -> Array:
         return np.broadcast_to(np.uint32(value), (self.lanes,))
@@ -149,6 +152,11 @@ class Machine:
 
     def _next(self, counter: Array, runnable: Array) -> tuple[int, Array | None]:
         """Where to go on, and with which threads; None for all."""
+        if (runnable & self.yielded).any():
+            first = runnable & ~self.yielded
+            if first.any():
+                runnable = first
+            self.yielded[:] = False
         if self.generator is None:
             step = self._first(counter[runnable])
             active = runnable & (counter == step)
@@ -396,26 +404,31 @@ class Machine:
             lane = 128 * int(group)
             offsets = matrix.described(int(descriptor[lane]), length, bool(trans), kind)
             if offsets.min() < 0 or offsets.max() + 4 > shared.size + 2:
-                self.report(number, "shared outside", "a product reads outside the block's", self._only(lane), None)
+                self.report(number, "shared outside", "a product reads outside the block's", self.only(lane), None)
             offsets = offsets + lane // threads * shared.pitch
             cells = np.unique(offsets // shared.granule)
 
             def blame(problem: str, text: str, guilty: Array, lane: int = lane, cells: Array = cells) -> None:
                 place = int(cells[np.flatnonzero(guilty)[0]]) * shared.granule % shared.pitch
                 address = np.full(self.lanes, place + matrix.SHARED_BASE)
-                self.report(number, problem, text, self._only(lane), address)
+                self.report(number, problem, text, self.only(lane), address)
 
             # The readers are all four warps: what any of them wrote needs no barrier of others, but a proxy fence.
             shared.check_read(cells, np.full(len(cells), lane), blame, note=False)
-            writers = shared.writer[cells]
-            fresh = (writers >= 0) & (shared.write_time[cells] == shared.clock[lane])
-            if (fresh & self.unfenced[np.maximum(writers, 0)]).any():
-                blame("race", "written without fence.proxy.async before a product reads it", fresh)
+            self.check_fenced(cells, lane, blame)
             shared.use(int(group), cells, int(self.products[group]))
             found.append(matrix.elements(shared.views, offsets, kind))
         return np.stack(found)
 
-    def _only(self, lane: int) -> Array:
+    def check_fenced(self, cells: Array, lane: int, blame: Any) -> None:
+        """What threads wrote must have passed a proxy fence before products and bulk copies read it."""
+        writers = self.shared.writer[cells]
+        fresh = (writers >= 0) & self.unfenced[np.maximum(writers, 0)]
+        if fresh.any():
+            blame("race", "written without fence.proxy.async before a product or a bulk copy reads it", fresh)
+
+    def only(self, lane: int) -> Array:
+        """One thread."""
         found = np.zeros(self.lanes, bool)
         found[lane] = True
         return found

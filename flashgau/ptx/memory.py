@@ -18,6 +18,7 @@ GUARD = 4096  # bytes about every allocation of global memory
 BASE = 0x7F00_0000_0000  # of global addresses
 SHARED_BASE = 1024  # of shared addresses: swizzled matrices begin at its multiples
 _NOBODY, _MANY = -1, -2
+_LONG_AGO = -1  # a time before any barrier
 
 Report = Callable[..., None]  # (kind, text, lanes that are at fault, their addresses)
 
@@ -130,6 +131,7 @@ class Copy:
     data: list[Array]
     size: int
     groups: Array
+    waits: bool = False  # for a barrier that counts its bytes, whose waiters see it without another one
 
 
 @dataclass
@@ -167,6 +169,7 @@ class Shared:
         self.arriving = np.zeros(cells, np.int32)  # copies under way
         self.used = np.zeros(cells, np.int32)  # products that read it
         self.copies: list[Copy] = []
+        self.under_way = 0
         self.committed = np.zeros(blocks * threads, np.int32)
         self.uses: list[Use] = []
 
@@ -191,7 +194,7 @@ class Shared:
         self, cell: Array, lane: Array, blame: Callable[[str, str, Array], None], *, note: bool = True
     ) -> None:
         """Threads `lane` read `cell`."""
-        if self.copies and self.arriving[cell].any():
+        if self.under_way and self.arriving[cell].any():
             blame("early read", "a copy to it was not waited for", self.arriving[cell] > 0)
         written = self.write_time[cell]
         if not written.all():
@@ -211,7 +214,7 @@ class Shared:
 
     def check_write(self, cell: Array, lane: Array, changed: Array, blame: Callable[[str, str, Array], None]) -> None:
         """Threads `lane` write `cell`, and what is there changes where `changed`."""
-        if self.copies and self.arriving[cell].any():
+        if self.under_way and self.arriving[cell].any():
             blame("early write", "a copy to it was not waited for", self.arriving[cell] > 0)
         if self.uses and self.used[cell].any():
             blame("early write", "a product that reads it was not waited for", self.used[cell] > 0)
@@ -270,9 +273,20 @@ class Shared:
         cells = [first + i for i in range(size * len(data) // self.granule)]
         for cell in cells:
             self.check_write(cell, lane, np.ones(len(cell), bool), blame)
-        for cell in cells:
+        copy = Copy(lane, offset, [x[active] for x in data], size, self.committed[lane])
+        self.depart(copy)
+        self.copies.append(copy)
+
+    def _cells_of(self, copy: Copy, done: Array) -> list[Array]:
+        """Of each narrowest access of a copy's parts. An element narrower than that shares a cell."""
+        first = copy.offsets[done] // self.granule
+        return [first + i for i in range(max(1, copy.size * len(copy.data) // self.granule))]
+
+    def depart(self, copy: Copy) -> None:
+        """A copy is under way."""
+        for cell in self._cells_of(copy, np.ones(len(copy.offsets), bool)):
             np.add.at(self.arriving, cell, 1)
-        self.copies.append(Copy(lane, offset, [x[active] for x in data], size, self.committed[lane]))
+        self.under_way += 1
 
     def commit(self, active: Array) -> None:
         """cp.async.commit_group."""
@@ -287,21 +301,25 @@ class Shared:
             if not done.any():
                 left.append(copy)
                 continue
-            self._arrive(copy, done)
+            self.arrive(copy, done)
             if not done.all():
                 rest = ~done
                 data = [x[rest] for x in copy.data]
                 left.append(Copy(copy.lanes[rest], copy.offsets[rest], data, copy.size, copy.groups[rest]))
         self.copies = left
 
-    def _arrive(self, copy: Copy, done: Array) -> None:
+    def arrive(self, copy: Copy, done: Array) -> None:
+        """These parts of a copy are there."""
         view, lanes = self.views[copy.size], copy.lanes[done]
-        index, first = copy.offsets[done] // copy.size, copy.offsets[done] // self.granule
+        index = copy.offsets[done] // copy.size
         for i, piece in enumerate(copy.data):
             view[index + i] = piece[done]
-        for i in range(copy.size * len(copy.data) // self.granule):
-            np.add.at(self.arriving, first + i, -1)
-            self._written(first + i, lanes)
+        for cell in self._cells_of(copy, done):
+            np.add.at(self.arriving, cell, -1)
+            self._written(cell, lanes)
+            if copy.waits:
+                self.write_time[cell], self.writer[cell] = _LONG_AGO, _NOBODY
+        self.under_way -= bool(done.all())
 
     # ---- products that read shared memory ----
 

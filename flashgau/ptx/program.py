@@ -68,8 +68,8 @@ class Program:
                 continue
             if parts[0] in ("ld", "st", "atom", "red"):
                 narrowest = min(narrowest, BITS.get(parts[-1], 32) // 8)
-            elif parts[0] in ("ldmatrix", "stmatrix"):
-                narrowest = min(narrowest, 4)
+            elif parts[0] == "cp" and "tensor" in parts:
+                narrowest = min(narrowest, 2)
         return narrowest
 
 

@@ -6,6 +6,7 @@ becomes two functions: one for all threads, and one for some, which keeps the re
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from .arithmetic import Arithmetic
@@ -88,9 +89,11 @@ class Translator(Arithmetic):
     _red = _atom
 
     def _cp(self, parts: list[str], *operands: Any) -> None:
-        if parts[1] != "async" or "bulk" in parts or "mbarrier" in parts:
+        if parts[1] != "async" or parts[2] == "mbarrier":
             raise self._unknown()
-        if "commit_group" in parts:
+        if "bulk" in parts:
+            self._bulk(parts, *operands)
+        elif "commit_group" in parts:
             self.lines.append(f"m.shared.commit({self._threads})")
         elif "wait_group" in parts or "wait_all" in parts:
             newest = int(str(operands[0]), 0) if operands else 0
@@ -103,8 +106,69 @@ class Translator(Arithmetic):
                 f"{int(str(size), 0)}, {taken}, {self._threads})"
             )
 
+    def _bulk(self, parts: list[str], *operands: Any) -> None:
+        """cp.async.bulk: by tensor maps, and their groups."""
+        if "commit_group" in parts:
+            self.lines.append(f"m.bulk.commit({self._threads})")
+        elif "wait_group" in parts:
+            self.lines.append(f"m.bulk.wait({self._threads}, {int(str(operands[0]), 0)})")
+        elif "tensor" in parts and len(operands) == 3 and any(p.startswith("mbarrier") for p in parts):
+            target, source, barrier = operands
+            where, mapped, corner = self._address(target, "shared"), *self._mapped(source)
+            rest = f"{where}, {mapped}, {corner}, {self._address(barrier, 'shared')}"
+            self.lines.append(f"m.bulk.load({self.number}, {rest}, {self._threads})")
+        elif "tensor" in parts and len(operands) == 2 and "bulk_group" in parts and "reduce" not in parts:
+            mapped, corner = self._mapped(operands[0])
+            rest = f"{mapped}, {corner}, {self._address(operands[1], 'shared')}"
+            self.lines.append(f"m.bulk.store({self.number}, {rest}, {self._threads})")
+        else:
+            raise self._unknown()
+
+    def _mapped(self, operand: Any) -> tuple[str, str]:
+        """`[map, {corner}]`: the map's address, and the corner's coordinates."""
+        found = re.fullmatch(r"\s*(\S+)\s*,\s*\{(.*)\}\s*", operand.base) if isinstance(operand, Address) else None
+        if found is None:
+            raise self._unknown()
+        corner = [f"m.spread({self._value(x.strip(), 'b32')})" for x in found[2].split(",")]
+        return f"m.spread({self._value(found[1], 'b64')})", f"[{', '.join(corner)}]"
+
+    def _mbarrier(self, parts: list[str], *operands: Any) -> None:
+        how = parts[1]
+        if how == "init":
+            where, count = self._address(operands[0], "shared"), self._value(operands[1], "u32")
+            self.lines.append(f"m.bulk.init({self.number}, {where}, m.spread({count}), {self._threads})")
+        elif how == "inval":
+            self.lines.append(f"m.bulk.end({self.number}, {self._address(operands[0], 'shared')}, {self._threads})")
+        elif how == "arrive" and operands[0] == "_" and parts[2:3] != ["noComplete"]:
+            count = f"m.spread({self._value(operands[2], 'u32')})" if "expect_tx" in parts else "None"
+            where = self._address(operands[1], "shared")
+            self.lines.append(f"m.bulk.arrive({self.number}, {where}, {count}, {self._threads})")
+        elif how in ("try_wait", "test_wait") and "parity" in parts:
+            target, address, parity = operands[:3]
+            where = self._address(address, "shared")
+            self.lines.append(
+                f"t = m.bulk.waited({self.number}, {where}, m.spread({self._value(parity, 'u32')}), {self._threads})"
+            )
+            self._store(target, "t", "pred")
+        else:
+            raise self._unknown()
+
+    def _tensormap(self, parts: list[str], *operands: Any) -> None:
+        if parts[1] == "replace" and any(p.startswith("shared") for p in parts):
+            address, *rest = operands
+            place = int(str(rest[0]), 0) if len(rest) == 2 else 0
+            where, value = self._address(address, "global"), self._value(rest[-1], parts[-1])
+            self.lines.append(
+                f"m.bulk.replace({self.number}, {parts[3]!r}, {where}, {place}, {value}, {self._threads})"
+            )
+        elif parts[1] == "cp_fenceproxy":
+            target, source = (self._address(x, "global") for x in operands[:2])
+            self.lines.append(f"m.bulk.publish({self.number}, {target}, {source}, {self._threads})")
+        else:
+            raise self._unknown()
+
     def _fence(self, parts: list[str], *operands: Any) -> None:
-        if "proxy" in parts:
+        if "proxy" in parts and "async" in parts:
             self.lines.append(f"m.proxy_fence({self._threads})")
 
     def _nothing(self, parts: list[str], *operands: Any) -> None:

@@ -31,3 +31,15 @@ def matmul_kernel(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.c
         b_b = tl.load(b + (k + o_k[:, None]) * N + o_n[None, :], m_k[:, None] & (o_n[None, :] < N), 0.0)
         b_c = tl.dot(b_a, b_b, b_c)
     tl.store(c + o_m[:, None] * N + o_n[None, :], b_c, (o_m[:, None] < M) & (o_n[None, :] < N))
+
+
+@triton.jit
+def mapped_kernel(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    map_a = tl.make_tensor_descriptor(a, [M, K], [K, 1], [BM, BK])
+    map_b = tl.make_tensor_descriptor(b, [K, N], [N, 1], [BK, BN])
+    map_c = tl.make_tensor_descriptor(c, [M, N], [N, 1], [BM, BN])
+    m, n = tl.program_id(0) * BM, tl.program_id(1) * BN
+    b_c = tl.zeros([BM, BN], tl.float32)
+    for k in range(0, K, BK):
+        b_c = tl.dot(map_a.load([m, k]), map_b.load([k, n]), b_c)
+    map_c.store([m, n], b_c.to(tl.bfloat16))

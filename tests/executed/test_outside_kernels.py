@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from outside_kernels import add_kernel, matmul_kernel, softmax_kernel
+from outside_kernels import add_kernel, mapped_kernel, matmul_kernel, softmax_kernel
 from strategies import randn
 
 from flashgau.ptx import Fault, executing
@@ -43,6 +43,15 @@ def test_products(target, dtype):
     assert ((c - a.double() @ b.double()).abs() <= k * unit * (a.double().abs() @ b.double().abs())).all()
     assert executed.launches[0].grid == (2, 1, 1)
     assert executed.counts.matrix_flops == 2 * 2 * 64 * 64 * 64  # blocks of 64 x 64, and k in steps of 32
+
+
+def test_products_by_tensor_maps():
+    m, n, k = 70, 56, 40
+    a, b, c = (randn(i, *x, dtype=torch.bfloat16) for i, x in enumerate([(m, k), (k, n), (m, n)]))
+    with executing("sm_90"):
+        mapped_kernel[(2, 1)](a, b, c, m, n, k, BM=64, BN=64, BK=32)
+    exact = a.double() @ b.double()
+    assert ((c - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all()
 
 
 @triton.jit
