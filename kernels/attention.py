@@ -191,7 +191,7 @@ def _backward(
     if rel_bias is not None and dbias is not None:
         dbias = dbias.to(rel_bias.dtype)
     dsinks = None
-    if sinks is not None:
+    if sinks is not None and sink_deltas is not None:
         alive = lse != -math.inf
         share = torch.exp(sinks.float()[:, None] - torch.where(alive, lse, math.inf))
         if dlse is not None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from bf16_steps import STEPS, steps_kernel
 from strategies import randn
 
 pytest.importorskip("triton")
@@ -41,76 +42,13 @@ def test_fp32_is_rounded_as_pytorch_rounds(values):
 @given(st.integers(0, 2**16 - 1), st.integers(1, 2**40))
 def test_fp64_is_rounded_once(b, below):
     """A number between two bf16, nearer to the middle than fp32 can tell."""
-    low = interpreted.widened(np.array([b], np.uint16)).astype(np.float64)
-    high = interpreted.widened(np.array([b + 1], np.uint16)).astype(np.float64)
-    if not (np.isfinite(low) & np.isfinite(high)).all() or b % 2**15 == 2**15 - 1:
+    if b % 2**15 >= 0x7F7F:  # the next one is infinite, or none
         return
+    low, high = (interpreted.widened(np.array([x], np.uint16)).astype(np.float64) for x in (b, b + 1))
     middle = (low + high) / 2
     for towards, expected in ((low, b), (high, b + 1)):
         x = middle + (towards - middle) * 2.0**-40 * (below % 1024 + 1)
         assert interpreted.rounded(x)[0] == expected
-
-
-@triton.jit
-def steps_kernel(x, y, out, n, STEP: tl.constexpr, BLOCK: tl.constexpr):
-    o = tl.arange(0, BLOCK)
-    b_x = tl.load(x + o, o < n, other=2.5)
-    b_y = tl.load(y + o, o < n, other=1.0)
-    if STEP == "add":
-        b_out = b_x + b_y
-    elif STEP == "sub":
-        b_out = b_x - b_y
-    elif STEP == "mul":
-        b_out = b_x * b_y
-    elif STEP == "div":
-        b_out = (b_x / b_y).to(tl.bfloat16)
-    elif STEP == "number":
-        b_out = b_x * 2.7
-    elif STEP == "where":
-        b_out = tl.where(b_x > b_y, b_x, b_y)
-    elif STEP == "maximum":
-        b_out = tl.maximum(b_x, b_y)
-    elif STEP == "abs":
-        b_out = tl.abs(b_x)
-    elif STEP == "neg":
-        b_out = -b_x
-    elif STEP == "full":
-        b_out = tl.full([BLOCK], 1.1, tl.bfloat16)
-    elif STEP == "sum":
-        b_out = tl.zeros([BLOCK], tl.bfloat16) + tl.sum(tl.where(o < n, b_x, 0.0), 0)
-    elif STEP == "max":
-        b_out = tl.zeros([BLOCK], tl.bfloat16) + tl.max(b_x, 0)
-    elif STEP == "cumsum":
-        b_out = tl.cumsum(b_x, 0)
-    elif STEP == "fp32":
-        b_out = (b_x.to(tl.float32) * 1.001).to(tl.bfloat16)
-    elif STEP == "fp16":
-        b_out = b_x.to(tl.float16).to(tl.bfloat16)
-    elif STEP == "int":
-        b_out = b_x.to(tl.int32).to(tl.bfloat16)
-    else:
-        b_out = tl.reshape(tl.trans(tl.reshape(b_x, [4, BLOCK // 4])), [BLOCK])
-    tl.store(out + o, b_out, o < n)
-
-
-STEPS = {
-    "add": lambda x, y: x + y,
-    "sub": lambda x, y: x - y,
-    "mul": lambda x, y: x * y,
-    "div": lambda x, y: x / y,
-    "number": lambda x, y: x * torch.tensor(2.7).bfloat16(),
-    "where": torch.maximum,
-    "maximum": torch.maximum,
-    "abs": lambda x, y: x.abs(),
-    "neg": lambda x, y: -x,
-    "full": lambda x, y: torch.full_like(x, 1.1),
-    "sum": lambda x, y: x.float().sum().bfloat16().expand(len(x)),
-    "max": lambda x, y: torch.cat([x, torch.tensor([2.5])]).max().bfloat16().expand(len(x)),
-    "cumsum": lambda x, y: x.float().cumsum(0).bfloat16(),
-    "fp32": lambda x, y: (x.float() * 1.001).bfloat16(),
-    "fp16": lambda x, y: x.half().bfloat16(),
-    "int": lambda x, y: x.int().bfloat16(),
-}
 
 
 @pytest.mark.parametrize("step", STEPS)
