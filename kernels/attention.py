@@ -36,7 +36,7 @@ from .common import (
     processors,
     sequences_of,
 )
-from .own_scores import SOFTMAX, OwnScores, check_operands, check_options, check_own
+from .own_scores import BUILT_IN, OwnScores, check_operands, check_options, check_own, once
 
 
 @launcher
@@ -50,7 +50,7 @@ def attention_forward(
     config: Config | Choose | None = None,
 ) -> AttentionResults:
     """Output (B, Hq, M, E) and log-sum-exp (B, Hq, M) of every query row."""
-    return _forward(q, k, v, layout, options, SOFTMAX, config)
+    return _forward(q, k, v, layout, options, BUILT_IN, config)
 
 
 def _forward(
@@ -117,7 +117,7 @@ def attention_backward(
     config: Config | Choose | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, rel_bias (B, Hq, 2P-1) and sinks (Hq,); None where there is no such input."""
-    return _backward((dout, dlse), q, k, v, results, layout, options, SOFTMAX, config)
+    return _backward((dout, dlse), q, k, v, results, layout, options, BUILT_IN, config)
 
 
 def _backward(
@@ -317,23 +317,7 @@ class _OwnAttention(torch.autograd.Function):
         results = AttentionResults(out, lse)
         with torch.no_grad(), torch.cuda.device_of(q):
             grads: tuple[Any, ...] = _backward((dout, None), q, k, v, results, layout, options, own, config)
-        if torch.is_grad_enabled():  # create_graph=True
-            grads = tuple(None if x is None else _Once.apply(x, dout, q, k, v) for x in grads)
-        return *grads, None, None, None, None
-
-
-class _Once(torch.autograd.Function):
-    """A gradient that refuses to be differentiated, by whatever it depends on."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, *operands: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, ...]:
-        raise RuntimeError(
-            "attention_with: it is differentiated twice; expected once, as its slopes have no derivative"
-        )
+        return *once("attention_with", grads, dout, q, k, v, rel_bias, sinks), None, None, None, None
 
 
 def _rule(q: Tensor, n: int, options: AttentionOptions, own: OwnScores) -> AttentionRule:

@@ -41,6 +41,7 @@ from .common import (
     tanh,
     toeplitz,
 )
+from .own_scores import own_hidden, own_scores, own_weight_slopes, own_weights
 
 
 class AttentionRule(NamedTuple):
@@ -75,33 +76,15 @@ def scores(b_qk, rule, p_bias, o_head, o_position, o_key, n, MASKED: tl.constexp
         b_slope = 1 - b_t * b_t
         b_s = b_t * rule.softcap
     if SIZES.SCORE_MOD is not None:
-        # Such a function may read from memory: what is out of range stands at the last key.
-        o_query_in, o_key_in = tl.minimum(o_position, n - 1), tl.minimum(tl.maximum(o_key, 0), n - 1)
-        if SIZES.SCORE_SLOPE is not None:
-            b_slope = SIZES.SCORE_SLOPE(b_s, o_query_in, o_key_in, o_head, rule.aux) * b_slope
-        b_s = SIZES.SCORE_MOD(b_s, o_query_in, o_key_in, o_head, rule.aux)
+        b_s, b_slope = own_scores(b_s, b_slope, rule.aux, o_head, o_position, o_key, n, SIZES)
     if rule.bias is not None:
         # Out-of-range rows have positions >= n, where the bias is undefined.
         b_s += toeplitz(p_bias, o_key - o_position, rule.max_distance, (o_key < n) & (o_position < n))
     if MASKED:
         b_s = tl.where(is_visible(rule, o_position, o_key, n), b_s, -float("inf"))
     if SIZES.SCORE_MOD is not None or SIZES.WEIGHT_MOD is not None:
-        # A function may be anything out of range, and have any slope where it is -inf.
-        b_s = tl.where((o_position < n) & (o_key < n), b_s, -float("inf"))
-        b_slope = tl.where(b_s == -float("inf"), 0.0, b_slope)
+        b_s, b_slope = own_hidden(b_s, b_slope, o_position, o_key, n)
     return b_s, b_slope
-
-
-@triton.jit
-def own_weights(b_s, SIZES: tl.constexpr):
-    """A user's elementwise weight of a block of scores. What is hidden has weight 0."""
-    return tl.where(b_s == -float("inf"), 0.0, SIZES.WEIGHT_MOD(b_s))
-
-
-@triton.jit
-def own_weight_slopes(b_s, SIZES: tl.constexpr):
-    """The slope of such a weight."""
-    return tl.where(b_s == -float("inf"), 0.0, SIZES.WEIGHT_SLOPE(b_s))
 
 
 @triton.jit

@@ -26,6 +26,7 @@ from .common import (
     row_pointers,
     toeplitz,
 )
+from .own_scores import own_hidden, own_scores
 
 _PANEL_BYTES = 2**25  # of a panel of scores, which should stay in the L2 cache (50 MiB on an H200)
 
@@ -39,21 +40,28 @@ class GatedRule(NamedTuple):
     bias: Any  # pointer to (B, 2 max_distance + 1)
     bias_batch: int
     max_distance: int
+    aux: Any = None  # what a user's function of the scores reads
 
 
 # ---------------------------------------------------------------- scores
 
 
 @triton.jit
-def scores(b_qk, b_scale, rule, p_bias, o_position, o_key, n, MASKED: tl.constexpr):
-    """S of a block; -inf where the key is hidden. The scale, and blocks of positions and keys, broadcast against it."""
+def scores(b_qk, b_scale, rule, p_bias, o_position, o_key, n, MASKED: tl.constexpr, SIZES: tl.constexpr):
+    """S of a block, -inf where the key is hidden, and its slope, that of a user's function. The scale, and blocks of
+    positions and keys, broadcast against it."""
+    b_slope = 1.0
     b_s = b_qk * b_scale
+    if SIZES.SCORE_MOD is not None:
+        b_s, b_slope = own_scores(b_s, b_slope, rule.aux, 0 * o_position, o_position, o_key, n, SIZES)
     if rule.bias is not None:
         # Out-of-range rows have positions >= n, where the bias is undefined.
         b_s += toeplitz(p_bias, o_key - o_position, rule.max_distance, (o_key < n) & (o_position < n))
     if MASKED:
         b_s = tl.where(is_visible(rule, o_position, o_key, n), b_s, -float("inf"))
-    return b_s
+    if SIZES.SCORE_MOD is not None or SIZES.WEIGHT_MOD is not None:
+        b_s, b_slope = own_hidden(b_s, b_slope, o_position, o_key, n)
+    return b_s, b_slope
 
 
 @triton.jit

@@ -224,7 +224,8 @@ def local_scores(chunk, rule, p_bias, b_q, k, o_query, o_key, SIZES: tl.constexp
     """S of some queries of a chunk against some of its keys; -inf where the key is hidden."""
     b_k = chunk_rows(k, chunk, o_key, SIZES)
     b_qk = tl.dot(b_q, b_k.T, input_precision=SIZES.PRECISION)
-    return scores(b_qk, rule.scale, rule, p_bias, o_query[:, None], o_key[None, :], chunk.tokens, True)
+    b_s, _ = scores(b_qk, rule.scale, rule, p_bias, o_query[:, None], o_key[None, :], chunk.tokens, True, SIZES)
+    return b_s
 
 
 @triton.jit
@@ -549,7 +550,8 @@ def step_kernel(
         b_lin_k = join_token(lin_k, held_lin_k, i_row, place, o_chunk, o_s, SIZES.C, SIZES.S)
         b_v = join_token(v, held_v, i_row, place, o_chunk, o_column, SIZES.C, SIZES.E)
         b_s = tl.sum(products(b_quad_k.to(tl.float32), b_quad_q[None, :]), 1)
-        b_a = probs(scores(b_s, inv_norm, rule, p_bias, place + 0 * o_chunk, o_chunk, place + 1, True), 0.0, SCORE)
+        b_s, _slope = scores(b_s, inv_norm, rule, p_bias, place + 0 * o_chunk, o_chunk, place + 1, True, SIZES)
+        b_a = probs(b_s, 0.0, SCORE)
         b_out += tl.sum(products(b_a[:, None], b_v.to(tl.float32)), 0)
         if full:
             b_kv = tl.dot(b_lin_k.T, b_v, b_kv, input_precision=SIZES.PRECISION)

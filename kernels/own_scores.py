@@ -1,12 +1,12 @@
-"""A researcher's own scores in softmax attention's kernels: jitted functions of a block, compiled into them.
+"""A researcher's own scores in the kernels of attention and GAU: jitted functions of a block, compiled into them.
 
     score_mod(b_s, o_query, o_key, i_head, aux)      of the scaled and capped scores, before bias and mask
     score_slope(b_s, o_query, o_key, i_head, aux)    its derivative by b_s, at the same b_s
     weight_mod(b_s)                                  an elementwise weight in the place of softmax: A = weight_mod(S)
     weight_slope(b_s)                                its derivative
 
-They reach the kernels as fields of `Sizes`; `attention_with` in `attention.py` is their front door. A score of -inf
-hides a key, for softmax and for any weight.
+They reach the kernels as fields of `Sizes`; `attention_with` in `attention.py` and `gau_with` in `gau.py` are their
+front doors. A score of -inf hides a key, for softmax and for any weight.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class OwnScores(NamedTuple):
         return {name.upper(): getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
-SOFTMAX = OwnScores()  # no function at all
+BUILT_IN = OwnScores()  # no function at all
 
 
 def check_own(op: str, own: OwnScores, *, differentiated: bool, device: torch.device | None = None) -> None:
@@ -88,7 +88,7 @@ def check_own(op: str, own: OwnScores, *, differentiated: bool, device: torch.de
         )
 
 
-def check_operands(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_operands(op: str, q: Tensor, k: Tensor, v: Tensor, widest_value: int = WIDEST) -> None:
     """Refuse what the kernels would read wrongly, as launchers do not.
 
     Raises:
@@ -110,8 +110,8 @@ def check_operands(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"{op}: {got}; expected (B, Hkv, N, D) and (B, Hkv, N, E) with B = {b} and D = {d}")
     if n_heads != 0 and (n_kv_heads == 0 or n_heads % n_kv_heads):
         raise ValueError(f"{op}: `q` has {n_heads} heads; expected a multiple of the {n_kv_heads} of `k`")
-    if not 1 <= min(d, e) <= max(d, e) <= WIDEST:
-        raise ValueError(f"{op}: `q` and `v` have widths {d} and {e}; expected 1 to {WIDEST}")
+    if not (1 <= d <= WIDEST and 1 <= e <= widest_value):
+        raise ValueError(f"{op}: `q` and `v` have widths {d} and {e}; expected 1 to {WIDEST} and {widest_value}")
     interpreting = type(is_visible).__name__ != "JITFunction"
     if interpreting and q.dtype == torch.bfloat16 and not mend():
         raise RuntimeError(f"{op}: {NO_INTERPRETED_BF16}; expected float16 or float32 there")
@@ -119,23 +119,20 @@ def check_operands(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise RuntimeError(f"{op}: the tensors are on the CPU; expected TRITON_INTERPRET=1, set before Python starts")
 
 
-def check_options(
+def check_sequences(
     op: str,
-    own: OwnScores,
-    q: Tensor,
-    k: Tensor,
+    b: int,
+    m: int,
+    n: int,
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    rel_bias: Tensor | None,
-    sinks: Tensor | None,
 ) -> None:
-    """Refuse padding, packing, biases and sinks that do not belong to these queries and keys.
+    """Refuse padding and packing that do not belong to `b` rows of `m` queries and `n` keys.
 
     Raises:
         ValueError: with what was given and what was expected.
     """
-    (b, n_heads, m, _), n = q.shape, k.shape[2]
     if lengths is not None and (cu_seqlens is not None or lengths.shape != (b,)):
         raise ValueError(f"{op}: `lengths` has shape {tuple(lengths.shape)}; expected ({b},), and no `cu_seqlens`")
     if cu_seqlens is None and cu_seqlens_k is not None:
@@ -149,6 +146,26 @@ def check_options(
             raise ValueError(f"{op}: `{name}` was given with B = {b}; expected one row, B = 1")
     if cu_seqlens is not None and cu_seqlens_k is None and m != n:
         raise ValueError(f"{op}: `cu_seqlens` was given with M = {m} and N = {n}; expected also `cu_seqlens_k`")
+
+
+def check_options(
+    op: str,
+    own: OwnScores,
+    q: Tensor,
+    k: Tensor,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    rel_bias: Tensor | None,
+    sinks: Tensor | None,
+) -> None:
+    """Refuse padding, packing, biases and sinks of attention that do not belong to these queries and keys.
+
+    Raises:
+        ValueError: with what was given and what was expected.
+    """
+    (b, n_heads, m, _), n = q.shape, k.shape[2]
+    check_sequences(op, b, m, n, lengths, cu_seqlens, cu_seqlens_k)
     if rel_bias is not None:
         longest = 1 if cu_seqlens is not None else max(m, n, 1)
         fits = rel_bias.dim() in (2, 3) and rel_bias.shape[-2] == n_heads and rel_bias.shape[:-2] in ((), (1,), (b,))
@@ -161,6 +178,55 @@ def check_options(
         raise ValueError(f"{op}: `sinks` has shape {tuple(sinks.shape)}; expected ({n_heads},)")
     if sinks is not None and own.weight_mod is not None:
         raise ValueError(f"{op}: `sinks` was given with `weight_mod`; expected softmax, whose denominator they are in")
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that refuses to be differentiated, by whatever it depends on."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, grad: Tensor, *operands: Tensor | None) -> Tensor:
+        ctx.op = op
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(f"{ctx.op}: it is differentiated twice; expected once, as its slopes have no derivative")
+
+
+def once(op: str, grads: tuple[Tensor | None, ...], *operands: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients as they are; under `create_graph=True` such that differentiating them by the operands is refused."""
+    if not torch.is_grad_enabled():
+        return grads
+    return tuple(None if x is None else _Once.apply(op, x, *operands) for x in grads)
+
+
+@triton.jit
+def own_scores(b_s, b_slope, aux, o_head, o_position, o_key, n, SIZES: tl.constexpr):
+    """What a user's function makes of a block of scores, and its slope on top of the one that is there."""
+    # Such a function may read from memory: what is out of range stands at the last key.
+    o_query_in, o_key_in = tl.minimum(o_position, n - 1), tl.minimum(tl.maximum(o_key, 0), n - 1)
+    if SIZES.SCORE_SLOPE is not None:
+        b_slope = SIZES.SCORE_SLOPE(b_s, o_query_in, o_key_in, o_head, aux) * b_slope
+    return SIZES.SCORE_MOD(b_s, o_query_in, o_key_in, o_head, aux), b_slope
+
+
+@triton.jit
+def own_hidden(b_s, b_slope, o_position, o_key, n):
+    """A function may be anything out of range, and have any slope where it is -inf."""
+    b_s = tl.where((o_position < n) & (o_key < n), b_s, -float("inf"))
+    return b_s, tl.where(b_s == -float("inf"), 0.0, b_slope)
+
+
+@triton.jit
+def own_weights(b_s, SIZES: tl.constexpr):
+    """A user's elementwise weight of a block of scores. What is hidden has weight 0."""
+    return tl.where(b_s == -float("inf"), 0.0, SIZES.WEIGHT_MOD(b_s))
+
+
+@triton.jit
+def own_weight_slopes(b_s, SIZES: tl.constexpr):
+    """The slope of such a weight."""
+    return tl.where(b_s == -float("inf"), 0.0, SIZES.WEIGHT_SLOPE(b_s))
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from .program import Program
 _FORMATS = {"i1": "i1", "u1": "u1", "i8": "i1", "u8": "u1", "i16": "i2", "u16": "u2", "i32": "i4", "u32": "u4",
             "s32": "i4", "b32": "u4", "i64": "i8", "u64": "u8", "s64": "i8", "b64": "u8", "fp16": "f2", "fp32": "f4",
             "f32": "f4", "fp64": "f8", "f64": "f8"}  # fmt: skip
-_program = lru_cache(maxsize=256)(Program)
+_program = lru_cache(maxsize=32)(Program)
 
 
 @dataclass
