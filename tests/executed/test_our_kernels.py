@@ -1,7 +1,13 @@
 """Our operations in bf16, as compiled code: forward and gradients, held to fp64 by the rule of `compare`."""
 
+from functools import partial
+
 import pytest
 import torch
+import triton
+import triton.language as tl
+from flashgau.kernels.attention import attention_with
+from flashgau.kernels.gau import gau_with
 from strategies import randn
 
 import flashgau
@@ -59,3 +65,46 @@ def gradients(seed):
 def test_results_are_the_same_in_any_order_of_warps_and_blocks(monkeypatch):
     monkeypatch.setattr(numbers, "_scattered", lambda x, seed: 0.0)  # whose approximate functions are the same
     assert all(torch.equal(a, b) for a, b in zip(gradients(1), gradients(2), strict=True))
+
+
+@triton.jit
+def sigmoid(b_s):
+    return tl.sigmoid(b_s)
+
+
+@triton.jit
+def sigmoid_slope(b_s):
+    return tl.sigmoid(b_s) * (1 - tl.sigmoid(b_s))
+
+
+@triton.jit
+def tilted(b_s, o_query, o_key, i_head, aux):
+    return b_s * tl.load(aux + o_key) + 0.01 * (o_query - o_key)
+
+
+@triton.jit
+def tilted_slope(b_s, o_query, o_key, i_head, aux):
+    return tl.load(aux + o_key)
+
+
+AUX = torch.linspace(0.5, 1.5, 70)
+OWN = {"weight_mod": sigmoid, "weight_slope": sigmoid_slope, "score_mod": tilted, "score_slope": tilted_slope,
+       "aux": AUX}  # fmt: skip
+
+
+def naive(q, k, v, gate=1.0, *, scale):
+    i, j = torch.arange(70)[:, None], torch.arange(70)[None, :]
+    s = scale * q @ k.mT * AUX.to(q.dtype) + 0.01 * (i - j).to(q.dtype)
+    return gate * (torch.sigmoid(s).tril() @ v)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_own_scores_agree_with_fp64(target):
+    heads, gated = draw(*[(1, 2, 70, 16)] * 3), draw(*[(1, 70, 16)] * 2, (1, 70, 40), (1, 70, 40))
+    for fn, tensors, scale in (
+        (partial(attention_with, **OWN, causal=True), heads, 0.25),
+        (partial(gau_with, **OWN, causal=True, normalizer=4.0), gated, 0.25),
+    ):
+        with executing(target), tables.configured(small):
+            report = flashgau.compare(fn, *tensors, reference=partial(naive, scale=scale))
+        assert report, str(report)
