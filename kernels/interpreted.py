@@ -72,7 +72,8 @@ def _mend() -> bool:
     assert handle is not None
     for name in ("cast_impl", "create_fp_to_fp"):
         setattr(builder, name, _cast(getattr(builder, name), handle))
-    for name in ("binary_op", "unary_op", "create_clampf", "create_fma", "create_erf", "create_rsqrt"):
+    builder.create_fma = _fused(builder.create_fma, handle)
+    for name in ("binary_op", "unary_op", "create_clampf", "create_erf", "create_rsqrt"):
         setattr(builder, name, _computed(getattr(builder, name), handle))
     builder.create_dot = _dot(builder.create_dot, handle)
     builder.get_bf16 = lambda self, value: handle(rounded(np.array([value], np.float64)), tl.bfloat16)
@@ -120,6 +121,26 @@ def _computed(original: Callable[..., Any], make: Any) -> Callable[..., Any]:
         return found if found.data.dtype == bool else make(rounded(found.data.astype(np.float64)), tl.bfloat16)
 
     return computed
+
+
+def _fused(original: Callable[..., Any], make: Any) -> Callable[..., Any]:
+    """a b + c in fp64, whose products are exact, the sum rounded to odd: what it missed decides the last rounding."""
+
+    @wraps(original)
+    def fma(self: Any, *args: Any) -> Any:
+        if not any(_is_bf16(x) for x in args):
+            return original(self, *args)
+        a, b, c = (_wide(x, tl.float64, make).data.astype(np.float64) for x in args)
+        with np.errstate(invalid="ignore", over="ignore"):
+            product = a * b
+            total = product + c
+            back = total - product
+            missed = (product - (total - back)) + (c - back)
+            towards_zero = (missed != 0) & ((missed < 0) != (total < 0))
+        odd = (total.view(np.int64) - towards_zero) | 1
+        return make(rounded(np.where(np.isfinite(missed) & (missed != 0), odd.view(np.float64), total)), tl.bfloat16)
+
+    return fma
 
 
 def _dot(original: Callable[..., Any], make: Any) -> Callable[..., Any]:

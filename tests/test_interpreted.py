@@ -1,10 +1,14 @@
 """bf16 in Triton's interpreter: to the bit what PyTorch computes, and what the compiled code does."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 from bf16_steps import STEPS, steps_kernel
 from strategies import randn
+from test_ptx_numbers import nearest
 
 pytest.importorskip("triton")
 import triton
@@ -83,8 +87,33 @@ def test_products_of_halves_are_summed_in_fp32(dtype):
     assert ((out - exact).abs() <= 512 * torch.finfo(torch.float32).eps * terms).all()
 
 
-def test_a_version_that_calls_things_otherwise_is_left_alone(monkeypatch):
+NAMES = [(name, method) for name, methods in interpreted._METHODS.items() for method in methods]
+
+
+@pytest.mark.parametrize(("name", "method"), NAMES)
+def test_a_version_that_calls_things_otherwise_is_left_alone(name, method, monkeypatch):
     from triton.runtime import interpreter
 
-    monkeypatch.delattr(interpreter.InterpreterBuilder, "binary_op")
+    whole = dict(vars(interpreter.InterpreterBuilder))
+    whole.pop(method, None)
+    monkeypatch.delattr(getattr(interpreter, name), method)
     assert interpreted._mend() is False
+    left = dict(vars(interpreter.InterpreterBuilder))
+    assert all(left[key] is value for key, value in whole.items())
+
+
+@triton.jit
+def fma_kernel(x, y, z, out, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    tl.store(out + o, tl.fma(tl.load(x + o), tl.load(y + o), tl.load(z + o)))
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 2**16 - 1)] * 3), min_size=16, max_size=16))
+def test_a_fused_product_is_rounded_once(triples):
+    triples[0] = (0x3F88, 0x3F88, 0x1780)  # 1.0625^2 lies halfway between two bf16, and 2^-80 above it decides
+    x, y, z = (torch.tensor(v, dtype=torch.int32).to(torch.int16).view(BF16) for v in zip(*triples, strict=True))
+    out = torch.zeros_like(x)
+    fma_kernel[(1,)](x, y, z, out, BLOCK=16)
+    for a, b, c, found in zip(x.tolist(), y.tolist(), z.tolist(), out.tolist(), strict=True):
+        if all(map(math.isfinite, (a, b, c))):
+            assert found == nearest(Fraction(a) * Fraction(b) + Fraction(c), "bf16")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from flashgau import tables
 from flashgau.ops import dispatch
 from flashgau.ptx import executing
+from flashgau.tables.config import Config
 from flashgau.tuning.ahead import in_processes, op_of, table_of, target_of
 from flashgau.verification.cases import CheckCase, all_cases
 from flashgau.verification.checking import Row, held_row
-from flashgau.verification.configurations import LAYERS, case_of, is_asked
+from flashgau.verification.configurations import LAYERS, Configured, case_of, is_asked
 
 DTYPES = ("bfloat16", "float16", "float32")
 _CPU = torch.device("cpu")
@@ -40,6 +43,7 @@ class Task:
 def cases(target: str, op: str | None, dtype: str | None, quick: bool) -> tuple[CheckCase, ...]:
     """Every kernel in every configuration that is shipped for a target, and every operation with every option.
 
+    Options are tried in blocks that small shapes cross, which compile in a fraction of the time of the shipped ones.
     Quick: every kernel once, in bf16. The operations `projection` and `heads` are a layer's and come with
     `gau_attention`.
     """
@@ -86,11 +90,18 @@ def tasks(targets: list[str], op: str | None, dtype: str | None, quick: bool) ->
     return found
 
 
+def _small(kernel: str, x: Tensor, width: int, rows: int | None = None, options: bool = False) -> Config:
+    """Blocks of 64 rows, which Hopper's products of warpgroups need, and few columns."""
+    few = rows is not None and rows <= tables.FEW_ROWS
+    return Config(16 if few else 64, 32 if kernel.startswith("attention") else 64, 4, 2, block_k=32)
+
+
 def execute(task: Task) -> Row:
     """Hold one case to the fp64 reference: its kernels are compiled, and executed."""
     case = task.case
     torch.set_num_threads(1)  # processes run beside each other
-    with executing(task.target) as executed:
+    blocks = nullcontext() if isinstance(case, Configured) else tables.configured(_small)
+    with executing(task.target) as executed, blocks:
         row = held_row(case, "triton", _CPU, seed=0)
     counts = executed.counts
     plain = {**asdict(counts), "instructions": dict(counts.instructions), "launches": len(executed.launches)}
