@@ -159,7 +159,7 @@ class Bulk:
             raise UnknownInstruction(f"ptx: {self.machine.kernel.instructions[number].text}: a tensor map of this form")
         box, dims = (fields[name][:rank].astype(np.int64) for name in ("box_dim", "global_dim"))
         strides = [size, *(int(s) for s in fields["global_stride"][: rank - 1])]
-        steps = np.indices(box[::-1]).reshape(rank, -1)[::-1]  # the first axis runs fastest
+        steps = np.indices([int(n) for n in box[::-1]]).reshape(rank, -1)[::-1]  # the first axis runs fastest
         places = [start + step for start, step in zip(corner, steps, strict=True)]
         inside = np.all([(p >= 0) & (p < n) for p, n in zip(places, dims, strict=True)], axis=0)
         reach = sum(p * s for p, s in zip(places, strides, strict=True))

@@ -153,9 +153,9 @@ class Machine:
     def _next(self, counter: Array, runnable: Array) -> tuple[int, Array | None]:
         """Where to go on, and with which threads; None for all."""
         if (runnable & self.yielded).any():
-            first = runnable & ~self.yielded
-            if first.any():
-                runnable = first
+            others = runnable & ~self.yielded
+            if others.any():
+                runnable = others
             self.yielded[:] = False
         if self.generator is None:
             step = self._first(counter[runnable])
