@@ -98,7 +98,7 @@ class Machine:
         self.executed = np.zeros(len(kernel.starts), np.int64)
         self.pending: dict[tuple[int, int], int] = {}  # (register, warpgroup) of products not waited for -> group
         self.products = np.zeros(self.lanes // 128 + 1, np.int64)  # groups that a warpgroup committed
-        self.unfenced = np.zeros(self.lanes, bool)
+        self.fenced = np.zeros(self.lanes, np.int32)  # when each thread last passed a proxy fence
         self.yielded = np.zeros(self.lanes, bool)  # who waits for an mbarrier, and lets others go first
         self.bulk = Bulk(self)
 
@@ -260,7 +260,6 @@ class Machine:
 
     def store_shared(self, number: int, address: Array, values: list[Array], size: int, active: Array) -> None:
         """st.shared."""
-        self.unfenced |= active
         self.shared.store(address, values, size, active, self._reporter(number))
 
     def copy(self, number: int, target: Array, source: Array, size: int, taken: Array | None, active: Array) -> None:
@@ -274,7 +273,8 @@ class Machine:
 
     def proxy_fence(self, active: Array) -> None:
         """fence.proxy.async: what these threads wrote to shared memory, products may read."""
-        self.unfenced &= ~active
+        self.shared.now += 1
+        self.fenced[active] = self.shared.now
 
     # ---- barriers ----
 
@@ -357,7 +357,6 @@ class Machine:
         for i, register in enumerate(registers):
             rows[:, i] = matrix.to_rows(register, trans)
         words = rows.reshape(self.lanes, 8).view(np.uint64)
-        self.unfenced |= asks
         self.shared.store(address, [words[:, 0], words[:, 1]], 8, asks, self._reporter(number))
 
     def mma(self, a: list[Array], b: list[Array], c: list[Array], kind: str) -> list[Array]:
@@ -421,9 +420,11 @@ class Machine:
         return np.stack(found)
 
     def check_fenced(self, cells: Array, lane: int, blame: Any) -> None:
-        """What threads wrote must have passed a proxy fence before products and bulk copies read it."""
-        writers = self.shared.writer[cells]
-        fresh = (writers >= 0) & self.unfenced[np.maximum(writers, 0)]
+        """What threads wrote must have passed a proxy fence, of theirs or of the reader's, before a product or a bulk
+        copy reads it."""
+        writers, written = self.shared.writer[cells], self.shared.written_at[cells]
+        passed = (self.fenced[np.maximum(writers, 0)] > written) | (self.fenced[lane] > written)
+        fresh = (writers >= 0) & ~passed
         if fresh.any():
             blame("race", "written without fence.proxy.async before a product or a bulk copy reads it", fresh)
 

@@ -166,6 +166,8 @@ class Shared:
         self.write_time, self.read_time = np.zeros(cells, np.int32), np.zeros(cells, np.int32)
         self.write_warp_time, self.read_warp_time = np.zeros(cells, np.int32), np.zeros(cells, np.int32)
         self.writer, self.reader = np.full(cells, _NOBODY, np.int32), np.full(cells, _NOBODY, np.int32)
+        self.written_at = np.zeros(cells, np.int32)
+        self.now = 0  # counts stores and proxy fences
         self.arriving = np.zeros(cells, np.int32)  # copies under way
         self.used = np.zeros(cells, np.int32)  # products that read it
         self.copies: list[Copy] = []
@@ -244,6 +246,7 @@ class Shared:
 
     def store(self, address: Array, values: list[Array], size: int, active: Array, report: Report) -> None:
         """Write `values`, one after the other, at each address."""
+        self.now += 1
         offset = self.offsets(address, size, len(values), active, report)
         blame, lane = self._blame(active, address, report), self.lane[active]
         view, index, first = self.views[size], offset[active] // size, offset[active] // self.granule
@@ -261,7 +264,7 @@ class Shared:
 
     def _written(self, cell: Array, lane: Array) -> None:
         self.write_time[cell], self.write_warp_time[cell] = self.clock[lane], self.warp_clock[lane]
-        self.writer[cell] = lane
+        self.writer[cell], self.written_at[cell] = lane, self.now
 
     # ---- asynchronous copies ----
 
