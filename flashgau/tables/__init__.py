@@ -77,8 +77,13 @@ def key_for(device: torch.device, key: Key) -> Key:
     Raises:
         ValueError: for a width that is larger than what the kernel has.
     """
+    return key_in(architecture(device), key)
+
+
+def key_in(arch: str, key: Key) -> Key:
+    """The same, of the tables of an architecture."""
     if key.kernel in shipped_kernels():
-        return key._replace(width=_class(architecture(device), key.kernel, key.itemsize, key.width, key.few_rows))
+        return key._replace(width=_class(arch, key.kernel, key.itemsize, key.width, key.few_rows))
     return key._replace(width=1 << (key.width - 1).bit_length() if key.width else 0)
 
 
