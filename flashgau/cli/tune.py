@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashgau.cli import filters
+from flashgau.cli import filters, merging
 from flashgau.cli.console import (
     INTERRUPTED,
     USAGE,
@@ -132,6 +132,10 @@ def tune(
     export: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Copy your table to a file or folder, and measure nothing.")
     ] = None,
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Put the table in a file into yours of its GPU; may be given several times."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> int:
     """Find faster launch configurations for this GPU, and use them from then on.
@@ -149,7 +153,11 @@ def tune(
       flashgau tune --show --op glu
       flashgau tune --show --target sm_90
       flashgau tune --export flashgau/tables/gpus/
+      flashgau tune --merge first.json --merge second.json
     """
+    if merge:
+        with failing("tune"):
+            return merging.merge(merge, as_json)
     if target is not None and not show_only:
         fail("tune", f"--target is {target!r} without --show; what is measured is measured on --device", USAGE)
     where = None if target is not None else _device(device)

@@ -283,7 +283,12 @@ def user_path(device: torch.device) -> Path:
 
     The variable FLASHGAU_TUNING names another folder.
     """
-    name = table.file_name(gpu_name(device))
+    return user_path_of(gpu_name(device))
+
+
+def user_path_of(gpu: str) -> Path:
+    """The same, of a GPU by its name."""
+    name = table.file_name(gpu)
     if folder := os.environ.get("FLASHGAU_TUNING"):
         return Path(folder) / name
     return _user_data() / "flashgau" / "tuning" / name
