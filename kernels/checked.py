@@ -167,7 +167,7 @@ def _mixed_chunk(
     _chunk_bias(args, options)
     if (options.initial_kv is None) != (options.closed_tokens is None):
         args.fail("initial_kv", "and `closed_tokens` were not given together", "both or neither")
-    if options.initial_kv is not None:
+    if options.initial_kv is not None and options.closed_tokens is not None:
         if not options.causal:
             args.fail("initial_kv", "was given with causal=False", "causal=True: only causal sequences have a state")
         args.sizes["G"] = _count(args, layout)

@@ -79,7 +79,7 @@ class Watch:
         modules: dict[int, list[_Called]] = {}
         for called in _reached(self.kernel):
             modules.setdefault(id(called.namespace), []).append(called)
-        groups = []
+        groups: list[tuple[Callable[[Any], Any], dict[str, Any], Any]] = []
         for found in modules.values():
             functions = tuple(called.function for called in found)
             get = itemgetter(*(called.name for called in found))
