@@ -155,8 +155,10 @@ def test_a_wish_is_one_short_script(wish, tmp_path, monkeypatch, request):
 
 
 def test_own_lines_are_counted():
-    script = "import a\nfrom b import (\n    c,\n)\n\n# why\nx = [\n    1,  # one\n]\n\ndef f():\n    import d\n    return d\n"
-    assert own_lines(script) == ["x = [", "    1,  # one", "]", "def f():", "    return d"]
+    script = (
+        "import a\nfrom b import (\n    c,\n)\n\n# why\nx = [\n    1,  # one\n]\n\ndef f():\n    import d\n    f()\n"
+    )
+    assert own_lines(script) == ["x = [", "    1,  # one", "]", "def f():", "    f()"]
 
 
 def test_a_wrong_output_on_a_page_is_noticed():
