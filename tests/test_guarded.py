@@ -53,8 +53,18 @@ def weight(b_s):
     return inner(b_s)
 
 @triton.jit
+def once(b):
+    return b + 0
+
+@triton.jit
 def twice(b):
-    return b * 2
+    return once(b) * 2
+
+@guarded
+@triton.jit
+def late_kernel(p, N: tl.constexpr):
+    o = tl.arange(0, N)
+    tl.store(p + o, twice(tl.load(p + o)))
 
 @guarded
 @triton.jit
@@ -85,6 +95,9 @@ with compiling_for("sm_80") as compiled:
     refused(backward, "glu_backward_kernel", "`slope`")
     # functions of a user's
     own_kernel[(1,)](x, 16)
+    kept, once = once, instead
+    refused(lambda: late_kernel[(1,)](x, 16), "late_kernel", "`once` of __main__")  # hashed with the other's, long ago
+    once = kept
     twice = instead
     refused(lambda: own_kernel[(1,)](x, 16), "own_kernel", "`twice` of __main__")
     q = torch.empty(1, 1, 64, 32, dtype=torch.float16, device="meta")
