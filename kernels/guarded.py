@@ -10,11 +10,11 @@ from __future__ import annotations
 import dis
 from collections.abc import Callable, Iterator
 from operator import itemgetter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import triton
+from . import interpreting
 
-Kernel = TypeVar("Kernel")
+_COMPILED = not interpreting()
 
 
 class _Called(NamedTuple):
@@ -34,7 +34,7 @@ def _calls_of(function: Any) -> list[_Called]:
         code, namespace = function.fn.__code__, function.fn.__globals__
         names = dict.fromkeys(i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL")
         found = ((name, namespace.get(name)) for name in names)
-        _calls[function] = [_Called(namespace, name, f) for name, f in found if isinstance(f, triton.JITFunction)]
+        _calls[function] = [_Called(namespace, name, f) for name, f in found if type(f) is type(function)]
     return _calls[function]
 
 
@@ -96,12 +96,12 @@ class Watch:
                 )
 
 
-def guarded(kernel: Kernel) -> Kernel:
+def guarded(kernel: Any) -> Any:
     """Above `@triton.jit`: launches of a kernel are refused when a function that it calls was replaced after the first.
 
     The kernel is as Triton made it, with one hook. Interpreted, it has none.
     """
-    if isinstance(kernel, triton.JITFunction):
+    if _COMPILED:
         kernel.add_pre_run_hook(Watch(kernel))
     return kernel
 
@@ -111,7 +111,7 @@ _watched: dict[Any, Watch] = {}
 
 def check_unchanged(function: Any) -> None:
     """The same of a function of a user's that is compiled into our kernels: before each launch."""
-    if isinstance(function, triton.JITFunction):
+    if _COMPILED and function is not None:
         watch = _watched.get(function)
         if watch is None:
             watch = _watched[function] = Watch(function)
