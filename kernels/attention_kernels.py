@@ -41,6 +41,7 @@ from .common import (
     tanh,
     toeplitz,
 )
+from .guarded import guarded
 from .own_scores import own_hidden, own_scores, own_weight_slopes, own_weights
 
 
@@ -165,6 +166,7 @@ def keys_of_block(rule, i_block, m, n, SIZES: tl.constexpr):
     return keys_seen(rule, i_block * SIZES.BM // SIZES.GROUPS + n - m, last + n - m, n, SIZES.BN)
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     q, k, v, out, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
@@ -265,6 +267,7 @@ def forward_kernel(
         tl.store(p_lse, b_lse, mask=o_query < stored)
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def merge_kernel(parts, sums, out, lse, n_rows, n_parts, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr):
     """Parts (n_parts, rows, E), with maxima m and sums l (2, n_parts, rows), combined: O ~ sum of l e^m O_part."""
@@ -294,6 +297,7 @@ def merge_kernel(parts, sums, out, lse, n_rows, n_parts, E: tl.constexpr, BE: tl
     tl.store(lse + o_row, b_lse, mask=m_row)
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def delta_kernel(
     dout, out, lse, dlse, delta,
@@ -324,6 +328,7 @@ def probabilities(b_s, b_lse):
     return tl.exp2((b_s - tl.where(b_lse == -float("inf"), float("inf"), b_lse)) * LOG2_E)
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def dq_kernel(
     q, k, v, dout, lse, delta, dq, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
@@ -391,6 +396,7 @@ def dq_kernel(
         tl.store(sink_deltas + o_flat, b_sum, mask=m_row)
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def dkv_kernel(
     q, k, v, dout, lse, delta, dk, dv, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
@@ -472,6 +478,7 @@ def dkv_kernel(
     store_rows(dv, row_pointers(dv, row, i_head, first_n + o_key), o_key < stored, b_dv, SIZES.E, SIZES.BE)
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def dbias_kernel(
     q, k, v, dout, lse, delta, dbias, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,

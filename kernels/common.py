@@ -6,6 +6,7 @@ of values. Tensors come as `Heads`, a pointer with its strides.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from flashgau.options import takes_fields
 from flashgau.tables.config import FUSED_ADDITION as FUSED_ADDITION  # for every launch of a kernel
 from flashgau.tables.config import Choose, Config
 
-from . import NO_INTERPRETED_BF16, interpreting
+from . import NO_INTERPRETED_BF16, checked, interpreting
 from .interpreted import mend
 
 _TAKES_BF16 = not interpreting() or mend()  # on a CPU
@@ -152,11 +153,22 @@ def blocks_of(sequences: Sequences, axis: int, per_token: int, block: int, *, re
 def launcher(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that starts kernels: it takes the fields of its tuples by name too, and runs with the GPU of its first
     tensor (or list of them) as the current one, for Triton to launch on. On a CPU it refuses that tensor in bf16 where
-    the interpreter could not be put right."""
+    the interpreter could not be put right; with `check=True` first what the public function refuses, in its words."""
     call = takes_fields(function)
+    signature = inspect.signature(function)
 
     @wraps(function)
-    def launched(*args: Any, **kwargs: Any) -> Any:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        checked.check(function.__name__, dict(bound.arguments))
+
+    refuse_first = takes_fields(refuse)
+
+    @wraps(function)
+    def launched(*args: Any, check: bool = False, **kwargs: Any) -> Any:
+        if check:
+            refuse_first(*args, **kwargs)
         first = args[0] if args else next(x for x in kwargs.values() if x is not None)
         if not isinstance(first, Tensor):
             first = first[0]

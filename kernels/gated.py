@@ -26,6 +26,7 @@ from .common import (
     row_pointers,
     toeplitz,
 )
+from .guarded import guarded
 from .own_scores import own_hidden, own_scores
 
 _PANEL_BYTES = 2**25  # of a panel of scores, which should stay in the L2 cache (50 MiB on an H200)
@@ -175,6 +176,7 @@ def room_for_panel(like: Tensor, per_block: int, blocks: int) -> tuple[Tensor, i
 # ---------------------------------------------------------------- the gate
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def prologue_kernel(
     dout, gate, product, dx, dgate, delta,

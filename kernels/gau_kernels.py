@@ -46,6 +46,7 @@ from .gated import (
     scores,
     store_tile,
 )
+from .guarded import guarded
 from .own_scores import own_weight_slopes, own_weights
 
 # ---------------------------------------------------------------- scores
@@ -107,6 +108,7 @@ def load_lse(lse, row, max_seqlen_q, o_token, m_row, SCORE: tl.constexpr):
 # ---------------------------------------------------------------- forward
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def lse_kernel(
     q, k, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
@@ -147,6 +149,7 @@ def lse_kernel(
     tl.store(lse + tl.cast(row, tl.int64) * max_seqlen_q + first_m + o_query, b_lse, mask=m_row)
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def probs_kernel(
     q, k, lse, panel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
@@ -177,6 +180,7 @@ def probs_kernel(
     tl.store(panel_pointers(panel, i_slot, panel_width, o_key, BM), b_a.to(panel.dtype.element_ty))
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def product_kernel(
     q, k, v, gate, lse, panel, product, out,
@@ -238,6 +242,7 @@ def product_kernel(
 # ---------------------------------------------------------------- backward
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def gradient_kernel(
     q, k, v, dx, lse, delta, panel, dpanel, dbias_panel,
@@ -292,6 +297,7 @@ def gradient_kernel(
     tl.store(panel_pointers(dpanel, i_slot, panel_width, o_query, BN), b_ds.to(dpanel.dtype.element_ty))
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def dkv_kernel(
     panel, x, out, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
@@ -327,6 +333,7 @@ def dkv_kernel(
     store_tile(out, row_pointers(out, row, 0, first_n + o_key), o_key < stored, o_column, b_acc, SIZES.E, SIZES.BE)
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def dq_kernel(
     dpanel, k, dq, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
@@ -363,6 +370,7 @@ def dq_kernel(
     store_tile(dq, p_dq, o_query < m, o_column, b_acc, SIZES.S, SIZES.BS)
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def dbias_kernel(
     dpanel, dbias, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,

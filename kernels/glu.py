@@ -24,6 +24,7 @@ from flashgau import tables
 from flashgau.options import GluOptions, GluWeights
 
 from .common import VARYING, Choose, Config, chosen_by, launcher, matmul_precision, tanh
+from .guarded import guarded
 
 
 class Matrix(NamedTuple):
@@ -132,6 +133,7 @@ def block_of(n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS), whole
 
 
+@guarded
 @triton.jit(do_not_specialize=["n_rows"])
 def glu_kernel(
     gate, up, out, n_rows, n_columns,
@@ -148,6 +150,7 @@ def glu_kernel(
         store(out, o_row, o_column, gated(b_g, b_u, ACTIVATION, UP_ACTIVATION), mask)
 
 
+@guarded
 @triton.jit(do_not_specialize=["n_rows"])
 def glu_backward_kernel(
     dout, gate, up, dgate, dup, n_rows, n_columns,
@@ -222,6 +225,7 @@ def both_sides(
     return b_g, b_u
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def linear_kernel(
     x, w_gate, w_up, b_gate, b_up, out, g, u, n_rows, n_columns,
@@ -240,6 +244,7 @@ def linear_kernel(
     store(out, o_row, o_column, gated(b_g, b_u, ACTIVATION, UP_ACTIVATION), mask)
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def linear_backward_kernel(
     dout, x, w_gate, w_up, b_gate, b_up, dg, du, n_rows, n_columns,

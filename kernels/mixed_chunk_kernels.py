@@ -49,6 +49,7 @@ from .gated import (
     scores,
     store_tile,
 )
+from .guarded import guarded
 
 # ---------------------------------------------------------------- chunks
 
@@ -134,6 +135,7 @@ def base_of(chunk, sequences, n_segments, chunks_per_segment, C: tl.constexpr, C
 # ---------------------------------------------------------------- states
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def states_kernel(
     x, y, states, totals, closed_tokens, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
@@ -181,6 +183,7 @@ def states_kernel(
     tl.store(state_pointers(totals, i_slot, o_row, o_column, SIZES.S, SIZES.E), b_sum, mask=m_tile)
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def carry_kernel(
     totals, start, result,
@@ -244,6 +247,7 @@ def is_hidden(chunk, rule, first_query, first_key, BM: tl.constexpr):
     return hidden
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def probs_kernel(
     q, k, panel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
@@ -272,6 +276,7 @@ def probs_kernel(
     tl.store(p_panel, probs(b_s, 0.0, SCORE).to(panel.dtype.element_ty))
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def product_kernel(
     q, k, lin, x, panel, states, gate, product, out, closed_tokens,
@@ -355,6 +360,7 @@ def product_kernel(
 # ---------------------------------------------------------------- backward
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def linear_kernel(
     x, states, out, closed_tokens, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
@@ -393,6 +399,7 @@ def linear_kernel(
     store_tile(out, p_out, o_row < chunk.stored, o_s, b_acc, SIZES.S, BN)
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def gradient_kernel(
     q, k, v, dx, panel, dpanel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
@@ -433,6 +440,7 @@ def gradient_kernel(
     tl.store(p_dpanel, score_gradient(b_da, b_s, b_a, 0.0, SCORE).to(dpanel.dtype.element_ty))
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def heads_kernel(
     q, k, dq, dk, dpanel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
@@ -469,6 +477,7 @@ def heads_kernel(
     store_rows(dk, row_pointers(dk, chunk.row, 0, chunk.first + o_row), m_stored, b_acc * inv_norm, SIZES.S, SIZES.BS)
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def dbias_kernel(
     dpanel, total, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
@@ -517,6 +526,7 @@ def keep_chunk(new_held, block, i_row, full, o_chunk, o_column, C: tl.constexpr,
     tl.store(p_new, tl.where(full, 0.0, block).to(new_held.dtype.element_ty), mask=m_there)
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def step_kernel(
     quad_q, quad_k, lin_q, lin_k, v, gate, kv, held_quad_k, held_lin_k, held_v, position,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import NO_INTERPRETED_BF16, executed
 from .common import FUSED_ADDITION, Sizes, is_visible, launcher
+from .guarded import check_unchanged, guarded
 from .interpreted import mend
 
 WIDEST = 256  # head dimension
@@ -55,11 +56,13 @@ def check_own(op: str, own: OwnScores, *, differentiated: bool, device: torch.de
         TypeError: if a function is not jitted, or `aux` no fp32 tensor.
         ValueError: if a slope stands without its function, a function without the slope that gradients need, or `aux`
             without a function that reads it, on another device, not contiguous, or to be differentiated.
+        RuntimeError: if what a function calls was replaced after it had been compiled.
     """
     for name in ("score_mod", "score_slope", "weight_mod", "weight_slope"):
         function = getattr(own, name)
         if function is not None and type(function) is not type(is_visible):
             raise TypeError(f"{op}: `{name}` is a {type(function).__name__}; expected a function under @triton.jit")
+        check_unchanged(function)
     for kind in ("score", "weight"):
         there, slope = (getattr(own, f"{kind}_{part}") is not None for part in ("mod", "slope"))
         if slope and not there:
@@ -229,6 +232,7 @@ def own_weight_slopes(b_s, SIZES: tl.constexpr):
     return tl.where(b_s == -float("inf"), 0.0, SIZES.WEIGHT_SLOPE(b_s))
 
 
+@guarded
 @triton.jit
 def probe_kernel(x, out, n_keys, aux, SIZES: tl.constexpr):  # BM, BN, and the function as SCORE_MOD or WEIGHT_MOD
     """A user's function at each of x (heads, BM, BN)."""

@@ -19,8 +19,10 @@ from flashgau.options import Angles, ProjectionWeights
 
 from .common import VARYING, Choose, Config, chosen_by, launcher, products
 from .glu import Matrix, activate, block_of, elementwise, load, places, slope, store
+from .guarded import guarded
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def silu_kernel(x, out, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """out = silu(x), a block of ROWS x COLUMNS per program."""
@@ -29,6 +31,7 @@ def silu_kernel(x, out, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.const
     store(out, o_row, o_column, activate(load(x, o_row, o_column, mask), "silu"), mask)
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def silu_backward_kernel(dout, x, dx, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """dx = dout silu'(x)."""
@@ -58,6 +61,7 @@ def rotation(cos, sin, o_token, m_token, PAIRS: tl.constexpr, INTERLEAVED: tl.co
     return b_cos, tl.where(second[None, :], b_sin, -b_sin), tl.where(turns, o_partner, o_channel), turns[None, :]
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def heads_kernel(
     z, gamma, beta, cos, sin, outs, n_rows, n_tokens, angle_batch,
@@ -88,6 +92,7 @@ def heads_kernel(
         tl.store(p_out, b_head.to(outs[h].dtype.element_ty), mask=mask)
 
 
+@guarded
 @triton.jit(do_not_specialize=VARYING)
 def heads_backward_kernel(
     douts, z, gamma, cos, sin, dz, dgamma, dbeta, n_rows, n_tokens, angle_batch,

@@ -15,7 +15,7 @@ from strategies import Call, randn
 from torch import Tensor
 
 import flashgau
-from flashgau.ops import validate
+from flashgau.contract import validate
 
 
 def outputs(result: Any) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import doctest
 import importlib
@@ -120,6 +121,44 @@ def test_python_blocks_run_and_print_what_the_page_says(page, tmp_path, monkeypa
             vary = "vary" in block.info
             assert normal(printed, vary) == normal(block.text, vary)
             printed = None
+
+
+def own_lines(script: str) -> list[str]:
+    """The lines that whoever writes a script thinks of: not blank, no comment, no part of an import."""
+    imports = [node for node in ast.walk(ast.parse(script)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    imported = {number for node in imports for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+    lines = enumerate(script.splitlines(), 1)
+    return [line for i, line in lines if i not in imported and line.strip() and not line.lstrip().startswith("#")]
+
+
+SCRIPTS = {  # what a page's reader came for: the page, what tells the block, its most lines
+    "scores of one's own": ("own_scores.md", "sigmoid_attention = partial(", 20),
+    "a function of one's own": ("numerics.md", "def softplus_gate", 12),
+    "block sizes of one's own": ("tuning.md", "tuning.search(", 15),
+}
+
+
+@pytest.mark.parametrize("wish", SCRIPTS)
+def test_a_wish_is_one_short_script(wish, tmp_path, monkeypatch, request):
+    """With its naive reference, and without the blocks before it."""
+    page, words, most = SCRIPTS[wish]
+    (block,) = [b for b in fenced_blocks((DOCS / page).read_text()) if b.language == "python" and words in b.text]
+    assert len(own_lines(block.text)) <= most
+    assert "assert" in block.text
+    if page != "numerics.md":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("FLASHGAU_TUNING", str(tmp_path))
+    flashgau.tuning.reload()
+    request.addfinalizer(flashgau.tuning.reload)
+    torch.manual_seed(0)
+    run_python(block, str(DOCS / page), {"__name__": "__docs__"})
+
+
+def test_own_lines_are_counted():
+    script = (
+        "import a\nfrom b import (\n    c,\n)\n\n# why\nx = [\n    1,  # one\n]\n\ndef f():\n    import d\n    f()\n"
+    )
+    assert own_lines(script) == ["x = [", "    1,  # one", "]", "def f():", "    f()"]
 
 
 def test_a_wrong_output_on_a_page_is_noticed():

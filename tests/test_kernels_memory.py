@@ -28,7 +28,7 @@ from flashgau.kernels import gated as gated_kernels
 from flashgau.kernels import glu as glu_kernels
 
 from flashgau import tables
-from flashgau.ops import validate
+from flashgau.contract import validate
 
 pytestmark = kernel_calls.pytestmark
 

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -500,11 +499,3 @@ def test_the_bare_kernel_can_be_tuned_by_triton(device, interpret):
         [sys.executable, "-c", AUTOTUNED, device], env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_the_page_needs_few_lines():
-    """A kernel, its launcher, its search: 15 lines beside the imports, which test_docs runs."""
-    page = (Path(__file__).resolve().parents[1] / "docs" / "tuning.md").read_text()
-    script = next(block for block in page.split("```") if block.startswith("python") and "tuning.search(" in block)
-    lines = [line for line in script.splitlines()[1:] if line.strip() and "import" not in line]
-    assert len(lines) <= 15

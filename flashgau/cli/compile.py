@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flashgau.cli import filters
 from flashgau.cli.console import FAILURE, USAGE, dump_json, fail, make_console, make_table
 
 if TYPE_CHECKING:
@@ -19,6 +20,20 @@ def compile(
     target: Annotated[
         str, typer.Option(metavar="NAMES", help="Architectures, separated by commas, such as sm_90 or gfx942.")
     ] = TARGETS,
+    op: filters.Op = None,
+    shapes: filters.Shapes = None,
+    kernel: filters.Kernel = None,
+    dtype: Annotated[str | None, typer.Option(metavar="NAMES", help="Only these of bf16, fp16 and fp32.")] = None,
+    length: Annotated[
+        int | None, typer.Option(metavar="N", min=32, max=2**20, help="Tokens of a sequence of the call.")
+    ] = None,
+    batch: filters.Batch = 1,
+    heads: filters.Heads = 8,
+    kv_heads: filters.KvHeads = None,
+    width: Annotated[
+        int | None,
+        typer.Option(metavar="D", min=1, max=256, help="The exact head dimension, in the configuration of its class."),
+    ] = None,
     processes: Annotated[
         int, typer.Option(metavar="N", min=0, max=1024, help="How many compile at once; 0 for one per processor.")
     ] = 0,
@@ -34,6 +49,7 @@ def compile(
     Examples:
       flashgau compile
       flashgau compile --target sm_90 --json
+      flashgau compile --target sm_90 --op attention --dtype bf16 --heads 32 --kv-heads 8 --width 80
     """
     from flashgau.ops.dispatch import unfit_triton
 
@@ -41,13 +57,24 @@ def compile(
         fail("compile", reason)
     from rich.progress import Progress
 
+    from flashgau import tables
     from flashgau.tuning import ahead
+    from flashgau.verification.candidates import Wanted
 
-    names = [name.strip() for name in target.split(",") if name.strip()]
+    wanted = Wanted(
+        filters.operations("compile", op),
+        filters.kernels("compile", kernel, tables.shipped_kernels() - {tables.FUSED}),
+        filters.dtypes("compile", dtype),
+        filters.widths("compile", shapes),
+        filters.call_shape("compile", length, batch, heads, kv_heads, width),
+    )
+    names = filters.words(target)
     try:
-        jobs = ahead.jobs(names)
+        jobs = [job for job in ahead.jobs(names, wanted.shape) if wanted.compiles(job)]
     except ValueError as error:
         fail("compile", str(error).removeprefix("compile: "), USAGE)
+    if not jobs:
+        fail("compile", "there is no kernel of this target, operation, dtype and width at once", USAGE)
     rows = []
     errors = make_console(stderr=True)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:

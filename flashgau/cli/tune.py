@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flashgau.cli import filters, merging
 from flashgau.cli.console import (
     INTERRUPTED,
     USAGE,
@@ -21,7 +22,6 @@ from flashgau.cli.console import (
     seconds,
     usable_device,
 )
-from flashgau.cli.doctor import OPERATIONS
 
 if TYPE_CHECKING:
     import torch
@@ -105,28 +105,18 @@ def _announce(search: Search, limit: float) -> None:
 
 
 def tune(
-    op: Annotated[
-        str | None, typer.Option(metavar="NAMES", help=f"Only these operations: {', '.join(OPERATIONS)}.")
-    ] = None,
-    shapes: Annotated[
-        str | None, typer.Option(metavar="WIDTHS", help="Only these classes of the head dimension, such as 64,128.")
-    ] = None,
-    kernel: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Only these kernels, as --show calls them.")
-    ] = None,
+    op: filters.Op = None,
+    shapes: filters.Shapes = None,
+    kernel: filters.Kernel = None,
     dtype: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Only these of bf16, fp16 and fp32; bf16,fp32 unless given.")
     ] = None,
     length: Annotated[
         int | None, typer.Option(metavar="N", min=32, max=2**20, help="Tokens of a timed call; 8192 unless given.")
     ] = None,
-    batch: Annotated[int, typer.Option(metavar="B", min=1, max=2**16, help="Sequences of a timed call.")] = 1,
-    heads: Annotated[
-        int, typer.Option(metavar="H", min=1, max=1024, help="Query heads of a timed call of attention.")
-    ] = 8,
-    kv_heads: Annotated[
-        int | None, typer.Option(metavar="H", min=1, max=1024, help="Its key heads; as many, unless given.")
-    ] = None,
+    batch: filters.Batch = 1,
+    heads: filters.Heads = 8,
+    kv_heads: filters.KvHeads = None,
     width: Annotated[
         int | None,
         typer.Option(metavar="D", min=1, max=256, help="The exact head dimension: times it, and tunes its class."),
@@ -136,8 +126,15 @@ def tune(
     show_only: Annotated[
         bool, typer.Option("--show", help="Print the choices as they are, and measure nothing.")
     ] = False,
+    target: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --show: the table of an architecture, such as sm_90.")
+    ] = None,
     export: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Copy your table to a file or folder, and measure nothing.")
+    ] = None,
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Put the table in a file into yours of its GPU; may be given several times."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> int:
@@ -154,28 +151,49 @@ def tune(
       flashgau tune --op attention --shapes 64,128
       flashgau tune --op attention --dtype bf16 --length 4096 --batch 4 --heads 32 --kv-heads 8 --width 80
       flashgau tune --show --op glu
+      flashgau tune --show --target sm_90
       flashgau tune --export flashgau/tables/gpus/
+      flashgau tune --merge first.json --merge second.json
     """
-    where = _device(device)
+    if merge:
+        with failing("tune"):
+            return merging.merge(merge, as_json)
+    if target is not None and not show_only:
+        fail("tune", f"--target is {target!r} without --show; what is measured is measured on --device", USAGE)
+    where = None if target is not None else _device(device)
     if not minutes > 0:
         fail("tune", f"--minutes is {minutes:g}; expected a positive number", USAGE)
-    ops, widths = _names(op), _widths(shapes)
-    if heads % (kv_heads or heads):
-        fail("tune", f"--kv-heads is {kv_heads} of --heads {heads}; expected a divisor", USAGE)
-    from flashgau.tuning.shipped import CallShape
+    shape = filters.call_shape("tune", length, batch, heads, kv_heads, width)
+    ops, widths = filters.operations("tune", op), filters.widths("tune", shapes)
     from flashgau.verification.candidates import Wanted
 
-    shape = CallShape(length, batch, heads, None if kv_heads == heads else kv_heads, width)
     wanted = Wanted(ops, _kernels(kernel, where), _dtypes(dtype, where, show_only), widths, shape)
     with failing("tune"):
-        return _tune(where, wanted, minutes, show_only, export, as_json)
+        if where is None or (show_only and export is None):
+            return _show(where, target or "", wanted, as_json)
+        return _tune(where, wanted, minutes, export, as_json)
+
+
+def _show(where: torch.device | None, target: str, wanted: Wanted, as_json: bool) -> int:
+    """The choices in force on a device, or without one those of a target."""
+    from flashgau.verification import candidates
+
+    try:
+        rows = candidates.choices(where, wanted, target)
+    except ValueError as error:  # the target is none
+        fail("tune", str(error).removeprefix("compile: "), USAGE)
+    if as_json:
+        device = str(where or target)
+        print(dump_json({"schema": "flashgau-tuning", "schema_version": 1, "device": device, "rows": rows}))
+    else:
+        _print_choices(rows)
+    return 0
 
 
 def _tune(
     where: torch.device,
     wanted: Wanted,
     minutes: float,
-    show_only: bool,
     export: Path | None,
     as_json: bool,
 ) -> int:
@@ -185,14 +203,6 @@ def _tune(
 
     if export is not None:
         return _export(where, export)
-    if show_only:
-        rows = candidates.choices(where, wanted)
-        if as_json:
-            print(dump_json({"schema": "flashgau-tuning", "schema_version": 1, "device": str(where), "rows": rows}))
-        else:
-            _print_choices(rows)
-        return 0
-
     from flashgau.tuning import ahead
     from flashgau.tuning.searching import Journal, Search
 
@@ -234,58 +244,26 @@ def _device(name: str) -> torch.device:
     return where
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _names(op: str | None) -> frozenset[str] | None:
-    from flashgau.verification.configurations import LAYERS
-
-    if op is None:
-        return None
-    names = set(_words(op))
-    if unknown := sorted(names - set(OPERATIONS)):
-        fail("tune", f"no operation is called {unknown[0]!r}; there are {', '.join(OPERATIONS)}", USAGE)
-    return frozenset(names | (set(LAYERS) if "gau_attention" in names else set()))
-
-
-def _kernels(kernel: str | None, where: torch.device) -> frozenset[str] | None:
+def _kernels(kernel: str | None, where: torch.device | None) -> frozenset[str] | None:
     from flashgau import tables
 
-    if kernel is None:
-        return None
-    names = set(_words(kernel))
-    own = {key.kernel for found in tables.measured_tables(where) for key in found.entries}
-    known = sorted(tables.shipped_kernels() | own)
-    if unknown := sorted(names - set(known)):
-        fail("tune", f"no kernel is called {unknown[0]!r}; there are {', '.join(known)}", USAGE)
-    return frozenset(names)
+    measured = [] if where is None else tables.measured_tables(where)
+    own = {key.kernel for found in measured for key in found.entries}
+    return filters.kernels("tune", kernel, tables.shipped_kernels() | own)
 
 
-def _dtypes(dtype: str | None, where: torch.device, show_only: bool) -> tuple[str, ...] | None:
+def _dtypes(dtype: str | None, where: torch.device | None, show_only: bool) -> tuple[str, ...] | None:
     from flashgau.kernels import NO_INTERPRETED_BF16
     from flashgau.ops.dispatch import interprets_bf16
-    from flashgau.tuning.shipped import DTYPES
 
-    if dtype is None:
-        return None
-    names = tuple(_words(dtype))
-    if not names or not set(names) <= set(DTYPES):
-        fail("tune", f"--dtype is {dtype!r}; expected some of bf16, fp16 and fp32, separated by commas", USAGE)
-    if not show_only and {"bf16", "fp16"} <= set(names):
+    names = filters.dtypes("tune", dtype)
+    if names is None or where is None or show_only:
+        return names
+    if {"bf16", "fp16"} <= set(names):
         fail("tune", f"--dtype is {dtype!r}; bf16 and fp16 have the same entries: expected one of them", USAGE)
-    if not show_only and where.type == "cpu" and "bf16" in names and not interprets_bf16():
+    if where.type == "cpu" and "bf16" in names and not interprets_bf16():
         fail("tune", f"--dtype is {dtype!r}; {NO_INTERPRETED_BF16}", USAGE)
     return names
-
-
-def _widths(shapes: str | None) -> tuple[int, ...] | None:
-    if shapes is None:
-        return None
-    words = _words(shapes)
-    if not words or not set(words) <= {"64", "128", "256"}:
-        fail("tune", f"--shapes is {shapes!r}; expected some of 64, 128 and 256, separated by commas", USAGE)
-    return tuple(int(word) for word in words)
 
 
 def _export(where: torch.device, to: Path) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgau.ops.validate import Arguments
+from flashgau.contract.validate import Arguments
 
 from .agreement import GroupContext, Note, checking, checksum, digest, no_tokens, stand_in, wanted, wanting
 from .exchange import Meeting, Turn, exchange

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from flashgau.contract.validate import autocast
 from flashgau.ops.gau import gau_attention
-from flashgau.ops.validate import autocast
 
 from .agreement import GroupContext, Note, digest, not_compiled, ranges, shares
 from .call import Call

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from flashgau.contract.validate import autocast
 from flashgau.ops.linear_part import add_linear_part, linear_factor, linear_sums
 from flashgau.ops.mixed_chunk import mixed_chunk_attention
 from flashgau.ops.state import MixedChunkState
-from flashgau.ops.validate import autocast
 
 from .agreement import GroupContext, digest, not_compiled, stand_in
 from .call import Call

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..contract.validate import widened
 from ..nn.initialise import STD
-from ..ops.validate import widened
 from .config import ModelConfig
 from .files import read_model, write_model
 from .sampling import sample, seeded

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..contract.validate import Arguments, widened
 from ..nn import (
     FLASH,
     GAU,
@@ -22,7 +23,6 @@ from ..nn.initialise import embedding
 from ..nn.norms import make_norm
 from ..nn.rotary import packed_positions
 from ..ops.state import destination, moved
-from ..ops.validate import Arguments, widened
 from .config import ModelConfig
 
 

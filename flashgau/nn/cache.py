@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contract.validate import FLOATING, Arguments
 from ..ops import MixedChunkState
 from ..ops.state import destination, moved
-from ..ops.validate import FLOATING, Arguments
 
 
 class KeyValueCache:

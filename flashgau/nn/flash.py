@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contract.operands import mixed_chunk_options
+from ..contract.validate import Arguments
 from ..ops import MixedChunkState, mixed_chunk_attention, mixed_chunk_step
 from ..ops.flash_unit import flash_unit, runs_whole
-from ..ops.mixed_chunk import check_options
-from ..ops.validate import Arguments
 from ..options import FlashWeights, Layout, MixedChunkOptions
 from .gated_unit import GatedUnit, UnitOptions, UnitState, chosen, last_shifted
 
@@ -140,7 +140,7 @@ class FLASH(GatedUnit):
         if sorted(order) != sorted(HEADS):
             raise ValueError(f"FLASH: `head_order` is {order}; expected an order of {', '.join(HEADS)}")
         args = Arguments("FLASH")
-        check_options(args, chunk_size, options.score, options.lin_normalizer)
+        mixed_chunk_options(args, chunk_size, options.score, options.lin_normalizer)
         args.function("attention_fn", attention_fn, "flashgau.mixed_chunk_attention")
         super().__init__(
             dim,

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..contract.validate import Arguments
 from ..ops.projection import gated_projection, projection
 from ..ops.state import destination, moved
-from ..ops.validate import Arguments
 from .biases import make_bias
 from .cache import check_memory, check_one_token
 from .initialise import linear

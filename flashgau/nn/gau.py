@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contract.operands import gau_options
+from ..contract.validate import Arguments
 from ..ops import gau_attention
-from ..ops.gau import check_options
-from ..ops.validate import Arguments
 from .biases import bias_vector
 from .cache import KeyValueCache
 from .gated_unit import GatedUnit, UnitOptions, UnitState, chosen, last_shifted
@@ -136,7 +136,7 @@ class GAU(GatedUnit):
         # Each field of the preset is an argument of that name here.
         options = chosen("GAU", gau_presets(dim, key_dim), spec, locals())
         args = Arguments("GAU")
-        check_options(args, options.score, options.normalizer)
+        gau_options(args, options.score, options.normalizer)
         args.flag("bias_over_n", options.bias_over_n)
         args.function("attention_fn", attention_fn, "flashgau.gau_attention")
         if options.bias_over_n and options.normalizer == "row":

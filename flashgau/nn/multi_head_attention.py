@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..contract.validate import Arguments
 from ..ops import attention
-from ..ops.validate import Arguments
 from .biases import bias_vector, make_bias
 from .cache import KeyValueCache, check_memory, check_one_token
 from .initialise import linear

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..contract.operands import mixed_chunk_options
+from ..contract.validate import Arguments
 from ..ops import MixedChunkState, mixed_chunk_attention, mixed_chunk_step
-from ..ops.mixed_chunk import check_options
-from ..ops.validate import Arguments
 from .biases import make_bias
 from .cache import check_memory, check_one_token
 from .initialise import linear
@@ -74,7 +74,7 @@ class MultiHeadMixedChunk(nn.Module):
         args = Arguments("MultiHeadMixedChunk")
         check_heads(args, dim, heads, kv_heads, head_dim, rotary_dim)
         args.flags(causal=causal, linear_bias=linear_bias)
-        check_options(args, chunk_size, score)
+        mixed_chunk_options(args, chunk_size, score)
         args.function("attention_fn", attention_fn, "flashgau.mixed_chunk_attention")
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"MultiHeadMixedChunk: `heads` is {heads}; expected a multiple of `kv_heads` = {kv_heads}")

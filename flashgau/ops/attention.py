@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgau.options import AttentionOptions, AttentionResults, Layout, Window
+from flashgau.contract import operands
+from flashgau.contract.validate import Arguments, autocast, widened
+from flashgau.options import AttentionOptions, AttentionResults, Layout
 
 from . import autograd, dispatch
 from .operation import Operation
-from .validate import Arguments, autocast, widened
 
 
 def attention(
@@ -97,28 +98,12 @@ def attend(
     The options are as `attention` takes them: not checked, the window None or a pair, the seed perhaps a number.
     """
     q, k, v = autocast(q, k, v)
-    args.tensor("q", q, "B Hq M D")
-    args.tensor("k", k, "B Hkv N D")
-    args.tensor("v", v, "B Hkv N E")
-    args.at_least_one("D", "E")
-    heads = args.sizes["Hq"]
-    if not args.heads_in_groups():
-        args.fail("q", f"has Hq = {heads} heads", f"a multiple of Hkv = {args.sizes['Hkv']}, the heads of `k`")
-    args.flag("causal", options.causal)
+    operands.attention(args, q, k, v)
     args.flag("return_lse", return_lse)
-    if options.scale is not None:
-        args.number("scale", options.scale, "a finite number or None")
-    if options.softcap is not None:
-        args.number("softcap", options.softcap, "a positive number or None", low=0, open_low=True)
-    window = _window(args, options.window)
-    longest = args.sequences(*layout)
+    window = operands.attention_options(args, options, layout)
     if layout.lengths is not None:
         layout = layout._replace(lengths=widened(layout.lengths))
-    rel_bias = options.rel_bias
-    args.relative_bias(rel_bias, "B Hq", longest)
-    if options.sinks is not None:
-        args.per_head("sinks", options.sinks, "Hq")
-    args.number("dropout_p", options.dropout_p, "a probability in [0, 1]", 0, 1)
+    rel_bias, heads = options.rel_bias, args.sizes["Hq"]
     seed = _seed(args, options.dropout_p, options.dropout_seed, q.device)
 
     width = max(args.sizes["D"], args.sizes["E"])
@@ -137,28 +122,13 @@ def attend(
     return (out, lse) if return_lse else out
 
 
-def _window(args: Arguments, window: Any) -> Window:
-    """How far to the left and to the right of the query's position keys are visible."""
-    if window is None:
-        return None, None
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        args.fail("window", f"is {window!r}", "a pair (left, right) of whole numbers or None", TypeError)
-    for side, value in zip(("left", "right"), window, strict=True):
-        if value is not None:
-            args.integer(f"window[{side}]", value, 0, "a whole number >= 0 or None")
-    left, right = (None if side is None else min(int(side), 2**31) for side in window)
-    return left, right
-
-
 def _seed(args: Arguments, p: float, seed: Any, device: torch.device) -> Tensor | None:
     if p == 0:
         return None
     if seed is None:
         return torch.randint(2**62, (1,), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            got = f"is a tensor of {seed.numel()} elements of {seed.dtype}"
-            args.fail("dropout_seed", got, "an int or a one-element int64 tensor", TypeError)
+        operands.seed(args, seed)
         return seed.reshape(1).to(device)
     args.integer("dropout_seed", seed, -(2**63), "an int or a one-element int64 tensor")
     if seed >= 2**63:

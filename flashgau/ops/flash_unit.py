@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashgau.contract.validate import Arguments, autocast, widened
 from flashgau.eager import flash_unit as flash_unit_eager
 from flashgau.options import Angles, FlashSaved, FlashWeights, Layout, MixedChunkOptions
 
 from . import autograd, dispatch
 from .operation import Operation
-from .validate import Arguments, autocast, widened
 
 
 def runs_whole(x: Tensor) -> bool:

@@ -6,13 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from flashgau.contract import operands
+from flashgau.contract.validate import Arguments, autocast, widened
 from flashgau.options import GatedOptions, Layout
 
 from . import autograd, dispatch
 from .operation import Operation
-from .validate import Arguments, autocast, widened
-
-SCORES = ("relu2", "laplace", "softmax", "softmax_plus")
 
 
 def gau_attention(
@@ -73,13 +72,8 @@ def gau_attention(
     """
     q, k, v, gate = autocast(q, k, v, gate)
     args = Arguments("gau_attention")
-    args.tensor("q", q, "B M S")
-    args.tensor("k", k, "B N S")
-    args.tensor("v", v, "B N E")
-    if gate is not None:
-        args.tensor("gate", gate, "B M E")
-    args.at_least_one("S", "E")
-    check_options(args, score, normalizer)
+    operands.gau_attention(args, q, k, v, gate)
+    operands.gau_options(args, score, normalizer)
     args.flag("causal", causal)
     longest, lengths = args.sequences(lengths, cu_seqlens), widened(lengths)
     args.relative_bias(rel_bias, "B", longest)
@@ -94,19 +88,6 @@ def gau_attention(
     save = autograd.needs_grad(q, k, v, gate, rel_bias)
     options, layout = GatedOptions(score, normalizer, causal, bias), Layout(lengths, cu_seqlens)
     return _gau_attention(q, k, v, gate, options=options, layout=layout, save=save, backend=name)[0]
-
-
-def check_options(args: Arguments, score: Any, normalizer: Any) -> None:
-    """Check score and normaliser."""
-    args.choice("score", score, SCORES)
-    expected = "'keys', 'row' or a positive number"
-    if isinstance(normalizer, str):
-        if normalizer not in ("keys", "row"):
-            args.fail("normalizer", f"is {normalizer!r}", expected)
-    else:
-        args.number("normalizer", normalizer, expected, low=0, open_low=True)
-    if score.startswith("softmax") and normalizer != "keys":
-        args.fail("normalizer", f"is {normalizer!r} with score={score!r}", "no normalizer: a softmax has its own")
 
 
 def _results(q: Tensor, v: Tensor, gate: Tensor | None, save: bool, **_: Any) -> list[Tensor | None]:

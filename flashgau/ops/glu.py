@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashgau.contract import operands
+from flashgau.contract.validate import Arguments, autocast
 from flashgau.eager.sizes import SIZES
 from flashgau.options import GluOptions, GluWeights
 
 from . import autograd, dispatch
 from .operation import Operation
-from .validate import Arguments, autocast
-
-ACTIVATIONS = ("identity", "sigmoid", "relu", "relu2", "gelu", "gelu_tanh", "silu")
 
 
 def glu(
@@ -56,17 +55,8 @@ def glu(
         tensor([3., 0.])
     """
     args = Arguments("glu")
-    if up is not None:
-        args.tensor("gate", gate, "...")
-        args.tensor("up", up, "...")
-        if up.shape != gate.shape:
-            args.fail("up", f"has shape {tuple(up.shape)}", f"{tuple(gate.shape)} as `gate` has")
-    else:
-        args.tensor("gate", gate, "... 2F")
-        if gate.shape[-1] % 2:
-            got = f"has shape {tuple(gate.shape)}"
-            args.fail("gate", got, "an even last axis [gate | up] when `up` is not given")
-    _check_activations(args, activation, up_activation)
+    operands.glu(args, gate, up)
+    operands.activations(args, activation, up_activation)
     name = dispatch.resolve("glu", backend, gate.device, gate.dtype)
     if name == "reference":
         return autograd.run("glu", name, "glu", gate, up, activation=activation, up_activation=up_activation)
@@ -119,14 +109,8 @@ def glu_linear(
     """
     x, w_gate, w_up, b_gate, b_up = autocast(x, w_gate, w_up, b_gate, b_up)
     args = Arguments("glu_linear")
-    args.tensor("x", x, "... d")
-    args.tensor("w_gate", w_gate, "F d")
-    args.tensor("w_up", w_up, "F d")
-    if b_gate is not None:
-        args.tensor("b_gate", b_gate, "F")
-    if b_up is not None:
-        args.tensor("b_up", b_up, "F")
-    _check_activations(args, activation, up_activation)
+    operands.glu_linear(args, x, w_gate, w_up, b_gate, b_up)
+    operands.activations(args, activation, up_activation)
     args.flag("recompute", recompute)
     name = dispatch.resolve("glu_linear", backend, x.device, x.dtype)
     if name == "reference":
@@ -138,11 +122,6 @@ def glu_linear(
     options = GluOptions(activation, up_activation)
     weights = GluWeights(w_gate, w_up, b_gate, b_up)
     return _glu_linear(x, weights=weights, options=options, save=save, backend=name)[0]
-
-
-def _check_activations(args: Arguments, activation: Any, up_activation: Any) -> None:
-    args.choice("activation", activation, ACTIVATIONS)
-    args.choice("up_activation", up_activation, ACTIVATIONS)
 
 
 def _keeps(gate: Tensor, up: Tensor | None, activation: str, up_activation: str, backend: str) -> bool:

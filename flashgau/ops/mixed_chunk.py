@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashgau.contract import operands
+from flashgau.contract.validate import FLOATING, Arguments, autocast, readable, widened
 from flashgau.options import Layout, MixedChunkHeads, MixedChunkOptions, OpenChunk
 
 from . import autograd, dispatch
 from .operation import Operation
 from .state import FIELDS, Continuation, MixedChunkState, open_chunk
-from .validate import FLOATING, Arguments, autocast, readable, widened
-
-SCORES = ("relu2", "laplace")
 
 
 def mixed_chunk_attention(
@@ -85,10 +84,11 @@ def mixed_chunk_attention(
     """
     op = "mixed_chunk_attention"
     quad_q, quad_k, lin_q, lin_k, v, gate = autocast(quad_q, quad_k, lin_q, lin_k, v, gate)
-    args = _tensors(op, "N", quad_q, quad_k, lin_q, lin_k, v, gate)
+    args = Arguments(op)
+    operands.mixed_chunk(args, "N", quad_q, quad_k, lin_q, lin_k, v, gate)
     args.flag("causal", causal)
     args.flag("return_state", return_state)
-    quad = check_options(args, chunk_size, score, lin_normalizer, quad_normalizer)
+    quad = operands.mixed_chunk_options(args, chunk_size, score, lin_normalizer, quad_normalizer)
     args.sequences(lengths, cu_seqlens)
     lengths = widened(lengths)
     args.relative_bias(rel_bias, "B", chunk_size, "the chunk size")
@@ -194,12 +194,12 @@ def mixed_chunk_step(
     """
     op = "mixed_chunk_step"
     quad_q, quad_k, lin_q, lin_k, v, gate = autocast(quad_q, quad_k, lin_q, lin_k, v, gate)
-    args = _tensors(op, "1", quad_q, quad_k, lin_q, lin_k, v, gate)
-    if quad_q.shape[1] != 1:
-        args.fail("quad_q", f"has shape {tuple(quad_q.shape)}", "(B, 1, S): one token")
+    args = Arguments(op)
+    operands.mixed_chunk(args, "1", quad_q, quad_k, lin_q, lin_k, v, gate)
+    operands.one_token(args, quad_q)
     state = _state(args, "state", state, args.sizes["B"], None, quad_q.dtype)
     size = state.chunk_size
-    quad = check_options(args, size, score, lin_normalizer, quad_normalizer)
+    quad = operands.mixed_chunk_options(args, size, score, lin_normalizer, quad_normalizer)
     args.relative_bias(rel_bias, "B", size, "the chunk size")
 
     name = dispatch.resolve(op, backend, quad_q.device, quad_q.dtype, width=args.sizes["S"])
@@ -225,34 +225,6 @@ def mixed_chunk_step(
     else:  # PyTorch differentiates it
         out, *after = autograd.run(op, name, op, v=v, gate=gate, **given)
     return out, MixedChunkState(*after)
-
-
-def _tensors(op: str, length: str, *tensors: Any) -> Arguments:
-    """Check quad_q, quad_k, lin_q, lin_k, v and gate."""
-    args = Arguments(op)
-    for name, x in zip(("quad_q", "quad_k", "lin_q", "lin_k"), tensors[:4], strict=True):
-        args.tensor(name, x, f"B {length} S")
-    args.tensor("v", tensors[4], f"B {length} E")
-    if tensors[5] is not None:
-        args.tensor("gate", tensors[5], f"B {length} E")
-    args.at_least_one("S", "E")
-    return args
-
-
-def check_options(
-    args: Arguments, chunk_size: Any, score: Any, lin_normalizer: Any = "tokens", quad_normalizer: Any = None
-) -> float:
-    """Check chunk size, score and normalisers, and return that of the local scores."""
-    args.integer("chunk_size", chunk_size, 1, "a whole number >= 1")
-    args.choice("score", score, SCORES)
-    if quad_normalizer is not None:
-        args.number("quad_normalizer", quad_normalizer, "a positive number or None", low=0, open_low=True)
-    if lin_normalizer != "tokens":
-        expected = "'tokens' or a positive number"
-        if isinstance(lin_normalizer, str):
-            args.fail("lin_normalizer", f"is {lin_normalizer!r}", expected)
-        args.number("lin_normalizer", lin_normalizer, expected, low=0, open_low=True)
-    return float(chunk_size if quad_normalizer is None else quad_normalizer)
 
 
 def _state(

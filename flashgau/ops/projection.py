@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashgau.contract.validate import autocast
 from flashgau.options import Angles, ProjectionWeights
 
 from . import autograd, dispatch
 from .operation import Operation
-from .validate import autocast
 
 
 def gated_projection(

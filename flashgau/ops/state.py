@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .validate import FLOATING, widened
+from flashgau.contract.validate import FLOATING, widened
 
 FIELDS = ("kv", "quad_k", "lin_k", "v", "position")  # of a state
 

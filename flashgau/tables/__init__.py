@@ -77,8 +77,13 @@ def key_for(device: torch.device, key: Key) -> Key:
     Raises:
         ValueError: for a width that is larger than what the kernel has.
     """
+    return key_in(architecture(device), key)
+
+
+def key_in(arch: str, key: Key) -> Key:
+    """The same, of the tables of an architecture."""
     if key.kernel in shipped_kernels():
-        return key._replace(width=_class(architecture(device), key.kernel, key.itemsize, key.width, key.few_rows))
+        return key._replace(width=_class(arch, key.kernel, key.itemsize, key.width, key.few_rows))
     return key._replace(width=1 << (key.width - 1).bit_length() if key.width else 0)
 
 
@@ -278,7 +283,12 @@ def user_path(device: torch.device) -> Path:
 
     The variable FLASHGAU_TUNING names another folder.
     """
-    name = table.file_name(gpu_name(device))
+    return user_path_of(gpu_name(device))
+
+
+def user_path_of(gpu: str) -> Path:
+    """The same, of a GPU by its name."""
+    name = table.file_name(gpu)
     if folder := os.environ.get("FLASHGAU_TUNING"):
         return Path(folder) / name
     return _user_data() / "flashgau" / "tuning" / name

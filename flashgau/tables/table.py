@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -275,21 +276,40 @@ def write(path: Path, table: Table) -> None:
 
 
 def merge(path: Path, table: Table) -> Table:
-    """Put a table's entries into a file, beside those of other keys that are there, and return what it then holds.
+    """Put a table's entries into a file, beside those of other keys that are there, and return what it then holds."""
 
-    Processes that do so at once wait for each other. A file that is no table is kept under another name.
+    def merged(own: Table | None) -> Table:
+        return table if own is None else replace(table, entries={**own.entries, **table.entries})
+
+    return change(path, merged)[0]
+
+
+def change(
+    path: Path, to: Callable[[Table | None], Table], keep: Callable[[Table, Table], bool] = lambda before, after: False
+) -> tuple[Table, Path | None]:
+    """Write what `to` makes of the table in a file, or of None; processes that do so at once wait for each other.
+
+    A file that is no table is kept under another name, and so is one of which `keep` says so.
+
+    Returns:
+        What the file now holds, and where the file as it was is kept, if it is.
     """
     with _locked(path):
+        own, kept = None, None
         try:
-            table = replace(table, entries={**read(path).entries, **table.entries})
+            own = read(path)
         except FileNotFoundError:
             pass
         except ValueError as error:
             kept = _unused(path.with_suffix(".unreadable"))
             os.replace(path, kept)
-            warnings.warn(f"{error}; it is kept as {kept.name}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{error}; it is kept as {kept.name}", RuntimeWarning, stacklevel=3)
+        table = to(own)
+        if own is not None and keep(own, table):
+            kept = _unused(path.with_suffix(".before"))
+            shutil.copyfile(path, kept)
         write(path, table)
-    return table
+    return table, kept
 
 
 def _unused(path: Path) -> Path:

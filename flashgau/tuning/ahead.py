@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
@@ -28,7 +28,7 @@ from flashgau.tables.config import Config
 from flashgau.tables.table import Key
 
 from . import compiler
-from .shipped import DTYPES, ENTRIES, Operands
+from .shipped import DTYPES, ENTRIES, CallShape, Operands
 
 # Shared memory that one program may take, in bytes, by compute capability (CUDA programming guide).
 SHARED_BYTES = {75: 65_536, 80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448,
@@ -171,6 +171,12 @@ class Job:
     width: int
     kind: str  # of the entry's
     config: Config | None = None  # of this kernel; None for that of the architecture's table
+    shape: CallShape = field(default_factory=CallShape)  # of the call that is compiled
+
+    @property
+    def exact_width(self) -> int:
+        """Of a head of the call: that of its shape, else the entry's; 0 for a kernel without heads."""
+        return self.shape.width if self.width and self.shape.width else self.width
 
     @property
     def key(self) -> Key:
@@ -179,8 +185,12 @@ class Job:
         return Key(name, DTYPES[self.dtype].itemsize, self.width, few_rows=name != self.entry)
 
 
-def jobs(targets: list[str]) -> list[Job]:
+def jobs(targets: list[str], shape: CallShape = CallShape()) -> list[Job]:  # noqa: B008
     """Every kernel in every shipped configuration, of the targets' tables and of GPUs that are such targets.
+
+    Args:
+        targets: such as "sm_90".
+        shape: of the calls.
 
     Raises:
         ValueError: for a target that is none.
@@ -193,7 +203,7 @@ def jobs(targets: list[str]) -> list[Job]:
         for name, entry in ENTRIES.items():
             for width, (dtype, kinds) in product(entry.widths, entry.kinds.items()):
                 for kind in kinds:
-                    job = Job(target, name, dtype, width, kind)
+                    job = Job(target, name, dtype, width, kind, shape=shape)
                     own = [gpu.config(job.key) for gpu in gpus if gpu.architecture == target]
                     # What goes through all options has the configuration of the architecture's table.
                     measured = [c for c in own if c is not None and kind != "all options"]
@@ -220,9 +230,11 @@ def compile_one(job: Job) -> Row:
 
     try:
         with compiling_for(job.target, only=entry.kernel) as found, tables.configured(choose):
-            entry.call(job.kind, job.width, Operands(DTYPES[job.dtype]))
+            entry.call(job.kind, job.exact_width, Operands(DTYPES[job.dtype], shape=job.shape))
     except Exception as error:  # a compiler fails in its own ways, each of which is a row that is not ok
         return row(reason=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    if not found:
+        return row(reason="a call of this shape never starts the kernel")
     needs = max(found, key=lambda c: (c.spills, c.shared_bytes, c.registers))  # where a kernel serves two purposes
     may_spill = job.dtype == "fp32" or job.kind == "all options"
     reason = needs.problem(_wanted(job), spills=not may_spill, vectors=entry.vectors)
@@ -302,7 +314,7 @@ def _not_interpreting() -> Iterator[None]:
 def _row(job: Job) -> partial[Row]:
     """The row of a job, without its results."""
     few = ["few rows"] if job.key.few_rows else []
-    shape = ", ".join([*([f"D={job.width}"] if job.width else []), *few, job.kind])
+    shape = ", ".join([*([f"D={job.exact_width}"] if job.width else []), *few, job.kind])
     kernel = ENTRIES[job.entry].kernel
     return partial(
         Row, op=op_of(job.entry), kernel=kernel, dtype=job.dtype, shape=shape, configuration={}, target=job.target

@@ -50,8 +50,8 @@ class Wanted:
     widths: tuple[int, ...] | None = None
     shape: CallShape = field(default_factory=CallShape)
 
-    def keeps(self, device: torch.device, key: Key) -> bool:
-        """Whether an entry of the tables is one of them."""
+    def keeps(self, arch: str, key: Key) -> bool:
+        """Whether an entry of the tables of an architecture, or of a GPU of it, is one of them."""
         ours = key.kernel in tables.shipped_kernels()
         wide = key.width if key.kernel != FUSED else 0  # whose width is no head's
         return (
@@ -59,15 +59,24 @@ class Wanted:
             and (self.kernels is None or key.kernel in self.kernels)
             and (self.dtypes is None or key.itemsize in {DTYPES[dtype].itemsize for dtype in self.dtypes})
             and (self.widths is None or wide in (0, *self.widths))
-            and (self.shape.width is None or wide == 0 or self._serves(device, key, self.shape.width))
+            and (self.shape.width is None or wide == 0 or self._serves(arch, key, self.shape.width))
         )
 
-    def _serves(self, device: torch.device, key: Key, width: int) -> bool:
+    def compiles(self, job: Job) -> bool:
+        """Whether a kernel in a dtype, on a target, is one of them."""
+        exact = self.dtypes is None or job.dtype in self.dtypes
+        return exact and self.starts(job) and self.keeps(ahead.table_of(job.target), job.key)
+
+    def starts(self, job: Job) -> bool:
+        """Whether calls of this shape may have few rows: a decoded token of many query heads on a key head has not."""
+        return not (job.key.few_rows and op_of(job.entry) == "attention" and self.shape.groups > tables.FEW_ROWS)
+
+    def _serves(self, arch: str, key: Key, width: int) -> bool:
         """Whether an entry's class is that of the exact width."""
         if key.kernel not in tables.shipped_kernels():
             return key.width >= width  # which classes there are is not known before something is measured
         try:
-            return tables.key_for(device, key._replace(width=width)).width == key.width
+            return tables.key_in(arch, key._replace(width=width)).width == key.width
         except ValueError:  # wider than the kernel has
             return False
 
@@ -118,7 +127,7 @@ class Bench:
             self._operands = None, None  # the last ones are let go first
             self._operands = key, Kept(DTYPES[job.dtype], self.device, self.shape)
         make = self._operands[1]
-        width = self.shape.width if job.width and self.shape.width else job.width
+        width = replace(job, shape=self.shape).exact_width
 
         def call() -> None:
             make.rewind()
@@ -184,10 +193,7 @@ def starts(device: torch.device, wanted: Wanted) -> list[Job]:
     return [
         replace(job, config=tables.shipped_config(device, job.key))
         for job in jobs
-        if is_asked(job.key, fp16=job.dtype == "fp16")
-        and wanted.keeps(device, job.key)
-        # A decoded token of many query heads on a key head is not few rows.
-        and not (job.key.few_rows and op_of(job.entry) == "attention" and wanted.shape.groups > tables.FEW_ROWS)
+        if is_asked(job.key, fp16=job.dtype == "fp16") and wanted.keeps(arch, job.key) and wanted.starts(job)
     ]
 
 
@@ -206,15 +212,19 @@ def fused_entries(bench: Bench, wanted: Wanted) -> dict[Key, TableEntry]:
         Key(FUSED, itemsize, width, few) for itemsize in (2, 4) for width in FUSED_WIDTHS for few in (True, False)
     ]
     return {
-        key: bench.fusing(key.itemsize, key.width, key.few_rows) for key in places if wanted.keeps(bench.device, key)
+        key: bench.fusing(key.itemsize, key.width, key.few_rows)
+        for key in places
+        if wanted.keeps(tables.architecture(bench.device), key)
     }
 
 
-def choices(device: torch.device, wanted: Wanted = Wanted()) -> list[dict[str, Any]]:
-    """Every choice for a device: where it comes from, and what measuring it gave."""
-    sources = [*tables.measured_tables(device), tables.shipped_table(tables.architecture(device))]
+def choices(device: torch.device | None, wanted: Wanted = Wanted(), target: str = "") -> list[dict[str, Any]]:
+    """Every choice for a device, or for a target such as "sm_90": where it comes from, and what measuring it gave."""
+    arch = ahead.table_of(target) if device is None else tables.architecture(device)
+    measured = [] if device is None else tables.measured_tables(device)
+    sources = [*measured, tables.shipped_table(arch)]
     rows = []
-    for key in sorted({key for source in sources for key in source.entries if wanted.keeps(device, key)}):
+    for key in sorted({key for source in sources for key in source.entries if wanted.keeps(arch, key)}):
         source = next(source for source in sources if key in source.entries)
         entry = source.entries[key]
         choice = asdict(entry.choice) if isinstance(entry.choice, Config) else entry.choice

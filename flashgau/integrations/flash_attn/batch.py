@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flashgau.ops.validate import Arguments, autocast
+from flashgau.contract.validate import Arguments, autocast
 
 from .common import Given, alibi, attend_batch, result, unpacked
 

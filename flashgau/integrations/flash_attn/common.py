@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flashgau.bias import alibi_bias
+from flashgau.contract.validate import Arguments
 from flashgau.ops.attention import attend
-from flashgau.ops.validate import Arguments
 from flashgau.options import AttentionOptions, Layout
 
 from ..packing import end_to_end

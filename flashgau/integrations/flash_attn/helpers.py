@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashgau.contract.validate import FLOATING, Arguments, readable
 from flashgau.nn.rotary import packed_positions, rotate
-from flashgau.ops.validate import FLOATING, Arguments, readable
 
 
 def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashgau.contract.validate import Arguments, autocast, readable
 from flashgau.ops.dispatch import resolve
-from flashgau.ops.validate import Arguments, autocast, readable
 
 from .common import alibi, attend_batch, attend_packed, checked_options, checked_pages, of_segments, segments
 from .helpers import rotary_tables, turn, within

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgau.ops.validate import Arguments, autocast, readable
+from flashgau.contract.validate import Arguments, autocast, readable
 
 from .common import Given, alibi, attend_packed, checked_pages, of_segments, result, segments, unpacked
 

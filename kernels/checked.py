@@ -1,0 +1,234 @@
+"""What a launcher refuses with `check=True`, before it starts a kernel: as the public functions do, and in their words.
+
+The kernels read memory by the shapes of a few of their tensors, so a wrong shape among the others reads what is not
+theirs. Beside what the public functions check, tensors are of fp16, bf16 or fp32, at most as wide as the kernels take,
+and a relative bias is expanded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashgau.contract import operands
+from flashgau.contract.validate import Arguments
+from flashgau.options import (
+    AttentionOptions,
+    GatedOptions,
+    GluOptions,
+    GluWeights,
+    Layout,
+    MixedChunkHeads,
+    MixedChunkOptions,
+    OpenChunk,
+)
+
+from . import SUPPORTED
+
+
+def check(launcher: str, given: dict[str, Any]) -> None:
+    """Refuse what a launcher cannot take.
+
+    Args:
+        launcher: its name, with which messages begin.
+        given: its arguments by name, the defaults among them.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    if launcher not in CHECKS:
+        raise TypeError(f"{launcher}: `check` is True; expected False: this launcher has no check")
+    given = {name: x for name, x in given.items() if name not in ("config", "save", "fused")}
+    CHECKS[launcher](Arguments(launcher), **given)
+
+
+def _fits(args: Arguments, op: str, tensors: dict[str, Tensor]) -> None:
+    """What the kernels take of what the contract allows, by a call's tensors with heads."""
+    widest = SUPPORTED[op]
+    for name, x in tensors.items():
+        if x.dtype == torch.float64:
+            args.fail(name, f"has dtype {x.dtype}", "float16, bfloat16 or float32, which kernels take", TypeError)
+        if widest is not None and x.shape[-1] > widest:
+            args.fail(name, f"has width {x.shape[-1]}", f"a width of up to {widest}, which kernels take")
+
+
+def _like(args: Arguments, name: str, x: Tensor, shape: tuple[int, ...], whose: str) -> None:
+    args.tensor(name, x, "...")
+    if tuple(x.shape) != tuple(shape):
+        args.fail(name, f"has shape {tuple(x.shape)}", f"{tuple(shape)} as {whose}")
+
+
+# ---- attention
+
+
+def _attention(args: Arguments, q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: AttentionOptions) -> None:
+    operands.attention(args, q, k, v)
+    _fits(args, "attention", {"q": q, "v": v})
+    operands.attention_options(args, options, layout)
+    if options.rel_bias is not None:
+        args.shaped("rel_bias", options.rel_bias, "B Hq 2P-1")
+    if options.dropout_p:
+        if not isinstance(options.dropout_seed, Tensor):
+            got = f"is {options.dropout_seed!r}"
+            args.fail("dropout_seed", got, "a one-element int64 tensor beside `dropout_p`", TypeError)
+        operands.seed(args, options.dropout_seed)
+
+
+def _attention_backward(
+    args: Arguments, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, results: Any, **rest: Any
+) -> None:
+    _attention(args, q, k, v, **rest)
+    out, lse = results
+    args.tensor("out", out, "B Hq M E")
+    args.per_head("lse", lse, "B Hq M")
+    args.tensor("dout", dout, "B Hq M E")
+    if dlse is not None:
+        args.per_head("dlse", dlse, "B Hq M")
+
+
+# ---- gated linear units
+
+
+def _glu(args: Arguments, gate: Tensor, up: Tensor | None, options: GluOptions) -> None:
+    operands.glu(args, gate, up)
+    _fits(args, "glu", {"gate": gate})
+    operands.activations(args, *options)
+
+
+def _glu_backward(
+    args: Arguments, dout: Tensor, gate: Tensor, up: Tensor | None, activated: None, options: GluOptions
+) -> None:
+    _glu(args, gate, up, options)
+    shape = gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2)
+    _like(args, "dout", dout, shape, "the result")
+
+
+def _glu_linear(args: Arguments, x: Tensor, weights: GluWeights, options: GluOptions) -> None:
+    operands.glu_linear(args, x, *GluWeights(*weights))
+    _fits(args, "glu", {"x": x})
+    operands.activations(args, *options)
+
+
+def _glu_linear_backward(
+    args: Arguments, dout: Tensor, x: Tensor, weights: GluWeights, g: Tensor | None, u: Tensor | None,
+    options: GluOptions,
+) -> None:  # fmt: skip
+    _glu_linear(args, x, weights, options)
+    shape = (*x.shape[:-1], weights[0].shape[0])
+    _like(args, "dout", dout, shape, "the result")
+    if (g is None) != (u is None):
+        args.fail("g" if u is None else "u", "was given alone", "both pre-activations, or neither")
+    for name, saved in (("g", g), ("u", u)):
+        if saved is not None:
+            _like(args, name, saved, shape, "the result")
+
+
+# ---- gated attention
+
+
+def _gau(
+    args: Arguments, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, layout: Layout, options: GatedOptions
+) -> None:
+    operands.gau_attention(args, q, k, v, gate)
+    _fits(args, "gau", {"q": q})
+    operands.gau_options(args, options.score, options.normalizer)
+    args.flag("causal", options.causal)
+    args.relative_bias(options.rel_bias, "B", args.sequences(*layout[:2]))
+    if options.rel_bias is not None:
+        args.shaped("rel_bias", options.rel_bias, "B 2P-1")
+
+
+def _gau_backward(
+    args: Arguments, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, product: Tensor | None,
+    **rest: Any,
+) -> None:  # fmt: skip
+    _gau(args, q, k, v, gate, **rest)
+    args.tensor("dout", dout, "B M E")
+    if product is not None:
+        args.tensor("product", product, "B M E")
+
+
+# ---- mixed chunk attention
+
+
+def _mixed_chunk(
+    args: Arguments, heads: MixedChunkHeads, v: Tensor, gate: Tensor | None, layout: Layout, options: MixedChunkOptions
+) -> None:
+    operands.mixed_chunk(args, "N", *heads, v, gate)
+    _fits(args, "mixed_chunk", {"quad_q": heads[0]})
+    args.flag("causal", options.causal)
+    operands.mixed_chunk_options(
+        args, options.chunk_size, options.score, options.lin_normalizer, options.quad_normalizer
+    )
+    args.sequences(*layout[:2])
+    _chunk_bias(args, options)
+    if (options.initial_kv is None) != (options.closed_tokens is None):
+        args.fail("initial_kv", "and `closed_tokens` were not given together", "both or neither")
+    if options.initial_kv is not None and options.closed_tokens is not None:
+        if not options.causal:
+            args.fail("initial_kv", "was given with causal=False", "causal=True: only causal sequences have a state")
+        args.sizes["G"] = _count(args, layout)
+        args.held("closed_tokens", options.closed_tokens)
+        args.shaped("closed_tokens", options.closed_tokens, "G")
+        args.per_head("initial_kv", options.initial_kv, "G S E")
+
+
+def _mixed_chunk_backward(
+    args: Arguments, dout: Tensor, dkv: Tensor | None, heads: MixedChunkHeads, v: Tensor, gate: Tensor | None,
+    product: Tensor | None, layout: Layout, options: MixedChunkOptions,
+) -> None:  # fmt: skip
+    _mixed_chunk(args, heads, v, gate, layout, options)
+    args.tensor("dout", dout, "B N E")
+    if product is not None:
+        args.tensor("product", product, "B N E")
+    if dkv is not None:
+        args.sizes["G"] = _count(args, layout)
+        args.per_head("dkv", dkv, "G S E")
+
+
+def _mixed_chunk_step(
+    args: Arguments, heads: MixedChunkHeads, v: Tensor, gate: Tensor | None, state: OpenChunk,
+    options: MixedChunkOptions,
+) -> None:  # fmt: skip
+    operands.mixed_chunk(args, "1", *heads, v, gate)
+    operands.one_token(args, heads[0])
+    _fits(args, "mixed_chunk", {"quad_q": heads[0]})
+    operands.mixed_chunk_options(
+        args, options.chunk_size, options.score, options.lin_normalizer, options.quad_normalizer
+    )
+    _chunk_bias(args, options)
+    state, args.sizes["C"] = OpenChunk(*state), options.chunk_size
+    args.per_head("kv", state.kv, "B S E")
+    for name, axes in (("open_quad_k", "B C S"), ("open_lin_k", "B C S"), ("open_v", "B C E")):
+        args.tensor(name, getattr(state, name), axes)
+    args.held("position", state.position)
+    args.shaped("position", state.position, "B")
+
+
+def _chunk_bias(args: Arguments, options: MixedChunkOptions) -> None:
+    args.relative_bias(options.rel_bias, "B", options.chunk_size, "the chunk size")
+    if options.rel_bias is not None:
+        args.shaped("rel_bias", options.rel_bias, "B 2P-1")
+
+
+def _count(args: Arguments, layout: Layout) -> int:
+    """How many sequences there are."""
+    return int(args.sizes["B"] if layout.cu_seqlens is None else layout.cu_seqlens.shape[0] - 1)
+
+
+CHECKS: dict[str, Callable[..., None]] = {
+    "attention_forward": _attention,
+    "attention_backward": _attention_backward,
+    "glu_forward": _glu,
+    "glu_backward": _glu_backward,
+    "glu_linear_forward": _glu_linear,
+    "glu_linear_backward": _glu_linear_backward,
+    "gau_attention_forward": _gau,
+    "gau_attention_backward": _gau_backward,
+    "mixed_chunk_attention_forward": _mixed_chunk,
+    "mixed_chunk_attention_backward": _mixed_chunk_backward,
+    "mixed_chunk_step": _mixed_chunk_step,
+}
