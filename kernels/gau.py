@@ -305,14 +305,14 @@ def _check_call(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if isinstance(x, Tensor) and x.dim() != 3:
             raise ValueError(f"{op}: `{name}` has shape {tuple(x.shape)}; expected three axes, (B, N, S) or (B, N, E)")
-    heads = (x.unsqueeze(1) if isinstance(x, Tensor) else x for x in (q, k, v))
-    check_operands(op, *heads, widest_value=2**20)
+    one_head = [x.unsqueeze(1) if isinstance(x, Tensor) else x for x in (q, k, v)]
+    check_operands(op, one_head[0], one_head[1], one_head[2], widest_value=2**20)
     (b, m, _), n, e = q.shape, k.shape[1], v.shape[2]
-    for name, x in (("gate", gate), ("rel_bias", rel_bias)):
-        if x is not None and not (
-            isinstance(x, Tensor) and x.device == q.device and x.dtype in (q.dtype, torch.float32)
+    for name, y in (("gate", gate), ("rel_bias", rel_bias)):
+        if y is not None and not (
+            isinstance(y, Tensor) and y.device == q.device and y.dtype in (q.dtype, torch.float32)
         ):
-            got = f"has dtype {x.dtype} on {x.device}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
+            got = f"has dtype {y.dtype} on {y.device}" if isinstance(y, Tensor) else f"is a {type(y).__name__}"
             raise TypeError(f"{op}: `{name}` {got}; expected a tensor of {q.dtype} on {q.device}")
     if gate is not None and (gate.shape != (b, m, e) or gate.dtype != q.dtype):
         got = f"`gate` has shape {tuple(gate.shape)} and dtype {gate.dtype}"
