@@ -10,6 +10,9 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
 
+# What compiles kernels cannot run where they are interpreted: `test_executed.py` starts a process for each of these.
+collect_ignore_glob = ["executed/*"] if os.environ.get("TRITON_INTERPRET") == "1" else []
+
 # A fixture holds for all examples of a test, as the backend should: pytest ends one of a wider scope only when some
 # later test asks for another value, so that tests without it would run on the backend of whichever test came before.
 _HARMLESS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]

@@ -142,8 +142,11 @@ def test_batch_rows_are_independent(backend, data):
     call = draw_dense(data, backend)
     call = call.with_options(rel_bias=bias_for(data, call, 65))
     whole = call()
+    # A product may add up in another order for another number of rows: what cancels in a score leaves that rounding.
+    scale = float(Call("gau_attention", tuple(x.abs() for x in call.args), call.kwargs)().abs().max())
     for b in range(whole.shape[0]):
-        close(Call("gau_attention", tuple(x[b : b + 1] for x in call.args), call.kwargs)(), whole[b : b + 1])
+        alone = Call("gau_attention", tuple(x[b : b + 1] for x in call.args), call.kwargs)()
+        close(alone, whole[b : b + 1], scale=scale if math.isfinite(scale) else 0.0)
 
 
 @given(data)

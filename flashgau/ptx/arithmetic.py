@@ -50,7 +50,7 @@ class Arithmetic(Operands):
             )
             self._store(target, text, kind, spread=self._spreads(*operands))
         else:
-            self._apply(form, kind, target, *operands)
+            self._computed(form, kind, target, *operands)
 
     def _add(self, parts: list[str], target: Any, *operands: Any) -> None:
         self._arithmetic(parts, {"int": "{0} + {1}", "float": "{0} + {1}"}, target, *operands)
@@ -63,9 +63,9 @@ class Arithmetic(Operands):
         if "wide" in parts:
             wide = f"{kind[0]}{2 * WIDTH[kind]}"
             dtype = dtype_of(wide)
-            self._apply(f"({{0}}).astype({dtype}) * ({{1}}).astype({dtype})", kind, target, *operands, result=wide)
+            self._computed(f"({{0}}).astype({dtype}) * ({{1}}).astype({dtype})", kind, target, *operands, result=wide)
         elif "hi" in parts:
-            self._apply("n.high_product({0}, {1})", kind, target, *operands)
+            self._computed("n.high_product({0}, {1})", kind, target, *operands)
         else:
             self._arithmetic(parts, {"int": "{0} * {1}", "float": "{0} * {1}"}, target, *operands)
 
@@ -77,11 +77,11 @@ class Arithmetic(Operands):
             text = f"{self._value(a, kind)}.astype({dtype}) * {self._value(b, kind)}.astype({dtype})"
             self._store(target, f"{text} + {self._value(c, wide)}", wide, spread=self._spreads(a, b, c))
         elif "hi" in parts:
-            self._apply("n.high_product({0}, {1}) + {2}", kind, target, a, b, c)
+            self._computed("n.high_product({0}, {1}) + {2}", kind, target, a, b, c)
         elif kind in ("f32", "f64"):
             self._fma(parts, target, a, b, c)
         else:
-            self._apply("{0} * {1} + {2}", kind, target, a, b, c)
+            self._computed("{0} * {1} + {2}", kind, target, a, b, c)
 
     def _fma(self, parts: list[str], target: Any, *operands: Any) -> None:
         half = "n.half_fma({0}, {1}, {2}, {kind!r})"
@@ -133,7 +133,7 @@ class Arithmetic(Operands):
 
     def _logical(self, parts: list[str], target: Any, *operands: Any) -> None:
         sign = {"and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}", "not": "~{0}"}[parts[0]]
-        self._apply(sign, parts[-1], target, *operands)
+        self._computed(sign, parts[-1], target, *operands)
 
     _and = _or = _xor = _not = _logical
 
@@ -183,10 +183,10 @@ class Arithmetic(Operands):
         self._store(target, f"n.inserted({', '.join(values)})", parts[-1], spread=self._spreads(a, b, start, length))
 
     def _prmt(self, parts: list[str], target: Any, a: Any, b: Any, selector: Any) -> None:
-        self._apply("n.permuted({0}, {1}, {2})", "b32", target, a, b, selector)
+        self._computed("n.permuted({0}, {1}, {2})", "b32", target, a, b, selector)
 
     def _popc(self, parts: list[str], target: Any, value: Any) -> None:
-        self._apply("np.bitwise_count({0}).astype(u4)", parts[-1], target, value, result="b32")
+        self._computed("np.bitwise_count({0}).astype(u4)", parts[-1], target, value, result="b32")
 
     # ---- comparisons and moves ----
 

@@ -46,7 +46,7 @@ class Operands:
         self.numbers = {name: i for i, name in enumerate(kernel.registers)}
         self.constants: list[Any] = []
         self._known: dict[Any, int] = {}
-        self._parameters = {p.name: p for p in kernel.parameters}
+        self.parameters = {p.name: p for p in kernel.parameters}
         self.block_of = {start: i for i, start in enumerate(kernel.starts)}
         self.lines: list[str] = []
         self.masked = False
@@ -195,7 +195,7 @@ class Operands:
     def _spreads(self, *operands: Any) -> bool:
         return not any(self._is_register(x) for x in operands)
 
-    def _apply(self, form: str, kind: str, target: Any, *operands: Any, result: str | None = None) -> None:
+    def _computed(self, form: str, kind: str, target: Any, *operands: Any, result: str | None = None) -> None:
         """target = form of the operands' values."""
         values = [self._value(x, kind) for x in operands]
         self._store(target, form.format(*values), result or kind, spread=self._spreads(*operands))

@@ -25,9 +25,6 @@ class Address:
     offset: int = 0
 
 
-Operand = "str | Address | tuple[str, ...]"
-
-
 @dataclass(frozen=True)
 class Instruction:
     """One instruction: `@predicate name operands`. Operands are names, addresses, or the names within braces."""
@@ -86,7 +83,6 @@ class Kernel:
 
 
 _OPCODE = re.compile(r"(?:@(?P<negated>!?)(?P<predicate>%?[\w$]+)\s+)?(?P<name>[a-z][\w.:]*)\s*(?P<rest>.*)", re.DOTALL)
-_REGISTER = re.compile(r"%[a-zA-Z_][\w$]*(?:\.[xyz])?|[a-zA-Z_$][\w$]*")
 # What ends a basic block: the scheduler acts after it.
 _ENDS = ("bra", "ret", "exit", "bar.sync", "barrier.sync", "bar.cta.sync", "barrier.cta.sync")
 

@@ -46,7 +46,7 @@ class Translator(Arithmetic):
         space, kind, count = self._access(parts)
         size = WIDTH[kind] // 8
         if space == "param":
-            parameter = self._parameters[address.base]
+            parameter = self.parameters[address.base]
             text = f"m.parameter({parameter.offset + address.offset}, {dtype_of(kind)})"
             self._store(target, text, kind, spread=True)
             return

@@ -93,6 +93,8 @@ def tasks(targets: list[str], op: str | None, dtype: str | None, quick: bool) ->
 def _small(kernel: str, x: Tensor, width: int, rows: int | None = None, options: bool = False) -> Config:
     """Blocks of 64 rows, which Hopper's products of warpgroups need, and few columns."""
     few = rows is not None and rows <= tables.FEW_ROWS
+    if kernel == "attention_dbias":  # whose blocks are square
+        return Config(32, 32, 4, 2)
     return Config(16 if few else 64, 32 if kernel.startswith("attention") else 64, 4, 2, block_k=32)
 
 
