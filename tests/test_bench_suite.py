@@ -85,3 +85,11 @@ def test_the_hardwares_limit_is_the_floor_or_the_copy():
     assert report.roof(record, entry, "forward+backward") == 5
     assert report.roof(record, entry | {"work_unit": "FLOP"}, "forward+backward") is None
     assert report.roof({"machine": {}}, entry, "forward+backward") is None
+
+
+def test_the_page_on_proof_has_the_table_of_the_committed_result():
+    from bench import executed
+
+    results = json.loads(executed.RESULTS.read_text())
+    assert executed.markdown(results) in (Path(__file__).parents[1] / "docs" / "proof.md").read_text(encoding="utf-8")
+    assert {row[results["fields"].index("verdict")] for row in results["rows"]} == {"ok"}
