@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flashgau.ptx import numbers
@@ -101,6 +101,7 @@ def test_fma_of_halves_rounds_once(kind, a, b, c):
         assert found == nearest(x * y + z, kind)
 
 
+@example(a=0, b=0x7F800001)  # a NaN that signals
 @given(BITS, BITS)
 def test_min_and_max_know_zeros_and_nan(a, b):
     x, y = (np.array([v], np.uint32).view(np.float32) for v in (a, b))

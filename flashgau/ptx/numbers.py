@@ -59,12 +59,17 @@ def fma(a: Array, b: Array, c: Array) -> Array:
 
 def larger(a: Array, b: Array) -> Array:
     """max: a NaN loses, and +0 is more than -0."""
-    return np.where(a == b, (a.view(np.uint32) & b.view(np.uint32)).view(np.float32), np.fmax(a, b))
+    return _chosen(a, b, (a.view(np.uint32) & b.view(np.uint32)).view(np.float32), np.maximum(a, b))
 
 
 def smaller(a: Array, b: Array) -> Array:
     """min, likewise."""
-    return np.where(a == b, (a.view(np.uint32) | b.view(np.uint32)).view(np.float32), np.fmin(a, b))
+    return _chosen(a, b, (a.view(np.uint32) | b.view(np.uint32)).view(np.float32), np.minimum(a, b))
+
+
+def _chosen(a: Array, b: Array, equal: Array, other: Array) -> Array:
+    """One for equal numbers, the other else; beside a NaN, of whatever kind, the number."""
+    return np.where(a == b, equal, np.where(np.isnan(a), b, np.where(np.isnan(b), a, other)))
 
 
 # ---- halves ----
