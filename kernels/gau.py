@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from flashgau.contract.operands import GATED_SCORES
 from flashgau.options import GatedOptions, Layout
 
 from .common import (
@@ -317,11 +318,10 @@ def _check_call(
     if gate is not None and (gate.shape != (b, m, e) or gate.dtype != q.dtype):
         got = f"`gate` has shape {tuple(gate.shape)} and dtype {gate.dtype}"
         raise ValueError(f"{op}: {got}; expected {(b, m, e)} and {q.dtype}")
-    scores = ("relu2", "laplace", "softmax", "softmax_plus")
     if score is not None and own.weight_mod is not None:
         raise ValueError(f"{op}: `score` is {score!r} with `weight_mod`, which takes its place; expected one of them")
-    if score is not None and score not in scores:
-        raise ValueError(f"{op}: `score` is {score!r}; expected one of {', '.join(scores)}")
+    if score is not None and score not in GATED_SCORES:
+        raise ValueError(f"{op}: `score` is {score!r}; expected one of {', '.join(GATED_SCORES)}")
     number = isinstance(normalizer, (int, float)) and not isinstance(normalizer, bool) and normalizer > 0
     if normalizer not in ("keys", "row") and not number:
         raise ValueError(f"{op}: `normalizer` is {normalizer!r}; expected 'keys', 'row' or a positive number")

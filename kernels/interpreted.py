@@ -36,6 +36,18 @@ def rounded(x: Array) -> Array:
     return np.where(np.isnan(near), np.uint16(0x7FFF), bits.astype(np.uint16))
 
 
+def added(a: Array, b: Array) -> Array:
+    """a + b of fp64 numbers rounded to odd, which survives another rounding to a shorter format (Boldo and Melquiond
+    2008): what the sum missed decides that one."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        total = a + b
+        back = total - a
+        missed = (a - (total - back)) + (b - back)
+    missed = np.where(np.isfinite(missed), missed, 0)
+    towards_zero = (missed != 0) & ((missed < 0) != (total < 0))
+    return np.where(missed != 0, ((total.view(np.int64) - towards_zero) | 1).view(np.float64), total)
+
+
 # ---- the interpreter's own methods, around which something is put
 
 _METHODS = {
@@ -124,21 +136,14 @@ def _computed(original: Callable[..., Any], make: Any) -> Callable[..., Any]:
 
 
 def _fused(original: Callable[..., Any], make: Any) -> Callable[..., Any]:
-    """a b + c in fp64, whose products are exact, the sum rounded to odd: what it missed decides the last rounding."""
+    """a b + c, rounded once: products are exact in fp64."""
 
     @wraps(original)
     def fma(self: Any, *args: Any) -> Any:
         if not any(_is_bf16(x) for x in args):
             return original(self, *args)
         a, b, c = (_wide(x, tl.float64, make).data.astype(np.float64) for x in args)
-        with np.errstate(invalid="ignore", over="ignore"):
-            product = a * b
-            total = product + c
-            back = total - product
-            missed = (product - (total - back)) + (c - back)
-            towards_zero = (missed != 0) & ((missed < 0) != (total < 0))
-        odd = (total.view(np.int64) - towards_zero) | 1
-        return make(rounded(np.where(np.isfinite(missed) & (missed != 0), odd.view(np.float64), total)), tl.bfloat16)
+        return make(rounded(added(a * b, c)), tl.bfloat16)
 
     return fma
 

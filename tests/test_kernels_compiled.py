@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import kernel_calls
 import pytest
+from kernel_calls import compiled
 
 pytest.importorskip("triton")
 
@@ -32,14 +30,6 @@ assert matmul_precision(torch.bfloat16) == "ieee"
         "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
     ):
         compiled(program.format(switch))
-
-
-def compiled(code: str) -> str:
-    """What a program prints that runs where Triton compiles."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 PREPARE = """

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from flashgau.cli.console import FAILURE, USAGE, dump_json, fail, make_console, make_table, seconds
+from flashgau.cli.filters import words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -40,9 +41,8 @@ def executed(
 
     if dtype is not None and dtype not in LONG and dtype not in LONG.values():
         fail("check", f"no dtype is called {dtype!r}; there are {', '.join(LONG)}", USAGE)
-    names = [name.strip() for name in targets.split(",") if name.strip()]
     try:
-        work = executing.tasks(names, op, LONG.get(dtype or "", dtype), quick)
+        work = executing.tasks(words(targets), op, LONG.get(dtype or "", dtype), quick)
     except ValueError as error:
         fail("check", str(error).partition(": ")[2], USAGE)
     except RuntimeError as error:

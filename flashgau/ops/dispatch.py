@@ -181,10 +181,9 @@ def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, width: in
         return f"its kernels take widths of up to {widest}, not {width}"
     if width > 128 and dtype == torch.float32 and device.type == "cuda" and _shared_bytes(device) <= 65_536:
         return "in fp32 heads wider than 128 do not fit this GPU's shared memory"
-    if device.type == "cpu" and kernels.executed.target is not None and not interpreting:
-        return None
     if device.type == "cpu" and not interpreting:
-        return "the tensors are on the CPU, and TRITON_INTERPRET=1 was not set"
+        executed = kernels.executed.target is not None
+        return None if executed else "the tensors are on the CPU, and TRITON_INTERPRET=1 was not set"
     if device.type == "cpu" and dtype == torch.bfloat16 and not interprets_bf16():
         return kernels.NO_INTERPRETED_BF16
     if device.type not in ("cpu", "cuda", "xpu"):

@@ -19,7 +19,8 @@ class Arithmetic(Operands):
         kind = parts[-1]
         if kind not in TYPES:
             raise self._unknown()
-        form = forms.get(kind) or forms.get("float" if kind in ("f32", "f64", *_HALVES) else "int")
+        in_halves = forms.get("half") if kind in _HALVES else None  # on their bits, not on fp32 of them
+        form = forms.get(kind) or in_halves or forms.get("float" if kind in ("f32", "f64", *_HALVES) else "int")
         if form is None:
             raise self._unknown()
         if kind in ("f32", "f64"):
@@ -34,23 +35,24 @@ class Arithmetic(Operands):
         elif kind in _HALVES:
             half = kind.removesuffix("x2")
             results = []
-            for shift in ("", ">> u4(16)") if kind.endswith("x2") else ("",):
-                values = [self._value(x, kind) for x in operands]
-                if kind.endswith("x2"):
-                    values = [f"({x} {shift}).astype(u2)" for x in values]
-                if forms.get("half"):
-                    results.append(forms["half"].format(*values, kind=half))
+            for values in self._halves(operands, kind):
+                if in_halves:
+                    results.append(form.format(*values, kind=half))
                 else:
                     wide = [f"n.widened({x}, {half!r})" for x in values]
                     results.append(f"n.halved({form.format(*wide)}, {half!r}, relu={'relu' in parts})")
-            text = (
-                results[0]
-                if len(results) == 1
-                else f"({results[0]}).astype(u4) | (({results[1]}).astype(u4) << u4(16))"
-            )
+            text = " | ".join(f"(({x}).astype(u4) << u4({16 * i}))" for i, x in enumerate(results))
+            text = results[0] if len(results) == 1 else text
             self._store(target, text, kind, spread=self._spreads(*operands))
         else:
             self._computed(form, kind, target, *operands)
+
+    def _halves(self, operands: tuple[Any, ...], kind: str) -> list[list[str]]:
+        """Bits of the operands' halves: one list, or of pairs that of the lower and that of the upper ones."""
+        values = [self._value(x, kind) for x in operands]
+        if not kind.endswith("x2"):
+            return [values]
+        return [[f"({x} >> u4({shift})).astype(u2)" for x in values] for shift in (0, 16)]
 
     def _add(self, parts: list[str], target: Any, *operands: Any) -> None:
         self._arithmetic(parts, {"int": "{0} + {1}", "float": "{0} + {1}"}, target, *operands)
@@ -85,8 +87,7 @@ class Arithmetic(Operands):
 
     def _fma(self, parts: list[str], target: Any, *operands: Any) -> None:
         half = "n.half_fma({0}, {1}, {2}, {kind!r})"
-        forms = {"f32": "n.fma({0}, {1}, {2})", "half": half, **dict.fromkeys(_HALVES, half)}
-        self._arithmetic(parts, forms, target, *operands)
+        self._arithmetic(parts, {"f32": "n.fma({0}, {1}, {2})", "half": half}, target, *operands)
 
     def _div(self, parts: list[str], target: Any, *operands: Any) -> None:
         exact = "rn" in parts or parts[-1] == "f64"
@@ -198,20 +199,16 @@ class Arithmetic(Operands):
         if kind not in TYPES or count not in (1, 2):
             raise self._unknown()
         targets, (a, b, *third) = operands[:count], operands[count:]
-        x, y = (self._value(v, kind) for v in (a, b))
-        half = kind.removesuffix("x2")
-        if kind.endswith("x2"):
-            low, high = (
-                [f"n.widened(({v} {shift}).astype(u2), {half!r})" for v in (x, y)] for shift in ("", ">> u4(16)")
-            )
-            texts = [self._compared(how, *low, floating=True), self._compared(how, *high, floating=True)]
-        else:
+        floating = kind in ("f32", "f64", *_HALVES)
+        texts = []
+        for x, y in self._halves((a, b), kind):
             if kind in _HALVES:
-                x, y = (f"n.widened({v}, {kind!r})" for v in (x, y))
+                x, y = (f"n.widened({v}, {kind.removesuffix('x2')!r})" for v in (x, y))
             if "ftz" in parts:
                 x, y = f"n.flushed({x})", f"n.flushed({y})"
-            text = self._compared(how, x, y, floating=kind in ("f32", "f64", *_HALVES))
-            texts = [text, f"~({text})"]
+            texts.append(self._compared(how, x, y, floating=floating))
+        if len(texts) == 1:
+            texts.append(f"~({texts[0]})")
         if boolean is not None:
             sign, other = {"and": "&", "or": "|", "xor": "^"}[boolean], self._value(third[0], "pred")
             texts = [f"({text}) {sign} {other}" for text in texts]

@@ -62,19 +62,6 @@ class Bulk:
             number, kind, text, machine.only(lane), np.full(machine.lanes, address[np.flatnonzero(guilty)[0]])
         )
 
-    def _shared_cells(self, number: int, lane: int, offsets: Array) -> tuple[Array, Any]:
-        """Cells of shared memory at these offsets, and a reporter of what is wrong with them."""
-        machine, shared = self.machine, self.machine.shared
-        if offsets.min() < 0 or offsets.max() >= shared.size:
-            machine.report(number, "shared outside", "a bulk copy outside of the block's", machine.only(lane), None)
-        cells = np.unique((offsets + shared.first[lane]) // shared.granule)
-
-        def blame(kind: str, text: str, guilty: Array) -> None:
-            place = int(cells[np.flatnonzero(guilty)[0]]) * shared.granule % shared.pitch + SHARED_BASE
-            machine.report(number, kind, text, machine.only(lane), np.full(machine.lanes, place))
-
-        return cells, blame
-
     # ---- barriers ----
 
     def _at(self, number: int, address: Array, lane: int) -> Barrier:
@@ -183,7 +170,7 @@ class Bulk:
             block = np.full(len(where), machine.block[lane])
             (data,) = machine.memory.load(where, size, 1, inside, block, self._blame(number, lane))
             offsets = offsets + int(target[lane]) - SHARED_BASE
-            cells, blame = self._shared_cells(number, lane, offsets)
+            cells, blame = machine.shared_cells(number, lane, offsets, "a bulk copy outside of the block's")
             shared.check_write(cells, np.full(len(cells), lane), np.ones(len(cells), bool), blame)
             lanes = np.full(len(offsets), lane)
             copy = Copy(lanes, offsets + shared.first[lane], [data], size, np.zeros(len(offsets)), waits=True)
@@ -197,7 +184,7 @@ class Bulk:
             start = [int(np.int32(c[lane])) for c in corner]
             size, inside, where, offsets = self._box(number, lane, int(maps[lane]), start)
             offsets = offsets + int(source[lane]) - SHARED_BASE
-            cells, blame = self._shared_cells(number, lane, offsets)
+            cells, blame = machine.shared_cells(number, lane, offsets, "a bulk copy outside of the block's")
             shared.check_read(cells, np.full(len(cells), lane), blame, note=False)
             machine.check_fenced(cells, lane, blame)
             data = shared.views[size][(offsets + shared.first[lane]) // size]

@@ -112,7 +112,7 @@ def executing(
     if described.backend != "cuda":
         raise ValueError(f"executing: `target` is {target!r}; expected an NVIDIA GPU, such as sm_80 or sm_90")
     execution = Execution(target)
-    order = count() if seed is None else count(seed)
+    order = count(seed or 0)
 
     def execute(name: str, compile: Callable[[], Any]) -> None:
         kernel = compile()
@@ -192,8 +192,7 @@ def run(
     if len(args) > len(parameters):
         raise ValueError(f"run: {len(args)} arguments were given; expected at most the {len(parameters)} of the kernel")
     values = [("*" if isinstance(x, Tensor) else p.kind, x) for p, x in zip(parameters, args, strict=False)]
-    x, y, z = (*(int(n) for n in grid), 1, 1)[:3]
-    return _run(ptx, (x, y, z), values, shared_bytes, Freedom(seed, descending), budget)
+    return _run(ptx, _grid(grid, {}), values, shared_bytes, Freedom(seed, descending), budget)
 
 
 def _run(

@@ -11,12 +11,14 @@ import numpy as np
 from . import matrix
 from .bulk import Bulk
 from .faults import Fault, UnknownInstruction
-from .memory import Global, Shared
+from .memory import SHARED_BASE, Global, Shared
 from .numbers import Array, Freedom
 from .program import Program
 
 LANES = 4096  # threads that run at once
 _NONE, _DONE = -1, -1
+_UFUNCS = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
+           "xor": np.bitwise_xor}  # fmt: skip
 
 
 @dataclass
@@ -127,7 +129,7 @@ class Machine:
                 while True:  # as long as these stay together
                     whole = active is None
                     k = self.every if active is None else active
-                    self.executed[step] += len(self.kernel_warps(k))
+                    self.executed[step] += self.lanes // 32 if whole else np.count_nonzero(k.reshape(-1, 32).any(1))
                     self.budget -= 1
                     if self.budget < 0:
                         self.report(self.kernel.starts[step], "endless", "it is still running", k, None)
@@ -145,10 +147,6 @@ class Machine:
                     if not whole or then == _DONE or (self.waiting != _NONE).any():
                         break
                     step = then
-
-    def kernel_warps(self, active: Array) -> Array:
-        """Warps with active threads."""
-        return np.flatnonzero(active.reshape(-1, 32).any(1))
 
     def _next(self, counter: Array, runnable: Array) -> tuple[int, Array | None]:
         """Where to go on, and with which threads; None for all."""
@@ -177,12 +175,10 @@ class Machine:
         """Nobody can go on: some wait for a barrier that the others do not reach."""
         waits = self.waiting != _NONE
         first = int(np.flatnonzero(waits)[0])
-        start = int(counter[first])
-        starts = [*self.kernel.starts, len(self.kernel.instructions)]
         mine = self.block == self.block[first]
         there = int((waits & mine).sum())
         self.report(
-            starts[start] - 1,
+            self.kernel.span(int(counter[first]) - 1)[-1],  # the one before the block in which it will go on
             "barrier",
             f"{there} threads wait for it; {int((mine & ~waits).sum())} of the block ended or wait elsewhere",
             waits & mine,
@@ -235,21 +231,19 @@ class Machine:
         """st.global."""
         self.memory.store(address, values, size, active, self.block, self._reporter(number))
 
-    def atomic(self, number: int, how: str, kind: str, address: Array, values: list[Array], active: Array) -> Array:
+    def atomic(self, number: int, how: str, address: Array, values: list[Array], active: Array) -> Array:
         """Read, change and write, one thread after the other; blocks may share what they change so."""
         memory, size = self.memory, np.dtype(values[0].dtype).itemsize
         offset = memory.offsets(address, size, 1, active, self._reporter(number))
         view = memory.views[size].view(values[0].dtype)
         before = np.zeros(self.lanes, values[0].dtype)
-        changes = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
-                   "xor": np.bitwise_xor}  # fmt: skip
         for lane in np.flatnonzero(active):
             place = offset[lane] // size
             before[lane] = view[place]
             if how == "cas":
                 view[place] = values[1][lane] if view[place] == values[0][lane] else view[place]
             else:
-                view[place] = values[0][lane] if how == "exch" else changes[how](view[place], values[0][lane])
+                view[place] = values[0][lane] if how == "exch" else _UFUNCS[how](view[place], values[0][lane])
         memory.read_bytes += int(active.sum()) * size
         memory.written_bytes += int(active.sum()) * size
         return before
@@ -335,9 +329,7 @@ class Machine:
     def reduce(self, how: str, value: Array) -> Array:
         """redux.sync of a whole warp."""
         rows = self.warps(value)
-        ufunc = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
-                 "xor": np.bitwise_xor}[how]  # fmt: skip
-        return np.repeat(ufunc.reduce(rows, axis=1, dtype=rows.dtype), 32)
+        return np.repeat(_UFUNCS[how].reduce(rows, axis=1, dtype=rows.dtype), 32)
 
     # ---- matrices ----
 
@@ -398,26 +390,30 @@ class Machine:
     def _tile(self, number: int, descriptor: Array, length: int, trans: int, kind: str, running: Array) -> Array:
         """(groups, length, 16) of what descriptors describe; a read of shared memory that lasts until the wait."""
         found = []
-        shared, threads = self.shared, self.threads
+        shared = self.shared
         for group in running:
             lane = 128 * int(group)
             offsets = matrix.described(int(descriptor[lane]), length, bool(trans), kind)
-            if offsets.min() < 0 or offsets.max() + 4 > shared.size + 2:
-                self.report(number, "shared outside", "a product reads outside the block's", self.only(lane), None)
-            offsets = offsets + lane // threads * shared.pitch
-            cells = np.unique(offsets // shared.granule)
-
-            def blame(problem: str, text: str, guilty: Array, lane: int = lane, cells: Array = cells) -> None:
-                place = int(cells[np.flatnonzero(guilty)[0]]) * shared.granule % shared.pitch
-                address = np.full(self.lanes, place + matrix.SHARED_BASE)
-                self.report(number, problem, text, self.only(lane), address)
-
+            cells, blame = self.shared_cells(number, lane, offsets, "a product reads outside the block's")
             # The readers are all four warps: what any of them wrote needs no barrier of others, but a proxy fence.
             shared.check_read(cells, np.full(len(cells), lane), blame, note=False)
             self.check_fenced(cells, lane, blame)
             shared.use(int(group), cells, int(self.products[group]))
-            found.append(matrix.elements(shared.views, offsets, kind))
+            found.append(matrix.elements(shared.views, offsets + shared.first[lane], kind))
         return np.stack(found)
+
+    def shared_cells(self, number: int, lane: int, offsets: Array, outside: str) -> tuple[Array, Any]:
+        """Cells at these offsets in the shared memory of a thread's block, and a reporter of what is wrong there."""
+        shared = self.shared
+        if offsets.min() < 0 or offsets.max() >= shared.size:
+            self.report(number, "shared outside", outside, self.only(lane), None)
+        cells = np.unique((offsets + shared.first[lane]) // shared.granule)
+
+        def blame(kind: str, text: str, guilty: Array) -> None:
+            place = int(cells[np.flatnonzero(guilty)[0]]) * shared.granule % shared.pitch + SHARED_BASE
+            self.report(number, kind, text, self.only(lane), np.full(self.lanes, place))
+
+        return cells, blame
 
     def check_fenced(self, cells: Array, lane: int, blame: Any) -> None:
         """What threads wrote must have passed a proxy fence, of theirs or of the reader's, before a product or a bulk

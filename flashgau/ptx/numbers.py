@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from flashgau.kernels import interpreted as bf16
+
 Array = np.ndarray[Any, Any]
 _NAN = np.uint32(0x7FFFFFFF).view(np.float32)
 _TINY = np.float32(np.finfo(np.float32).tiny)
@@ -34,14 +36,6 @@ def saturated(x: Array) -> Array:
     return np.where(np.isnan(x), np.float32(0), np.clip(x, np.float32(0), np.float32(1)))
 
 
-def _odd(rounded: Array, error: Array) -> Array:
-    """fp64 that was rounded to nearest, by `error` less than exact: as if rounded to odd, which survives another
-    rounding to a shorter format (Boldo and Melquiond 2008)."""
-    bits = rounded.view(np.int64)
-    towards_zero = (error != 0) & ((error < 0) != (rounded < 0))
-    return np.where(error != 0, (bits - towards_zero) | 1, bits).view(np.float64)
-
-
 def fma(a: Array, b: Array, c: Array) -> Array:
     """a b + c, rounded once (to nearest even) to fp32."""
     product, addend = a.astype(np.float64) * b, c.astype(np.float64)  # the product is exact
@@ -50,10 +44,7 @@ def fma(a: Array, b: Array, c: Array) -> Array:
     # Rounding twice is wrong only where fp64 lies halfway between two fp32 numbers, or these are subnormal.
     doubtful = ((total.view(np.int64) & 0x1FFFFFFF) == 0x10000000) | (np.abs(total) < 2 * _TINY)
     if doubtful.any():
-        back = total - product
-        error = (product - (total - back)) + (addend - back)
-        error = np.where(np.isfinite(error), error, 0)
-        narrow = np.where(doubtful, _odd(total, error).astype(np.float32), narrow)
+        narrow = np.where(doubtful, bf16.added(product, addend).astype(np.float32), narrow)
     return narrow
 
 
@@ -78,21 +69,20 @@ def _chosen(a: Array, b: Array, equal: Array, other: Array) -> Array:
 def widened(bits: Array, kind: str) -> Array:
     """fp32 of halves' bits: "bf16" or "f16"."""
     if kind == "bf16":
-        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return bf16.widened(bits)
     return np.ascontiguousarray(bits).view(np.float16).astype(np.float32)
 
 
 def halved(x: Array, kind: str, *, towards_zero: bool = False, relu: bool = False) -> Array:
-    """Bits of the nearest half (to even), or of the next one towards zero; NaN is PTX's 0x7FFF."""
+    """Bits of the half nearest to fp32 or fp64 numbers (to even), or of fp32 the next one towards zero; NaN is PTX's
+    0x7FFF."""
     if relu:
         x = np.where(x > 0, x, np.where(np.isnan(x), x, np.float32(0)))
-    if kind == "f16":
+    if kind == "bf16":
+        bits = (x.view(np.uint32) >> np.uint32(16)).astype(np.uint16) if towards_zero else bf16.rounded(x)
+    else:
         bits = _fp16_towards_zero(x) if towards_zero else x.astype(np.float16).view(np.uint16)
-        return np.where(np.isnan(x), np.uint16(0x7FFF), bits)
-    bits = x.view(np.uint32)
-    if not towards_zero:
-        bits = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    return np.where(np.isnan(x), np.uint16(0x7FFF), (bits >> np.uint32(16)).astype(np.uint16))
+    return np.where(np.isnan(x), np.uint16(0x7FFF), bits)
 
 
 def _fp16_towards_zero(x: Array) -> Array:
@@ -104,17 +94,7 @@ def _fp16_towards_zero(x: Array) -> Array:
 def half_fma(a: Array, b: Array, c: Array, kind: str) -> Array:
     """a b + c of halves' bits, rounded once."""
     a, b, c = (widened(x, kind).astype(np.float64) for x in (a, b, c))
-    product = a * b
-    total = product + c
-    back = total - product
-    error = (product - (total - back)) + (c - back)
-    exact = _odd(total, np.where(np.isfinite(error), error, 0))
-    narrow = exact.astype(np.float32)
-    missed = exact - narrow.astype(np.float64)
-    bits = narrow.view(np.int32)
-    towards_zero = (missed != 0) & ((missed < 0) != (narrow < 0))
-    odd = np.where(np.isfinite(narrow) & (missed != 0), (bits - towards_zero) | 1, bits).astype(np.int32)
-    return halved(odd.view(np.float32), kind)
+    return halved(bf16.added(a * b, c), kind)
 
 
 # ---- integers ----
@@ -161,40 +141,33 @@ def shifted_right(a: Array, by: Array) -> Array:
     return np.where(by >= width, a.dtype.type(0), a >> amount)
 
 
+def _ones(count: Array) -> Array:
+    """So many ones from the lowest bit on."""
+    most = np.minimum(count, np.uint64(63))
+    return np.where(count >= 64, ~np.uint64(0), (np.uint64(1) << most) - np.uint64(1))
+
+
 def field_of(a: Array, start: Array, length: Array) -> Array:
     """bfe: `length` bits from `start` on, sign-extended for signed types."""
-    width = a.dtype.itemsize * 8
-    start, length = (start & 0xFF).astype(np.int64), (length & 0xFF).astype(np.int64)
-    place = np.arange(width, dtype=np.int64)[:, None]
-    unsigned = a.view(f"u{a.dtype.itemsize}").astype(np.uint64)
-    if start.ndim == 0 or ((start == start.flat[0]).all() and (length == length.flat[0]).all()):
-        first, count = int(start.flat[0]), int(length.flat[0])
-        taken = (unsigned >> np.uint64(min(first, 63))) & np.uint64((1 << count) - 1)
-        if first >= width:
-            taken = np.zeros_like(taken)
-        if a.dtype.kind == "i" and count:
-            last = min(first + count - 1, width - 1)
-            negative = (unsigned >> np.uint64(last)) & np.uint64(1) == 1
-            fill = np.uint64(((1 << width) - 1) & ~((1 << max(last - first + 1, 0)) - 1))
-            taken = np.where(negative, taken | fill, taken)
-        return taken.astype(unsigned.dtype).astype(f"u{a.dtype.itemsize}").view(a.dtype)
-    bit = np.minimum(start + length - 1, width - 1).astype(np.uint64)
-    sign = (unsigned >> bit) & np.uint64(1) if a.dtype.kind == "i" else np.zeros_like(unsigned)
-    source = start + place
-    bits = np.where(source < width, (unsigned >> np.minimum(source, 63).astype(np.uint64)) & np.uint64(1), sign)
-    bits = np.where(place < length, bits, np.where(length > 0, sign, np.uint64(0)))
-    total = (bits << place.astype(np.uint64)).sum(0, dtype=np.uint64)
-    return total.astype(f"u{a.dtype.itemsize}").view(a.dtype)
+    width = np.uint64(a.dtype.itemsize * 8)
+    bits = a.view(f"u{a.dtype.itemsize}").astype(np.uint64)
+    start, length = (start & 0xFF).astype(np.uint64), (length & 0xFF).astype(np.uint64)
+    there = np.minimum(length, width - np.minimum(start, width))  # what lies beyond the highest bit is its sign, or 0
+    taken = (bits >> np.minimum(start, np.uint64(63))) & _ones(there)
+    if a.dtype.kind == "i":
+        highest = np.minimum(start + np.maximum(length, np.uint64(1)), width) - np.uint64(1)
+        negative = ((bits >> highest) & np.uint64(1) == 1) & (length > 0)
+        taken = np.where(negative, taken | ~_ones(there), taken)
+    return taken.astype(f"u{a.dtype.itemsize}").view(a.dtype)
 
 
 def inserted(a: Array, b: Array, start: Array, length: Array) -> Array:
     """bfi: `length` bits of a put into b from `start` on."""
     width = np.uint64(a.dtype.itemsize * 8)
     start, length = (start & 0xFF).astype(np.uint64), np.minimum((length & 0xFF).astype(np.uint64), width)
-    ones = np.where(length >= 64, ~np.uint64(0), (np.uint64(1) << np.minimum(length, np.uint64(63))) - np.uint64(1))
-    mask = np.where(start >= width, np.uint64(0), ones << np.minimum(start, np.uint64(63)))
-    moved = np.where(start >= width, np.uint64(0), a.astype(np.uint64) << np.minimum(start, np.uint64(63)))
-    return ((b.astype(np.uint64) & ~mask) | (moved & mask)).astype(a.dtype)
+    place = np.minimum(start, np.uint64(63))
+    mask = np.where(start >= width, np.uint64(0), _ones(length) << place)
+    return ((b.astype(np.uint64) & ~mask) | ((a.astype(np.uint64) << place) & mask)).astype(a.dtype)
 
 
 def permuted(a: Array, b: Array, selector: Array) -> Array:

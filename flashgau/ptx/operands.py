@@ -59,9 +59,8 @@ class Operands:
 
     def function(self, block: int, masked: bool) -> Callable[..., Any]:
         """`f(R, m, k)` of a basic block: changes registers, and says which block is next."""
-        starts = [*self.kernel.starts, len(self.kernel.instructions)]
         self.lines, self.masked = [], masked
-        for number in range(starts[block], starts[block + 1]):
+        for number in self.kernel.span(block):
             self._instruction(number, self.kernel.instructions[number], block)
         if not self.lines or not self.lines[-1].startswith("return"):
             self.lines.append(f"return {block + 1}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -36,8 +35,7 @@ class Program:
         self._functions: dict[tuple[int, bool], Callable[..., Any]] = {}
         self.global_granule = self._granule("global")
         self.shared_granule = self._granule("shared")
-        starts = [*self.kernel.starts, len(self.kernel.instructions)]
-        spans = [self.kernel.instructions[a:b] for a, b in pairwise(starts)]
+        spans = [[self.kernel.instructions[i] for i in self.kernel.span(b)] for b in range(len(self.kernel.starts))]
         self.classes = [Counter(class_of(x.name) for x in span) for span in spans]
         self.together = 128 if any(x.name.startswith("wgmma") for x in self.kernel.instructions) else 32
         self.rank = _ranks([self._next(block) for block in range(len(spans))])
@@ -53,7 +51,7 @@ class Program:
     def _next(self, block: int) -> list[int]:
         """The blocks that may come after one."""
         kernel, starts = self.kernel, self.kernel.starts
-        last = kernel.instructions[(*starts, len(kernel.instructions))[block + 1] - 1]
+        last = kernel.instructions[kernel.span(block)[-1]]
         found = [] if last.parts[0] in ("bra", "ret", "exit") and last.predicate is None else [block + 1]
         if last.parts[0] == "bra":
             found.append(starts.index(kernel.labels[str(last.operands[0])]))

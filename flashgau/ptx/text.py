@@ -81,6 +81,11 @@ class Kernel:
     starts: list[int] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
 
+    def span(self, block: int) -> range:
+        """Indices of a basic block's instructions."""
+        last = block + 1 == len(self.starts)
+        return range(self.starts[block], len(self.instructions) if last else self.starts[block + 1])
+
 
 _OPCODE = re.compile(r"(?:@(?P<negated>!?)(?P<predicate>%?[\w$]+)\s+)?(?P<name>[a-z][\w.:]*)\s*(?P<rest>.*)", re.DOTALL)
 # What ends a basic block: the scheduler acts after it.

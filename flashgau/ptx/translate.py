@@ -82,7 +82,7 @@ class Translator(Arithmetic):
         )
         texts = ", ".join(f"m.spread({self._value(v, kind)})" for v in values)
         where = self._address(address, "global")
-        self.lines.append(f"t = m.atomic({self.number}, {how!r}, {kind!r}, {where}, [{texts}], {self._threads})")
+        self.lines.append(f"t = m.atomic({self.number}, {how!r}, {where}, [{texts}], {self._threads})")
         if target is not None:
             self._store(target, f"t.view({dtype_of(kind)})", kind)
 

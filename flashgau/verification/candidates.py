@@ -108,7 +108,7 @@ class Bench:
     def check(self, job: Job) -> str | None:
         """Why a candidate's results are wrong, if they are: held to the fp64 reference on a small awkward call."""
         assert job.config is not None
-        case = configurations.case_of(job.key, job.config, DTYPE_NAMES[job.dtype], self.interpreted)
+        case = configurations.case_of(job.key, job.config, DTYPE_NAMES[job.dtype], small=self.interpreted)
         try:
             report = configurations.hold(case, self.device)
         except Exception as error:  # whatever a launch fails with is the candidate's fate

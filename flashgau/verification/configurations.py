@@ -35,14 +35,13 @@ class Configured(CheckCase):
     config: Config
 
 
-def case_of(key: Key, config: Config, dtype: str, interpreted: bool) -> Configured:
-    """The case of one configuration."""
+def case_of(key: Key, config: Config, dtype: str, small: bool) -> Configured:
+    """The case of one configuration; a small one where a block takes milliseconds, interpreted or executed."""
     shape = ", ".join([*([f"D{key.width}"] if key.width else []), *(["few rows"] if key.few_rows else [])])
     options = f"{key.kernel} {config.text()}"
     if key.options:
         options += ", softcap"
-    # A block of an interpreted program takes milliseconds, and is small.
-    length, e = (70, 70) if interpreted else (150, 300)
+    length, e = (70, 70) if small else (150, 300)
     return Configured(
         op_of(key.kernel), options, shape, dtype, lambda draw: _arguments(key, draw, length, e), key, config
     )
@@ -62,7 +61,7 @@ def cases_of(device: torch.device, ops: set[str]) -> list[Configured]:
     sources: list[Table] = [*tables.measured_tables(device), tables.shipped_table(arch)]
     found = {(key, config): None for table in sources for key in table.entries if (config := table.config(key))}
     return [
-        case_of(key, config, "float32" if key.itemsize == 4 else half, interpreted)
+        case_of(key, config, "float32" if key.itemsize == 4 else half, small=interpreted)
         for key, config in found
         if key.kernel in tables.shipped_kernels() and op_of(key.kernel) in ops and is_asked(key, fp16=half == "float16")
     ]

@@ -61,7 +61,7 @@ def cases(target: str, op: str | None, dtype: str | None, quick: bool) -> tuple[
         for name in ("float32",) if key.itemsize == 4 else ("bfloat16",) if quick else ("bfloat16", "float16"):
             # Beside fp16 some kernels work on weights in fp32. Weights of chunks are kept of long ones alone.
             if name != "float16" or is_asked(key, fp16=True):
-                found.append(case_of(key, config, name, interpreted=key.kernel != "mixed_chunk_weights"))
+                found.append(case_of(key, config, name, small=key.kernel != "mixed_chunk_weights"))
     if not quick:
         found += [case for case in all_cases(op, thorough=False) if case.dtype in DTYPES]
     return tuple(case for case in found if dtype in (None, case.dtype))

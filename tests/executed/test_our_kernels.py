@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from flashgau.kernels.attention import attention_with
 from flashgau.kernels.gau import gau_with
+from own_functions import sigmoid, sigmoid_slope
 from strategies import randn
 
 import flashgau
@@ -65,16 +66,6 @@ def gradients(seed):
 def test_results_are_the_same_in_any_order_of_warps_and_blocks(monkeypatch):
     monkeypatch.setattr(numbers, "_scattered", lambda x, seed: 0.0)  # whose approximate functions are the same
     assert all(torch.equal(a, b) for a, b in zip(gradients(1), gradients(2), strict=True))
-
-
-@triton.jit
-def sigmoid(b_s):
-    return tl.sigmoid(b_s)
-
-
-@triton.jit
-def sigmoid_slope(b_s):
-    return tl.sigmoid(b_s) * (1 - tl.sigmoid(b_s))
 
 
 @triton.jit
