@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def compiled(code: str, file: Path | None = None, **variables: str) -> str:
-    """What a program prints that runs where Triton compiles; from a file if it has kernels, which Triton reads there."""
+    """What a program prints that runs where Triton compiles; in a file if it has kernels, which Triton reads there."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | variables
     if file is not None:
         file.write_text(code)
