@@ -36,6 +36,7 @@ from .common import (
     processors,
     sequences_of,
 )
+from .descriptors import describable, launched
 from .own_scores import BUILT_IN, OwnScores, check_operands, check_options, check_own, once
 
 
@@ -86,7 +87,9 @@ def _forward(
         parts = heads(every.flatten(0, 1))
         sums = q.new_empty(2, n_parts, b, n_heads, m, dtype=torch.float32) if softmax else None
     sizes = {"GROUPS": groups, "D": d, "E": e, **widths, "PRECISION": matmul_precision(q.dtype)}
-    forward_kernel[(n_blocks * per_block, n_parts or 1)](
+    sizes |= {**_copies(config, k, v), "ASYNCHRONOUS": config.asynchronous}
+    launched(
+        forward_kernel[(n_blocks * per_block, n_parts or 1)],
         heads(q), heads(k), heads(v), parts, sums, *sequences, *rule, n_blocks, n_kv_heads, n_parts,
         Sizes(**sizes, BM=config.block_m, BN=config.block_n, **own.sizes(backward=False)),
         **config.launch(),
@@ -152,12 +155,12 @@ def _backward(
     sizes = {"GROUPS": groups, "D": d, "E": e, **widths, "PRECISION": matmul_precision(q.dtype)}
     sizes |= own.sizes(backward=True)
 
-    delta = lse.new_empty(lse.shape)
-    statistics = (lse, delta) if softmax else (None, None)
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)  # LSE in base 2
+    statistics = (lse2, delta) if softmax else (None, None)
     if dq.numel() and softmax:
         n_blocks = blocks_of(sequences, m, 1, 64)
         delta_kernel[(n_blocks * n_heads * rows,)](
-            heads(dout), heads(out), lse, dlse if dlse is None else dlse.contiguous(), delta, *sequences,
+            heads(dout), heads(out), lse, dlse if dlse is None else dlse.contiguous(), lse2, delta, *sequences,
             n_blocks, n_heads,
             E=e, BE=widths["BE"], BM=64, **FUSED_ADDITION,
         )  # fmt: skip
@@ -165,21 +168,25 @@ def _backward(
     if dq.numel():
         config = choose("attention_dq", q, width, options=extras or biased)
         n_blocks = blocks_of(sequences, m, groups, config.block_m)
-        dq_kernel[(n_blocks * n_kv_heads * rows,)](
+        launched(
+            dq_kernel[(n_blocks * n_kv_heads * rows,)],
             heads(q), heads(k), heads(v), heads(dout), *statistics, heads(dq), *sequences,
             *rule._replace(sinks=sink_deltas), n_blocks, n_kv_heads,
-            Sizes(**sizes, BM=config.block_m, BN=config.block_n),
+            Sizes(**sizes, **_copies(config, k, v), BM=config.block_m, BN=config.block_n),
             **config.launch(),
         )  # fmt: skip
     if dk.numel():
         config = choose("attention_dkv", q, width, options=extras or biased)
         n_blocks = blocks_of(sequences, n, 1, config.block_n)
-        dkv_kernel[(n_blocks * n_kv_heads * rows,)](
-            heads(q), heads(k), heads(v), heads(dout), *statistics, heads(dk), heads(dv), *sequences, *rule, n_blocks,
-            n_kv_heads,
-            Sizes(**sizes, BM=config.block_m, BN=config.block_n),
-            **config.launch(),
-        )  # fmt: skip
+        # Two accumulators of wide heads do not fit into registers: dK and dV are then launches of their own.
+        apart = q.element_size() == 2 and width > 128
+        for which in ({"DK": True, "DV": False}, {"DK": False, "DV": True}) if apart else ({"DK": True, "DV": True},):
+            dkv_kernel[(n_blocks * n_kv_heads * rows,)](
+                heads(q), heads(k), heads(v), heads(dout), *statistics, heads(dk), heads(dv), *sequences, *rule,
+                n_blocks, n_kv_heads,
+                Sizes(**sizes, **which, BM=config.block_m, BN=config.block_n),
+                **config.launch(),
+            )  # fmt: skip
     if rel_bias is not None and dbias is not None and dbias.numel():
         config = choose("attention_dbias", q, width, options=extras)
         n_blocks = triton.cdiv(rel_bias.shape[-1], config.block_n)
@@ -348,6 +355,11 @@ def _rule(q: Tensor, n: int, options: AttentionOptions, own: OwnScores) -> Atten
 def _extras(rule: AttentionRule, own: OwnScores) -> bool:
     """Whether softcap, dropout or a user's function is applied between the products, which takes registers."""
     return rule.softcap is not None or rule.seed is not None or own.given
+
+
+def _copies(config: Config, k: Tensor, v: Tensor) -> dict[str, bool]:
+    """How keys and values are copied: as `keys_of` takes it."""
+    return {"DESCRIBED": config.asynchronous and describable(k) and describable(v)}
 
 
 def _widths(d: int, e: int) -> dict[str, int]:

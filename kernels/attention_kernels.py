@@ -67,11 +67,36 @@ class AttentionRule(NamedTuple):
 
 
 @triton.jit
+def is_plain(rule, SIZES: tl.constexpr):
+    """Whether a score is no more than the product of its query and key, scaled."""
+    return rule.softcap is None and rule.bias is None and SIZES.SCORE_MOD is None and SIZES.WEIGHT_MOD is None
+
+
+@triton.jit
+def directed(b_x, rule, SIZES: tl.constexpr):
+    """Queries or keys, negated for a negative scale of plain scores, whose maximum is then that of the products."""
+    if is_plain(rule, SIZES):
+        b_x = tl.where(rule.scale < 0, -b_x, b_x)
+    return b_x
+
+
+@triton.jit
+def base_two(rule, SIZES: tl.constexpr):
+    """The factor with which `scores` become exponents of 2. Of a scale of 0 the smallest number, for 0 * inf is NaN."""
+    factor = LOG2_E
+    if is_plain(rule, SIZES):
+        factor = tl.maximum(tl.abs(rule.scale) * LOG2_E, 1.1754943508222875e-38)
+    return factor
+
+
+@triton.jit
 def scores(b_qk, rule, p_bias, o_head, o_position, o_key, n, MASKED: tl.constexpr, SIZES: tl.constexpr):
     """S of a block, and its slope: that of the softcap and of a user's function. Heads, positions and keys broadcast
-    against the block."""
+    against the block. Plain ones are not scaled: `base_two` does it, in one instruction with a subtraction."""
     b_slope = 1.0
-    b_s = b_qk * rule.scale
+    b_s = b_qk
+    if not is_plain(rule, SIZES):
+        b_s *= rule.scale
     if rule.softcap is not None:
         b_t = tanh(b_s / rule.softcap)
         b_slope = 1 - b_t * b_t
@@ -86,6 +111,29 @@ def scores(b_qk, rule, p_bias, o_head, o_position, o_key, n, MASKED: tl.constexp
     if SIZES.SCORE_MOD is not None or SIZES.WEIGHT_MOD is not None:
         b_s, b_slope = own_hidden(b_s, b_slope, o_position, o_key, n)
     return b_s, b_slope
+
+
+@triton.jit
+def keys_of(x, row, head, first, n, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SIZES: tl.constexpr):
+    """The keys or values of a sequence's head, for `load_keys`: a pointer to the first, or a descriptor, which makes
+    the copies of whole blocks one instruction each and has zeros in the place of keys past the last."""
+    p_x = row_pointers(x, row, head, first)
+    if SIZES.DESCRIBED:
+        p_x = tl.make_tensor_descriptor(p_x, [tl.maximum(n, 1), WIDTH], [x.token, 1], [SIZES.BN, BLOCK])
+    return p_x
+
+
+@triton.jit
+def load_keys(
+    x, p_x, start, n, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, SIZES: tl.constexpr
+):  # fmt: skip
+    """The block of keys from `start` on; zeros past the last. WHOLE: there are none."""
+    if SIZES.DESCRIBED:
+        block = p_x.load([start, 0])
+    else:
+        o_key = start + tl.arange(0, SIZES.BN)
+        block = load_rows(x, p_x + tl.cast(o_key, tl.int64) * x.token, o_key < n, WIDTH, BLOCK, WHOLE)
+    return block
 
 
 @triton.jit
@@ -188,8 +236,10 @@ def forward_kernel(
     o_query, o_head, o_position, m_row = rows_of_block(i_block, i_head, m, n, SIZES)
     p_bias = bias_pointers(rule, row, o_head)
     b_q = load_rows(q, row_pointers(q, row, o_head, first_m + o_query), m_row, SIZES.D, SIZES.BD, False)
-    p_k = row_pointers(k, row, i_head, first_n)
-    p_v = row_pointers(v, row, i_head, first_n)
+    b_q = directed(b_q, rule, SIZES)
+    factor = base_two(rule, SIZES)
+    p_k = keys_of(k, row, i_head, first_n, n, SIZES.D, SIZES.BD, SIZES)
+    p_v = keys_of(v, row, i_head, first_n, n, SIZES.E, SIZES.BE, SIZES)
 
     # The range of keys that the rows see, restricted to this program's part.
     start, full_start, full_stop, stop = keys_of_block(rule, i_block, m, n, SIZES)
@@ -205,50 +255,60 @@ def forward_kernel(
     b_m = tl.full([BM], -float("inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     if rule.sinks is not None:
-        b_sink = tl.load(rule.sinks + o_head).to(tl.float32)
+        b_sink = tl.load(rule.sinks + o_head).to(tl.float32) * LOG2_E
         if n_parts is not None:
             b_sink = tl.where(i_part == 0, b_sink, -float("inf"))
         b_m = b_sink
         b_l = tl.where(b_sink == -float("inf"), 0.0, 1.0)
     b_acc = tl.zeros([BM, SIZES.BE], tl.float32)
 
+    # Where products run beside other instructions, that of a block and its values is begun together with the scores of
+    # the next block, whose softmax then hides it. The first has weights of zero.
+    b_p = tl.zeros([BM, BN], v.pointer.dtype.element_ty)
     for phase in tl.static_range(3):  # masked blocks on the left, unmasked, masked on the right
         if phase != 0 or rule.left is not None:
             lo = start if phase == 0 else (full_start if phase == 1 else full_stop)
             hi = full_start if phase == 0 else (full_stop if phase == 1 else stop)
             for j in range(lo, hi, BN):
                 o_key = j + tl.arange(0, BN)
-                b_k = load_rows(k, p_k + tl.cast(o_key, tl.int64) * k.token, o_key < n, SIZES.D, SIZES.BD, phase == 1)
+                b_k = load_keys(k, p_k, j, n, SIZES.D, SIZES.BD, phase == 1, SIZES)
                 b_qk = tl.dot(b_q, b_k.T, input_precision=SIZES.PRECISION)
+                if SIZES.ASYNCHRONOUS:
+                    b_v = load_keys(v, p_v, tl.maximum(j - BN, start), n, SIZES.E, SIZES.BE, phase == 1, SIZES)
+                    b_acc = tl.dot(b_p, b_v, b_acc, input_precision=SIZES.PRECISION)
                 b_s, _ = scores(
                     b_qk, rule, p_bias[:, None], o_head[:, None], o_position[:, None], o_key[None, :], n, phase != 1,
                     SIZES,
                 )  # fmt: skip
                 if SIZES.WEIGHT_MOD is not None:
-                    b_p = own_weights(b_s, SIZES)
+                    b_weight = own_weights(b_s, SIZES)
                 else:
-                    b_new = tl.maximum(b_m, tl.max(b_s, 1))
+                    b_new = tl.maximum(b_m, tl.max(b_s, 1) * factor)
                     b_pivot = tl.where(b_new == -float("inf"), 0.0, b_new)  # no visible key so far: avoids inf - inf
-                    b_p = tl.exp2((b_s - b_pivot[:, None]) * LOG2_E)
-                    b_alpha = tl.exp2((b_m - b_pivot) * LOG2_E)
-                    b_l = b_l * b_alpha + tl.sum(b_p, 1)
-                if rule.seed is not None:
-                    b_p = tl.where(kept(rule, i_seq, o_head, o_query, j, BM, BN), b_p, 0.0)
-                b_v = load_rows(v, p_v + tl.cast(o_key, tl.int64) * v.token, o_key < n, SIZES.E, SIZES.BE, phase == 1)
-                if SIZES.WEIGHT_MOD is not None:
-                    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=SIZES.PRECISION)
-                else:
-                    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=SIZES.PRECISION)
+                    b_weight = tl.exp2(b_s * factor - b_pivot[:, None])
+                    b_alpha = tl.exp2(b_m - b_pivot)
+                    b_l = b_l * b_alpha + tl.sum(b_weight, 1)
+                    b_acc *= b_alpha[:, None]
                     b_m = b_new
+                if rule.seed is not None:
+                    b_weight = tl.where(kept(rule, i_seq, o_head, o_query, j, BM, BN), b_weight, 0.0)
+                b_p = b_weight.to(b_p.dtype)
+                if not SIZES.ASYNCHRONOUS:
+                    b_v = load_keys(v, p_v, j, n, SIZES.E, SIZES.BE, phase == 1, SIZES)
+                    b_acc = tl.dot(b_p, b_v, b_acc, input_precision=SIZES.PRECISION)
+    if SIZES.ASYNCHRONOUS:  # the last block; if there is none, one past the keys, which is zeros
+        last = tl.where(start < stop, start + (stop - start - 1) // BN * BN, tl.maximum(n, 1))
+        b_v = load_keys(v, p_v, last, n, SIZES.E, SIZES.BE, False, SIZES)
+        b_acc = tl.dot(b_p, b_v, b_acc, input_precision=SIZES.PRECISION)
 
-    # LSE = m + log l. A row that sees nothing has O = 0 and LSE = -inf. The sum of elementwise weights is O itself.
+    # LSE = m + log2 l, in base 2. A row that sees nothing has O = 0 and LSE = -inf. The sum of elementwise weights is O itself.
     if SIZES.WEIGHT_MOD is not None:
         b_acc = tl.where(m_row[:, None], b_acc * rule.dropout_scale, 0.0)
     else:
         b_divisor = tl.where(b_l == 0, 1.0, b_l)
         b_acc *= (rule.dropout_scale / b_divisor)[:, None]
         b_acc = tl.where(m_row[:, None], b_acc, 0.0)
-        b_lse = tl.where(m_row & (b_l != 0), b_m + tl.log(b_divisor), -float("inf"))
+        b_lse = tl.where(m_row & (b_l != 0), (b_m + tl.log2(b_divisor)) / LOG2_E, -float("inf"))
     p_out = row_pointers(out, row, o_head, first_m + o_query)
     if SIZES.WEIGHT_MOD is None:
         p_lse = lse + row_offsets(sequences, i_seq, i_head, n_kv_heads * SIZES.GROUPS, o_query, o_head, first_m, row)
@@ -259,7 +319,7 @@ def forward_kernel(
         p_out += i_part * all_rows * SIZES.E
         if SIZES.WEIGHT_MOD is None:
             p_lse += i_part * all_rows
-            # Maximum and sum are stored separately: LSE = m + log l loses low bits of l when m is large.
+            # Maximum and sum are stored separately: LSE = m + log2 l loses low bits of l when m is large.
             tl.store(p_lse + n_parts * all_rows, tl.where(m_row, b_l, 0.0), mask=o_query < stored)
             b_lse = b_m
     store_rows(out, p_out, o_query < stored, b_acc, SIZES.E, SIZES.BE)
@@ -270,7 +330,7 @@ def forward_kernel(
 @guarded
 @triton.jit(do_not_specialize=VARYING)
 def merge_kernel(parts, sums, out, lse, n_rows, n_parts, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr):
-    """Parts (n_parts, rows, E), with maxima m and sums l (2, n_parts, rows), combined: O ~ sum of l e^m O_part."""
+    """Parts (n_parts, rows, E), with maxima m and sums l (2, n_parts, rows), combined: O ~ sum of l 2^m O_part."""
     o_row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     o_column = tl.arange(0, BE)
     m_row = o_row < n_rows
@@ -284,15 +344,15 @@ def merge_kernel(parts, sums, out, lse, n_rows, n_parts, E: tl.constexpr, BE: tl
         b_part_l = tl.load(sums + n_parts * n_rows + o_part, mask=m_row, other=0.0)
         b_new = tl.maximum(b_m, b_part_m)
         b_pivot = tl.where(b_new == -float("inf"), 0.0, b_new)
-        b_alpha = tl.exp2((b_m - b_pivot) * LOG2_E)
-        b_weight = tl.exp2((b_part_m - b_pivot) * LOG2_E) * b_part_l
+        b_alpha = tl.exp2(b_m - b_pivot)
+        b_weight = tl.exp2(b_part_m - b_pivot) * b_part_l
         b_part = tl.load(parts + o_part[:, None] * E + o_column[None, :], mask=m_out, other=0.0)
         b_acc = b_acc * b_alpha[:, None] + b_part * b_weight[:, None]
         b_l = b_l * b_alpha + b_weight
         b_m = b_new
     b_divisor = tl.where(b_l == 0, 1.0, b_l)
     b_acc /= b_divisor[:, None]
-    b_lse = tl.where(b_l == 0, -float("inf"), b_m + tl.log(b_divisor))
+    b_lse = tl.where(b_l == 0, -float("inf"), (b_m + tl.log2(b_divisor)) / LOG2_E)
     tl.store(out + o_row[:, None] * E + o_column[None, :], b_acc.to(out.dtype.element_ty), mask=m_out)
     tl.store(lse + o_row, b_lse, mask=m_row)
 
@@ -300,7 +360,7 @@ def merge_kernel(parts, sums, out, lse, n_rows, n_parts, E: tl.constexpr, BE: tl
 @guarded
 @triton.jit(do_not_specialize=VARYING)
 def delta_kernel(
-    dout, out, lse, dlse, delta,
+    dout, out, lse, dlse, lse2, delta,
     lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k, n_blocks, n_heads,
     E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
@@ -316,16 +376,12 @@ def delta_kernel(
     b_out = load_rows(out, row_pointers(out, row, i_head, first_m + o_query), m_row, E, BE, False)
     b_delta = tl.sum(products(b_dout.to(tl.float32), b_out.to(tl.float32)), 1)
     o_flat = row_offsets(sequences, i_seq, i_head, n_heads, o_query, i_head, first_m, row)
+    b_lse = tl.load(lse + o_flat, mask=m_row, other=-float("inf"))
     if dlse is not None:  # it may be NaN for a row without visible keys
-        b_lse = tl.load(lse + o_flat, mask=m_row, other=-float("inf"))
         b_delta -= tl.load(dlse + o_flat, mask=m_row & (b_lse != -float("inf")), other=0.0)
     tl.store(delta + o_flat, b_delta, mask=o_query < stored)
-
-
-@triton.jit
-def probabilities(b_s, b_lse):
-    """P = exp(S - LSE). Rows without visible keys and out-of-range rows have LSE = -inf and P = 0."""
-    return tl.exp2((b_s - tl.where(b_lse == -float("inf"), float("inf"), b_lse)) * LOG2_E)
+    b_lse = tl.where(b_lse == -float("inf"), float("inf"), b_lse * LOG2_E)
+    tl.store(lse2 + o_flat, b_lse, mask=o_query < stored)
 
 
 @guarded
@@ -354,13 +410,15 @@ def dq_kernel(
     o_query, o_head, o_position, m_row = rows_of_block(i_block, i_head, m, n, SIZES)
     p_bias = bias_pointers(rule, row, o_head)
     b_q = load_rows(q, row_pointers(q, row, o_head, first_m + o_query), m_row, SIZES.D, SIZES.BD, False)
+    b_q = directed(b_q, rule, SIZES)
+    factor = base_two(rule, SIZES)
     b_dout = load_rows(dout, row_pointers(dout, row, o_head, first_m + o_query), m_row, SIZES.E, SIZES.BE, False)
     if SIZES.WEIGHT_MOD is None:
         o_flat = row_offsets(sequences, i_seq, i_head, n_kv_heads * SIZES.GROUPS, o_query, o_head, first_m, row)
-        b_lse = tl.load(lse + o_flat, mask=m_row, other=-float("inf"))
+        b_lse = tl.load(lse + o_flat, mask=m_row, other=float("inf"))
         b_delta = tl.load(delta + o_flat, mask=m_row, other=0.0)
-    p_k = row_pointers(k, row, i_head, first_n)
-    p_v = row_pointers(v, row, i_head, first_n)
+    p_k = keys_of(k, row, i_head, first_n, n, SIZES.D, SIZES.BD, SIZES)
+    p_v = keys_of(v, row, i_head, first_n, n, SIZES.E, SIZES.BE, SIZES)
 
     start, full_start, full_stop, stop = keys_of_block(rule, i_block, m, n, SIZES)
     b_dq = tl.zeros([BM, SIZES.BD], tl.float32)
@@ -371,15 +429,15 @@ def dq_kernel(
             hi = full_start if phase == 0 else (full_stop if phase == 1 else stop)
             for j in range(lo, hi, BN):
                 o_key = j + tl.arange(0, BN)
-                b_k = load_rows(k, p_k + tl.cast(o_key, tl.int64) * k.token, o_key < n, SIZES.D, SIZES.BD, phase == 1)
-                b_v = load_rows(v, p_v + tl.cast(o_key, tl.int64) * v.token, o_key < n, SIZES.E, SIZES.BE, phase == 1)
+                b_k = load_keys(k, p_k, j, n, SIZES.D, SIZES.BD, phase == 1, SIZES)
+                b_v = load_keys(v, p_v, j, n, SIZES.E, SIZES.BE, phase == 1, SIZES)
                 b_qk = tl.dot(b_q, b_k.T, input_precision=SIZES.PRECISION)
                 b_s, b_slope = scores(
                     b_qk, rule, p_bias[:, None], o_head[:, None], o_position[:, None], o_key[None, :], n, phase != 1,
                     SIZES,
                 )  # fmt: skip
                 if SIZES.WEIGHT_MOD is None:
-                    b_p = probabilities(b_s, b_lse[:, None])
+                    b_p = tl.exp2(b_s * factor - b_lse[:, None])
                 b_dp = tl.dot(b_dout, b_v.T, input_precision=SIZES.PRECISION)
                 if rule.seed is not None:
                     b_dp = tl.where(kept(rule, i_seq, o_head, o_query, j, BM, BN), b_dp * rule.dropout_scale, 0.0)
@@ -422,60 +480,67 @@ def dkv_kernel(
     o_key = i_block * BN + tl.arange(0, BN)
     m_key = o_key < n
     b_k = load_rows(k, row_pointers(k, row, i_head, first_n + o_key), m_key, SIZES.D, SIZES.BD, False)
+    b_k = directed(b_k, rule, SIZES)
+    factor = base_two(rule, SIZES)
     b_v = load_rows(v, row_pointers(v, row, i_head, first_n + o_key), m_key, SIZES.E, SIZES.BE, False)
     b_dk = tl.zeros([BN, SIZES.BD], tl.float32)
     b_dv = tl.zeros([BN, SIZES.BE], tl.float32)
     # Out-of-range queries have P = 0, out-of-range keys are masked at the store: neither needs a mask here.
     last = tl.minimum(i_block * BN + BN, n) - 1
-    start, full_start, full_stop, stop = rows_seeing(rule, i_block * BN, last, m, n, SIZES.GROUPS, BM)
+    start, full_start, full_stop, stop = rows_seeing(rule, i_block * BN, last, m, n, BM)
     if rule.left is None:
         full_stop = stop
-    for phase in tl.static_range(3):
-        if phase == 1 or (phase == 0 and rule.right is not None) or (phase == 2 and rule.left is not None):
-            lo = start if phase == 0 else (full_start if phase == 1 else full_stop)
-            hi = full_start if phase == 0 else (full_stop if phase == 1 else stop)
-            for r in range(lo, hi, BM):
-                o_row = r + tl.arange(0, BM)
-                o_query, o_head = o_row // SIZES.GROUPS, i_head * SIZES.GROUPS + o_row % SIZES.GROUPS
-                m_row = o_query < m
-                o_position = o_query + n - m
-                b_q = load_rows(q, row_pointers(q, row, o_head, first_m + o_query), m_row, SIZES.D, SIZES.BD, False)
-                p_dout = row_pointers(dout, row, o_head, first_m + o_query)
-                b_dout = load_rows(dout, p_dout, m_row, SIZES.E, SIZES.BE, False)
-                if SIZES.WEIGHT_MOD is None:
-                    o_flat = row_offsets(
-                        sequences, i_seq, i_head, n_kv_heads * SIZES.GROUPS, o_query, o_head, first_m, row
+    for i_group in range(SIZES.GROUPS):
+        o_head = i_head * SIZES.GROUPS + i_group
+        p_bias = bias_pointers(rule, row, o_head)
+        for phase in tl.static_range(3):
+            if phase == 1 or (phase == 0 and rule.right is not None) or (phase == 2 and rule.left is not None):
+                lo = start if phase == 0 else (full_start if phase == 1 else full_stop)
+                hi = full_start if phase == 0 else (full_stop if phase == 1 else stop)
+                for i in range(lo, hi, BM):
+                    o_query = i + tl.arange(0, BM)
+                    m_row = o_query < m
+                    o_position = o_query + n - m
+                    b_q = load_rows(q, row_pointers(q, row, o_head, first_m + o_query), m_row, SIZES.D, SIZES.BD, False)
+                    p_dout = row_pointers(dout, row, o_head, first_m + o_query)
+                    b_dout = load_rows(dout, p_dout, m_row, SIZES.E, SIZES.BE, False)
+                    if SIZES.WEIGHT_MOD is None:
+                        o_flat = row_offsets(
+                            sequences, i_seq, i_head, n_kv_heads * SIZES.GROUPS, o_query, o_head, first_m, row
+                        )
+                        b_lse = tl.load(lse + o_flat, mask=m_row, other=float("inf"))
+                        b_delta = tl.load(delta + o_flat, mask=m_row, other=0.0)
+                    # S^T, keys by rows: P^T and dS^T are then left operands of tl.dot without a transposition.
+                    b_kq = tl.dot(b_k, b_q.T, input_precision=SIZES.PRECISION)
+                    if SIZES.DK:
+                        b_dp = tl.dot(b_v, b_dout.T, input_precision=SIZES.PRECISION)
+                    b_s, b_slope = scores(
+                        b_kq, rule, p_bias, o_head, o_position[None, :], o_key[:, None], n, phase != 1, SIZES
                     )
-                    b_lse = tl.load(lse + o_flat, mask=m_row, other=-float("inf"))
-                    b_delta = tl.load(delta + o_flat, mask=m_row, other=0.0)
-                # S^T, keys by rows: P^T and dS^T are then left operands of tl.dot without a transposition.
-                b_kq = tl.dot(b_k, b_q.T, input_precision=SIZES.PRECISION)
-                p_bias = bias_pointers(rule, row, o_head)
-                b_s, b_slope = scores(
-                    b_kq, rule, p_bias[None, :], o_head[None, :], o_position[None, :], o_key[:, None], n, phase != 1,
-                    SIZES,
-                )  # fmt: skip
-                if SIZES.WEIGHT_MOD is not None:
-                    b_p = own_weights(b_s, SIZES)
-                else:
-                    b_p = probabilities(b_s, b_lse[None, :])
-                b_weight = b_p
-                if rule.seed is not None:
-                    m_kept = kept(rule, i_seq, o_head, o_query, i_block * BN, BM, BN).T
-                    b_weight = tl.where(m_kept, b_p * rule.dropout_scale, 0.0)
-                b_dv = tl.dot(b_weight.to(b_dout.dtype), b_dout, b_dv, input_precision=SIZES.PRECISION)
-                b_dp = tl.dot(b_v, b_dout.T, input_precision=SIZES.PRECISION)
-                if rule.seed is not None:
-                    b_dp = tl.where(m_kept, b_dp * rule.dropout_scale, 0.0)
-                if SIZES.WEIGHT_MOD is not None:
-                    b_ds = b_dp * own_weight_slopes(b_s, SIZES) * b_slope
-                else:
-                    b_ds = b_p * (b_dp - b_delta[None, :]) * b_slope
-                b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=SIZES.PRECISION)
-    b_dk = tl.where(m_key[:, None], b_dk * rule.scale, 0.0)
-    b_dv = tl.where(m_key[:, None], b_dv, 0.0)
-    store_rows(dk, row_pointers(dk, row, i_head, first_n + o_key), o_key < stored, b_dk, SIZES.D, SIZES.BD)
-    store_rows(dv, row_pointers(dv, row, i_head, first_n + o_key), o_key < stored, b_dv, SIZES.E, SIZES.BE)
+                    if SIZES.WEIGHT_MOD is not None:
+                        b_p = own_weights(b_s, SIZES)
+                    else:
+                        b_p = tl.exp2(b_s * factor - b_lse[None, :])
+                    b_weight = b_p
+                    if rule.seed is not None:
+                        m_kept = kept(rule, i_seq, o_head, o_query, i_block * BN, BM, BN).T
+                        b_weight = tl.where(m_kept, b_p * rule.dropout_scale, 0.0)
+                    if SIZES.DV:
+                        b_dv = tl.dot(b_weight.to(b_dout.dtype), b_dout, b_dv, input_precision=SIZES.PRECISION)
+                    if SIZES.DK:
+                        if rule.seed is not None:
+                            b_dp = tl.where(m_kept, b_dp * rule.dropout_scale, 0.0)
+                        if SIZES.WEIGHT_MOD is not None:
+                            b_ds = b_dp * own_weight_slopes(b_s, SIZES) * b_slope
+                        else:
+                            b_ds = b_p * (b_dp - b_delta[None, :]) * b_slope
+                        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=SIZES.PRECISION)
+    if SIZES.DK:
+        b_dk = tl.where(m_key[:, None], b_dk * rule.scale, 0.0)
+        store_rows(dk, row_pointers(dk, row, i_head, first_n + o_key), o_key < stored, b_dk, SIZES.D, SIZES.BD)
+    if SIZES.DV:
+        b_dv = tl.where(m_key[:, None], b_dv, 0.0)
+        store_rows(dv, row_pointers(dv, row, i_head, first_n + o_key), o_key < stored, b_dv, SIZES.E, SIZES.BE)
 
 
 @guarded
@@ -528,7 +593,7 @@ def dbias_kernel(
             b_v = load_rows(v, row_pointers(v, row, i_kv_head, first_n + o_key), m_key, SIZES.E, SIZES.BE, False)
             if SIZES.WEIGHT_MOD is None:
                 o_flat = row_offsets(sequences, i_seq, i_head, n_heads, o_query, i_head, first_m, row)
-                b_lse = tl.load(lse + o_flat, mask=m_row, other=-float("inf"))
+                b_lse = tl.load(lse + o_flat, mask=m_row, other=float("inf"))
                 b_delta = tl.load(delta + o_flat, mask=m_row, other=0.0)
             b_qk = tl.dot(b_q, b_k.T, input_precision=SIZES.PRECISION)
             p_bias = bias_pointers(rule, row, i_head)
@@ -537,7 +602,7 @@ def dbias_kernel(
                 b_p = tl.where(m_key[None, :], own_weight_slopes(b_s, SIZES), 0.0)
                 b_delta = tl.zeros([BM], tl.float32)
             else:
-                b_p = tl.where(m_key[None, :], probabilities(b_s, b_lse[:, None]), 0.0)
+                b_p = tl.where(m_key[None, :], tl.exp2(b_s * LOG2_E - b_lse[:, None]), 0.0)
             b_dp = tl.dot(b_dout, b_v.T, input_precision=SIZES.PRECISION)
             if rule.seed is not None:
                 b_dp *= kept_at(rule, i_seq, i_head, o_query, o_key, BM, BM + BN)

@@ -25,7 +25,7 @@ from . import NO_INTERPRETED_BF16, checked, interpreting
 from .interpreted import mend
 
 _TAKES_BF16 = not interpreting() or mend()  # on a CPU
-LOG2_E = tl.constexpr(1.4426950408889634)  # multiplies differences of scores only: a large score would be rounded twice
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Arguments that vary from call to call and must not cause a compilation (do_not_specialize). Triton applies this to
 # plain arguments only, not to fields of a tuple, so kernels take them one by one and build their tuples themselves.
@@ -330,8 +330,8 @@ def keys_seen(visible, first, last, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def rows_seeing(visible, first, last, m, n, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
-    """The inverse: blocks of rows (PER_TOKEN rows per query) that see keys first..last, as `in_blocks` returns them."""
+def rows_seeing(visible, first, last, m, n, BLOCK: tl.constexpr):
+    """The inverse: blocks of queries that see keys first..last, as `in_blocks` returns them."""
     start = 0
     full_start = 0
     full_stop = m
@@ -343,7 +343,7 @@ def rows_seeing(visible, first, last, m, n, PER_TOKEN: tl.constexpr, BLOCK: tl.c
         full_stop = tl.minimum(first + visible.left - (n - m) + 1, m)
         stop = tl.minimum(last + visible.left - (n - m) + 1, m)
     stop = tl.where(last < first, 0, stop)
-    return in_blocks(start * PER_TOKEN, full_start * PER_TOKEN, full_stop * PER_TOKEN, stop * PER_TOKEN, BLOCK)
+    return in_blocks(start, full_start, full_stop, stop, BLOCK)
 
 
 @triton.jit
@@ -361,10 +361,11 @@ def in_blocks(start, full_start, full_stop, stop, BLOCK: tl.constexpr):
 
 @triton.jit
 def is_visible(visible, o_position, o_key, n):
-    """Mask of the keys that a query at this position sees; both broadcast."""
-    m_seen = o_key < n
+    """Mask of the keys that a query at this position sees; both broadcast. A side takes one comparison per element."""
     if visible.right is not None:
-        m_seen &= o_key <= o_position + visible.right
+        m_seen = o_key <= tl.minimum(o_position + visible.right, n - 1)
+    else:
+        m_seen = o_key < n
     if visible.left is not None:
         m_seen &= o_key >= o_position - visible.left
     return m_seen

@@ -263,7 +263,7 @@ def gradient_kernel(
     i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_k, max_seqlen_k, 1, BN)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     first_row = tl.program_id(0) % n_across * BM
-    start, _, _, stop = rows_seeing(rule, i_block * BN, tl.minimum(i_block * BN + BN, n) - 1, m, n, 1, BM)
+    start, _, _, stop = rows_seeing(rule, i_block * BN, tl.minimum(i_block * BN + BN, n) - 1, m, n, BM)
     if (first_row < start) | (first_row >= stop):
         return
     o_key, o_query = i_block * BN + tl.arange(0, BN), first_row + tl.arange(0, BM)
@@ -318,7 +318,7 @@ def dkv_kernel(
     if i_block * BN >= stored:
         return
     o_key = i_block * BN + tl.arange(0, BN)
-    start, _, _, stop = rows_seeing(rule, i_block * BN, tl.minimum(i_block * BN + BN, n) - 1, m, n, 1, BM)
+    start, _, _, stop = rows_seeing(rule, i_block * BN, tl.minimum(i_block * BN + BN, n) - 1, m, n, BM)
     p_x = row_pointers(x, row, 0, first_m)
     b_acc = tl.zeros([BN, SIZES.BE], tl.float32)
     for r in range(start, stop, BM):

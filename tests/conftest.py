@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -87,7 +88,7 @@ def _demand_masks_of_truth_values(interpreter: Any) -> None:
 
     def checking(method: Any, place: int) -> Any:
         def checked(self, *args, **keywords):
-            mask = args[place].data
+            mask = np.asarray(args[place].data)  # of a descriptor's load a buffer
             assert mask.dtype == bool, f"a mask of {mask.dtype}; expected truth values, as Triton 3.9 does"
             return method(self, *args, **keywords)
 

@@ -18,17 +18,19 @@ from strategies import Call, attention_calls, randn
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
+from flashgau import tables
 from flashgau.kernels import attention as attention_launchers
 from flashgau.kernels import common
 from flashgau.kernels import gated as gated_kernels
+from flashgau.tables.config import Config
 
 pytestmark = kernel_calls.pytestmark
 
 
 @triton.jit
 def intervals_kernel(
-    cases, found, WHOSE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PER_TOKEN: tl.constexpr,
-    BLOCK: tl.constexpr, COUNT: tl.constexpr,
+    cases, found, WHOSE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK: tl.constexpr,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
     """`keys_seen` or `rows_seeing` of many cases (first, last, m, n, left, right) at once."""
     o_case = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
@@ -45,7 +47,7 @@ def intervals_kernel(
     if WHOSE == "keys":
         a, b, c, d = common.keys_seen(visible, first, last, n, BLOCK)
     else:
-        a, b, c, d = common.rows_seeing(visible, first, last, m, n, PER_TOKEN, BLOCK)
+        a, b, c, d = common.rows_seeing(visible, first, last, m, n, BLOCK)
     tl.store(found + o_case, a + 0 * first)
     tl.store(found + n_cases + o_case, b + 0 * first)
     tl.store(found + 2 * n_cases + o_case, c + 0 * first)
@@ -53,8 +55,8 @@ def intervals_kernel(
 
 
 @pytest.mark.parametrize("bounded", [(False, False), (False, True), (True, False), (True, True)], ids=str)
-@pytest.mark.parametrize(("whose", "per_token"), [("keys", 1), ("rows", 1), ("rows", 3)])
-def test_blocks_are_skipped_masked_or_whole_as_the_window_says(whose, per_token, bounded):
+@pytest.mark.parametrize("whose", ["keys", "rows"])
+def test_blocks_are_skipped_masked_or_whole_as_the_window_says(whose, bounded):
     """Once, if some of the rows (keys) sees some of it, and without a mask if all of them see all of it.
 
     Windows from nothing to more than a block, fewer queries than keys and more, a last block that is not full.
@@ -70,9 +72,7 @@ def test_blocks_are_skipped_masked_or_whole_as_the_window_says(whose, per_token,
         cases.append((first + shift, last + shift, m, n, generator.randint(0, 20), generator.randint(0, 20)))
     table = torch.tensor(cases, dtype=torch.int32).T.contiguous()
     found = torch.empty(4, len(cases), dtype=torch.int32)
-    intervals_kernel[(4,)](
-        table, found, WHOSE=whose, LEFT=bounded[0], RIGHT=bounded[1], PER_TOKEN=per_token, BLOCK=block, COUNT=1024
-    )
+    intervals_kernel[(4,)](table, found, WHOSE=whose, LEFT=bounded[0], RIGHT=bounded[1], BLOCK=block, COUNT=1024)
     for case, (a, b, c, d) in zip(cases, found.T.tolist(), strict=True):
         first, last, m, n, left, right = case
         left, right = (side if there else 200 for side, there in zip((left, right), bounded, strict=True))
@@ -83,7 +83,6 @@ def test_blocks_are_skipped_masked_or_whole_as_the_window_says(whose, per_token,
         else:
             some = max(0, first - right - (n - m)), min(m, last + left - (n - m) + 1)
             every = max(0, last - right - (n - m)), min(m, first + left - (n - m) + 1)
-        some, every = ([x * per_token for x in ends] for ends in (some, every))
         visited = [*range(some[0] // block * block, some[1], block)] if some[0] < some[1] else []
         whole = [x for x in visited if every[0] <= x and x + block <= every[1]]
         assert [*range(a, b, block), *range(b, c, block), *range(c, d, block)] == visited, (case, (a, b, c, d))
@@ -145,7 +144,9 @@ def test_parts_of_the_keys_merge_into_the_whole(data):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts the interpreter's products")
-def test_hidden_blocks_and_padding_do_no_products(monkeypatch):
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_hidden_blocks_and_padding_do_no_products(monkeypatch, asynchronous):
+    """But one of zeros in each block of padded rows, where the products of neighbouring blocks are begun together."""
     from triton.runtime import interpreter
 
     count = 0
@@ -159,14 +160,15 @@ def test_hidden_blocks_and_padding_do_no_products(monkeypatch):
     def products(length: int, **options: Any) -> int:
         nonlocal count
         count, q = 0, randn(0, 1, 1, length, 16)
-        gradients(Call("attention", (q, q, q), options), backend="triton")
+        with tables.configured(lambda *_, **__: Config(64, 32, asynchronous=asynchronous)):
+            gradients(Call("attention", (q, q, q), options), backend="triton")
         return count
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", counted)
     monkeypatch.setattr(attention_launchers, "processors", lambda device: 1)  # keys are not split
     alone = products(128)
     assert alone > 0
-    assert products(512, lengths=torch.tensor([128])) == alone
+    assert products(512, lengths=torch.tensor([128])) == alone + (512 - 128) // 64 * asynchronous
     whole, causal, window = products(512), products(512, causal=True), products(512, window=(40, 0))
     assert causal < 0.65 * whole
     assert window < 0.3 * whole

@@ -137,7 +137,7 @@ def lookup(arch: str, kernel: str, itemsize: int, width: int, rows: int | None =
         return config
     if place == len(widths) - 1:
         config = replace(config, block_m=min(config.block_m, 32), block_n=min(config.block_n, 32))
-    return replace(config, num_stages=1)
+    return replace(config, num_stages=1, asynchronous=False)
 
 
 def of_architecture(arch: str) -> Choose:

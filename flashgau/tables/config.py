@@ -15,8 +15,13 @@ class Config:
 
     Blocks of what is multiplied are of 16 at least. A kernel without products takes smaller ones, too.
 
+    `asynchronous` is for devices whose products and copies run beside other instructions, as Hopper's do: attention's
+    forward begins the product of a block together with the scores of the next, whose softmax hides it, and forward and
+    dQ copy keys and values through descriptors where their strides allow. Other kernels ignore it.
+
     Raises:
-        ValueError: for a block or a number of warps that is no power of two, or stages that are no positive number.
+        ValueError: for a block or a number of warps that is no power of two, stages that are no positive number, or a
+            value of `asynchronous` that is not a bool.
 
     Example:
         >>> Config(block_m=48, block_n=64)
@@ -30,6 +35,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 2
     block_k: int = 32  # of a product of matrices: how much of the inner axis at a time
+    asynchronous: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k", "num_warps"):
@@ -38,6 +44,8 @@ class Config:
                 raise ValueError(f"Config: `{name}` is {size!r}; expected a power of two")
         if type(self.num_stages) is not int or self.num_stages < 1:
             raise ValueError(f"Config: `num_stages` is {self.num_stages!r}; expected a positive number")
+        if type(self.asynchronous) is not bool:
+            raise ValueError(f"Config: `asynchronous` is {self.asynchronous!r}; expected True or False")
 
     def launch(self) -> dict[str, int]:
         """The keywords of a Triton launch."""
@@ -51,7 +59,8 @@ class Config:
             '64x32x32, 4 warps, 1 stage'
         """
         stages = f"{self.num_stages} stage" + "s" * (self.num_stages != 1)
-        return f"{self.block_m}x{self.block_n}x{self.block_k}, {self.num_warps} warps, {stages}"
+        text = f"{self.block_m}x{self.block_n}x{self.block_k}, {self.num_warps} warps, {stages}"
+        return text + ", asynchronous" * self.asynchronous
 
 
 # Called by a launcher for each kernel that it starts: (kernel, first tensor, widest head, traits) -> Config.

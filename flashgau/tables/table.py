@@ -212,6 +212,7 @@ def config_of(row: Fields) -> Config:
         block_k=read("block_k", block, lambda x: _is_power(x, 65536), Config.block_k),
         num_warps=read("num_warps", "1, 2, 4, 8, 16 or 32", lambda x: _is_power(x, 32)),
         num_stages=read("num_stages", "1 to 8", lambda x: type(x) is int and 1 <= x <= 8),
+        asynchronous=read("asynchronous", "true or false", _is_bool, False),
     )
     read.nothing_else()
     return config
@@ -229,8 +230,15 @@ def _row(key: Key, entry: TableEntry) -> dict[str, Any]:
     row = key._asdict()
     if not key.options:
         del row["options"]
-    row |= {"fused": entry.choice} if isinstance(entry.choice, bool) else {"config": asdict(entry.choice)}
+    row |= {"fused": entry.choice} if isinstance(entry.choice, bool) else {"config": _fields(entry.choice)}
     return row | {name: ms for name in ("ms", "default_ms") if (ms := getattr(entry, name)) is not None}
+
+
+def _fields(config: Config) -> dict[str, Any]:
+    fields = asdict(config)
+    if not config.asynchronous:
+        del fields["asynchronous"]
+    return fields
 
 
 # ---- files
