@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ from .common import (
     sequences_of,
 )
 from .own_scores import BUILT_IN, OwnScores, check_operands, check_options, check_own, once
+
+_FULL = 0.85  # of the processors' time in use: keys are not split to gain the rest
+_WAVES = 8  # of parts; more would gain less than their merging costs
+_CLOSE = 1.03  # fewer parts are taken for as little more time
+_MERGED = 8192  # numbers of O, of all parts of a row, that one program reads at once
 
 
 @launcher
@@ -79,7 +85,7 @@ def _forward(
     n_blocks = blocks_of(sequences, m, groups, config.block_m)
     per_block = n_kv_heads * (b if layout.cu_seqlens is None else 1)
     working = blocks_of(sequences, m, groups, config.block_m, rest=False) * per_block
-    n_parts = _parts(working, processors(q.device), triton.cdiv(n, 2 * config.block_n))
+    n_parts = _parts(working, processors(q.device), triton.cdiv(n, config.block_n))
     parts, sums = heads(out), lse if softmax else None
     if n_parts is not None:
         every = q.new_empty(n_parts, b, n_heads, m, e, dtype=torch.float32)
@@ -95,9 +101,10 @@ def _forward(
         out.copy_(every.sum(0))
     elif n_parts is not None:
         whole = out if out.is_contiguous() else q.new_empty(b, n_heads, m, e)
-        merge_kernel[(triton.cdiv(lse.numel(), 16),)](
-            every, sums, whole, lse, lse.numel(), n_parts, E=e, BE=widths["BE"], BM=16, **FUSED_ADDITION
-        )
+        merge_kernel[(lse.numel(),)](
+            every, sums, whole, lse, lse.numel(), n_parts,
+            E=e, BE=widths["BE"], PARTS=_MERGED // widths["BE"], **FUSED_ADDITION,
+        )  # fmt: skip
         if whole is not out:
             out.copy_(whole)
     return AttentionResults(out, lse)
@@ -355,9 +362,24 @@ def _widths(d: int, e: int) -> dict[str, int]:
     return {"BD": max(16, triton.next_power_of_2(d)), "BE": max(16, triton.next_power_of_2(e))}
 
 
-def _parts(programs: int, processors: int, most: int) -> int | None:
-    """The number of programs that share the keys of a row, if there are too few rows to occupy the device."""
-    parts = min(processors // max(programs, 1), most)
+@lru_cache(maxsize=4096)
+def _parts(programs: int, processors: int, blocks: int) -> int | None:
+    """The number of programs that share the keys of a row, if there are too few rows to occupy the device.
+
+    Programs run in waves of as many as there are processors, and a wave takes as long as one part of `blocks` blocks
+    of keys, rounded up to whole blocks, of which a part has two at least. What a part is charged besides, its queries,
+    fp32 results and their merging, is one block.
+    """
+
+    def time(parts: int) -> int:
+        waves = triton.cdiv(programs * parts, processors)
+        return waves * (triton.cdiv(blocks, parts) + (parts > 1))
+
+    if programs * blocks >= _FULL * processors * time(1):
+        return None
+    most = min(blocks // 2, triton.cdiv(_WAVES * processors, programs))
+    times = [time(parts) for parts in range(1, most + 1)]
+    parts = 1 + next((i for i, t in enumerate(times) if t <= _CLOSE * min(times)), 0)
     return parts if parts > 1 else None
 
 

@@ -269,32 +269,35 @@ def forward_kernel(
 
 @guarded
 @triton.jit(do_not_specialize=VARYING)
-def merge_kernel(parts, sums, out, lse, n_rows, n_parts, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr):
-    """Parts (n_parts, rows, E), with maxima m and sums l (2, n_parts, rows), combined: O ~ sum of l e^m O_part."""
-    o_row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+def merge_kernel(parts, sums, out, lse, n_rows, n_parts, E: tl.constexpr, BE: tl.constexpr, PARTS: tl.constexpr):
+    """Parts (n_parts, rows, E), with maxima m and sums l (2, n_parts, rows), combined: O ~ sum of l e^m O_part.
+
+    One program per row reads PARTS parts at once; where there are more, the next ones follow as blocks of keys do.
+    """
+    i_row = tl.program_id(0).to(tl.int64)
     o_column = tl.arange(0, BE)
-    m_row = o_row < n_rows
-    m_out = m_row[:, None] & (o_column[None, :] < E)
-    b_acc = tl.zeros([BM, BE], tl.float32)
-    b_m = tl.full([BM], -float("inf"), tl.float32)
-    b_l = tl.zeros([BM], tl.float32)
-    for i_part in range(n_parts):
-        o_part = o_row + i_part * n_rows
-        b_part_m = tl.load(sums + o_part, mask=m_row, other=-float("inf"))
-        b_part_l = tl.load(sums + n_parts * n_rows + o_part, mask=m_row, other=0.0)
-        b_new = tl.maximum(b_m, b_part_m)
+    b_acc = tl.zeros([BE], tl.float32)
+    b_m = -float("inf")
+    b_l = 0.0
+    for start in range(0, n_parts, PARTS):
+        o_part = start + tl.arange(0, PARTS)
+        m_part = o_part < n_parts
+        o_flat = tl.cast(o_part, tl.int64) * n_rows + i_row
+        b_part_m = tl.load(sums + o_flat, mask=m_part, other=-float("inf"))
+        b_part_l = tl.load(sums + tl.cast(n_parts, tl.int64) * n_rows + o_flat, mask=m_part, other=0.0)
+        m_whole = m_part[:, None] & (o_column[None, :] < E)
+        b_part = tl.load(parts + o_flat[:, None] * E + o_column[None, :], mask=m_whole, other=0.0)
+        b_new = tl.maximum(b_m, tl.max(b_part_m, 0))
         b_pivot = tl.where(b_new == -float("inf"), 0.0, b_new)
         b_alpha = tl.exp2((b_m - b_pivot) * LOG2_E)
-        b_weight = tl.exp2((b_part_m - b_pivot) * LOG2_E) * b_part_l
-        b_part = tl.load(parts + o_part[:, None] * E + o_column[None, :], mask=m_out, other=0.0)
-        b_acc = b_acc * b_alpha[:, None] + b_part * b_weight[:, None]
-        b_l = b_l * b_alpha + b_weight
+        b_weight = products(tl.exp2((b_part_m - b_pivot) * LOG2_E), b_part_l)
+        b_acc = b_acc * b_alpha + tl.sum(products(b_part, b_weight[:, None]), 0)
+        b_l = b_l * b_alpha + tl.sum(b_weight, 0)
         b_m = b_new
     b_divisor = tl.where(b_l == 0, 1.0, b_l)
-    b_acc /= b_divisor[:, None]
     b_lse = tl.where(b_l == 0, -float("inf"), b_m + tl.log(b_divisor))
-    tl.store(out + o_row[:, None] * E + o_column[None, :], b_acc.to(out.dtype.element_ty), mask=m_out)
-    tl.store(lse + o_row, b_lse, mask=m_row)
+    tl.store(out + i_row * E + o_column, (b_acc / b_divisor).to(out.dtype.element_ty), mask=o_column < E)
+    tl.store(lse + i_row, b_lse)
 
 
 @guarded
