@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 import triton
 from torch import Tensor
 
-from flashgau.options import AttentionOptions, AttentionResults, Layout, Window
+from flashgau.options import AttentionOptions, AttentionResults, Layout, Pages, Window
 
 from .attention_kernels import (
     AttentionRule,
+    PagedKeys,
     dbias_kernel,
     delta_kernel,
     dkv_kernel,
@@ -41,7 +43,7 @@ from .own_scores import BUILT_IN, OwnScores, check_operands, check_options, chec
 
 _FULL = 0.85  # of the processors' time in use: keys are not split to gain the rest
 _WAVES = 8  # of parts; more would gain less than their merging costs
-_CLOSE = 1.03  # fewer parts are taken for as little more time
+_CLOSE = 1.05  # fewer parts are taken for as little more time
 _MERGED = 8192  # numbers of O, of all parts of a row, that one program reads at once
 
 
@@ -52,11 +54,18 @@ def attention_forward(
     v: Tensor,
     layout: Layout = Layout(),
     options: AttentionOptions = AttentionOptions(),
+    pages: Pages = Pages(),
     *,
     config: Config | Choose | None = None,
 ) -> AttentionResults:
-    """Output (B, Hq, M, E) and log-sum-exp (B, Hq, M) of every query row."""
-    return _forward(q, k, v, layout, options, BUILT_IN, config)
+    """Output (B, Hq, M, E) and log-sum-exp (B, Hq, M) of every query row.
+
+    With `pages`, k is (pages, Hkv, tokens of a page, D) and v alike, in any strides. Row b of the table has the pages
+    of row b of q, or of the b-th sequence of packed queries; the keys follow each other in them, behind `leftpad[b]`
+    tokens. `lengths` counts the keys alone, also if there are as many queries; of packed ones the differences of
+    `cu_seqlens_k` count them. There is no backward of it.
+    """
+    return _forward(q, k, v, layout, options, BUILT_IN, config, pages)
 
 
 def _forward(
@@ -67,21 +76,31 @@ def _forward(
     options: AttentionOptions,
     own: OwnScores,
     config: Config | Choose | None,
+    pages: Pages = Pages(),
 ) -> AttentionResults:
     """With functions of a user. An elementwise weight has no log-sum-exp: an empty tensor stands for it."""
     b, n_heads, m, d = q.shape
     n_kv_heads, n, e = k.shape[1], k.shape[2], v.shape[-1]
+    paged, size, total = None, {}, n
+    if pages.block_table is not None:
+        table, leftpad = pages.block_table.contiguous(), pages.leftpad
+        paged = PagedKeys(table, leftpad if leftpad is None else leftpad.contiguous(), k.shape[0])
+        size = {"PAGE": max(n, 1)}
+        n *= table.shape[1] if k.shape[0] else 0  # the most keys that a sequence may have
+        total = n if layout.cu_seqlens is None else n * table.shape[0]
     out = _empty_output(q, e)
     softmax = own.weight_mod is None
     lse = q.new_empty(q.shape[:3] if softmax else 0, dtype=torch.float32)
     if out.numel() == 0:
         return AttentionResults(out, lse)
     groups = n_heads // n_kv_heads
-    sequences = sequences_of(b, m, n, *layout)
+    sequences = sequences_of(b, m, total, *layout)
     rule = _rule(q, n, options, own)
     widths = _widths(d, e)
     width, extras, biased = max(widths["BD"], widths["BE"]), _extras(rule, own), rule.bias is not None
     config = chosen_by(config)("attention_forward", q, width, rows=m * groups, options=extras or biased)
+    if paged is not None:  # loads of the table, on which those of keys depend, take half of the stages
+        config = replace(config, num_stages=2 * config.num_stages - 1)
     n_blocks = blocks_of(sequences, m, groups, config.block_m)
     per_block = n_kv_heads * (b if layout.cu_seqlens is None else 1)
     working = blocks_of(sequences, m, groups, config.block_m, rest=False) * per_block
@@ -91,10 +110,10 @@ def _forward(
         every = q.new_empty(n_parts, b, n_heads, m, e, dtype=torch.float32)
         parts = heads(every.flatten(0, 1))
         sums = q.new_empty(2, n_parts, b, n_heads, m, dtype=torch.float32) if softmax else None
-    sizes = {"GROUPS": groups, "D": d, "E": e, **widths, "PRECISION": matmul_precision(q.dtype)}
+    sizes = {"GROUPS": groups, "D": d, "E": e, **widths, "PRECISION": matmul_precision(q.dtype), **size}
     forward_kernel[(n_blocks * per_block, n_parts or 1)](
         heads(q), heads(k), heads(v), parts, sums, *sequences, *rule, n_blocks, n_kv_heads, n_parts,
-        Sizes(**sizes, BM=config.block_m, BN=config.block_n, **own.sizes(backward=False)),
+        Sizes(**sizes, BM=config.block_m, BN=config.block_n, **own.sizes(backward=False)), paged,
         **config.launch(),
     )  # fmt: skip
     if n_parts is not None and not softmax:  # there is nothing to weigh the parts by: they add up
@@ -372,14 +391,14 @@ def _parts(programs: int, processors: int, blocks: int) -> int | None:
     """
 
     def time(parts: int) -> int:
-        waves = triton.cdiv(programs * parts, processors)
-        return waves * (triton.cdiv(blocks, parts) + (parts > 1))
+        return -(-programs * parts // processors) * (-(-blocks // parts) + (parts > 1))
 
     if programs * blocks >= _FULL * processors * time(1):
         return None
-    most = min(blocks // 2, triton.cdiv(_WAVES * processors, programs))
+    most = max(1, min(blocks // 2, _WAVES * processors // programs))
     times = [time(parts) for parts in range(1, most + 1)]
-    parts = 1 + next((i for i, t in enumerate(times) if t <= _CLOSE * min(times)), 0)
+    near = _CLOSE * min(times)
+    parts = 1 + next(i for i, t in enumerate(times) if t <= near)
     return parts if parts > 1 else None
 
 

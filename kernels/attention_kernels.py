@@ -66,6 +66,17 @@ class AttentionRule(NamedTuple):
     aux: Any = None  # what a user's function of the scores reads
 
 
+class PagedKeys(NamedTuple):
+    """Where keys and values are that lie in pages, (pages, Hkv, PAGE, .): their `batch` stride is that of pages.
+
+    Values of the table are not checked on a GPU: they are clamped, so that wrong ones read some page.
+    """
+
+    table: Any  # pointer to (sequences, pages of a sequence), contiguous
+    leftpad: Any  # pointer to (sequences,): where a sequence's keys begin in its pages; None for 0
+    n_pages: int
+
+
 @triton.jit
 def scores(b_qk, rule, p_bias, o_head, o_position, o_key, n, MASKED: tl.constexpr, SIZES: tl.constexpr):
     """S of a block, and its slope: that of the softcap and of a user's function. Heads, positions and keys broadcast
@@ -166,13 +177,65 @@ def keys_of_block(rule, i_block, m, n, SIZES: tl.constexpr):
     return keys_seen(rule, i_block * SIZES.BM // SIZES.GROUPS + n - m, last + n - m, n, SIZES.BN)
 
 
+@triton.jit
+def keys_in_pages(paged, sequences, i_seq, m, n, PAGE: tl.constexpr):
+    """A sequence whose keys are in pages: pointer to its row of the table, first key, numbers of queries and keys.
+
+    The axis of keys is as long as a row of the table has room for, of packed queries as long as all of its rows.
+    """
+    capacity = sequences.max_seqlen_k
+    if sequences.cu_seqlens_q is None:
+        m = sequences.max_seqlen_q  # whose number `lengths` does not tell, as they are no tokens of the pages
+    else:
+        capacity = (capacity // tl.maximum(sequences.n_sequences, 1)).to(tl.int32)
+    leftpad = 0
+    if paged.leftpad is not None:
+        # Not of rows before the first sequence or after the last, which have no keys.
+        leftpad = tl.load(paged.leftpad + i_seq, mask=n > 0, other=0)
+        leftpad = tl.minimum(tl.maximum(leftpad, 0), capacity).to(tl.int32)
+    p_table = paged.table + tl.cast(i_seq, tl.int64) * (capacity // PAGE)
+    return p_table, leftpad, m, tl.minimum(n, capacity - leftpad).to(tl.int32)
+
+
+@triton.jit
+def slots_of_keys(paged, p_table, leftpad, j, n, WHOLE: tl.constexpr, SIZES: tl.constexpr):
+    """The pages, and slots in them, of a block of keys from j on. Without pages a sequence is one. WHOLE: all exist."""
+    o_slot = j + tl.arange(0, SIZES.BN)
+    o_page = 0
+    if SIZES.PAGE is not None:
+        if paged.leftpad is None and SIZES.PAGE % SIZES.BN == 0:  # a block lies in one page
+            o_page = j // SIZES.PAGE
+            o_slot -= o_page * SIZES.PAGE
+            o_page = tl.load(p_table + o_page)
+        else:
+            m_key = o_slot < n
+            o_slot += leftpad
+            o_page = o_slot // SIZES.PAGE
+            o_slot -= o_page * SIZES.PAGE
+            if WHOLE:
+                o_page = tl.load(p_table + o_page)
+            else:
+                o_page = tl.load(p_table + o_page, mask=m_key, other=0)
+        o_page = tl.minimum(tl.maximum(o_page, 0), paged.n_pages - 1)
+    return o_page, o_slot
+
+
+@triton.jit
+def key_rows(x, p_x, o_page, o_slot, PAGE: tl.constexpr):
+    """Pointers to the first column of keys or values in their slots; p_x is that of the sequence, or of all pages."""
+    if PAGE is not None:
+        p_x += tl.cast(o_page, tl.int64) * x.batch
+    return p_x + tl.cast(o_slot, tl.int64) * x.token
+
+
 @guarded
 @triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     q, k, v, out, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
     sinks, seed, threshold, dropout_scale, aux, n_blocks, n_kv_heads, n_parts,
-    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION, and a user's functions
+    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION, and a user's functions; PAGE with `paged`
+    paged=None,  # a PagedKeys
 ):  # fmt: skip
     """O and LSE of a block of rows; with `n_parts`, of every n-th part of its keys."""
     BM: tl.constexpr = SIZES.BM
@@ -185,11 +248,15 @@ def forward_kernel(
     i_block, i_head, i_seq, row, first_m, m, stored, first_n, n = block_of_rows(sequences, n_blocks, n_kv_heads, SIZES)
     if i_block < 0:
         return
+    p_table, leftpad, row_k = 0, 0, row
+    if SIZES.PAGE is not None:
+        p_table, leftpad, m, n = keys_in_pages(paged, sequences, i_seq, m, n, SIZES.PAGE)
+        row_k, first_n = 0, 0
     o_query, o_head, o_position, m_row = rows_of_block(i_block, i_head, m, n, SIZES)
     p_bias = bias_pointers(rule, row, o_head)
     b_q = load_rows(q, row_pointers(q, row, o_head, first_m + o_query), m_row, SIZES.D, SIZES.BD, False)
-    p_k = row_pointers(k, row, i_head, first_n)
-    p_v = row_pointers(v, row, i_head, first_n)
+    p_k = row_pointers(k, row_k, i_head, first_n)
+    p_v = row_pointers(v, row_k, i_head, first_n)
 
     # The range of keys that the rows see, restricted to this program's part.
     start, full_start, full_stop, stop = keys_of_block(rule, i_block, m, n, SIZES)
@@ -218,7 +285,9 @@ def forward_kernel(
             hi = full_start if phase == 0 else (full_stop if phase == 1 else stop)
             for j in range(lo, hi, BN):
                 o_key = j + tl.arange(0, BN)
-                b_k = load_rows(k, p_k + tl.cast(o_key, tl.int64) * k.token, o_key < n, SIZES.D, SIZES.BD, phase == 1)
+                o_page, o_slot = slots_of_keys(paged, p_table, leftpad, j, n, phase == 1, SIZES)
+                p_rows = key_rows(k, p_k, o_page, o_slot, SIZES.PAGE)
+                b_k = load_rows(k, p_rows, o_key < n, SIZES.D, SIZES.BD, phase == 1)
                 b_qk = tl.dot(b_q, b_k.T, input_precision=SIZES.PRECISION)
                 b_s, _ = scores(
                     b_qk, rule, p_bias[:, None], o_head[:, None], o_position[:, None], o_key[None, :], n, phase != 1,
@@ -234,7 +303,8 @@ def forward_kernel(
                     b_l = b_l * b_alpha + tl.sum(b_p, 1)
                 if rule.seed is not None:
                     b_p = tl.where(kept(rule, i_seq, o_head, o_query, j, BM, BN), b_p, 0.0)
-                b_v = load_rows(v, p_v + tl.cast(o_key, tl.int64) * v.token, o_key < n, SIZES.E, SIZES.BE, phase == 1)
+                p_rows = key_rows(v, p_v, o_page, o_slot, SIZES.PAGE)
+                b_v = load_rows(v, p_rows, o_key < n, SIZES.E, SIZES.BE, phase == 1)
                 if SIZES.WEIGHT_MOD is not None:
                     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=SIZES.PRECISION)
                 else:
