@@ -79,7 +79,7 @@ def test_pages_are_as_a_gathered_copy(
     in_pages = [pool_of(x, table, page, first, counts, spare=1 + seed % 2) for x in (k, v)]
     dense = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, int(m == capacity))).transpose(1, 2) for x in (k, v)]
     where = Pages(table, first if leftpad else None)
-    with mock.patch.object(launchers, "processors", lambda device: split):
+    with mock.patch.object(launchers, "processors", return_value=split):
         run = lambda *args, **more: launchers.attention_forward(
             *args, **{**given, **more}, config=Config(16, block), check=True
         )
@@ -264,7 +264,7 @@ def test_pages_are_refused_by_name() -> None:
     q, pool, table = randn(0, 2, 4, 1, 8), randn(1, 5, 2, 16, 8), torch.zeros(2, 3, dtype=torch.int64)
     run = lambda **given: launchers.attention_forward(q, pool, pool, check=True, **{"block_table": table, **given})
     run()
-    for given, error, words in (
+    for wrong, error, words in (
         ({"block_table": table - 1}, ValueError, "`block_table` is .*; expected numbers of pages, 0 to 4"),
         ({"block_table": table[:1]}, ValueError, r"`block_table` has shape \(1, 3\); expected \(B, width\) with B = 2"),
         ({"block_table": table.float()}, TypeError, "`block_table` has dtype torch.float32; expected an integer"),
@@ -274,7 +274,7 @@ def test_pages_are_refused_by_name() -> None:
         ({"rel_bias": torch.zeros(2, 4, 93)}, ValueError, "`rel_bias` covers P = 47 .*; expected P >= 48"),
     ):
         with pytest.raises(error, match=words):
-            run(**given)
+            run(**wrong)
     with pytest.raises(ValueError, match="attention_forward: `cu_seqlens_k` is missing; expected offsets"):
         launchers.attention_forward(
             q[:1], pool, pool, Layout(None, torch.tensor([0, 1])), AttentionOptions(), Pages(table[:1]), check=True
