@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -108,14 +109,18 @@ def test_numbers_that_name_no_page_read_some_page() -> None:
     table = torch.tensor([[3, 1], [-1, 2**31 - 1], [5, -(2**31)]], dtype=torch.int32)
     clamped = table.clamp(0, n_pages - 1)
     for block in (16, 32):  # a page has whole blocks, and has not
+        run = partial(launchers.attention_forward, q, pool, pool, config=Config(16, block))
         for far in (10**9, -(10**9), 32):
-            given: dict[str, Any] = {"config": Config(16, block), "lengths": torch.tensor([20, far, 32])}
-            a, b = (launchers.attention_forward(q, pool, pool, block_table=x, **given) for x in (table, clamped))
+            a = run(block_table=table, lengths=torch.tensor([20, far, 32]))
+            b = run(block_table=clamped, lengths=torch.tensor([20, max(min(far, 32), 0), 32]))
             assert torch.equal(a.out, b.out)
             assert torch.isfinite(a.out).all()
-        leftpad = torch.tensor([4, 10**9, -(10**9)])
-        out, _ = launchers.attention_forward(q, pool, pool, block_table=table, leftpad=leftpad, **given)
-        assert torch.isfinite(out).all()
+            lengths, leftpad = torch.tensor([20, -far, far]), torch.tensor([10**9, -(10**9), 10])
+            a = run(block_table=table, lengths=lengths, leftpad=leftpad)
+            lengths = torch.tensor([0, max(min(-far, 32), 0), max(min(far, 22), 0)])
+            b = run(block_table=clamped, lengths=lengths, leftpad=leftpad.clamp(0, 32))
+            assert torch.equal(a.out, b.out)
+            assert torch.isfinite(a.out).all()
         ends = torch.tensor([0, 1, 2, 3]), torch.tensor([-7, 2**31 - 1, 4, 10**9])
         row = q.transpose(0, 2)
         out, _ = launchers.attention_forward(
