@@ -32,6 +32,13 @@ class Layout(NamedTuple):
         return self.lengths is None and self.cu_seqlens is None
 
 
+class Pages(NamedTuple):
+    """Which pages hold a sequence's keys and values, if these are (pages, Hkv, tokens of a page, .)."""
+
+    block_table: Optional[Tensor] = None  # (B, or G packed sequences; pages of one) integers: which pages, in order
+    leftpad: Optional[Tensor] = None  # (B or G,) integers: how many tokens of its pages come before its first key
+
+
 class AttentionOptions(NamedTuple):
     """Of softmax attention: how a score becomes a probability."""
 

@@ -6,16 +6,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from flashgau.options import AttentionOptions, AttentionResults, Layout, Window
+from flashgau.options import AttentionOptions, AttentionResults, Layout, Pages, Window
 
 from .attention_kernels import (
     AttentionRule,
+    PagedKeys,
     dbias_kernel,
     delta_kernel,
     dkv_kernel,
@@ -39,6 +42,11 @@ from .common import (
 from .descriptors import describable, launched
 from .own_scores import BUILT_IN, OwnScores, check_operands, check_options, check_own, once
 
+_FULL = 0.85  # of the processors' time in use: keys are not split to gain the rest
+_WAVES = 8  # of parts; more would gain less than their merging costs
+_CLOSE = 1.05  # fewer parts are taken for as little more time
+_MERGED = 8192  # numbers of O, of all parts of a row, that one program reads at once
+
 
 @launcher
 def attention_forward(
@@ -47,11 +55,18 @@ def attention_forward(
     v: Tensor,
     layout: Layout = Layout(),
     options: AttentionOptions = AttentionOptions(),
+    pages: Pages = Pages(),
     *,
     config: Config | Choose | None = None,
 ) -> AttentionResults:
-    """Output (B, Hq, M, E) and log-sum-exp (B, Hq, M) of every query row."""
-    return _forward(q, k, v, layout, options, BUILT_IN, config)
+    """Output (B, Hq, M, E) and log-sum-exp (B, Hq, M) of every query row.
+
+    With `pages`, k is (pages, Hkv, tokens of a page, D) and v alike, in any strides. Row b of the table has the pages
+    of row b of q, or of the b-th sequence of packed queries; the keys follow each other in them, behind `leftpad[b]`
+    tokens. `lengths` counts the keys alone, also if there are as many queries; of packed ones the differences of
+    `cu_seqlens_k` count them. There is no backward of it.
+    """
+    return _forward(q, k, v, layout, options, BUILT_IN, config, pages)
 
 
 def _forward(
@@ -62,45 +77,56 @@ def _forward(
     options: AttentionOptions,
     own: OwnScores,
     config: Config | Choose | None,
+    pages: Pages = Pages(),
 ) -> AttentionResults:
     """With functions of a user. An elementwise weight has no log-sum-exp: an empty tensor stands for it."""
     b, n_heads, m, d = q.shape
     n_kv_heads, n, e = k.shape[1], k.shape[2], v.shape[-1]
+    paged, size, total = None, {}, n
+    if pages.block_table is not None:
+        table, leftpad = pages.block_table.contiguous(), pages.leftpad
+        paged = PagedKeys(table, leftpad if leftpad is None else leftpad.contiguous(), k.shape[0])
+        size = {"PAGE": max(n, 1)}
+        n *= table.shape[1] if k.shape[0] else 0  # the most keys that a sequence may have
+        total = n if layout.cu_seqlens is None else n * table.shape[0]
     out = _empty_output(q, e)
     softmax = own.weight_mod is None
     lse = q.new_empty(q.shape[:3] if softmax else 0, dtype=torch.float32)
     if out.numel() == 0:
         return AttentionResults(out, lse)
     groups = n_heads // n_kv_heads
-    sequences = sequences_of(b, m, n, *layout)
+    sequences = sequences_of(b, m, total, *layout)
     rule = _rule(q, n, options, own)
     widths = _widths(d, e)
     width, extras, biased = max(widths["BD"], widths["BE"]), _extras(rule, own), rule.bias is not None
     config = chosen_by(config)("attention_forward", q, width, rows=m * groups, options=extras or biased)
+    if paged is not None:  # loads of the table, on which those of keys depend, take half of the stages
+        config = replace(config, num_stages=2 * config.num_stages - 1, asynchronous=False)
     n_blocks = blocks_of(sequences, m, groups, config.block_m)
     per_block = n_kv_heads * (b if layout.cu_seqlens is None else 1)
     working = blocks_of(sequences, m, groups, config.block_m, rest=False) * per_block
-    n_parts = _parts(working, processors(q.device), triton.cdiv(n, 2 * config.block_n))
+    n_parts = _parts(working, processors(q.device), triton.cdiv(n, config.block_n))
     parts, sums = heads(out), lse if softmax else None
     if n_parts is not None:
         every = q.new_empty(n_parts, b, n_heads, m, e, dtype=torch.float32)
         parts = heads(every.flatten(0, 1))
         sums = q.new_empty(2, n_parts, b, n_heads, m, dtype=torch.float32) if softmax else None
-    sizes = {"GROUPS": groups, "D": d, "E": e, **widths, "PRECISION": matmul_precision(q.dtype)}
-    sizes |= {**_copies(config, k, v), "ASYNCHRONOUS": config.asynchronous}
+    sizes = {"GROUPS": groups, "D": d, "E": e, **widths, "PRECISION": matmul_precision(q.dtype), **size}
+    sizes |= {"ASYNCHRONOUS": config.asynchronous, "DESCRIBED": _described(config, k, v)}
     launched(
         forward_kernel[(n_blocks * per_block, n_parts or 1)],
         heads(q), heads(k), heads(v), parts, sums, *sequences, *rule, n_blocks, n_kv_heads, n_parts,
-        Sizes(**sizes, BM=config.block_m, BN=config.block_n, **own.sizes(backward=False)),
+        Sizes(**sizes, BM=config.block_m, BN=config.block_n, **own.sizes(backward=False)), paged,
         **config.launch(),
     )  # fmt: skip
     if n_parts is not None and not softmax:  # there is nothing to weigh the parts by: they add up
         out.copy_(every.sum(0))
     elif n_parts is not None:
         whole = out if out.is_contiguous() else q.new_empty(b, n_heads, m, e)
-        merge_kernel[(triton.cdiv(lse.numel(), 16),)](
-            every, sums, whole, lse, lse.numel(), n_parts, E=e, BE=widths["BE"], BM=16, **FUSED_ADDITION
-        )
+        merge_kernel[(lse.numel(),)](
+            every, sums, whole, lse, lse.numel(), n_parts,
+            E=e, BE=widths["BE"], PARTS=_MERGED // widths["BE"], **FUSED_ADDITION,
+        )  # fmt: skip
         if whole is not out:
             out.copy_(whole)
     return AttentionResults(out, lse)
@@ -172,7 +198,7 @@ def _backward(
             dq_kernel[(n_blocks * n_kv_heads * rows,)],
             heads(q), heads(k), heads(v), heads(dout), *statistics, heads(dq), *sequences,
             *rule._replace(sinks=sink_deltas), n_blocks, n_kv_heads,
-            Sizes(**sizes, **_copies(config, k, v), BM=config.block_m, BN=config.block_n),
+            Sizes(**sizes, DESCRIBED=_described(config, k, v), BM=config.block_m, BN=config.block_n),
             **config.launch(),
         )  # fmt: skip
     if dk.numel():
@@ -357,9 +383,9 @@ def _extras(rule: AttentionRule, own: OwnScores) -> bool:
     return rule.softcap is not None or rule.seed is not None or own.given
 
 
-def _copies(config: Config, k: Tensor, v: Tensor) -> dict[str, bool]:
-    """How keys and values are copied: as `keys_of` takes it."""
-    return {"DESCRIBED": config.asynchronous and describable(k) and describable(v)}
+def _described(config: Config, k: Tensor, v: Tensor) -> bool:
+    """Whether keys and values are copied through descriptors."""
+    return config.asynchronous and describable(k) and describable(v)
 
 
 def _widths(d: int, e: int) -> dict[str, int]:
@@ -367,9 +393,24 @@ def _widths(d: int, e: int) -> dict[str, int]:
     return {"BD": max(16, triton.next_power_of_2(d)), "BE": max(16, triton.next_power_of_2(e))}
 
 
-def _parts(programs: int, processors: int, most: int) -> int | None:
-    """The number of programs that share the keys of a row, if there are too few rows to occupy the device."""
-    parts = min(processors // max(programs, 1), most)
+@lru_cache(maxsize=4096)
+def _parts(programs: int, processors: int, blocks: int) -> int | None:
+    """The number of programs that share the keys of a row, if there are too few rows to occupy the device.
+
+    Programs run in waves of as many as there are processors, and a wave takes as long as one part of `blocks` blocks
+    of keys, rounded up to whole blocks, of which a part has two at least. What a part is charged besides, its queries,
+    fp32 results and their merging, is one block.
+    """
+
+    def time(parts: int) -> int:
+        return -(-programs * parts // processors) * (-(-blocks // parts) + (parts > 1))
+
+    if programs * blocks >= _FULL * processors * time(1):
+        return None
+    most = max(1, min(blocks // 2, _WAVES * processors // programs))
+    times = [time(parts) for parts in range(1, most + 1)]
+    near = _CLOSE * min(times)
+    parts = 1 + next(i for i, t in enumerate(times) if t <= near)
     return parts if parts > 1 else None
 
 

@@ -66,6 +66,25 @@ class AttentionRule(NamedTuple):
     aux: Any = None  # what a user's function of the scores reads
 
 
+class PagedKeys(NamedTuple):
+    """Where keys and values are that lie in pages, (pages, Hkv, PAGE, .): their `batch` stride is that of pages.
+
+    Values of the table are not checked on a GPU: they are clamped, so that wrong ones read some page.
+    """
+
+    table: Any  # pointer to (sequences, pages of a sequence), contiguous
+    leftpad: Any  # pointer to (sequences,): where a sequence's keys begin in its pages; None for 0
+    n_pages: int
+
+
+class PagesOfSequence(NamedTuple):
+    """Where the keys of one sequence are."""
+
+    paged: PagedKeys
+    p_table: Any  # pointer to its row of the table
+    leftpad: Any  # where its keys begin in its pages
+
+
 @triton.jit
 def is_plain(rule, SIZES: tl.constexpr):
     """Whether a score is no more than the product of its query and key, scaled."""
@@ -111,29 +130,6 @@ def scores(b_qk, rule, p_bias, o_head, o_position, o_key, n, MASKED: tl.constexp
     if SIZES.SCORE_MOD is not None or SIZES.WEIGHT_MOD is not None:
         b_s, b_slope = own_hidden(b_s, b_slope, o_position, o_key, n)
     return b_s, b_slope
-
-
-@triton.jit
-def keys_of(x, row, head, first, n, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SIZES: tl.constexpr):
-    """The keys or values of a sequence's head, for `load_keys`: a pointer to the first, or a descriptor, which makes
-    the copies of whole blocks one instruction each and has zeros in the place of keys past the last."""
-    p_x = row_pointers(x, row, head, first)
-    if SIZES.DESCRIBED:
-        p_x = tl.make_tensor_descriptor(p_x, [tl.maximum(n, 1), WIDTH], [x.token, 1], [SIZES.BN, BLOCK])
-    return p_x
-
-
-@triton.jit
-def load_keys(
-    x, p_x, start, n, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, SIZES: tl.constexpr
-):  # fmt: skip
-    """The block of keys from `start` on; zeros past the last. WHOLE: there are none."""
-    if SIZES.DESCRIBED:
-        block = p_x.load([start, 0])
-    else:
-        o_key = start + tl.arange(0, SIZES.BN)
-        block = load_rows(x, p_x + tl.cast(o_key, tl.int64) * x.token, o_key < n, WIDTH, BLOCK, WHOLE)
-    return block
 
 
 @triton.jit
@@ -214,13 +210,81 @@ def keys_of_block(rule, i_block, m, n, SIZES: tl.constexpr):
     return keys_seen(rule, i_block * SIZES.BM // SIZES.GROUPS + n - m, last + n - m, n, SIZES.BN)
 
 
+@triton.jit
+def keys_in_pages(paged, sequences, i_seq, m, n, PAGE: tl.constexpr):
+    """A sequence whose keys are in pages: pointer to its row of the table, first key, numbers of queries and keys.
+
+    The axis of keys is as long as a row of the table has room for, of packed queries as long as all of its rows.
+    """
+    capacity = sequences.max_seqlen_k
+    if sequences.cu_seqlens_q is None:
+        m = sequences.max_seqlen_q  # whose number `lengths` does not tell, as they are no tokens of the pages
+    else:
+        capacity = (capacity // tl.maximum(sequences.n_sequences, 1)).to(tl.int32)
+    leftpad = 0
+    if paged.leftpad is not None:
+        # Not of rows before the first sequence or after the last, which have no keys.
+        leftpad = tl.load(paged.leftpad + i_seq, mask=n > 0, other=0)
+        leftpad = tl.minimum(tl.maximum(leftpad, 0), capacity).to(tl.int32)
+    p_table = paged.table + tl.cast(i_seq, tl.int64) * (capacity // PAGE)
+    return p_table, leftpad, m, tl.minimum(n, capacity - leftpad).to(tl.int32)
+
+
+@triton.jit
+def slots_of_keys(pages, start, n, WHOLE: tl.constexpr, SIZES: tl.constexpr):
+    """The pages of a block of keys from `start` on, and slots in them. WHOLE: all exist."""
+    o_slot = start + tl.arange(0, SIZES.BN)
+    if pages.paged.leftpad is None and SIZES.PAGE % SIZES.BN == 0:  # a block lies in one page
+        o_page = start // SIZES.PAGE
+        o_slot -= o_page * SIZES.PAGE
+        o_page = tl.load(pages.p_table + o_page)
+    else:
+        m_key = o_slot < n
+        o_slot += pages.leftpad
+        o_page = o_slot // SIZES.PAGE
+        o_slot -= o_page * SIZES.PAGE
+        if WHOLE:
+            o_page = tl.load(pages.p_table + o_page)
+        else:
+            o_page = tl.load(pages.p_table + o_page, mask=m_key, other=0)
+    return tl.minimum(tl.maximum(o_page, 0), pages.paged.n_pages - 1), o_slot
+
+
+@triton.jit
+def keys_of(x, row, head, first, n, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SIZES: tl.constexpr):
+    """The keys or values of a sequence's head, for `load_keys`: a pointer to the first (in pages, to the first of all),
+    or a descriptor, which copies a block in one instruction and has zeros in the place of keys past the last."""
+    p_x = row_pointers(x, row, head, first)
+    if SIZES.DESCRIBED:
+        p_x = tl.make_tensor_descriptor(p_x, [tl.maximum(n, 1), WIDTH], [x.token, 1], [SIZES.BN, BLOCK])
+    return p_x
+
+
+@triton.jit
+def load_keys(
+    x, p_x, start, n, pages, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, SIZES: tl.constexpr
+):
+    """The block of keys from `start` on; zeros past the last. WHOLE: there are none."""
+    o_key = start + tl.arange(0, SIZES.BN)
+    if SIZES.DESCRIBED:
+        block = p_x.load([start, 0])
+    elif SIZES.PAGE is not None:
+        o_page, o_slot = slots_of_keys(pages, start, n, WHOLE, SIZES)
+        p_rows = p_x + tl.cast(o_page, tl.int64) * x.batch + tl.cast(o_slot, tl.int64) * x.token
+        block = load_rows(x, p_rows, o_key < n, WIDTH, BLOCK, WHOLE)
+    else:
+        block = load_rows(x, p_x + tl.cast(o_key, tl.int64) * x.token, o_key < n, WIDTH, BLOCK, WHOLE)
+    return block
+
+
 @guarded
 @triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     q, k, v, out, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
     sinks, seed, threshold, dropout_scale, aux, n_blocks, n_kv_heads, n_parts,
-    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION, and a user's functions
+    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION, and a user's functions; PAGE with `paged`
+    paged=None,  # a PagedKeys
 ):  # fmt: skip
     """O and LSE of a block of rows; with `n_parts`, of every n-th part of its keys."""
     BM: tl.constexpr = SIZES.BM
@@ -233,13 +297,17 @@ def forward_kernel(
     i_block, i_head, i_seq, row, first_m, m, stored, first_n, n = block_of_rows(sequences, n_blocks, n_kv_heads, SIZES)
     if i_block < 0:
         return
+    pages, row_k = None, row
+    if SIZES.PAGE is not None:
+        p_table, leftpad, m, n = keys_in_pages(paged, sequences, i_seq, m, n, SIZES.PAGE)
+        pages, row_k, first_n = PagesOfSequence(paged, p_table, leftpad), 0, 0
     o_query, o_head, o_position, m_row = rows_of_block(i_block, i_head, m, n, SIZES)
     p_bias = bias_pointers(rule, row, o_head)
     b_q = load_rows(q, row_pointers(q, row, o_head, first_m + o_query), m_row, SIZES.D, SIZES.BD, False)
     b_q = directed(b_q, rule, SIZES)
     factor = base_two(rule, SIZES)
-    p_k = keys_of(k, row, i_head, first_n, n, SIZES.D, SIZES.BD, SIZES)
-    p_v = keys_of(v, row, i_head, first_n, n, SIZES.E, SIZES.BE, SIZES)
+    p_k = keys_of(k, row_k, i_head, first_n, n, SIZES.D, SIZES.BD, SIZES)
+    p_v = keys_of(v, row_k, i_head, first_n, n, SIZES.E, SIZES.BE, SIZES)
 
     # The range of keys that the rows see, restricted to this program's part.
     start, full_start, full_stop, stop = keys_of_block(rule, i_block, m, n, SIZES)
@@ -271,10 +339,10 @@ def forward_kernel(
             hi = full_start if phase == 0 else (full_stop if phase == 1 else stop)
             for j in range(lo, hi, BN):
                 o_key = j + tl.arange(0, BN)
-                b_k = load_keys(k, p_k, j, n, SIZES.D, SIZES.BD, phase == 1, SIZES)
+                b_k = load_keys(k, p_k, j, n, pages, SIZES.D, SIZES.BD, phase == 1, SIZES)
                 b_qk = tl.dot(b_q, b_k.T, input_precision=SIZES.PRECISION)
                 if SIZES.ASYNCHRONOUS:
-                    b_v = load_keys(v, p_v, tl.maximum(j - BN, start), n, SIZES.E, SIZES.BE, phase == 1, SIZES)
+                    b_v = load_keys(v, p_v, tl.maximum(j - BN, start), n, pages, SIZES.E, SIZES.BE, phase == 1, SIZES)
                     b_acc = tl.dot(b_p, b_v, b_acc, input_precision=SIZES.PRECISION)
                 b_s, _ = scores(
                     b_qk, rule, p_bias[:, None], o_head[:, None], o_position[:, None], o_key[None, :], n, phase != 1,
@@ -294,14 +362,14 @@ def forward_kernel(
                     b_weight = tl.where(kept(rule, i_seq, o_head, o_query, j, BM, BN), b_weight, 0.0)
                 b_p = b_weight.to(b_p.dtype)
                 if not SIZES.ASYNCHRONOUS:
-                    b_v = load_keys(v, p_v, j, n, SIZES.E, SIZES.BE, phase == 1, SIZES)
+                    b_v = load_keys(v, p_v, j, n, pages, SIZES.E, SIZES.BE, phase == 1, SIZES)
                     b_acc = tl.dot(b_p, b_v, b_acc, input_precision=SIZES.PRECISION)
     if SIZES.ASYNCHRONOUS:  # the last block; if there is none, one past the keys, which is zeros
         last = tl.where(start < stop, start + (stop - start - 1) // BN * BN, tl.maximum(n, 1))
-        b_v = load_keys(v, p_v, last, n, SIZES.E, SIZES.BE, False, SIZES)
+        b_v = load_keys(v, p_v, last, n, pages, SIZES.E, SIZES.BE, False, SIZES)
         b_acc = tl.dot(b_p, b_v, b_acc, input_precision=SIZES.PRECISION)
 
-    # LSE = m + log2 l, in base 2. A row that sees nothing has O = 0 and LSE = -inf. The sum of elementwise weights is O itself.
+    # LSE = m + log l. A row that sees nothing has O = 0 and LSE = -inf. The sum of elementwise weights is O itself.
     if SIZES.WEIGHT_MOD is not None:
         b_acc = tl.where(m_row[:, None], b_acc * rule.dropout_scale, 0.0)
     else:
@@ -319,7 +387,7 @@ def forward_kernel(
         p_out += i_part * all_rows * SIZES.E
         if SIZES.WEIGHT_MOD is None:
             p_lse += i_part * all_rows
-            # Maximum and sum are stored separately: LSE = m + log2 l loses low bits of l when m is large.
+            # Maximum and sum are stored separately: LSE = m + log l loses low bits of l when m is large.
             tl.store(p_lse + n_parts * all_rows, tl.where(m_row, b_l, 0.0), mask=o_query < stored)
             b_lse = b_m
     store_rows(out, p_out, o_query < stored, b_acc, SIZES.E, SIZES.BE)
@@ -329,32 +397,35 @@ def forward_kernel(
 
 @guarded
 @triton.jit(do_not_specialize=VARYING)
-def merge_kernel(parts, sums, out, lse, n_rows, n_parts, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr):
-    """Parts (n_parts, rows, E), with maxima m and sums l (2, n_parts, rows), combined: O ~ sum of l 2^m O_part."""
-    o_row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+def merge_kernel(parts, sums, out, lse, n_rows, n_parts, E: tl.constexpr, BE: tl.constexpr, PARTS: tl.constexpr):
+    """Parts (n_parts, rows, E), with maxima m and sums l (2, n_parts, rows), combined: O ~ sum of l 2^m O_part.
+
+    One program per row reads PARTS parts at once; where there are more, the next ones follow as blocks of keys do.
+    """
+    i_row = tl.program_id(0).to(tl.int64)
     o_column = tl.arange(0, BE)
-    m_row = o_row < n_rows
-    m_out = m_row[:, None] & (o_column[None, :] < E)
-    b_acc = tl.zeros([BM, BE], tl.float32)
-    b_m = tl.full([BM], -float("inf"), tl.float32)
-    b_l = tl.zeros([BM], tl.float32)
-    for i_part in range(n_parts):
-        o_part = o_row + i_part * n_rows
-        b_part_m = tl.load(sums + o_part, mask=m_row, other=-float("inf"))
-        b_part_l = tl.load(sums + n_parts * n_rows + o_part, mask=m_row, other=0.0)
-        b_new = tl.maximum(b_m, b_part_m)
+    b_acc = tl.zeros([BE], tl.float32)
+    b_m = -float("inf")
+    b_l = 0.0
+    for start in range(0, n_parts, PARTS):
+        o_part = start + tl.arange(0, PARTS)
+        m_part = o_part < n_parts
+        o_flat = tl.cast(o_part, tl.int64) * n_rows + i_row
+        b_part_m = tl.load(sums + o_flat, mask=m_part, other=-float("inf"))
+        b_part_l = tl.load(sums + tl.cast(n_parts, tl.int64) * n_rows + o_flat, mask=m_part, other=0.0)
+        m_whole = m_part[:, None] & (o_column[None, :] < E)
+        b_part = tl.load(parts + o_flat[:, None] * E + o_column[None, :], mask=m_whole, other=0.0)
+        b_new = tl.maximum(b_m, tl.max(b_part_m, 0))
         b_pivot = tl.where(b_new == -float("inf"), 0.0, b_new)
         b_alpha = tl.exp2(b_m - b_pivot)
-        b_weight = tl.exp2(b_part_m - b_pivot) * b_part_l
-        b_part = tl.load(parts + o_part[:, None] * E + o_column[None, :], mask=m_out, other=0.0)
-        b_acc = b_acc * b_alpha[:, None] + b_part * b_weight[:, None]
-        b_l = b_l * b_alpha + b_weight
+        b_weight = products(tl.exp2(b_part_m - b_pivot), b_part_l)
+        b_acc = b_acc * b_alpha + tl.sum(products(b_part, b_weight[:, None]), 0)
+        b_l = b_l * b_alpha + tl.sum(b_weight, 0)
         b_m = b_new
     b_divisor = tl.where(b_l == 0, 1.0, b_l)
-    b_acc /= b_divisor[:, None]
     b_lse = tl.where(b_l == 0, -float("inf"), (b_m + tl.log2(b_divisor)) / LOG2_E)
-    tl.store(out + o_row[:, None] * E + o_column[None, :], b_acc.to(out.dtype.element_ty), mask=m_out)
-    tl.store(lse + o_row, b_lse, mask=m_row)
+    tl.store(out + i_row * E + o_column, (b_acc / b_divisor).to(out.dtype.element_ty), mask=o_column < E)
+    tl.store(lse + i_row, b_lse)
 
 
 @guarded
@@ -429,8 +500,8 @@ def dq_kernel(
             hi = full_start if phase == 0 else (full_stop if phase == 1 else stop)
             for j in range(lo, hi, BN):
                 o_key = j + tl.arange(0, BN)
-                b_k = load_keys(k, p_k, j, n, SIZES.D, SIZES.BD, phase == 1, SIZES)
-                b_v = load_keys(v, p_v, j, n, SIZES.E, SIZES.BE, phase == 1, SIZES)
+                b_k = load_keys(k, p_k, j, n, None, SIZES.D, SIZES.BD, phase == 1, SIZES)
+                b_v = load_keys(v, p_v, j, n, None, SIZES.E, SIZES.BE, phase == 1, SIZES)
                 b_qk = tl.dot(b_q, b_k.T, input_precision=SIZES.PRECISION)
                 b_s, b_slope = scores(
                     b_qk, rule, p_bias[:, None], o_head[:, None], o_position[:, None], o_key[None, :], n, phase != 1,

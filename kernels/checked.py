@@ -24,6 +24,7 @@ from flashgau.options import (
     MixedChunkHeads,
     MixedChunkOptions,
     OpenChunk,
+    Pages,
 )
 
 from . import SUPPORTED
@@ -64,10 +65,16 @@ def _like(args: Arguments, name: str, x: Tensor, shape: tuple[int, ...], whose: 
 # ---- attention
 
 
-def _attention(args: Arguments, q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: AttentionOptions) -> None:
-    operands.attention(args, q, k, v)
+def _attention(
+    args: Arguments, q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: AttentionOptions, pages: Pages = Pages()
+) -> None:
+    longest = None
+    if pages.block_table is None:
+        operands.attention(args, q, k, v)
+    else:
+        longest = operands.attention_in_pages(args, q, k, v, pages, layout)
     _fits(args, "attention", {"q": q, "v": v})
-    operands.attention_options(args, options, layout)
+    operands.attention_options(args, options, layout, longest)
     if options.rel_bias is not None:
         args.shaped("rel_bias", options.rel_bias, "B Hq 2P-1")
     if options.dropout_p:

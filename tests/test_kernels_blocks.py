@@ -18,10 +18,11 @@ from strategies import Call, attention_calls, randn
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
-from flashgau import tables
 from flashgau.kernels import attention as attention_launchers
 from flashgau.kernels import common
 from flashgau.kernels import gated as gated_kernels
+
+from flashgau import tables
 from flashgau.tables.config import Config
 
 pytestmark = kernel_calls.pytestmark
@@ -141,6 +142,49 @@ def test_parts_of_the_keys_merge_into_the_whole(data):
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(torch.isfinite(a), torch.isfinite(b))
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def smallest(*args: Any, **traits: Any) -> Config:
+    return Config(16, 16)
+
+
+@given(st.data())
+def test_parts_merge_however_many_are_read_at_once(data):
+    call = data.draw(attention_calls("triton", dtype=torch.float32)).with_options(return_lse=True)
+    results = []
+    with mock.patch.object(attention_launchers, "processors", return_value=400):
+        for merged in (8192, 64):
+            with mock.patch.object(attention_launchers, "_MERGED", merged), blocks({(tables, "choose"): smallest}):
+                results += [outputs(call(backend="triton")) for _ in range(2)]
+    for a, again, b, _ in zip(*results, strict=True):
+        assert torch.equal(a, again)
+        assert torch.equal(torch.isfinite(a), torch.isfinite(b))
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@given(programs=st.integers(0, 2000), processors=st.integers(1, 200), n_blocks=st.integers(0, 3000))
+def test_keys_are_split_where_that_saves_time(programs, processors, n_blocks):
+    """Waves of parts, each as long as its blocks, of which it has two, and one more that a part is charged."""
+    waves = lambda parts: -(-programs * parts // processors)
+    time = lambda parts: waves(parts) * (-(-n_blocks // parts) + (parts > 1))
+    parts = attention_launchers._parts(programs, processors, n_blocks)
+    if programs * n_blocks >= 0.85 * processors * time(1):  # the processors are busy, or there is nothing to do
+        assert parts is None
+        return
+    allowed = range(1, max(1, min(n_blocks // 2, 8 * processors // programs)) + 1)
+    best = min(map(time, allowed))
+    assert parts is None or 2 <= parts in allowed
+    assert time(parts or 1) <= 1.05 * best
+    assert all(time(fewer) > 1.05 * best for fewer in range(1, parts or 1))
+
+
+@given(programs=st.integers(1, 132))
+def test_no_number_of_programs_leaves_a_device_half_idle(programs):
+    """Of long rows of keys: also 67 to 112 programs, which are more than half as many as there are processors."""
+    n_blocks = 4096
+    parts = attention_launchers._parts(programs, 132, n_blocks) or 1
+    used = programs * n_blocks / (132 * -(-programs * parts // 132) * -(-n_blocks // parts))
+    assert used >= 0.85
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts the interpreter's products")

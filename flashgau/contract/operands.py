@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgau.options import AttentionOptions, Layout, Window
+from flashgau.options import AttentionOptions, Layout, Pages, Window
 
-from .validate import Arguments
+from .validate import Arguments, readable
 
 ACTIVATIONS = ("identity", "sigmoid", "relu", "relu2", "gelu", "gelu_tanh", "silu")
 GATED_SCORES = ("relu2", "laplace", "softmax", "softmax_plus")
@@ -24,21 +24,54 @@ def attention(args: Arguments, q: Any, k: Any, v: Any) -> None:
     args.tensor("q", q, "B Hq M D")
     args.tensor("k", k, "B Hkv N D")
     args.tensor("v", v, "B Hkv N E")
+    _widths_and_groups(args)
+
+
+def attention_in_pages(args: Arguments, q: Any, k: Any, v: Any, pages: Pages, layout: Layout) -> int:
+    """Queries, keys and values in pages, and how they are cut into sequences; a length that no sequence exceeds."""
+    args.tensor("q", q, "B Hq M D")
+    args.tensor("k", k, "pages Hkv page D")
+    args.tensor("v", v, "pages Hkv page E")
+    _widths_and_groups(args)
+    rows = "B"
+    if layout.cu_seqlens is not None:
+        rows, totals = "G", {"cu_seqlens": args.sizes["M"]}
+        if args.sizes["B"] != 1:
+            args.fail("q", f"has B = {args.sizes['B']}", "B = 1 with `cu_seqlens`")
+        if layout.cu_seqlens_k is None:
+            args.fail("cu_seqlens_k", "is missing", "offsets whose differences count the keys in each row of pages")
+        for name, cu in (("cu_seqlens", layout.cu_seqlens), ("cu_seqlens_k", layout.cu_seqlens_k)):
+            cu = args.indices(name, cu, "G+1")
+            last = int(cu[-1]) if name not in totals and readable(cu) and len(cu) else 0
+            args.offsets(name, cu, totals.get(name, last), "M" if name in totals else "N")
+        args.sizes["G"] = args.sizes["G+1"] - 1
+    table, n_pages = args.indices("block_table", pages.block_table, f"{rows} width"), args.sizes["pages"]
+    if readable(table) and table.numel() and not 0 <= int(table.min()) <= int(table.max()) < n_pages:
+        args.fail("block_table", f"is {table.tolist()}", f"numbers of pages, 0 to {n_pages - 1}")
+    if pages.leftpad is not None:
+        args.indices("leftpad", pages.leftpad, rows)
+    args.sizes["N"] = args.sizes["width"] * args.sizes["page"]
+    if layout.lengths is not None:
+        args.counts("lengths", layout.lengths)
+    return max(args.sizes["N"], args.sizes["M"] if rows == "B" else 0)
+
+
+def _widths_and_groups(args: Arguments) -> None:
     args.at_least_one("D", "E")
     if not args.heads_in_groups():
         heads, expected = args.sizes["Hq"], f"a multiple of Hkv = {args.sizes['Hkv']}, the heads of `k`"
         args.fail("q", f"has Hq = {heads} heads", expected)
 
 
-def attention_options(args: Arguments, options: AttentionOptions, layout: Layout) -> Window:
-    """Options but the seed, and the layout; the window as a pair."""
+def attention_options(args: Arguments, options: AttentionOptions, layout: Layout, longest: int | None = None) -> Window:
+    """Options but the seed, and unless the longest sequence is known the layout; the window as a pair."""
     args.flag("causal", options.causal)
     if options.scale is not None:
         args.number("scale", options.scale, "a finite number or None")
     if options.softcap is not None:
         args.number("softcap", options.softcap, "a positive number or None", low=0, open_low=True)
     window = _window(args, options.window)
-    args.relative_bias(options.rel_bias, "B Hq", args.sequences(*layout))
+    args.relative_bias(options.rel_bias, "B Hq", args.sequences(*layout) if longest is None else longest)
     if options.sinks is not None:
         args.per_head("sinks", options.sinks, "Hq")
     args.number("dropout_p", options.dropout_p, "a probability in [0, 1]", 0, 1)

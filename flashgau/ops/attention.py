@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashgau.contract import operands
 from flashgau.contract.validate import Arguments, autocast, widened
-from flashgau.options import AttentionOptions, AttentionResults, Layout
+from flashgau.options import AttentionOptions, AttentionResults, Layout, Pages, Window
 
 from . import autograd, dispatch
 from .operation import Operation
@@ -103,7 +103,6 @@ def attend(
     window = operands.attention_options(args, options, layout)
     if layout.lengths is not None:
         layout = layout._replace(lengths=widened(layout.lengths))
-    rel_bias, heads = options.rel_bias, args.sizes["Hq"]
     seed = _seed(args, options.dropout_p, options.dropout_seed, q.device)
 
     width = max(args.sizes["D"], args.sizes["E"])
@@ -111,15 +110,34 @@ def attend(
     if name == "reference":
         given = options._replace(dropout_seed=seed)._asdict() | layout._asdict()
         return autograd.run("attention", name, "attention", q, k, v, **given, return_lse=return_lse)
-    options = options._replace(
-        scale=None if options.scale is None else float(options.scale),
-        window=window,
-        rel_bias=rel_bias.expand(q.shape[0], heads, -1) if rel_bias is not None else None,
-        dropout_p=float(options.dropout_p),
-        dropout_seed=seed,
-    )
+    options = _plain(options, window, q)._replace(dropout_p=float(options.dropout_p), dropout_seed=seed)
     out, lse = _attention(q, k, v, options=options, layout=layout, backend=name)
     return (out, lse) if return_lse else out
+
+
+def attend_in_pages(
+    args: Arguments, q: Tensor, k: Tensor, v: Tensor, pages: Pages, options: AttentionOptions, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """`attend` to keys and values that Triton's kernels read in their pages: the output and the log-sum-exp.
+
+    Without dropout, casts and gradients. What the launcher `attention_forward` says of `pages` and `layout` holds.
+    """
+    longest = operands.attention_in_pages(args, q, k, v, pages, layout)
+    window = operands.attention_options(args, options, layout, longest)
+    layout, pages = Layout(*map(widened, layout)), Pages(*map(widened, pages))
+    options = _plain(options, window, q)
+    out, lse = _attention_in_pages(q, k, v, options=options, layout=layout, pages=pages, backend="triton")
+    return out, lse
+
+
+def _plain(options: AttentionOptions, window: Window, q: Tensor) -> AttentionOptions:
+    """As floors take them, but for dropout."""
+    bias = options.rel_bias
+    return options._replace(
+        scale=None if options.scale is None else float(options.scale),
+        window=window,
+        rel_bias=bias.expand(q.shape[0], q.shape[1], -1) if bias is not None else None,
+    )
 
 
 def _seed(args: Arguments, p: float, seed: Any, device: torch.device) -> Tensor | None:
@@ -164,4 +182,15 @@ _attention = Operation(
     shapes=_results,
     gradients=_gradients,
     op="attention",
+)
+_attention_in_pages = Operation(
+    "attention_in_pages",
+    inputs="q k v",
+    data="block_table leftpad? lengths? cu_seqlens? cu_seqlens_k? rel_bias? sinks?",
+    results="out lse?",
+    tuples={"pages": Pages, "layout": Layout, "options": AttentionOptions},
+    shapes=_results,
+    op="attention",
+    function="attention_forward",
+    differentiable=False,
 )

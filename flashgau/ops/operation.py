@@ -40,12 +40,13 @@ class Operation:
         gradients: like `shapes`, for the backward; unless given, they are like the inputs and contiguous.
         error: what the refusal of a second derivative calls the operation, `op` unless given.
         differentiable: if not, the floors' one function is called NAME.
+        function: what the floors' forward is called, if it is another operation's.
     """
 
     def __init__(
         self, name: str, inputs: str, results: str, shapes: Shapes, *, op: str, data: str = "", saved: str = "",
         reads: str = "", tuples: dict[str, Any] | None = None, gradients: Shapes | None = None, error: str = "",
-        differentiable: bool = True,
+        differentiable: bool = True, function: str = "",
     ) -> None:  # fmt: skip
         self.name, self.op, self.tuples, self.shapes = name, op, tuples or {}, shapes
         self.inputs, self.results, self.saved = names(inputs), names(results), names(saved)
@@ -63,7 +64,7 @@ class Operation:
             Flattening(self.tuples, x) for x in (self.arguments, self.arguments_back)
         )
         self.gradients = gradients or self._like_inputs
-        self.function = f"{name}_forward" if differentiable else name
+        self.function = function or (f"{name}_forward" if differentiable else name)
         self.forward = Operator(name, f"({', '.join(takes)})", self._forward, self._fake)
         if not differentiable:
             self.forward.refuse_derivative(op)

@@ -13,6 +13,7 @@ from strategies import randn
 
 import flashgau
 from flashgau import tables
+from flashgau.integrations.flash_attn import flash_attn_with_kvcache
 from flashgau.ptx import executing, numbers
 from flashgau.tables.config import Config
 
@@ -99,3 +100,37 @@ def test_own_scores_agree_with_fp64(target):
         with executing(target), tables.configured(small):
             report = flashgau.compare(fn, *tensors, reference=partial(naive, scale=scale))
         assert report, str(report)
+
+
+def paged(q, k, v, *, table, leftpad, lengths):
+    """One token a row on a cache in pages (pages, tokens of a page, Hkv, .)."""
+    return flash_attn_with_kvcache(
+        q, k, v, cache_seqlens=lengths, cache_leftpad=leftpad, block_table=table, causal=True, return_softmax_lse=True
+    )
+
+
+def gathered(q, k, v, *, table, leftpad, lengths):
+    begin = torch.zeros_like(lengths) if leftpad is None else leftpad
+    k, v = (x[table].flatten(1, 2).transpose(1, 2).repeat_interleave(2, 1) for x in (k, v))
+    place = torch.arange(k.shape[2])
+    hidden = (place < begin[:, None]) | (place >= lengths[:, None])
+    s = (q.transpose(1, 2) @ k.mT * q.shape[-1] ** -0.5).masked_fill(hidden[:, None, None], -torch.inf)
+    return (torch.softmax(s, -1) @ v.nan_to_num()).transpose(1, 2), s.logsumexp(-1)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("page", "leftpad"), [(32, None), (20, None), (20, (7, 0))], ids=["whole", "cut", "leftpad"])
+def test_a_decoded_token_reads_pages_in_parts(page, leftpad, target):
+    """Blocks of 32 keys in one page, or across several; the keys of a row are split over programs, and merged."""
+    table = torch.tensor([[6, 0, 3, 8, 1, 5, 9], [2, 7, 4, 0, 0, 0, 0]])
+    lengths = torch.tensor([6 * page + 3, 2 * page + 1])
+    q, k, v = draw((2, 1, 4, 64), (10, page, 2, 64), (10, page, 2, 48))
+    pads = None if leftpad is None else torch.tensor(leftpad)
+    with executing(target, seed=0) as executed, tables.configured(small), flashgau.use_backend("triton"):
+        report = flashgau.compare(
+            partial(paged, table=table, leftpad=pads, lengths=lengths), q, k, v,
+            reference=partial(gathered, table=table, leftpad=pads, lengths=lengths), names=("out", "lse"), grad=False,
+        )  # fmt: skip
+    assert report, str(report)
+    assert [launch.kernel for launch in executed.launches] == ["forward_kernel", "merge_kernel"]
+    assert executed.counts.matrix_flops > 0

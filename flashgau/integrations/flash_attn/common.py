@@ -9,8 +9,8 @@ from torch import Tensor
 
 from flashgau.bias import alibi_bias
 from flashgau.contract.validate import Arguments
-from flashgau.ops.attention import attend
-from flashgau.options import AttentionOptions, Layout
+from flashgau.ops.attention import attend, attend_in_pages
+from flashgau.options import AttentionOptions, Layout, Pages
 
 from ..packing import end_to_end
 from .helpers import within
@@ -18,6 +18,7 @@ from .helpers import within
 # What `flashgau.attention` calls the arguments of these functions.
 _THEIRS = {
     "cu_seqlens": "cu_seqlens_q",
+    "leftpad": "cache_leftpad",
     "lengths": "cache_seqlens",
     "rel_bias": "alibi_slopes",
     "scale": "softmax_scale",
@@ -51,15 +52,21 @@ def attend_batch(
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    pages: Pages | None = None,
     backend: str | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`flashgau.attention` and its log-sum-exp; what it refuses, it refuses in the words of the caller."""
+    """`flashgau.attention` and its log-sum-exp; what it refuses, it refuses in the words of the caller.
+
+    With `pages` Triton's kernels read k and v (pages, Hkv, tokens of a page, .) where they are.
+    """
     names = dict(args.names or {})
     names |= {ours: names.get(theirs, theirs) for ours, theirs in _THEIRS.items()}
     layout = Layout(lengths, cu_seqlens, cu_seqlens_k)
-    own = Arguments(args.op, names)
-    out, lse = attend(own, q, k, v, AttentionOptions(**options), layout, return_lse=True, backend=backend)
+    own, given = Arguments(args.op, names), AttentionOptions(**options)
+    if pages is not None:
+        return attend_in_pages(own, q, k, v, pages, given, layout)
+    out, lse = attend(own, q, k, v, given, layout, return_lse=True, backend=backend)
     return out, lse
 
 
@@ -80,6 +87,15 @@ def attend_packed(
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], dim=1)
     rows = (x.transpose(0, 1)[None] for x in (q, k, v))
     out, lse = attend_batch(args, *rows, cu_seqlens=cu_q, cu_seqlens_k=cu_k, rel_bias=bias, **options)
+    return out[0].transpose(0, 1), lse[0]
+
+
+def attend_packed_pages(
+    args: Arguments, q: Tensor, k: Tensor, v: Tensor, pages: Pages, cu_q: Tensor, cu_k: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`attend_packed` to keys and values (pages, tokens of a page, Hkv, .)."""
+    heads_first = q.transpose(0, 1)[None], k.transpose(1, 2), v.transpose(1, 2)
+    out, lse = attend_batch(args, *heads_first, cu_seqlens=cu_q, cu_seqlens_k=cu_k, pages=pages, **options)
     return out[0].transpose(0, 1), lse[0]
 
 
@@ -147,7 +163,7 @@ def checked_pages(args: Arguments, table: Any, rows: str) -> tuple[Tensor, int]:
     table = args.indices("block_table", table, f"{rows} width")
     last = args.sizes["pages"] - 1
     within(args, "block_table", table, 0, last, f"numbers of pages, 0 to {last}")
-    return table.long(), args.sizes["width"] * args.sizes["page"]
+    return table, args.sizes["width"] * args.sizes["page"]
 
 
 def result(out: Tensor, lse: Tensor, more: bool) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashgau.contract.validate import Arguments, autocast, readable
 from flashgau.ops.dispatch import resolve
+from flashgau.options import Pages
 
 from .common import alibi, attend_batch, attend_packed, checked_options, checked_pages, of_segments, segments
 from .helpers import rotary_tables, turn, within
@@ -51,9 +52,10 @@ def flash_attn_with_kvcache(
             following (q is all at `cache_seqlens` unless causal or in a window, as flash-attn has it). Needs `k`.
         rotary_sin: the same for the sine.
         cache_seqlens: how many tokens the cache holds, an int or (B,) integers; needed with `k`, else all of it.
-        cache_batch_idx: (B,) the cache's row of each row of q; the rows are gathered, which copies.
+        cache_batch_idx: (B,) the cache's row of each row of q.
         cache_leftpad: (B,) where the cache's tokens begin; 0 unless given.
-        block_table: (B, pages of a row): the pages are gathered, which copies.
+        block_table: (B, pages of a row). On Triton pages, and rows of `cache_batch_idx`, are read where they are,
+            unless autocast makes another dtype of them; else they are gathered, which copies.
         softmax_scale: as in `flash_attn_func`.
         causal: query i of M sees tokens up to length + i - M, where length counts the new ones.
         window_size: as in `flash_attn_func`.
@@ -116,20 +118,35 @@ def flash_attn_with_kvcache(
             k = turn(k, rotary_cos, rotary_sin, place, rotary_interleaved)
         if block_table is not None:
             size = k_cache.shape[1]
-            where = block_table.gather(1, place // size), place % size
+            where = block_table.gather(1, place // size).long(), place % size
         else:
             rows = torch.arange(batch, device=q.device) if cache_batch_idx is None else cache_batch_idx
             where = rows[:, None].expand_as(place), place
         k_cache[where], v_cache[where] = k.to(k_cache.dtype), v.to(v_cache.dtype)
 
+    end, plain = held + new, block_table is None and cache_batch_idx is None
+    # Where there are as many queries as the cache has room for, `lengths` would cut them too, but beside pages.
+    lengths_suffice = cache_leftpad is None and q.shape[1] != capacity
+    if backend == "triton" and not (plain and lengths_suffice) and q.dtype == k_cache.dtype == v_cache.dtype:
+        table = block_table
+        if table is None:  # a row is a page
+            table = torch.arange(batch, device=q.device) if cache_batch_idx is None else cache_batch_idx
+            table = table[:, None]
+        heads_first = (x.transpose(1, 2) for x in (q, k_cache, v_cache))
+        pages, count = Pages(table), end
+        if cache_leftpad is not None:
+            pages, count = Pages(table, begin), end - begin
+        out, lse = attend_batch(args, *heads_first, lengths=count, pages=pages, rel_bias=bias, **options)
+        out = out.transpose(1, 2)
+        return (out, lse) if return_softmax_lse else out
+
     if block_table is not None:
-        keys, values = (x[block_table].flatten(1, 2) for x in (k_cache, v_cache))
+        keys, values = (x[block_table.long()].flatten(1, 2) for x in (k_cache, v_cache))
     elif cache_batch_idx is not None:
         keys, values = (x[cache_batch_idx] for x in (k_cache, v_cache))
     else:
         keys, values = k_cache, v_cache
-    end = held + new
-    if cache_leftpad is None and q.shape[1] != capacity:  # where they are equal, `lengths` would cut the queries too
+    if lengths_suffice:
         heads_first = (x.transpose(1, 2) for x in (q, keys, values))
         out, lse = attend_batch(args, *heads_first, lengths=end, rel_bias=bias, backend=backend, **options)
         out = out.transpose(1, 2)

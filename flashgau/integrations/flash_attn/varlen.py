@@ -8,8 +8,21 @@ import torch
 from torch import Tensor
 
 from flashgau.contract.validate import Arguments, autocast, readable
+from flashgau.ops.autograd import needs_grad
+from flashgau.ops.dispatch import resolve
+from flashgau.options import Pages
 
-from .common import Given, alibi, attend_packed, checked_pages, of_segments, result, segments, unpacked
+from .common import (
+    Given,
+    alibi,
+    attend_packed,
+    attend_packed_pages,
+    checked_pages,
+    of_segments,
+    result,
+    segments,
+    unpacked,
+)
 
 
 def flash_attn_varlen_func(
@@ -50,7 +63,8 @@ def flash_attn_varlen_func(
             `cu_seqlens_q`.
         deterministic: accepted; gradients always are.
         return_attn_probs: also return the log-sum-exp (Hq, total queries) fp32, and None.
-        block_table: (G, pages of a sequence) integers: where its keys are. The pages are gathered, which copies.
+        block_table: (G, pages of a sequence) integers: where its keys are. On Triton they are read there, unless
+            gradients or dropout are wanted or slopes are (G, Hq); else the pages are gathered, which copies.
 
     Returns:
         (total queries, Hq, E) in the dtype of q, or (out, log-sum-exp, None).
@@ -213,15 +227,29 @@ def _varlen(
     )
     bias = alibi(args, given.slopes, longest, "G")
     if table is not None:
-        lengths = cu_k.diff().long()
-        if readable(lengths) and len(lengths) and (most := int(lengths.max())) > capacity:
+        if readable(cu_k) and len(cu_k) > 1 and (most := int(cu_k.diff().max())) > capacity:
             got = f"holds {args.sizes['width']} pages of {args.sizes['page']} tokens a sequence"
             args.fail("block_table", got, f"room for {most} tokens")
-        k, v = (x[table].flatten(0, 2) for x in (k, v))
+        if _reads_pages(args, q, k, v, bias, given.dropout_p):
+            out, lse = attend_packed_pages(args, q, k, v, Pages(table), cu_q, cu_k, rel_bias=bias, **options)
+            return result(out, lse, given.more)
+        lengths = cu_k.diff().long()
+        k, v = (x[table.long()].flatten(0, 2) for x in (k, v))
         cu_q, cu_k = segments(cu_q.diff().long(), torch.zeros_like(lengths), lengths, capacity)
         bias = of_segments(bias)
     out, lse = attend_packed(args, q, k, v, cu_q, cu_k, bias, dropout_p=given.dropout_p, **options)
     return result(out, lse, given.more)
+
+
+def _reads_pages(args: Arguments, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout_p: float) -> bool:
+    """Whether kernels read keys and values in their pages, which have no gradient then.
+
+    Not for one bias a sequence, which are computed one by one, nor with dropout, whose choice would be another.
+    """
+    width = max(args.sizes["D"], args.sizes["E"])
+    if resolve("attention", None, q.device, q.dtype, width, args.op) != "triton" or dropout_p != 0:
+        return False
+    return not needs_grad(q, k, v, bias) and (bias is None or bias.ndim == 2)
 
 
 def _longest(args: Arguments, side: str, cu: Tensor, given: Any, total: int, letter: str) -> int:
