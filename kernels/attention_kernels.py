@@ -525,6 +525,16 @@ def dq_kernel(
         tl.store(sink_deltas + o_flat, b_sum, mask=m_row)
 
 
+@triton.jit
+def load_numbers(p_x, m_x, other, WHOLE: tl.constexpr):
+    """A number for each row. WHOLE: all rows are in range."""
+    if WHOLE:
+        b_x = tl.load(p_x)
+    else:
+        b_x = tl.load(p_x, mask=m_x, other=other)
+    return b_x
+
+
 @guarded
 @triton.jit(do_not_specialize=VARYING)
 def dkv_kernel(
@@ -556,31 +566,30 @@ def dkv_kernel(
     b_v = load_rows(v, row_pointers(v, row, i_head, first_n + o_key), m_key, SIZES.E, SIZES.BE, False)
     b_dk = tl.zeros([BN, SIZES.BD], tl.float32)
     b_dv = tl.zeros([BN, SIZES.BE], tl.float32)
-    # Out-of-range queries have P = 0, out-of-range keys are masked at the store: neither needs a mask here.
+    # Out-of-range keys are masked at the store, and need no mask here.
     last = tl.minimum(i_block * BN + BN, n) - 1
     start, full_start, full_stop, stop = rows_seeing(rule, i_block * BN, last, m, n, BM)
-    if rule.left is None:
-        full_stop = stop
     for i_group in range(SIZES.GROUPS):
         o_head = i_head * SIZES.GROUPS + i_group
         p_bias = bias_pointers(rule, row, o_head)
         for phase in tl.static_range(3):
-            if phase == 1 or (phase == 0 and rule.right is not None) or (phase == 2 and rule.left is not None):
+            if phase != 0 or rule.right is not None:
                 lo = start if phase == 0 else (full_start if phase == 1 else full_stop)
                 hi = full_start if phase == 0 else (full_stop if phase == 1 else stop)
                 for i in range(lo, hi, BM):
                     o_query = i + tl.arange(0, BM)
                     m_row = o_query < m
                     o_position = o_query + n - m
-                    b_q = load_rows(q, row_pointers(q, row, o_head, first_m + o_query), m_row, SIZES.D, SIZES.BD, False)
+                    p_q = row_pointers(q, row, o_head, first_m + o_query)
+                    b_q = load_rows(q, p_q, m_row, SIZES.D, SIZES.BD, phase == 1)
                     p_dout = row_pointers(dout, row, o_head, first_m + o_query)
-                    b_dout = load_rows(dout, p_dout, m_row, SIZES.E, SIZES.BE, False)
+                    b_dout = load_rows(dout, p_dout, m_row, SIZES.E, SIZES.BE, phase == 1)
                     if SIZES.WEIGHT_MOD is None:
                         o_flat = row_offsets(
                             sequences, i_seq, i_head, n_kv_heads * SIZES.GROUPS, o_query, o_head, first_m, row
                         )
-                        b_lse = tl.load(lse + o_flat, mask=m_row, other=float("inf"))
-                        b_delta = tl.load(delta + o_flat, mask=m_row, other=0.0)
+                        b_lse = load_numbers(lse + o_flat, m_row, float("inf"), phase == 1)
+                        b_delta = load_numbers(delta + o_flat, m_row, 0.0, phase == 1)
                     # S^T, keys by rows: P^T and dS^T are then left operands of tl.dot without a transposition.
                     b_kq = tl.dot(b_k, b_q.T, input_precision=SIZES.PRECISION)
                     if SIZES.DK:

@@ -13,7 +13,7 @@ from torch import Tensor
 from flashgau import tables
 from flashgau.ops import dispatch
 from flashgau.ptx import executing
-from flashgau.tables.config import Config
+from flashgau.tables.config import Choose, Config
 from flashgau.tuning.ahead import in_processes, op_of, table_of, target_of
 from flashgau.verification.cases import CheckCase, all_cases
 from flashgau.verification.checking import Row, held_row
@@ -90,19 +90,24 @@ def tasks(targets: list[str], op: str | None, dtype: str | None, quick: bool) ->
     return found
 
 
-def _small(kernel: str, x: Tensor, width: int, rows: int | None = None, options: bool = False) -> Config:
+def _small(target: str) -> Choose:
     """Blocks of 64 rows, which Hopper's products of warpgroups need, and few columns."""
-    few = rows is not None and rows <= tables.FEW_ROWS
-    if kernel == "attention_dbias":  # whose blocks are square
-        return Config(32, 32, 4, 2)
-    return Config(16 if few else 64, 32 if kernel.startswith("attention") else 64, 4, 2, block_k=32)
+
+    def small(kernel: str, x: Tensor, width: int, rows: int | None = None, options: bool = False) -> Config:
+        few = rows is not None and rows <= tables.FEW_ROWS
+        if kernel == "attention_dbias":  # whose blocks are square
+            return Config(32, 32, 4, 2)
+        columns = 32 if kernel.startswith("attention") else 64
+        return Config(16 if few else 64, columns, 4, 2, block_k=32, asynchronous=target == "sm_90" and not few)
+
+    return small
 
 
 def execute(task: Task) -> Row:
     """Hold one case to the fp64 reference: its kernels are compiled, and executed."""
     case = task.case
     torch.set_num_threads(1)  # processes run beside each other
-    blocks = nullcontext() if isinstance(case, Configured) else tables.configured(_small)
+    blocks = nullcontext() if isinstance(case, Configured) else tables.configured(_small(task.target))
     with executing(task.target) as executed, blocks:
         row = held_row(case, "triton", _CPU, seed=0)
     counts = executed.counts
