@@ -1,4 +1,4 @@
-"""`flashgau compile --loops`: the hot loops of what was compiled, a row each, beside what a file has recorded of them."""
+"""`flashgau compile --loops`: the hot loops of what was compiled, a row each, beside recorded ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def loop_rows(rows: list[Row]) -> list[dict[str, Any]]:
 
     found = []
     for row in rows:
-        first = {"target": row.target, "kernel": row.entry, "dtype": row.dtype, "shape": row.shape}
+        first: dict[str, Any] = {"target": row.target, "kernel": row.entry, "dtype": row.dtype, "shape": row.shape}
         first["configuration"] = configuration(row)
         if not row.loops and not row.ok:
             found.append({**first, "loop": None, "ok": False, "misses": [row.reason]})

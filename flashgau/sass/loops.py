@@ -1,4 +1,7 @@
-"""The loops of machine code: natural loops, found by dominators, since code that only polls a barrier lies out of line."""
+"""The loops of machine code: natural loops, found by dominators.
+
+Backward branches alone mislead: code that only polls a barrier lies out of line, behind the loop that it belongs to.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clocks of a hot loop by pipe on one multiprocessor (SM), and what the whole GPU would reach if nothing else cost time.
+"""Clocks of a hot loop by pipe on one multiprocessor (SM), and what the GPU would reach if nothing else cost time.
 
 The pipes of an SM: the matrix units; shared memory; and, for each of its four schedulers, the issue of one instruction
 of a warp per clock, FP32, integer and comparison (ALU), and special functions (exp). A loop's instructions are split
@@ -58,10 +58,10 @@ MACHINES = {
 }
 _RESERVED = 1024  # bytes of shared memory that the system takes for each program
 
-_ALU = frozenset(
-    """FMNMX FMNMX3 FSEL FSETP FSET SEL LOP3 IADD3 IADD LEA ISETP F2FP SHF PRMT IMNMX VIADD VIMNMX VIMNMX3
-                 VIADDMNMX PLOP3 MOV HADD2 IABS""".split()
-)
+_ALU = (
+    "FMNMX", "FMNMX3", "FSEL", "FSETP", "FSET", "SEL", "LOP3", "IADD3", "IADD", "LEA", "ISETP", "F2FP", "SHF", "PRMT",
+    "IMNMX", "VIADD", "VIMNMX", "VIMNMX3", "VIADDMNMX", "PLOP3", "MOV", "HADD2", "IABS",
+)  # fmt: skip
 _FP32 = {"FFMA": 1, "FMUL": 1, "FADD": 1, "FFMA2": 2, "FMUL2": 2, "FADD2": 2}  # results per thread
 
 

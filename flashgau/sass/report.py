@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import model
@@ -38,8 +38,8 @@ class HotLoop:
     """
 
     instructions: int
-    classes: dict[str, int]
-    matrix: dict[str, int]
+    classes: dict[str, int] = field(hash=False)
+    matrix: dict[str, int] = field(hash=False)
     narrowest: int | None
     useful: int | None
     redundancy: float | None
@@ -50,7 +50,7 @@ class HotLoop:
     narrow: int
     exps: int
     exps_under: int
-    clocks: dict[str, float]
+    clocks: dict[str, float] = field(hash=False)
     programs: int | None = None
     rate: float | None = None
     serial: float | None = None

@@ -20,8 +20,8 @@ _OPCODES = {
     "global store": "STG ST RED REDG ATOM ATOMG UTMASTG UTMAREDG",
     "shared memory": "LDS LDSM STS STSM MOVM ATOMS LDTM STTM",
     "shuffle": "SHFL REDUX",
-    "integer": "IMAD IADD3 IADD IADD64 LEA SHF SHL SHR LOP3 MOV IMNMX VIADD VIMNMX VIMNMX3 VIADDMNMX IABS S2R CS2R BMSK "
-    "SGXT LDC ULDC I2IP FLO POPC BREV LDCU",
+    "integer": "IMAD IADD3 IADD IADD64 LEA SHF SHL SHR LOP3 MOV IMNMX VIADD VIMNMX VIMNMX3 VIADDMNMX IABS S2R CS2R "
+    "BMSK SGXT LDC ULDC I2IP FLO POPC BREV LDCU",
     "synchronisation": "LDGDEPBAR DEPBAR SYNCS ARRIVES CCTL FENCE WARPGROUP WARPGROUPSET BAR WARPSYNC MEMBAR NOP YIELD "
     "ELECT BSSY BSYNC BREAK BRA CALL RET EXIT USETMAXREG NANOSLEEP VOTE VOTEU ERRBAR UTMACMDFLUSH UTCBAR PREEXIT",
     "spill": "STL LDL",
@@ -106,7 +106,8 @@ def parse(disassembly: str) -> list[Instruction]:
 
 def _parse_amd(assembly: str) -> list[Instruction]:
     """With numbers for addresses, and labels replaced by them."""
-    labels, found = {}, []
+    labels: dict[str, int] = {}
+    found: list[Instruction] = []
     for m in _AMD_LINE.finditer(assembly):
         if m[3] is not None:
             labels[m[3]] = len(found)

@@ -1,4 +1,4 @@
-"""What the compiler was asked for: the products of each loop of a kernel in Triton's GPU dialect (TTGIR), and its loads.
+"""What the compiler was asked for: the products and loads of a kernel's loops in Triton's GPU dialect (TTGIR).
 
 The shapes of its products are the useful work of a loop, whatever the machine code makes of them.
 """
