@@ -16,7 +16,7 @@ _POLLING = ("SYNCS", "BRA", "NOP", "YIELD", "NANOSLEEP")
 def hot_loops(code: list[Instruction]) -> list[list[Instruction]]:
     """The innermost loops that hold matrix instructions, in the order of the code.
 
-    Blocks that only poll a barrier are left out: how often they run depends on what is awaited.
+    Blocks that only poll a barrier, and jump, are left out: how often they run depends on what is awaited.
     """
     blocks = _blocks(code)
     loops = {
