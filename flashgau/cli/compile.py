@@ -10,7 +10,7 @@ import typer
 
 from flashgau.cli import filters
 from flashgau.cli import loops as loop_reports
-from flashgau.cli.console import FAILURE, USAGE, dump_json, fail, failing, make_console, make_table
+from flashgau.cli.console import FAILURE, USAGE, counted, dump_json, fail, failing, make_console, make_table
 
 if TYPE_CHECKING:
     from flashgau.tuning.ahead import Row
@@ -73,8 +73,6 @@ def compile(
 
     if reason := unfit_triton(interpreting=False):
         fail("compile", reason)
-    from rich.progress import Progress
-
     from flashgau import tables
     from flashgau.tuning import ahead
     from flashgau.verification.candidates import Wanted
@@ -97,13 +95,7 @@ def compile(
         fail("compile", "there is no kernel of this target, operation, dtype and width at once", USAGE)
     with failing("compile"):
         before = None if against is None else loop_reports.read(against)
-    rows = []
-    errors = make_console(stderr=True)
-    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        task = progress.add_task("compiling", total=len(jobs))
-        for row in ahead.compile_all(jobs, processes or None):
-            rows.append(row)
-            progress.advance(task)
+    rows = list(counted(ahead.compile_all(jobs, processes or None), len(jobs), "compiling"))
     rows.sort(key=lambda r: (names.index(r.target), r.kernel, r.dtype, r.shape))
     bad = [row for row in rows if not row.ok]
     if loops:

@@ -63,7 +63,8 @@ def configuration(row: Row) -> str:
         return "-"
     c = row.configuration
     block = f"{c['block_m']}x{c['block_n']}" + ("" if row.op == "attention" else f"x{c['block_k']}")
-    return f"{block}, {c['num_warps']} warps, {c['num_stages']} stages"
+    traits = [name for name, value in c.items() if value is True]
+    return ", ".join([block, f"{c['num_warps']} warps", f"{c['num_stages']} stages", *traits])
 
 
 def record(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any, TypeVar
 
 import torch
@@ -303,6 +303,7 @@ def _until_a_crash(
 ) -> Iterator[tuple[Work, Result]]:
     # Ctrl-C reaches every process of a terminal; the one that waits for them ends the work.
     ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    others = set(active_children())
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=ignore) as pool:
         with _not_interpreting():  # the processes start while work is submitted
             waiting = {pool.submit(function, one): one for one in work}
@@ -311,6 +312,10 @@ def _until_a_crash(
                 yield waiting[done], done.result()
         except BrokenProcessPool:
             return
+        except (KeyboardInterrupt, GeneratorExit):  # nobody waits for what is being done
+            for process in set(active_children()) - others:
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
