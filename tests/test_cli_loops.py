@@ -1,4 +1,4 @@
-"""Hot loops on the command line: what `flashgau compile --loops` tells and holds, what `flashgau tune --model` ranks."""
+"""Hot loops on the command line: what `compile --loops` tells and is held to, and what `tune --model` ranks."""
 
 import dataclasses
 import json

@@ -317,6 +317,8 @@ def test_loops_that_are_new_or_gone():
     assert not found.worse
     assert [line[-6:] for line in found.new] == ["loop 2"]
     assert [line[-6:] for line in found.gone] == ["loop 1"]  # what was not compiled is not missed
+    elsewhere = row(target="sm_80")
+    assert not against.compare([elsewhere], before, []).new  # of a target of which nothing is recorded
 
 
 def test_fp16_is_recorded_where_it_differs():

@@ -99,14 +99,14 @@ def show(rows: list[dict[str, Any]], changes: against.Changes | None, as_json: b
         differences = {} if changes is None else {"against": asdict(changes)}
         print(dump_json({**SCHEMA, "rows": rows, **differences}))
         return
-    right = ("n", "work", "ahead", "spills", "exp under", "clocks", "TFLOP/s")
+    right = ("registers", "n", "work", "ahead", "spills", "exp under", "clocks", "TFLOP/s")
     table = make_table(
-        "target", "kernel", "dtype", "shape", "configuration", "n", "matrix", "work", "ahead", "spills", "exp under",
-        "tensor/shared/issue/fp32/int/exp", "clocks", "TFLOP/s", "bound", "misses", right=right,
+        "target", "kernel", "dtype", "shape", "configuration", "registers", "n", "matrix", "work", "ahead", "spills",
+        "exp under", "tensor/shared/issue/fp32/int/exp", "clocks", "TFLOP/s", "bound", "misses", right=right,
     )  # fmt: skip
     for row in rows:
         head = [row[name] for name in ("target", "kernel", "dtype", "shape", "configuration")]
-        table.add_row(*head, *(_cells(row) if row["loop"] is not None else [""] * 10), ", ".join(row["misses"]) or "ok")
+        table.add_row(*head, *(_cells(row) if row["loop"] is not None else [""] * 11), ", ".join(row["misses"]) or "ok")
     console = make_console()
     console.print(table)
     missing = sum(bool(row["misses"]) for row in rows)
@@ -120,7 +120,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     clocks = row["clocks"]
     pipes = [f"{clocks[name]:.0f}" for name in ("tensor", "shared", "issue", "fp32", "alu", "exp")] if clocks else []
     return [
-        str(row["instructions"]),
+        str(row["registers"]), str(row["instructions"]),
         " ".join(f"{count}*{shape}" for shape, count in row["matrix"].items()),
         _number(row["redundancy"], ".2f"), _number(row["prefetch"], ".2g"), str(row["spills"]),
         f"{row['exps_under']}/{row['exps']}" if row["exps"] else "-",

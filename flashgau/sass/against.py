@@ -55,10 +55,11 @@ def compare(now: list[Row], before: list[Row], compiled: Collection[tuple[str, .
 
     Args:
         now: the loops of this selection of kernels, as `recorded` gives them.
-        before: those of the file.
+        before: those of the file; of targets that it lacks nothing is said.
         compiled: target, kernel, dtype and shape of the kernels of the selection; other recorded loops do not count.
     """
     was = {_place(row): row for row in before}
+    targets = {row["target"] for row in before}
     worse, new, seen = [], [], set()
     for row in now:
         place = _place(row)
@@ -67,7 +68,7 @@ def compare(now: list[Row], before: list[Row], compiled: Collection[tuple[str, .
             old = was.get(_place(row | {"dtype": "bf16"}))
         seen.add(place)
         if old is None:
-            new.append(_name(row))
+            new += [_name(row)] if row["target"] in targets else []
         else:
             worse += [f"{_name(row)}: {what}" for what in _worse(row, old)]
     gone = [_name(row) for place, row in was.items() if place not in seen and place[:4] in compiled]
