@@ -172,6 +172,51 @@ def test_programs_that_share_a_multiprocessor_fill_each_others_gaps():
     assert shared.rate == shared.overlap
 
 
+# Ampere: one product of a warp, whose first factor it reads itself.
+WARPS = """
+        /*0000*/ LDSM.16.M88.4 R8, [R2] ;
+        /*0010*/ HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0020*/ MUFU.EX2 R4, R4 ;
+        /*0030*/ @P0 BRA 0x0 ;
+        /*0040*/ EXIT ;
+"""
+
+
+@pytest.mark.parametrize(("warps", "together"), [(8, True), (4, False)])
+def test_warps_overlap_each_other_where_two_share_a_scheduler(warps, together):
+    (loop,) = hot_loops(parse(WARPS))
+    tiles = TileLoop((Product(16 * warps, 8, 16),))
+    found = model.estimate("sm_80", loop, model.Program(warps, 255, 160_000), tiles)
+    clocks = found.clocks
+    assert clocks.tensor == 16 * 8 * 16 * warps / 1024
+    assert clocks.shared == 4 * 128 * warps / 128
+    assert clocks.exp == clocks.soft == 8 * warps / 4
+    assert clocks.total == (max(clocks.tensor, clocks.shared, clocks.exp) if together
+                            else max(clocks.tensor + clocks.exp, clocks.shared))  # fmt: skip
+    assert found.programs == 1
+
+
+def test_blackwells_products_take_their_shape_from_what_was_asked():
+    """One instruction for the whole program: 128 x 64 x 16, the second with its first factor in tensor memory."""
+    code = """
+        /*0000*/ UTCHMMA gdesc[UR8], gdesc[UR12], tmem[UR7], tmem[UR52], idesc[UR53], !UPT ;
+        /*0010*/ UTCHMMA tmem[UR8], gdesc[UR12], tmem[UR7], tmem[UR52], idesc[UR53], !UPT ;
+        /*0020*/ MUFU.EX2 R4, R4 ;
+        /*0030*/ SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR15+0x18200], R4 ;
+        /*0040*/ @P0 BRA 0x0 ;
+        /*0050*/ EXIT ;
+    """
+    (loop,) = hot_loops(parse(code))
+    tiles = TileLoop((Product(128, 64, 16), Product(128, 64, 16, held=True)))
+    clocks = model.estimate("sm_100", loop, PROGRAM, tiles).clocks
+    assert clocks.tensor == max(64 / 2, 64 / 4 + 32) + 64 / 2
+    assert clocks.shared == 64 / 4 + 32 + 64 / 4
+    assert clocks.under == 2 * 8
+    assert model.shapes(loop, tiles) == {(128, 64, 16): 2}
+    assert model.machine_macs(loop, 8) is None
+    assert model.estimate("sm_120", loop, PROGRAM, tiles) is None
+
+
 def test_loads_awaited_at_once_cost_their_latency():
     sass, ttgir = ours()
     at_once = sass.replace("SB0, 0x2", "SB0, 0x0")
