@@ -243,6 +243,17 @@ def test_warps_that_repeat_a_product_are_redundant():
     assert "redundancy 2.00" in loop.misses()
 
 
+def test_an_unrolled_loop_does_the_work_of_several_iterations():
+    sass, ttgir = ours()
+    lines = sass.splitlines()
+    first, last = (next(at for at, line in enumerate(lines) if f"/*{a:04x}*/" in line) for a in (0xF10, 0x1590))
+    body = [line.partition("*/")[2] for line in lines[first:last]]
+    code = [f"/*{16 * at:04x}*/ {line}" for at, line in enumerate([*body, *body, "@!P0 BRA 0x0 ;"])]
+    (once,), (twice,) = (inspect("sm_90", text, ttgir, PROGRAM) for text in (sass, "\n".join(code)))
+    assert twice.useful == 2 * once.useful
+    assert (twice.redundancy, twice.narrow, twice.prefetch) == (1, 0, 1)
+
+
 def test_narrow_loads_are_those_of_blocks():
     sass, ttgir = ours()
     narrow = sass.replace("LDGSTS.E.BYPASS.128", "LDGSTS.E.64")

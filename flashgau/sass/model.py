@@ -170,7 +170,7 @@ def prefetch(body: list[Instruction], tiles: TileLoop | None) -> float | None:
     groups = sum(i.name == "LDGDEPBAR" for i in body)
     waits = [int(i.operands.split(",")[-1], 16) for i in body if i.opcode.startswith("DEPBAR") and "SB0" in i.operands]
     if groups and waits:
-        found.append(min(waits) / groups)
+        found.append(min(waits) * (tiles.times if tiles else 1) / groups)
     if tiles is not None and tiles.bulk_ahead is not None:
         found.append(tiles.bulk_ahead)
     if found:

@@ -82,10 +82,9 @@ def inspect(target: str, disassembly: str, ttgir: str, program: model.Program) -
         program: what one program takes.
     """
     bodies = hot_loops(parse(disassembly))
-    found = [
-        (tiles, _hot_loop(target, body, tiles, program))
-        for body, tiles in zip(bodies, _matched(bodies, tile_loops(ttgir), program.warps), strict=True)
-    ]
+    matched = zip(bodies, _matched(bodies, tile_loops(ttgir), program.warps), strict=True)
+    asked = [(body, _as_unrolled(body, tiles)) for body, tiles in matched]
+    found = [(tiles, _hot_loop(target, body, tiles, program)) for body, tiles in asked]
     fewest: dict[Any, int] = {}
     for tiles, loop in found:
         products = _products(tiles, loop)
@@ -110,11 +109,17 @@ def _matched(bodies: list[list[Instruction]], asked: list[TileLoop], warps: int)
     return found
 
 
+def _as_unrolled(body: list[Instruction], tiles: TileLoop | None) -> TileLoop | None:
+    """As many iterations as the machine code does in one: by the groups of cp.async that it commits."""
+    groups = sum(i.name == "LDGDEPBAR" for i in body)
+    return tiles.unrolled(groups // tiles.groups) if tiles and tiles.groups and groups > tiles.groups else tiles
+
+
 def _hot_loop(target: str, body: list[Instruction], tiles: TileLoop | None, program: model.Program) -> HotLoop:
     classes = Counter(i.class_ for i in body)
     shapes = model.shapes(body, tiles)
     shared = [n for _, n, _ in shapes] if any(i.name.startswith(("HGMMA", "QGMMA", "UTC")) for i in body) else []
-    macs = model.machine_macs(body, program.warps)
+    macs = None if target.startswith("gfx") else model.machine_macs(body, program.warps)  # AMD's are unrolled
     under = model.flight(body).exps
     found = model.estimate(target, body, program, tiles)
     modelled: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 _TYPE = re.compile(r"(?:tensor|memdesc)<((?:\d+x)+)(\w+), (#[\w.]+)")
@@ -44,24 +44,33 @@ class TileLoop:
 
     Attributes:
         products: those of the matrix units, in order.
+        groups: of cp.async that it commits, per iteration.
         block_bytes: what its loads of half-precision blocks bring through registers or cp.async, per iteration.
         row_loads: its loads of one value per row or column, such as a softmax's statistics.
         bulk_bytes: what its bulk copies (TMA) write to shared memory, per iteration.
         bulk_ahead: iterations of bulk copies in flight while one is awaited; None without any.
         reads_blocks: whether threads read blocks from shared memory, or exchange them through it.
+        times: how many iterations are counted as one.
     """
 
     products: tuple[Product, ...]
+    groups: int = 0
     block_bytes: int = 0
     row_loads: int = 0
     bulk_bytes: int = 0
     bulk_ahead: float | None = None
     reads_blocks: bool = False
+    times: int = 1
 
     @property
     def macs(self) -> int:
         """Useful multiply-adds of one program, per iteration."""
         return sum(product.macs for product in self.products)
+
+    def unrolled(self, times: int) -> TileLoop:
+        """So many iterations in one."""
+        counts = {name: times * getattr(self, name) for name in ("groups", "block_bytes", "row_loads", "bulk_bytes")}
+        return replace(self, products=times * self.products, times=times, **counts)
 
 
 def tile_loops(ttgir: str) -> list[TileLoop]:
@@ -127,8 +136,9 @@ def _tile_loop(lines: list[str], first: int, end: int, views: dict[str, str]) ->
         if copy := _COPY.search(line):
             bulk_bytes += math.prod(_sizes(copy[2])) * _bits(copy[3]) // 8
     ahead = _bulk_ahead(lines, first, end, views)
+    groups = sum("ttg.async_commit_group" in line for line in lines[first:end])
     reads = any(_BLOCK_READ.search(line) for line in lines[first:end])
-    return TileLoop(tuple(products), block_bytes, row_loads, bulk_bytes, ahead, reads)
+    return TileLoop(tuple(products), groups, block_bytes, row_loads, bulk_bytes, ahead, reads)
 
 
 def _bulk_ahead(lines: list[str], first: int, end: int, views: dict[str, str]) -> float | None:
