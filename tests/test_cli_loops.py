@@ -9,7 +9,7 @@ import tuning_tables
 
 pytest.importorskip("triton")
 from flashgau import tables
-from flashgau.cli import main
+from flashgau.cli import loops, main
 from flashgau.sass import HotLoop
 from flashgau.tables.config import Config
 from flashgau.tuning import ahead, modelling, searching
@@ -37,12 +37,9 @@ def test_loops_are_recorded_and_held_to_what_was_recorded(tmp_path, capsys):
     assert "no loop is worse than recorded" in out
     assert f"{len(rows)} hot loops, " in out
 
-    recorded = json.loads(file.read_text())
-    recorded["rows"][0]["total"] /= 1.06
-    recorded["rows"][0]["loop"] = 7
-    recorded["rows"].append({**rows[0], "total": rows[0]["clocks"]["total"] / 1.06})
-    recorded["rows"].append({**recorded["rows"][0], "kernel": "gau_lse"})
-    file.write_text(json.dumps(recorded))
+    faster = {**rows[0], "total": rows[0]["clocks"]["total"] / 1.06}
+    others = [{**faster, "loop": 7}, {**faster, "loop": 7, "kernel": "gau_lse"}]
+    file.write_text(json.dumps({**loops.SCHEMA, "rows": [faster, *rows[1:], *others]}))
     assert main([*chosen, "--against", str(file), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)["against"]
     assert [line.partition(": ")[2].split()[1:3] for line in found["worse"]] == [["modelled", "clocks,"]]
@@ -111,9 +108,9 @@ def test_only_the_best_of_a_model_are_measured(monkeypatch):
     narrowed = dataclasses.replace(search, among={key: among})
     assert {job.config for _, job in narrowed.candidates()} == among | {Config(64, 64)}
     assert len(search.candidates()) > 3
-    loops = [HotLoop(1, {}, {}, 64, 2**20, 1.0, 1.0, 0, 0, free, 0, 0, 0, {}, rate=rate) for free, rate in
+    rates = [HotLoop(1, {}, {}, 64, 2**20, 1.0, 1.0, 0, 0, free, 0, 0, 0, {}, rate=rate) for free, rate in
              ((True, 400.0), (True, 800.0), (False, 1.0))]  # fmt: skip
-    assert modelling.combined_rate(loops) == pytest.approx(2 / (1 / 400 + 1 / 800))
+    assert modelling.combined_rate(rates) == pytest.approx(2 / (1 / 400 + 1 / 800))
     assert modelling.combined_rate([]) is None
     found = [modelling.Modelled(dataclasses.replace(starts[0], config=Config(m, 64)), rate) for m, rate in
              ((16, 3.0), (32, 9.0), (64, None), (128, 5.0))]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,10 +70,11 @@ def configuration(row: Row) -> str:
 
 def record(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write what `--against` needs: a line for each loop, those of fp16 only where they differ from bf16's."""
-    kept = [row for row in map(against.recorded, rows) if row is not None]
-    lines = ",\n".join(json.dumps(row) for row in against.without_equals(kept))
+    kept = against.without_equals([row for row in map(against.recorded, rows) if row is not None])
+    head = json.dumps({**SCHEMA, "versions": {"triton": version("triton")}, "fields": list(against.FIELDS), "rows": []})
+    lines = ",\n".join(json.dumps([row[name] for name in against.FIELDS]) for row in kept)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{json.dumps(SCHEMA)[:-1]}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    path.write_text(f"{head.removesuffix(']}')}\n{lines}\n]}}\n", encoding="utf-8")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -86,7 +88,9 @@ def read(path: Path) -> list[dict[str, Any]]:
         found = json.loads(path.read_text(encoding="utf-8"))
         if {name: found[name] for name in SCHEMA} != SCHEMA:
             raise ValueError
-        return [row for one in found["rows"] if (row := against.recorded(one)) is not None]
+        fields = found.get("fields")
+        rows = [dict(zip(fields, row, strict=True)) for row in found["rows"]] if fields else found["rows"]
+        return [row for one in rows if (row := against.recorded(one)) is not None]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} holds no recorded loops; `flashgau compile --loops --out FILE` writes them"

@@ -11,7 +11,10 @@ GROWTH = 1.05  # how much longer a loop may get
 Row = dict[str, Any]  # of a loop, as `flashgau compile --loops --json` has it
 
 _IDENTITY = ("target", "kernel", "dtype", "shape", "loop")
-_NUMBERS = ("instructions", "useful", "redundancy", "prefetch", "spills", "exps", "exps_under", "total", "rate")
+FIELDS = (
+    *_IDENTITY, "configuration", "instructions", "useful", "redundancy", "prefetch", "spills", "exps", "exps_under",
+    "total", "rate",
+)  # fmt: skip
 
 
 def recorded(row: Row) -> Row | None:
@@ -19,9 +22,7 @@ def recorded(row: Row) -> Row | None:
     if row["loop"] is None:
         return None
     total = row["total"] if "total" in row else row["clocks"].get("total")
-    return {name: row[name] for name in (*_IDENTITY, "configuration")} | {
-        name: total if name == "total" else row[name] for name in _NUMBERS
-    }
+    return {name: total if name == "total" else row[name] for name in FIELDS}
 
 
 def without_equals(rows: list[Row]) -> list[Row]:
