@@ -84,6 +84,10 @@ def test_show_takes_an_architecture_that_is_not_there(target, capsys):
         ("compile --target h100 --op glu", "compile: `target` is 'h100'"),
         ("tune --show --target h100", "tune: `target` is 'h100'"),
         ("tune --target sm_90", "tune: --target is 'sm_90' without --show"),
+        ("tune --model --target h100", "tune: `target` is 'h100'"),
+        ("tune --top 3", "tune: --top is 3 without --model"),
+        ("compile --against loops.json", "compile: --against is given without --loops"),
+        ("compile --out loops.json", "compile: --out is given without --loops"),
     ],
 )
 def test_what_fits_nothing_is_refused(arguments, words, compiled, capsys):

@@ -10,6 +10,7 @@ from kernel_calls import compiled
 
 pytest.importorskip("triton")
 
+from flashgau.sass import HotLoop
 from flashgau.tuning import ahead
 
 pytestmark = kernel_calls.pytestmark
@@ -250,12 +251,18 @@ def needs(**changes: Any) -> ahead.Compiled:
                              "matrix": frozenset({"HMMA"}), "vectors": True, **changes})  # fmt: skip
 
 
+def loop(spills: int) -> HotLoop:
+    return HotLoop(9, {}, {}, None, None, None, None, spills, 0, True, 0, 0, 0, {})
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
         ({}, None),
         ({"spills": 3}, "3 spill instructions"),
         ({"shared_bytes": 166_913}, "166913 bytes of shared memory, the device has 166912"),
+        ({"spills": 3, "loops": (loop(0), loop(0))}, None),
+        ({"spills": 3, "loops": (loop(0), loop(1), loop(1))}, "2 spill instructions in a hot loop"),
         ({"matrix": frozenset()}, "no matrix instruction HMMA"),
         ({"vectors": False}, "no loads or stores of 16 bytes"),
     ],

@@ -19,7 +19,8 @@ ALLOWED: dict[str, set[str]] = {
     "contract": set(),
     "tables": set(),
     **FLOORS,
-    "tuning": {"kernels", "tables"},
+    "sass": set(),
+    "tuning": {"kernels", "sass", "tables"},
     "ptx": {"tuning", "kernels", "tables"},
     "ops": {"contract", "tables", *FLOORS},
     "nn": OPS,
@@ -29,8 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": {"nn", *OPS},
     "training": {"models", "nn", *OPS},
     "testing": {"ops"},
-    "verification": {"nn", "ops", "ptx", "tuning", "tables", "reference", "kernels"},
-    "cli": {"bench", "verification", "training", "convert", "models", "nn", "tuning", *OPS},
+    "verification": {"nn", "ops", "ptx", "sass", "tuning", "tables", "reference", "kernels"},
+    "cli": {"bench", "verification", "training", "convert", "models", "nn", "sass", "tuning", *OPS},
 }
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flashgau.cli import filters
-from flashgau.cli.console import FAILURE, USAGE, dump_json, fail, make_console, make_table
+from flashgau.cli import loops as loop_reports
+from flashgau.cli.console import FAILURE, USAGE, counted, dump_json, fail, failing, make_console, make_table
 
 if TYPE_CHECKING:
     from flashgau.tuning.ahead import Row
@@ -37,26 +39,40 @@ def compile(
     processes: Annotated[
         int, typer.Option(metavar="N", min=0, max=1024, help="How many compile at once; 0 for one per processor.")
     ] = 0,
+    loops: Annotated[
+        bool, typer.Option("--loops", help="A row for every hot loop: what it holds, and modelled clocks.")
+    ] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --loops: fail if a loop is worse than this file has recorded."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --loops: record the loops, for --against.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> int:
     """Compile every kernel in every shipped configuration, without the GPU.
 
     Tells registers, spills, shared memory and whether the matrix units are used. The exit status is 1 if a row is
-    not ok: it takes more shared memory than the device has, or, in half precision, spills or does its products
-    without the matrix units. (With all options at once it may spill.)
+    not ok: it takes more shared memory than the device has, or, in half precision, spills inside a hot loop or does its
+    products without the matrix units. (With all options at once it may spill.)
+
+    With --loops it tells what every loop of products holds, and how long a model takes it to run: instructions, matrix
+    instructions, iterations of loads ahead, spills, exponentials under a product, clocks by pipe. With --against FILE
+    the exit status is 1, too, if a loop is more than 5% longer than recorded, or worse in what it is held to.
 
     \b
     Examples:
       flashgau compile
       flashgau compile --target sm_90 --json
+      flashgau compile --loops --target sm_90 --op attention --dtype bf16
+      flashgau compile --loops --target sm_90 --dtype bf16 --against bench/results/loops/sm_90.json
       flashgau compile --target sm_90 --op attention --dtype bf16 --heads 32 --kv-heads 8 --width 80
     """
     from flashgau.ops.dispatch import unfit_triton
 
     if reason := unfit_triton(interpreting=False):
         fail("compile", reason)
-    from rich.progress import Progress
-
     from flashgau import tables
     from flashgau.tuning import ahead
     from flashgau.verification.candidates import Wanted
@@ -68,6 +84,8 @@ def compile(
         filters.widths("compile", shapes),
         filters.call_shape("compile", length, batch, heads, kv_heads, width),
     )
+    if not loops and (against or out):
+        fail("compile", f"--{'against' if against else 'out'} is given without --loops", USAGE)
     names = filters.words(target)
     try:
         jobs = [job for job in ahead.jobs(names, wanted.shape) if wanted.compiles(job)]
@@ -75,17 +93,21 @@ def compile(
         fail("compile", str(error).removeprefix("compile: "), USAGE)
     if not jobs:
         fail("compile", "there is no kernel of this target, operation, dtype and width at once", USAGE)
-    rows = []
-    errors = make_console(stderr=True)
-    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        task = progress.add_task("compiling", total=len(jobs))
-        for row in ahead.compile_all(jobs, processes or None):
-            rows.append(row)
-            progress.advance(task)
+    with failing("compile"):
+        before = None if against is None else loop_reports.read(against)
+    rows = list(counted(ahead.compile_all(jobs, processes or None), len(jobs), "compiling"))
     rows.sort(key=lambda r: (names.index(r.target), r.kernel, r.dtype, r.shape))
     bad = [row for row in rows if not row.ok]
+    if loops:
+        with failing("compile"):
+            worse = loop_reports.report(rows, before, out, json)
+        return FAILURE if bad or worse else 0
     if json:
-        print(dump_json({"schema": "flashgau-compile", "schema_version": 1, "rows": [asdict(row) for row in rows]}))
+        print(
+            dump_json(
+                {"schema": "flashgau-compile", "schema_version": 1, "rows": [_without_loops(row) for row in rows]}
+            )
+        )
         return FAILURE if bad else 0
     table = make_table(
         "target", "kernel", "dtype", "shape", "configuration", "registers", "spills", "shared", "matrix", "ok",
@@ -94,7 +116,7 @@ def compile(
     for row in rows:
         table.add_row(
             row.target, row.kernel, row.dtype, row.shape,
-            _configuration(row),
+            loop_reports.configuration(row),
             str(row.registers), str(row.spills), str(row.shared_bytes), "yes" if row.tensor_core else "no",
             "ok" if row.ok else str(row.reason),
         )  # fmt: skip
@@ -104,10 +126,5 @@ def compile(
     return FAILURE if bad else 0
 
 
-def _configuration(row: Row) -> str:
-    """For the table; a dash for a call that failed before it chose one."""
-    if not row.configuration:
-        return "-"
-    c = row.configuration
-    block = f"{c['block_m']}x{c['block_n']}" + ("" if row.op == "attention" else f"x{c['block_k']}")
-    return f"{block}, {c['num_warps']} warps, {c['num_stages']} stages"
+def _without_loops(row: Row) -> dict[str, Any]:
+    return {name: value for name, value in asdict(row).items() if name != "loops"}

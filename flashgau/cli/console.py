@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 import typer
 
@@ -168,6 +168,21 @@ def make_table(*columns: str, right: tuple[str, ...] = (), fixed: tuple[str, ...
         number = column in right
         table.add_column(column, justify="right" if number else "left", no_wrap=number or column in fixed)
     return table
+
+
+Item = TypeVar("Item")
+
+
+def counted(items: Iterator[Item], total: int, what: str) -> Iterator[Item]:
+    """The items as they come, with a progress bar on standard error where that is a terminal."""
+    from rich.progress import Progress
+
+    console = make_console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        for item in items:
+            yield item
+            progress.advance(task)
 
 
 def fail(command: str, message: str, code: int = FAILURE) -> NoReturn:

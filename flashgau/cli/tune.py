@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashgau.cli import filters, merging
+from flashgau.cli import filters, merging, ranking
 from flashgau.cli.console import (
     INTERRUPTED,
     USAGE,
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from flashgau.verification.candidates import Wanted
 
 
+NO_ENTRY = "there is no entry of this operation, kernel, dtype and width at once"
+TOP = 5  # candidates of an entry that a model lets through
 LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal
 SECONDS_EACH = 1.5  # of a candidate, compiled beside others: an assumption, until some are done
 
@@ -126,8 +128,16 @@ def tune(
     show_only: Annotated[
         bool, typer.Option("--show", help="Print the choices as they are, and measure nothing.")
     ] = False,
+    model: Annotated[
+        bool, typer.Option("--model", help="Rank the candidates by a model first, which needs no GPU.")
+    ] = False,
+    top: Annotated[
+        int | None,
+        typer.Option(metavar="K", min=1, help="With --model: how many of an entry to print, and to measure; 5."),
+    ] = None,
     target: Annotated[
-        str | None, typer.Option(metavar="NAME", help="With --show: the table of an architecture, such as sm_90.")
+        str | None,
+        typer.Option(metavar="NAME", help="With --show or --model: of an architecture, such as sm_90."),
     ] = None,
     export: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Copy your table to a file or folder, and measure nothing.")
@@ -145,6 +155,9 @@ def tune(
     What is measured is kept as it comes: after Ctrl-C, or when the time is over, the best so far is used, and the same
     command goes on from there.
 
+    With --model the candidates are compiled and ranked by modelled clocks of their loops before anything is measured,
+    and only the best --top of each entry are. Without a GPU, or with --target, the ranks are printed, and that is all.
+
     \b
     Examples:
       flashgau tune --minutes 60
@@ -152,14 +165,21 @@ def tune(
       flashgau tune --op attention --dtype bf16 --length 4096 --batch 4 --heads 32 --kv-heads 8 --width 80
       flashgau tune --show --op glu
       flashgau tune --show --target sm_90
+      flashgau tune --model --target sm_90 --kernel attention_forward --width 128 --top 8
       flashgau tune --export flashgau/tables/gpus/
       flashgau tune --merge first.json --merge second.json
     """
     if merge:
         with failing("tune"):
             return merging.merge(merge, as_json)
-    if target is not None and not show_only:
-        fail("tune", f"--target is {target!r} without --show; what is measured is measured on --device", USAGE)
+    if target is not None and not (show_only or model):
+        fail(
+            "tune", f"--target is {target!r} without --show or --model; what is measured is measured on --device", USAGE
+        )
+    if top is not None and not model:
+        fail("tune", f"--top is {top} without --model, which ranks the candidates", USAGE)
+    if model and not show_only and target is None and device == "cuda" and not _has_gpu():
+        target = "sm_90"
     where = None if target is not None else _device(device)
     if not minutes > 0:
         fail("tune", f"--minutes is {minutes:g}; expected a positive number", USAGE)
@@ -169,9 +189,31 @@ def tune(
 
     wanted = Wanted(ops, _kernels(kernel, where), _dtypes(dtype, where, show_only), widths, shape)
     with failing("tune"):
+        if model and where is None and not show_only:
+            return _rank(target or "", wanted, top or TOP, as_json)
         if where is None or (show_only and export is None):
             return _show(where, target or "", wanted, as_json)
-        return _tune(where, wanted, minutes, export, as_json)
+        return _tune(where, wanted, minutes, export, as_json, (top or TOP) if model else None)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _rank(target: str, wanted: Wanted, top: int, as_json: bool) -> int:
+    """The candidates for a GPU that is not there."""
+    from flashgau.verification import candidates
+
+    try:
+        starts = candidates.starts_of_target(target, wanted)
+    except ValueError as error:  # the target is none
+        fail("tune", str(error).removeprefix("compile: "), USAGE)
+    if not starts:
+        fail("tune", NO_ENTRY, USAGE)
+    ranking.show(starts, ranking.rank(starts), top, as_json)
+    return 0
 
 
 def _show(where: torch.device | None, target: str, wanted: Wanted, as_json: bool) -> int:
@@ -196,23 +238,25 @@ def _tune(
     minutes: float,
     export: Path | None,
     as_json: bool,
+    top: int | None,
 ) -> int:
-    """What `flashgau tune` does with options that are right."""
+    """What `flashgau tune` does with options that are right; `top`: how many of an entry's candidates are measured."""
     from flashgau import tables
     from flashgau.verification import candidates
 
     if export is not None:
         return _export(where, export)
-    from flashgau.tuning import ahead
+    from flashgau.tuning import ahead, modelling
     from flashgau.tuning.searching import Journal, Search
 
     path, bench = tables.user_path(where), candidates.Bench(where, shape=wanted.shape)
     before = candidates.starts(where, wanted)
     if not before:
-        fail("tune", "there is no entry of this operation, kernel, dtype and width at once", USAGE)
+        fail("tune", NO_ENTRY, USAGE)
     measured = candidates.versions() | candidates.shape_measured(wanted.shape)
     journal = Journal(path.with_suffix(".journal.jsonl"), measured)
-    search = Search(before, bench.check, bench.clock, journal, ahead.compile_each)
+    among = {} if top is None else modelling.best(ranking.rank(before), top)
+    search = Search(before, bench.check, bench.clock, journal, ahead.compile_each, among)
     finished = run_search(search, 60 * minutes, lambda: bench.broken)
     found = search.best()
     if finished:

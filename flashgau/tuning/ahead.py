@@ -16,14 +16,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from flashgau import tables
+from flashgau import sass, tables
 from flashgau.kernels import common
+from flashgau.sass.model import Program
 from flashgau.tables.config import Config
 from flashgau.tables.table import Key
 
@@ -73,18 +74,25 @@ class Compiled:
     shared_bytes: int
     matrix: frozenset[str]  # its matrix instructions
     vectors: bool  # whether it loads and stores 16 bytes at a time
+    loops: tuple[sass.HotLoop, ...] = ()  # those that hold its products
+
+    @property
+    def hot_spills(self) -> int:
+        """Spills that are paid for in every iteration: those inside hot loops; of a kernel without any, all."""
+        return sum(loop.spills for loop in self.loops) if self.loops else self.spills
 
     def problem(self, wanted: str | None, *, spills: bool = True, vectors: bool = False) -> str | None:
         """Why it should not be shipped, if it should not.
 
-        `wanted` is the start of a matrix instruction that it must have; `spills`, whether registers must suffice;
-        `vectors`, whether its loads and stores must be of 16 bytes.
+        `wanted` is the start of a matrix instruction that it must have; `spills`, whether registers must suffice
+        where it is hot: between the products of a loop (outside loops a spill costs next to nothing), or everywhere if
+        it has no such loop; `vectors`, whether its loads and stores must be of 16 bytes.
         """
         limit = shared_bytes_of(self.target)
         if self.shared_bytes > limit:
             return f"{self.shared_bytes} bytes of shared memory, the device has {limit}"
-        if self.spills and spills:
-            return f"{self.spills} spill instructions"
+        if self.hot_spills and spills:
+            return f"{self.hot_spills} spill instructions" + (" in a hot loop" if self.loops else "")
         if wanted is not None and not any(name.startswith(wanted) for name in self.matrix):
             return f"no matrix instruction {wanted}"
         if vectors and not self.vectors:
@@ -137,7 +145,9 @@ def _inspect(name: str, target: str, kernel: Any) -> Compiled:
     needs = compiler.needs(kernel)
     matrix = frozenset(re.findall(MATRIX_INSTRUCTIONS, needs.assembly))
     vectors = bool(re.search(VECTOR_LOADS, needs.assembly) and re.search(VECTOR_STORES, needs.assembly))
-    return Compiled(name, target, needs.registers, needs.spills, needs.shared_bytes, matrix, vectors)
+    program = Program(needs.warps, needs.registers, needs.shared_bytes)
+    loops = sass.inspect(target, needs.assembly, needs.ttgir, program)
+    return Compiled(name, target, needs.registers, needs.spills, needs.shared_bytes, matrix, vectors, loops)
 
 
 # ---- everything that is shipped ----
@@ -159,6 +169,8 @@ class Row:
     tensor_core: bool = False
     ok: bool = False
     reason: str | None = None
+    entry: str = ""  # of the tables, without "_few_rows"
+    loops: tuple[sass.HotLoop, ...] = ()  # the hot ones of each way in which the call compiles the kernel
 
 
 @dataclass(frozen=True)
@@ -235,12 +247,15 @@ def compile_one(job: Job) -> Row:
         return row(reason=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
     if not found:
         return row(reason="a call of this shape never starts the kernel")
-    needs = max(found, key=lambda c: (c.spills, c.shared_bytes, c.registers))  # where a kernel serves two purposes
+    needs = max(
+        found, key=lambda c: (c.hot_spills, c.spills, c.shared_bytes, c.registers)
+    )  # where a kernel serves two purposes
     may_spill = job.dtype == "fp32" or job.kind == "all options"
     reason = needs.problem(_wanted(job), spills=not may_spill, vectors=entry.vectors)
     return row(
         registers=needs.registers, spills=needs.spills, shared_bytes=needs.shared_bytes,
         tensor_core=bool(needs.matrix), ok=reason is None, reason=reason,
+        loops=tuple(loop for one in {id(c): c for c in found}.values() for loop in one.loops),
     )  # fmt: skip
 
 
@@ -288,6 +303,7 @@ def _until_a_crash(
 ) -> Iterator[tuple[Work, Result]]:
     # Ctrl-C reaches every process of a terminal; the one that waits for them ends the work.
     ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    others = set(active_children())
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=ignore) as pool:
         with _not_interpreting():  # the processes start while work is submitted
             waiting = {pool.submit(function, one): one for one in work}
@@ -296,6 +312,10 @@ def _until_a_crash(
                 yield waiting[done], done.result()
         except BrokenProcessPool:
             return
+        except (KeyboardInterrupt, GeneratorExit):  # nobody waits for what is being done
+            for process in set(active_children()) - others:
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -315,10 +335,11 @@ def _row(job: Job) -> partial[Row]:
     """The row of a job, without its results."""
     few = ["few rows"] if job.key.few_rows else []
     shape = ", ".join([*([f"D={job.exact_width}"] if job.width else []), *few, job.kind])
-    kernel = ENTRIES[job.entry].kernel
+    kernel, name = ENTRIES[job.entry].kernel, job.key.kernel
     return partial(
-        Row, op=op_of(job.entry), kernel=kernel, dtype=job.dtype, shape=shape, configuration={}, target=job.target
-    )
+        Row, op=op_of(job.entry), kernel=kernel, dtype=job.dtype, shape=shape, configuration={}, target=job.target,
+        entry=name,
+    )  # fmt: skip
 
 
 def op_of(entry: str) -> str:

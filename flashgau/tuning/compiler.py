@@ -81,12 +81,15 @@ class Needs:
     registers: int
     spills: int
     shared_bytes: int
+    warps: int
+    ttgir: str  # Triton's GPU dialect, from which the machine code was made
 
 
 def needs(kernel: Any) -> Needs:
     """Read it from what Triton compiled, for an NVIDIA or an AMD GPU."""
     parts = _nvidia(kernel.asm["cubin"]) if "cubin" in kernel.asm else _amd(kernel.asm["amdgcn"])
-    return Needs(*parts, shared_bytes=kernel.metadata.shared)
+    metadata = kernel.metadata
+    return Needs(*parts, shared_bytes=metadata.shared, warps=metadata.num_warps, ttgir=kernel.asm["ttgir"])
 
 
 def _nvidia(cubin: bytes) -> tuple[str, int, int]:

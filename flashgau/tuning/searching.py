@@ -1,9 +1,9 @@
 """Finding faster configurations: which are tried, in what order, and what became of each.
 
 Around the table's entry a space of neighbours: each block that the kernel has, halved or doubled; 4 or 8 warps; 1 to 4
-stages. Candidates are compiled first, in parallel, and those that take too much shared memory, or spill, never run. The
-rest are held to the reference, then timed. Near neighbours of every kernel come before distant ones of any, so that a
-search cut short has looked at all of them.
+stages. Candidates are compiled first, in parallel, and those that take too much shared memory, or spill in a hot loop,
+never run. The rest are held to the reference, then timed. Near neighbours of every kernel come before distant ones of
+any, so that a search cut short has looked at all of them.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, product
 from pathlib import Path
 
@@ -107,6 +107,17 @@ def space(key: Key, start: Config) -> list[tuple[int, Config]]:
     return sorted(((far, config) for config, far in found.items()), key=lambda item: item[0])
 
 
+def candidates_of(starts: list[Job]) -> list[tuple[int, Job]]:
+    """The candidates around some entries with their distances, the nearest first, and of these the first entry's."""
+    found = [
+        (far, replace(job, config=config))
+        for job in starts
+        if job.config is not None
+        for far, config in space(job.key, job.config)
+    ]
+    return sorted(found, key=lambda item: item[0])
+
+
 def _scaled(block: int, by: int) -> int:
     return block * 2 if by > 0 else block // 2 if by < 0 else block
 
@@ -159,6 +170,7 @@ class Search:
         clock: milliseconds of a candidate's call, or `NotTimed` with the reason.
         journal: where measurements are kept.
         compile: gives jobs with their rows, as they are done, such as `ahead.compile_each`.
+        among: of the entries named here only these candidates, and the one that they have.
     """
 
     starts: list[Job]
@@ -166,6 +178,7 @@ class Search:
     clock: Callable[[Job], float]
     journal: Journal
     compile: Callable[[list[Job]], Iterator[tuple[Job, Row]]]
+    among: Mapping[Key, frozenset[Config]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Take from the journal what is known of these entries."""
@@ -173,14 +186,12 @@ class Search:
         self.outcomes = {place: what for place, what in self.journal.read().items() if place[0] in keys}
 
     def candidates(self) -> list[tuple[int, Job]]:
-        """All of them with their distances, the nearest first, and of these the first entry's."""
-        found = [
-            (far, replace(job, config=config))
-            for job in self.starts
-            if job.config is not None
-            for far, config in space(job.key, job.config)
+        """All of them with their distances, as `candidates_of` gives them."""
+        return [
+            (far, job)
+            for far, job in candidates_of(self.starts)
+            if far == 0 or job.key not in self.among or job.config in self.among[job.key]
         ]
-        return sorted(found, key=lambda item: item[0])
 
     def untried(self) -> int:
         """How many candidates nothing is known of."""

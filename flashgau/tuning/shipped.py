@@ -104,6 +104,7 @@ class LaunchEntry:
             matrices, and "" for any. Kinds named "all options" may have any, and may spill.
         vectors: whether its loads and stores must be of 16 bytes.
         large: the dtypes in which it must have that very instruction; in the other, any.
+        skewed: whether its exponentials should stand under a product of another block, where products are asynchronous.
     """
 
     kernel: str
@@ -113,6 +114,7 @@ class LaunchEntry:
     matrix: dict[str, str] | None = None
     vectors: bool = False
     large: tuple[str, ...] = ("fp16", "bf16")
+    skewed: bool = False
 
 
 # Blocks of 64 rows and more are multiplied by whole groups of warps; where rows are few by any instruction there is.
@@ -245,13 +247,15 @@ _SOFTMAX = {"fp16": ("softmax causal",), "bf16": ("softmax causal",), "fp32": ("
 
 ENTRIES: dict[str, LaunchEntry] = {
     "attention_forward": LaunchEntry(
-        "forward_kernel", partial(_attention, False, None, False), matrix=_LARGE, **_ATTENTION
+        "forward_kernel", partial(_attention, False, None, False), matrix=_LARGE, skewed=True, **_ATTENTION
     ),
     "attention_forward_few_rows": LaunchEntry(
         "forward_kernel", partial(_attention, False, 1, False), matrix=_ANY, **_ATTENTION
     ),
     "attention_dq": LaunchEntry("dq_kernel", partial(_attention, True, None, False), matrix=_LARGE, **_ATTENTION),
-    "attention_dkv": LaunchEntry("dkv_kernel", partial(_attention, True, None, False), matrix=_LARGE, **_ATTENTION),
+    "attention_dkv": LaunchEntry(
+        "dkv_kernel", partial(_attention, True, None, False), matrix=_LARGE, skewed=True, **_ATTENTION
+    ),
     "attention_dbias": LaunchEntry("dbias_kernel", partial(_attention, True, None, True), matrix=_ANY, **_ATTENTION),
     "glu_forward": LaunchEntry("glu_kernel", partial(_glu, False), **_GLU),
     "glu_backward": LaunchEntry("glu_backward_kernel", partial(_glu, True), **_GLU),

@@ -188,11 +188,27 @@ def starts(device: torch.device, wanted: Wanted) -> list[Job]:
     arch = tables.architecture(device)
     without_bf16 = arch == "interpreter" and not dispatch.interprets_bf16()
     dtypes = wanted.dtypes or ("fp16" if without_bf16 else "bf16", "fp32")
+    jobs = _jobs(ahead.target_here(device), arch, wanted, dtypes)
+    return [replace(job, config=tables.shipped_config(device, job.key)) for job in jobs]
+
+
+def starts_of_target(target: str, wanted: Wanted) -> list[Job]:
+    """The same for a GPU that is not there, with the configurations of its architecture's table, in bf16 if not said.
+
+    Raises:
+        ValueError: for a target that is none.
+    """
+    arch = ahead.table_of(target)
+    entries = tables.shipped_table(arch)
+    jobs = _jobs(target, arch, wanted, wanted.dtypes or ("bf16",))
+    return [replace(job, config=entries.config(job.key), shape=wanted.shape) for job in jobs]
+
+
+def _jobs(target: str, arch: str, wanted: Wanted, dtypes: tuple[str, ...]) -> list[Job]:
     every_op = {op_of(name) for name in ENTRIES}
-    jobs = searching.tasks(ahead.target_here(device), wanted.ops or every_op, wanted.widths, dtypes)
     return [
-        replace(job, config=tables.shipped_config(device, job.key))
-        for job in jobs
+        job
+        for job in searching.tasks(target, wanted.ops or every_op, wanted.widths, dtypes)
         if is_asked(job.key, fp16=job.dtype == "fp16") and wanted.keeps(arch, job.key) and wanted.starts(job)
     ]
 

@@ -131,8 +131,8 @@ def search(
     """Find the fastest configuration of a kernel of yours, and put it into your table, where `choose` finds it.
 
     Every candidate is compiled ahead, if there is a compiler for the GPU: what takes more shared memory than it has,
-    or spills registers (in half precision), does not run. The rest is held to the reference by the rule of
-    `flashgau.compare`, and what is within tolerance is timed. A candidate that fails in any way is out, with the
+    or spills registers in a hot loop (in half precision), does not run. The rest is held to the reference by the rule
+    of `flashgau.compare`, and what is within tolerance is timed. A candidate that fails in any way is out, with the
     reason, and the next is tried.
 
     Args:
