@@ -27,6 +27,7 @@ import triton.language as tl
 
 from .common import (
     LOG2_E,
+    LOWEST,
     VARYING,
     Sequences,
     bounds,
@@ -352,7 +353,7 @@ def forward_kernel(
                     b_weight = own_weights(b_s, SIZES)
                 else:
                     b_new = tl.maximum(b_m, tl.max(b_s, 1) * factor)
-                    b_pivot = tl.where(b_new == -float("inf"), 0.0, b_new)  # no visible key so far: avoids inf - inf
+                    b_pivot = tl.maximum(b_new, LOWEST)  # no visible key so far: avoids inf - inf
                     b_weight = tl.exp2(b_s * factor - b_pivot[:, None])
                     b_alpha = tl.exp2(b_m - b_pivot)
                     b_l = b_l * b_alpha + tl.sum(b_weight, 1)
@@ -416,7 +417,7 @@ def merge_kernel(parts, sums, out, lse, n_rows, n_parts, E: tl.constexpr, BE: tl
         m_whole = m_part[:, None] & (o_column[None, :] < E)
         b_part = tl.load(parts + o_flat[:, None] * E + o_column[None, :], mask=m_whole, other=0.0)
         b_new = tl.maximum(b_m, tl.max(b_part_m, 0))
-        b_pivot = tl.where(b_new == -float("inf"), 0.0, b_new)
+        b_pivot = tl.maximum(b_new, LOWEST)
         b_alpha = tl.exp2(b_m - b_pivot)
         b_weight = products(tl.exp2(b_part_m - b_pivot), b_part_l)
         b_acc = b_acc * b_alpha + tl.sum(products(b_part, b_weight[:, None]), 0)
