@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from flashgau.cli import loops, main
 from flashgau.sass import HotLoop
 from flashgau.tables.config import Config
 from flashgau.tuning import ahead, modelling, searching
+from flashgau.verification import candidates
 
 folder = tuning_tables.folder
 
@@ -115,6 +117,26 @@ def test_only_the_best_of_a_model_are_measured(monkeypatch):
     found = [modelling.Modelled(dataclasses.replace(starts[0], config=Config(m, 64)), rate) for m, rate in
              ((16, 3.0), (32, 9.0), (64, None), (128, 5.0))]  # fmt: skip
     assert modelling.best(modelling.ranking(found), 2) == {key: {Config(32, 64), Config(128, 64)}}
+
+
+@pytest.mark.usefixtures("modelled")
+def test_a_search_begins_from_the_best_of_the_model(monkeypatch, capsys):
+    """Two of each entry, by the largest blocks of rows, and the one that the table has."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("there is a GPU, and Triton compiles")
+    timed = []
+    monkeypatch.setattr(candidates.Bench, "check", lambda self, job: None)
+    monkeypatch.setattr(candidates.Bench, "clock", lambda self, job: timed.append(job) or 1.0)
+    arguments = ["tune", "--model", "--device", "cpu", "--kernel", "attention_dq", "--dtype", "fp32", "--shapes", "64"]
+    assert main([*arguments, "--top", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (start,) = candidates.starts(
+        torch.device("cpu"), candidates.Wanted(None, frozenset({"attention_dq"}), ("fp32",), (64,))
+    )
+    others = [job.config for job in timed if job.config != start.config]
+    assert (found["candidates"], found["untried"]) == (len(others) + 1, 0)
+    assert 1 <= len(others) <= 2
+    assert {c.block_m for c in others} == {max(c.block_m for _, c in searching.space(start.key, start.config))}
 
 
 def test_a_gpu_without_a_model_is_refused(capsys):

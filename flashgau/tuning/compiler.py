@@ -97,11 +97,9 @@ def _nvidia(cubin: bytes) -> tuple[str, int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run([program, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    registers = max(map(int, re.findall(r"REG:(\d+)", usage)), default=0)
+        both = [program, "-res-usage", "-sass", file.name]
+        sass = subprocess.run(both, capture_output=True, text=True, check=True).stdout
+    registers = max(map(int, re.findall(r"\bREG:(\d+)", sass)), default=0)
     return sass, registers, len(re.findall(r"\b(?:STL|LDL)\b", sass))
 
 
