@@ -81,11 +81,11 @@ def _forward(
     """With functions of a user. An elementwise weight has no log-sum-exp: an empty tensor stands for it."""
     b, n_heads, m, d = q.shape
     n_kv_heads, n, e = k.shape[1], k.shape[2], v.shape[-1]
-    paged, size, total = None, {}, n
+    paged, size, total = None, dict[str, Any](), n
     if pages.block_table is not None:
         table, leftpad = pages.block_table.contiguous(), pages.leftpad
         paged = PagedKeys(table, leftpad if leftpad is None else leftpad.contiguous(), k.shape[0])
-        size = {"PAGE": max(n, 1)}
+        size = {"PAGE": max(n, 1), "NEAR": True if n * max(k.stride(2), v.stride(2)) < 2**31 else None}
         n *= table.shape[1] if k.shape[0] else 0  # the most keys that a sequence may have
         total = n if layout.cu_seqlens is None else n * table.shape[0]
     out = _empty_output(q, e)
@@ -110,10 +110,10 @@ def _forward(
         every = q.new_empty(n_parts, b, n_heads, m, e, dtype=torch.float32)
         parts = heads(every.flatten(0, 1))
         sums = q.new_empty(2, n_parts, b, n_heads, m, dtype=torch.float32) if softmax else None
-    sizes = {"GROUPS": groups, "D": d, "E": e, **widths, "PRECISION": matmul_precision(q.dtype), **size}
+    sizes: dict[str, Any] = {"GROUPS": groups, "D": d, "E": e, **widths, "PRECISION": matmul_precision(q.dtype)}
     forward_kernel[(n_blocks * per_block, n_parts or 1)](
         heads(q), heads(k), heads(v), parts, sums, *sequences, *rule, n_blocks, n_kv_heads, n_parts,
-        Sizes(**sizes, BM=config.block_m, BN=config.block_n, **own.sizes(backward=False)), paged,
+        Sizes(**sizes, **size, BM=config.block_m, BN=config.block_n, **own.sizes(backward=False)), paged,
         **config.launch(),
     )  # fmt: skip
     if n_parts is not None and not softmax:  # there is nothing to weigh the parts by: they add up

@@ -199,33 +199,41 @@ def keys_in_pages(paged, sequences, i_seq, m, n, PAGE: tl.constexpr):
 
 @triton.jit
 def slots_of_keys(paged, p_table, leftpad, j, n, WHOLE: tl.constexpr, SIZES: tl.constexpr):
-    """The pages, and slots in them, of a block of keys from j on. Without pages a sequence is one. WHOLE: all exist."""
-    o_slot = j + tl.arange(0, SIZES.BN)
-    o_page = 0
+    """The pages of a block of keys from j on, the first slot in them, and the keys' slots behind that one.
+
+    Without pages a sequence is one. WHOLE: all keys exist.
+    """
+    o_page, first, o_slot = 0, 0, j + tl.arange(0, SIZES.BN)
     if SIZES.PAGE is not None:
         if paged.leftpad is None and SIZES.PAGE % SIZES.BN == 0:  # a block lies in one page
             o_page = j // SIZES.PAGE
-            o_slot -= o_page * SIZES.PAGE
+            first, o_slot = j - o_page * SIZES.PAGE, tl.arange(0, SIZES.BN)
             o_page = tl.load(p_table + o_page)
         else:
             m_key = o_slot < n
-            o_slot += leftpad
-            o_page = o_slot // SIZES.PAGE
-            o_slot -= o_page * SIZES.PAGE
+            o_token = (leftpad + o_slot).to(tl.uint32)  # of which a quotient by a power of two is a shift
+            o_page = (o_token // SIZES.PAGE).to(tl.int32)
+            o_slot = (o_token % SIZES.PAGE).to(tl.int32)
             if WHOLE:
                 o_page = tl.load(p_table + o_page)
             else:
                 o_page = tl.load(p_table + o_page, mask=m_key, other=0)
         o_page = tl.minimum(tl.maximum(o_page, 0), paged.n_pages - 1)
-    return o_page, o_slot
+    return o_page, first, o_slot
 
 
 @triton.jit
-def key_rows(x, p_x, o_page, o_slot, PAGE: tl.constexpr):
-    """Pointers to the first column of keys or values in their slots; p_x is that of the sequence, or of all pages."""
-    if PAGE is not None:
-        p_x += tl.cast(o_page, tl.int64) * x.batch
-    return p_x + tl.cast(o_slot, tl.int64) * x.token
+def key_rows(x, p_x, o_page, first, o_slot, SIZES: tl.constexpr):
+    """Pointers to the first column of keys or values in slots of a sequence, or of pages, which begin at p_x.
+
+    NEAR: a page lies within 2^31 elements. Only slots are 32-bit then.
+    """
+    if SIZES.PAGE is not None:
+        p_x += o_page.to(tl.uint32).to(tl.int64) * x.batch  # a number of a page is not negative: half a product
+    p_x += tl.cast(first, tl.int64) * x.token
+    if SIZES.NEAR is None:
+        o_slot = o_slot.to(tl.int64)
+    return p_x + o_slot * x.token
 
 
 @guarded
@@ -234,7 +242,7 @@ def forward_kernel(
     q, k, v, out, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
     sinks, seed, threshold, dropout_scale, aux, n_blocks, n_kv_heads, n_parts,
-    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION, and a user's functions; PAGE with `paged`
+    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION, NEAR, and a user's functions; PAGE with `paged`
     paged=None,  # a PagedKeys
 ):  # fmt: skip
     """O and LSE of a block of rows; with `n_parts`, of every n-th part of its keys."""
@@ -285,8 +293,8 @@ def forward_kernel(
             hi = full_start if phase == 0 else (full_stop if phase == 1 else stop)
             for j in range(lo, hi, BN):
                 o_key = j + tl.arange(0, BN)
-                o_page, o_slot = slots_of_keys(paged, p_table, leftpad, j, n, phase == 1, SIZES)
-                p_rows = key_rows(k, p_k, o_page, o_slot, SIZES.PAGE)
+                o_page, first, o_slot = slots_of_keys(paged, p_table, leftpad, j, n, phase == 1, SIZES)
+                p_rows = key_rows(k, p_k, o_page, first, o_slot, SIZES)
                 b_k = load_rows(k, p_rows, o_key < n, SIZES.D, SIZES.BD, phase == 1)
                 b_qk = tl.dot(b_q, b_k.T, input_precision=SIZES.PRECISION)
                 b_s, _ = scores(
@@ -303,7 +311,7 @@ def forward_kernel(
                     b_l = b_l * b_alpha + tl.sum(b_p, 1)
                 if rule.seed is not None:
                     b_p = tl.where(kept(rule, i_seq, o_head, o_query, j, BM, BN), b_p, 0.0)
-                p_rows = key_rows(v, p_v, o_page, o_slot, SIZES.PAGE)
+                p_rows = key_rows(v, p_v, o_page, first, o_slot, SIZES)
                 b_v = load_rows(v, p_rows, o_key < n, SIZES.E, SIZES.BE, phase == 1)
                 if SIZES.WEIGHT_MOD is not None:
                     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=SIZES.PRECISION)
