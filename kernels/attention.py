@@ -82,7 +82,7 @@ def _forward(
     """With functions of a user. An elementwise weight has no log-sum-exp: an empty tensor stands for it."""
     b, n_heads, m, d = q.shape
     n_kv_heads, n, e = k.shape[1], k.shape[2], v.shape[-1]
-    paged, size, total = None, {}, n
+    paged, size, total = None, dict[str, Any](), n
     if pages.block_table is not None:
         table, leftpad = pages.block_table.contiguous(), pages.leftpad
         paged = PagedKeys(table, leftpad if leftpad is None else leftpad.contiguous(), k.shape[0])
@@ -111,12 +111,14 @@ def _forward(
         every = q.new_empty(n_parts, b, n_heads, m, e, dtype=torch.float32)
         parts = heads(every.flatten(0, 1))
         sums = q.new_empty(2, n_parts, b, n_heads, m, dtype=torch.float32) if softmax else None
-    sizes = {"GROUPS": groups, "D": d, "E": e, **widths, "PRECISION": matmul_precision(q.dtype), **size}
+    sizes: dict[str, Any] = {"GROUPS": groups, "D": d, "E": e, **widths, "PRECISION": matmul_precision(q.dtype)}
     sizes |= {"ASYNCHRONOUS": config.asynchronous, "DESCRIBED": _described(config, k, v)}
+    if size.get("PAGE", config.block_n) * max(k.stride(2), v.stride(2)) < 2**31:
+        sizes["NEAR"] = True
     launched(
         forward_kernel[(n_blocks * per_block, n_parts or 1)],
         heads(q), heads(k), heads(v), parts, sums, *sequences, *rule, n_blocks, n_kv_heads, n_parts,
-        Sizes(**sizes, BM=config.block_m, BN=config.block_n, **own.sizes(backward=False)), paged,
+        Sizes(**sizes, **size, BM=config.block_m, BN=config.block_n, **own.sizes(backward=False)), paged,
         **config.launch(),
     )  # fmt: skip
     if n_parts is not None and not softmax:  # there is nothing to weigh the parts by: they add up

@@ -233,22 +233,25 @@ def keys_in_pages(paged, sequences, i_seq, m, n, PAGE: tl.constexpr):
 
 @triton.jit
 def slots_of_keys(pages, start, n, WHOLE: tl.constexpr, SIZES: tl.constexpr):
-    """The pages of a block of keys from `start` on, and slots in them. WHOLE: all exist."""
-    o_slot = start + tl.arange(0, SIZES.BN)
+    """The pages of a block of keys from `start` on, the first slot in them, and the keys' slots behind that one.
+
+    WHOLE: all keys exist.
+    """
+    first, o_slot = 0, start + tl.arange(0, SIZES.BN)
     if pages.paged.leftpad is None and SIZES.PAGE % SIZES.BN == 0:  # a block lies in one page
         o_page = start // SIZES.PAGE
-        o_slot -= o_page * SIZES.PAGE
+        first, o_slot = start - o_page * SIZES.PAGE, tl.arange(0, SIZES.BN)
         o_page = tl.load(pages.p_table + o_page)
     else:
         m_key = o_slot < n
-        o_slot += pages.leftpad
-        o_page = o_slot // SIZES.PAGE
-        o_slot -= o_page * SIZES.PAGE
+        o_token = (pages.leftpad + o_slot).to(tl.uint32)  # of which a quotient by a power of two is a shift
+        o_page = (o_token // SIZES.PAGE).to(tl.int32)
+        o_slot = (o_token % SIZES.PAGE).to(tl.int32)
         if WHOLE:
             o_page = tl.load(pages.p_table + o_page)
         else:
             o_page = tl.load(pages.p_table + o_page, mask=m_key, other=0)
-    return tl.minimum(tl.maximum(o_page, 0), pages.paged.n_pages - 1), o_slot
+    return tl.minimum(tl.maximum(o_page, 0), pages.paged.n_pages - 1), first, o_slot
 
 
 @triton.jit
@@ -265,16 +268,26 @@ def keys_of(x, row, head, first, n, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SI
 def load_keys(
     x, p_x, start, n, pages, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, SIZES: tl.constexpr
 ):
-    """The block of keys from `start` on; zeros past the last. WHOLE: there are none."""
-    o_key = start + tl.arange(0, SIZES.BN)
+    """The block of keys from `start` on; zeros past the last. WHOLE: there are none.
+
+    NEAR: a page, or a block where there are none, lies within 2^31 elements. Offsets in it are 32-bit then, and kept
+    from block to block, which takes registers.
+    """
     if SIZES.DESCRIBED:
         block = p_x.load([start, 0])
-    elif SIZES.PAGE is not None:
-        o_page, o_slot = slots_of_keys(pages, start, n, WHOLE, SIZES)
-        p_rows = p_x + tl.cast(o_page, tl.int64) * x.batch + tl.cast(o_slot, tl.int64) * x.token
-        block = load_rows(x, p_rows, o_key < n, WIDTH, BLOCK, WHOLE)
     else:
-        block = load_rows(x, p_x + tl.cast(o_key, tl.int64) * x.token, o_key < n, WIDTH, BLOCK, WHOLE)
+        o_key = start + tl.arange(0, SIZES.BN)
+        m_key = o_key < n
+        first, o_slot = start, tl.arange(0, SIZES.BN)
+        if SIZES.PAGE is not None:
+            o_page, first, o_slot = slots_of_keys(pages, start, n, WHOLE, SIZES)
+            p_x += o_page.to(tl.uint32).to(tl.int64) * x.batch  # a number of a page is not negative: half a product
+            o_key = first + o_slot
+        if SIZES.NEAR is None:
+            p_rows = p_x + o_key.to(tl.int64) * x.token
+        else:
+            p_rows = p_x + tl.cast(first, tl.int64) * x.token + o_slot * x.token
+        block = load_rows(x, p_rows, m_key, WIDTH, BLOCK, WHOLE)
     return block
 
 
@@ -284,7 +297,7 @@ def forward_kernel(
     q, k, v, out, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
     sinks, seed, threshold, dropout_scale, aux, n_blocks, n_kv_heads, n_parts,
-    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION, and a user's functions; PAGE with `paged`
+    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION, NEAR, and a user's functions; PAGE with `paged`
     paged=None,  # a PagedKeys
 ):  # fmt: skip
     """O and LSE of a block of rows; with `n_parts`, of every n-th part of its keys."""

@@ -129,6 +129,20 @@ def test_numbers_that_name_no_page_read_some_page() -> None:
         assert torch.isfinite(out).all()
 
 
+def test_pages_past_two_to_the_31() -> None:
+    """Pages, and tokens in a page, 2^27 elements apart; most of the memory between them is never touched."""
+    storage, table = torch.empty(20 * 2**27, dtype=torch.float16), torch.tensor([[17, 3, 18, 0]])
+    q = randn(0, 1, 2, 1, 8).half()
+    for shape, strides in (((19, 1, 16, 8), (2**27, 8, 8, 1)), ((1, 1, 19, 8), (8, 8, 2**27, 1))):
+        far = storage.as_strided(shape, strides)
+        near = randn(1, *shape).half()
+        far.copy_(near)
+        for leftpad in (None, torch.tensor([5])):
+            where = {"block_table": table % shape[0], "leftpad": leftpad, "lengths": torch.tensor([shape[2] * 4 - 9])}
+            a, b = (launchers.attention_forward(q, x, x, config=Config(16, 16), **where) for x in (near, far))
+            assert torch.equal(a.out, b.out)
+
+
 def test_a_cache_without_pages_and_pages_without_tokens_hold_nothing() -> None:
     q, table = randn(0, 2, 2, 1, 8), torch.zeros(2, 3, dtype=torch.int32)
     for shape in ((0, 1, 16, 8), (4, 1, 0, 8)):

@@ -18,8 +18,10 @@ from torch.utils._pytree import tree_map_only
 
 import flashgau
 from flashgau import nn
+from flashgau.integrations.flash_attn import flash_attn_with_kvcache
 
 T = torch.tensor
+NOT_DIFFERENTIABLE = ("flashgau::mixed_chunk_step", "flashgau::attention_in_pages")
 
 
 def heads(n: int = 9, dtype: torch.dtype = torch.float32, batch: int = 2) -> list[Tensor]:
@@ -71,8 +73,10 @@ def layers(form: str) -> None:
         out = layer(x)
         if form == "training":
             out.sum().backward()
-    with torch.no_grad():  # where gradients are wanted a step is a call of one token
-        flashgau.mixed_chunk_step(*heads(1), state=state(), backend="triton")
+    with torch.no_grad(), flashgau.use_backend("triton"):
+        flashgau.mixed_chunk_step(*heads(1), state=state())  # where gradients are wanted it is a call of one token
+        pool, table = randn(0, 3, 2, 1, 4), T([[2, 0], [1, 1]])
+        flash_attn_with_kvcache(randn(1, 2, 1, 1, 4), pool, pool, cache_seqlens=T([3, 1]), block_table=table)
 
 
 def recorded(function: Callable[[], Any]) -> dict[str, tuple[Any, tuple]]:
@@ -114,7 +118,7 @@ def test_operators_are_well_formed(name):
     """Schema true (nothing written, no result shares memory with an operand), autograd and shape function in order."""
     for operator, args in calls_of(name).values():
         detached = tree_map_only(Tensor, Tensor.detach, args)
-        differentiable = "backward" not in operator.name() and operator.name() != "flashgau::mixed_chunk_step"
+        differentiable = "backward" not in operator.name() and operator.name() not in NOT_DIFFERENTIABLE
         if differentiable:
             tree_map_only(Tensor, lambda x: x.requires_grad_(x.is_floating_point()), detached)
         # The others' own derivative is an error on purpose, and needs no tracing.

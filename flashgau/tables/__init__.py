@@ -122,7 +122,7 @@ def shipped_config(device: torch.device, key: Key) -> Config:
 def lookup(arch: str, kernel: str, itemsize: int, width: int, rows: int | None = None, options: bool = False) -> Config:
     """The entry of one architecture's table, for the head dimension's class: up to 64, 128 or 256.
 
-    With `options` that of the next wider class, without a pipeline.
+    With `options` the entry for these; if there is none that of the next wider class, without a pipeline.
 
     Raises:
         ValueError: for a kernel, or a width, that the table does not have.
@@ -130,6 +130,8 @@ def lookup(arch: str, kernel: str, itemsize: int, width: int, rows: int | None =
     few_rows = rows is not None and rows <= FEW_ROWS
     widths = _widths(arch, kernel, itemsize, few_rows)
     place = widths.index(_class(arch, kernel, itemsize, width, few_rows))
+    if options and (own := shipped_table(arch).config(Key(kernel, itemsize, widths[place], few_rows, True))):
+        return own
     by_width = [shipped_table(arch).config(Key(kernel, itemsize, w, few_rows)) for w in widths]
     config = by_width[min(place + options, len(widths) - 1)]
     assert config is not None

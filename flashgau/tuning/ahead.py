@@ -79,7 +79,7 @@ class Compiled:
     @property
     def hot_spills(self) -> int:
         """Spills that are paid for in every iteration: those inside hot loops; of a kernel without any, all."""
-        return sum(loop.spills for loop in self.loops) if self.loops else self.spills
+        return sum(loop.spills for loop in self.loops if loop.mask_free) if self.loops else self.spills
 
     def problem(self, wanted: str | None, *, spills: bool = True, vectors: bool = False) -> str | None:
         """Why it should not be shipped, if it should not.
