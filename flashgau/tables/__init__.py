@@ -164,7 +164,9 @@ def _widths(arch: str, kernel: str, itemsize: int, few_rows: bool) -> list[int]:
     """The classes of widths that a kernel has entries for."""
     wanted = kernel, itemsize, few_rows
     return sorted(
-        key.width for key in shipped_table(arch).entries if (key.kernel, key.itemsize, key.few_rows) == wanted
+        key.width
+        for key in shipped_table(arch).entries
+        if (key.kernel, key.itemsize, key.few_rows) == wanted and not key.options
     )
 
 
