@@ -112,7 +112,9 @@ def _forward(
         parts = heads(every.flatten(0, 1))
         sums = q.new_empty(2, n_parts, b, n_heads, m, dtype=torch.float32) if softmax else None
     sizes: dict[str, Any] = {"GROUPS": groups, "D": d, "E": e, **widths, "PRECISION": matmul_precision(q.dtype)}
-    sizes |= {"ASYNCHRONOUS": config.asynchronous, "DESCRIBED": _described(config, k, v)}
+    sizes |= _described(config, k, v)
+    if config.asynchronous:
+        sizes["ASYNCHRONOUS"] = True
     if size.get("PAGE", config.block_n) * max(k.stride(2), v.stride(2)) < 2**31:
         sizes["NEAR"] = True
     launched(
@@ -200,7 +202,7 @@ def _backward(
             dq_kernel[(n_blocks * n_kv_heads * rows,)],
             heads(q), heads(k), heads(v), heads(dout), *statistics, heads(dq), *sequences,
             *rule._replace(sinks=sink_deltas), n_blocks, n_kv_heads,
-            Sizes(**sizes, DESCRIBED=_described(config, k, v), BM=config.block_m, BN=config.block_n),
+            Sizes(**sizes, **_described(config, k, v), BM=config.block_m, BN=config.block_n),
             **config.launch(),
         )  # fmt: skip
     if dk.numel():
@@ -208,7 +210,7 @@ def _backward(
         n_blocks = blocks_of(sequences, n, 1, config.block_n)
         # Two accumulators of wide heads do not fit into registers: dK and dV are then launches of their own.
         apart = q.element_size() == 2 and width > 128
-        for which in ({"DK": True, "DV": False}, {"DK": False, "DV": True}) if apart else ({"DK": True, "DV": True},):
+        for which in ({"ONLY": "dk"}, {"ONLY": "dv"}) if apart else ({},):
             dkv_kernel[(n_blocks * n_kv_heads * rows,)](
                 heads(q), heads(k), heads(v), heads(dout), *statistics, heads(dk), heads(dv), *sequences, *rule,
                 n_blocks, n_kv_heads,
@@ -385,9 +387,9 @@ def _extras(rule: AttentionRule, own: OwnScores) -> bool:
     return rule.softcap is not None or rule.seed is not None or own.given
 
 
-def _described(config: Config, k: Tensor, v: Tensor) -> bool:
-    """Whether keys and values are copied through descriptors."""
-    return config.asynchronous and describable(k) and describable(v)
+def _described(config: Config, k: Tensor, v: Tensor) -> dict[str, bool]:
+    """The size that says that keys and values are copied through descriptors, if they can be."""
+    return {"DESCRIBED": True} if config.asynchronous and describable(k) and describable(v) else {}
 
 
 def _widths(d: int, e: int) -> dict[str, int]:

@@ -259,7 +259,7 @@ def keys_of(x, row, head, first, n, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SI
     """The keys or values of a sequence's head, for `load_keys`: a pointer to the first (in pages, to the first of all),
     or a descriptor, which copies a block in one instruction and has zeros in the place of keys past the last."""
     p_x = row_pointers(x, row, head, first)
-    if SIZES.DESCRIBED:
+    if SIZES.DESCRIBED is not None:
         p_x = tl.make_tensor_descriptor(p_x, [tl.maximum(n, 1), WIDTH], [x.token, 1], [SIZES.BN, BLOCK])
     return p_x
 
@@ -273,7 +273,7 @@ def load_keys(
     NEAR: a page, or a block where there are none, lies within 2^31 elements. Offsets in it are 32-bit then, and kept
     from block to block, which takes registers.
     """
-    if SIZES.DESCRIBED:
+    if SIZES.DESCRIBED is not None:
         block = p_x.load([start, 0])
     else:
         o_key = start + tl.arange(0, SIZES.BN)
@@ -297,7 +297,7 @@ def forward_kernel(
     q, k, v, out, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
     sinks, seed, threshold, dropout_scale, aux, n_blocks, n_kv_heads, n_parts,
-    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION, NEAR, and a user's functions; PAGE with `paged`
+    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION; ASYNCHRONOUS, DESCRIBED, NEAR, PAGE with `paged`
     paged=None,  # a PagedKeys
 ):  # fmt: skip
     """O and LSE of a block of rows; with `n_parts`, of every n-th part of its keys."""
@@ -355,7 +355,7 @@ def forward_kernel(
                 o_key = j + tl.arange(0, BN)
                 b_k = load_keys(k, p_k, j, n, pages, SIZES.D, SIZES.BD, phase == 1, SIZES)
                 b_qk = tl.dot(b_q, b_k.T, input_precision=SIZES.PRECISION)
-                if SIZES.ASYNCHRONOUS:
+                if SIZES.ASYNCHRONOUS is not None:
                     b_v = load_keys(v, p_v, tl.maximum(j - BN, start), n, pages, SIZES.E, SIZES.BE, phase == 1, SIZES)
                     b_acc = tl.dot(b_p, b_v, b_acc, input_precision=SIZES.PRECISION)
                 b_s, _ = scores(
@@ -375,10 +375,10 @@ def forward_kernel(
                 if rule.seed is not None:
                     b_weight = tl.where(kept(rule, i_seq, o_head, o_query, j, BM, BN), b_weight, 0.0)
                 b_p = b_weight.to(b_p.dtype)
-                if not SIZES.ASYNCHRONOUS:
+                if SIZES.ASYNCHRONOUS is None:
                     b_v = load_keys(v, p_v, j, n, pages, SIZES.E, SIZES.BE, phase == 1, SIZES)
                     b_acc = tl.dot(b_p, b_v, b_acc, input_precision=SIZES.PRECISION)
-    if SIZES.ASYNCHRONOUS:  # the last block; if there is none, one past the keys, which is zeros
+    if SIZES.ASYNCHRONOUS is not None:  # the last block; if there is none, one past the keys, which is zeros
         last = tl.where(start < stop, start + (stop - start - 1) // BN * BN, tl.maximum(n, 1))
         b_v = load_keys(v, p_v, last, n, pages, SIZES.E, SIZES.BE, False, SIZES)
         b_acc = tl.dot(b_p, b_v, b_acc, input_precision=SIZES.PRECISION)
@@ -606,7 +606,7 @@ def dkv_kernel(
                         b_delta = load_numbers(delta + o_flat, m_row, 0.0, phase == 1)
                     # S^T, keys by rows: P^T and dS^T are then left operands of tl.dot without a transposition.
                     b_kq = tl.dot(b_k, b_q.T, input_precision=SIZES.PRECISION)
-                    if SIZES.DK:
+                    if SIZES.ONLY != "dv":
                         b_dp = tl.dot(b_v, b_dout.T, input_precision=SIZES.PRECISION)
                     b_s, b_slope = scores(
                         b_kq, rule, p_bias, o_head, o_position[None, :], o_key[:, None], n, phase != 1, SIZES
@@ -619,9 +619,9 @@ def dkv_kernel(
                     if rule.seed is not None:
                         m_kept = kept(rule, i_seq, o_head, o_query, i_block * BN, BM, BN).T
                         b_weight = tl.where(m_kept, b_p * rule.dropout_scale, 0.0)
-                    if SIZES.DV:
+                    if SIZES.ONLY != "dk":
                         b_dv = tl.dot(b_weight.to(b_dout.dtype), b_dout, b_dv, input_precision=SIZES.PRECISION)
-                    if SIZES.DK:
+                    if SIZES.ONLY != "dv":
                         if rule.seed is not None:
                             b_dp = tl.where(m_kept, b_dp * rule.dropout_scale, 0.0)
                         if SIZES.WEIGHT_MOD is not None:
@@ -629,10 +629,10 @@ def dkv_kernel(
                         else:
                             b_ds = b_p * (b_dp - b_delta[None, :]) * b_slope
                         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=SIZES.PRECISION)
-    if SIZES.DK:
+    if SIZES.ONLY != "dv":
         b_dk = tl.where(m_key[:, None], b_dk * rule.scale, 0.0)
         store_rows(dk, row_pointers(dk, row, i_head, first_n + o_key), o_key < stored, b_dk, SIZES.D, SIZES.BD)
-    if SIZES.DV:
+    if SIZES.ONLY != "dk":
         b_dv = tl.where(m_key[:, None], b_dv, 0.0)
         store_rows(dv, row_pointers(dv, row, i_head, first_n + o_key), o_key < stored, b_dv, SIZES.E, SIZES.BE)
 

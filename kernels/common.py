@@ -36,7 +36,9 @@ VARYING = ("n_sequences", "max_seqlen_q", "max_seqlen_k", "left", "right", "bias
            "span", "first_row")  # fmt: skip
 
 
-OPTIONAL = ("SCORE_MOD", "SCORE_SLOPE", "WEIGHT_MOD", "WEIGHT_SLOPE", "NEAR", "PAGE")  # sizes that may be absent
+# Sizes that may be absent, which is None in a kernel.
+OPTIONAL = ("SCORE_MOD", "SCORE_SLOPE", "WEIGHT_MOD", "WEIGHT_SLOPE", "PAGE", "NEAR", "ASYNCHRONOUS", "DESCRIBED",
+            "ONLY")  # fmt: skip
 
 
 def chosen_by(config: Config | Choose | None) -> Choose:
@@ -56,9 +58,12 @@ class Sizes:
 
     D and E are the widths of queries and values, S that of gated queries and keys, C the tokens of a chunk, GROUPS the
     query heads of a key head. BD is D as a block, and so on: a power of two. BM, BN and BK are the blocks of a
-    configuration. PAGE is how many tokens a page of keys and values has; NEAR says that it lies within 2^31
-    elements. A user's own scores bring jitted functions (`own_scores.py`): SCORE_MOD, SCORE_SLOPE, WEIGHT_MOD and
-    WEIGHT_SLOPE. Of these, PAGE and NEAR, each is None unless it was given.
+    configuration.
+
+    These may be absent, and are None then. A user's own scores bring jitted functions (`own_scores.py`): SCORE_MOD,
+    SCORE_SLOPE, WEIGHT_MOD and WEIGHT_SLOPE. PAGE is how many tokens a page of keys and values has. NEAR: it, or a
+    block, lies within 2^31 elements. ASYNCHRONOUS: products are begun ahead, as `Config.asynchronous` says. DESCRIBED:
+    keys and values are copied through descriptors. ONLY is "dk" or "dv" where a launch makes one of the two.
 
     In a kernel `SIZES.BM` is a `tl.constexpr`, of which the shape of a block can be made. A field of a constexpr
     NamedTuple would be a plain number there, of which it cannot before Triton 3.8.
