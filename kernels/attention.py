@@ -85,7 +85,9 @@ def _forward(
     if pages.block_table is not None:
         table, leftpad = pages.block_table.contiguous(), pages.leftpad
         paged = PagedKeys(table, leftpad if leftpad is None else leftpad.contiguous(), k.shape[0])
-        size = {"PAGE": max(n, 1), "NEAR": True if n * max(k.stride(2), v.stride(2)) < 2**31 else None}
+        size = {"PAGE": max(n, 1)}
+        if n * max(k.stride(2), v.stride(2)) < 2**31:
+            size["NEAR"] = True
         n *= table.shape[1] if k.shape[0] else 0  # the most keys that a sequence may have
         total = n if layout.cu_seqlens is None else n * table.shape[0]
     out = _empty_output(q, e)
