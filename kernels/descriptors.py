@@ -28,8 +28,11 @@ def describable(x: Tensor) -> bool:
     return x.stride(3) == 1 and 0 < row < _LARGEST and aligned
 
 
-def launched(launch: Callable[..., Any], *args: Any, **keywords: Any) -> None:
-    """Launch a kernel that may make descriptors, in memory of PyTorch; the user's own allocator stays as it is."""
+def launched(launch: Callable[..., Any], *args: Any, described: bool, **keywords: Any) -> None:
+    """Launch a kernel. Where it makes descriptors it gets PyTorch's memory; the user's own allocator stays as it is."""
+    if not described:
+        launch(*args, **keywords)
+        return
     context = copy_context()
     context.run(triton.set_allocator, _memory)
     context.run(launch, *args, **keywords)

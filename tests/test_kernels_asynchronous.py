@@ -92,7 +92,7 @@ def test_a_users_allocator_stays():
     def set_and_launch() -> None:
         triton.set_allocator(mine)
         seen = []
-        descriptors.launched(lambda: seen.extend(contextvars.copy_context().values()))
+        descriptors.launched(lambda: seen.extend(contextvars.copy_context().values()), described=True)
         assert descriptors._memory in seen
         assert mine not in seen
         assert mine in contextvars.copy_context().values()
