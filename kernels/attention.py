@@ -131,7 +131,7 @@ def _forward(
         whole = out if out.is_contiguous() else q.new_empty(b, n_heads, m, e)
         merge_kernel[(lse.numel(),)](
             every, sums, whole, lse, lse.numel(), n_parts,
-            E=e, BE=widths["BE"], PARTS=_MERGED // widths["BE"], **FUSED_ADDITION,
+            E=e, BE=widths["BE"], PARTS=_MERGED // widths["BE"], PLAIN=_plain(rule, own), **FUSED_ADDITION,
         )  # fmt: skip
         if whole is not out:
             out.copy_(whole)
@@ -187,14 +187,14 @@ def _backward(
     sizes = {"GROUPS": groups, "D": d, "E": e, **widths, "PRECISION": matmul_precision(q.dtype)}
     sizes |= own.sizes(backward=True)
 
-    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)  # LSE in base 2
-    statistics = (lse2, delta) if softmax else (None, None)
+    pivot, delta = torch.empty_like(lse), torch.empty_like(lse)  # LSE as the kernels subtract it
+    statistics = (pivot, delta) if softmax else (None, None)
     if dq.numel() and softmax:
         n_blocks = blocks_of(sequences, m, 1, 64)
         delta_kernel[(n_blocks * n_heads * rows,)](
-            heads(dout), heads(out), lse, dlse if dlse is None else dlse.contiguous(), lse2, delta, *sequences,
+            heads(dout), heads(out), lse, dlse if dlse is None else dlse.contiguous(), pivot, delta, *sequences,
             n_blocks, n_heads,
-            E=e, BE=widths["BE"], BM=64, **FUSED_ADDITION,
+            E=e, BE=widths["BE"], BM=64, PLAIN=_plain(rule, own), **FUSED_ADDITION,
         )  # fmt: skip
     sink_deltas = None if sinks is None else torch.zeros_like(lse)
     if dq.numel():
@@ -388,6 +388,11 @@ def _rule(q: Tensor, n: int, options: AttentionOptions, own: OwnScores) -> Atten
 def _extras(rule: AttentionRule, own: OwnScores) -> bool:
     """Whether softcap, dropout or a user's function is applied between the products, which takes registers."""
     return rule.softcap is not None or rule.seed is not None or own.given
+
+
+def _plain(rule: AttentionRule, own: OwnScores) -> bool:
+    """Whether scores are products and a scale alone, as `is_plain` says to the kernels."""
+    return rule.softcap is None and rule.bias is None and not own.given
 
 
 def _widths(d: int, e: int) -> dict[str, int]:

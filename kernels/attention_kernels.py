@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from .common import (
+    LN_2,
     LOG2_E,
     LOWEST,
     VARYING,
@@ -101,18 +102,41 @@ def directed(b_x, rule, SIZES: tl.constexpr):
 
 
 @triton.jit
-def base_two(rule, SIZES: tl.constexpr):
-    """The factor with which `scores` become exponents of 2. Of a scale of 0 the smallest number, for 0 * inf is NaN."""
-    factor = LOG2_E
+def exponent_factor(rule, SIZES: tl.constexpr):
+    """What makes plain `scores` exponents of 2, the unit of their maxima and LSE in the kernels; else these stay
+    natural, and the factor is 1. Of a scale of 0 it is the smallest number, for 0 * inf is NaN."""
+    factor = 1.0
     if is_plain(rule, SIZES):
-        factor = tl.maximum(tl.abs(rule.scale) * LOG2_E, 1.1754943508222875e-38)
+        factor = tl.maximum(tl.abs(rule.scale) * LOG2_E, 1.1754943508222875e-38).to(tl.float32)
     return factor
+
+
+@triton.jit
+def exponentials(b_s, b_m, factor, rule, SIZES: tl.constexpr):
+    """e^(S - m). Of plain scores in one multiply-add before the exponential; else a large S must not overflow."""
+    if is_plain(rule, SIZES):
+        b_e = tl.exp2(b_s * factor - b_m)
+    else:
+        b_e = tl.exp2((b_s - b_m) * LOG2_E)
+    return b_e
+
+
+@triton.jit
+def decay(b_m, b_new, PLAIN: tl.constexpr):
+    """e^(m - m'), of maxima in base 2 for plain scores."""
+    return tl.exp2(b_m - b_new) if PLAIN else tl.exp2((b_m - b_new) * LOG2_E)
+
+
+@triton.jit
+def log_sum(b_m, b_l, PLAIN: tl.constexpr):
+    """LSE = m + log l."""
+    return (b_m + tl.log2(b_l)) * LN_2 if PLAIN else b_m + tl.log(b_l)
 
 
 @triton.jit
 def scores(b_qk, rule, p_bias, o_head, o_position, o_key, n, MASKED: tl.constexpr, SIZES: tl.constexpr):
     """S of a block, and its slope: that of the softcap and of a user's function. Heads, positions and keys broadcast
-    against the block. Plain ones are not scaled: `base_two` does it, in one instruction with a subtraction."""
+    against the block. Plain ones are not scaled: `exponentials` do it, in one instruction with a subtraction."""
     b_slope = 1.0
     b_s = b_qk
     if not is_plain(rule, SIZES):
@@ -319,7 +343,7 @@ def forward_kernel(
     p_bias = bias_pointers(rule, row, o_head)
     b_q = load_rows(q, row_pointers(q, row, o_head, first_m + o_query), m_row, SIZES.D, SIZES.BD, False)
     b_q = directed(b_q, rule, SIZES)
-    factor = base_two(rule, SIZES)
+    factor = exponent_factor(rule, SIZES)
     p_k = keys_of(k, row_k, i_head, first_n, n, SIZES.D, SIZES.BD, SIZES)
     p_v = keys_of(v, row_k, i_head, first_n, n, SIZES.E, SIZES.BE, SIZES)
 
@@ -337,7 +361,9 @@ def forward_kernel(
     b_m = tl.full([BM], -float("inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     if rule.sinks is not None:
-        b_sink = tl.load(rule.sinks + o_head).to(tl.float32) * LOG2_E
+        b_sink = tl.load(rule.sinks + o_head).to(tl.float32)
+        if is_plain(rule, SIZES):
+            b_sink *= LOG2_E
         if n_parts is not None:
             b_sink = tl.where(i_part == 0, b_sink, -float("inf"))
         b_m = b_sink
@@ -345,7 +371,7 @@ def forward_kernel(
     b_acc = tl.zeros([BM, SIZES.BE], tl.float32)
 
     # Where products run beside other instructions, that of a block and its values is begun together with the scores of
-    # the next block, whose softmax then hides it. The first has weights of zero.
+    # the next block, whose softmax then hides it. The first is one of zeros, from behind the keys.
     b_p = tl.zeros([BM, BN], v.pointer.dtype.element_ty)
     for phase in tl.static_range(3):  # masked blocks on the left, unmasked, masked on the right
         if phase != 0 or rule.left is not None:
@@ -356,7 +382,8 @@ def forward_kernel(
                 b_k = load_keys(k, p_k, j, n, pages, SIZES.D, SIZES.BD, phase == 1, SIZES)
                 b_qk = tl.dot(b_q, b_k.T, input_precision=SIZES.PRECISION)
                 if SIZES.ASYNCHRONOUS is not None:
-                    b_v = load_keys(v, p_v, tl.maximum(j - BN, start), n, pages, SIZES.E, SIZES.BE, phase == 1, SIZES)
+                    before = tl.where(j > start, j - BN, tl.maximum(n, 1))
+                    b_v = load_keys(v, p_v, before, n, pages, SIZES.E, SIZES.BE, False, SIZES)
                     b_acc = tl.dot(b_p, b_v, b_acc, input_precision=SIZES.PRECISION)
                 b_s, _ = scores(
                     b_qk, rule, p_bias[:, None], o_head[:, None], o_position[:, None], o_key[None, :], n, phase != 1,
@@ -367,8 +394,8 @@ def forward_kernel(
                 else:
                     b_new = tl.maximum(b_m, tl.max(b_s, 1) * factor)
                     b_pivot = tl.maximum(b_new, LOWEST)  # no visible key so far: avoids inf - inf
-                    b_weight = tl.exp2(b_s * factor - b_pivot[:, None])
-                    b_alpha = tl.exp2(b_m - b_pivot)
+                    b_weight = exponentials(b_s, b_pivot[:, None], factor, rule, SIZES)
+                    b_alpha = decay(b_m, b_pivot, is_plain(rule, SIZES))
                     b_l = b_l * b_alpha + tl.sum(b_weight, 1)
                     b_acc *= b_alpha[:, None]
                     b_m = b_new
@@ -390,7 +417,7 @@ def forward_kernel(
         b_divisor = tl.where(b_l == 0, 1.0, b_l)
         b_acc *= (rule.dropout_scale / b_divisor)[:, None]
         b_acc = tl.where(m_row[:, None], b_acc, 0.0)
-        b_lse = tl.where(m_row & (b_l != 0), (b_m + tl.log2(b_divisor)) / LOG2_E, -float("inf"))
+        b_lse = tl.where(m_row & (b_l != 0), log_sum(b_m, b_divisor, is_plain(rule, SIZES)), -float("inf"))
     p_out = row_pointers(out, row, o_head, first_m + o_query)
     if SIZES.WEIGHT_MOD is None:
         p_lse = lse + row_offsets(sequences, i_seq, i_head, n_kv_heads * SIZES.GROUPS, o_query, o_head, first_m, row)
@@ -411,8 +438,10 @@ def forward_kernel(
 
 @guarded
 @triton.jit(do_not_specialize=VARYING)
-def merge_kernel(parts, sums, out, lse, n_rows, n_parts, E: tl.constexpr, BE: tl.constexpr, PARTS: tl.constexpr):
-    """Parts (n_parts, rows, E), with maxima m and sums l (2, n_parts, rows), combined: O ~ sum of l 2^m O_part.
+def merge_kernel(
+    parts, sums, out, lse, n_rows, n_parts, E: tl.constexpr, BE: tl.constexpr, PARTS: tl.constexpr, PLAIN: tl.constexpr
+):
+    """Parts (n_parts, rows, E), with maxima m and sums l (2, n_parts, rows), combined: O ~ sum of l e^m O_part.
 
     One program per row reads PARTS parts at once; where there are more, the next ones follow as blocks of keys do.
     """
@@ -431,13 +460,13 @@ def merge_kernel(parts, sums, out, lse, n_rows, n_parts, E: tl.constexpr, BE: tl
         b_part = tl.load(parts + o_flat[:, None] * E + o_column[None, :], mask=m_whole, other=0.0)
         b_new = tl.maximum(b_m, tl.max(b_part_m, 0))
         b_pivot = tl.maximum(b_new, LOWEST)
-        b_alpha = tl.exp2(b_m - b_pivot)
-        b_weight = products(tl.exp2(b_part_m - b_pivot), b_part_l)
+        b_alpha = decay(b_m, b_pivot, PLAIN)
+        b_weight = products(decay(b_part_m, b_pivot, PLAIN), b_part_l)
         b_acc = b_acc * b_alpha + tl.sum(products(b_part, b_weight[:, None]), 0)
         b_l = b_l * b_alpha + tl.sum(b_weight, 0)
         b_m = b_new
     b_divisor = tl.where(b_l == 0, 1.0, b_l)
-    b_lse = tl.where(b_l == 0, -float("inf"), (b_m + tl.log2(b_divisor)) / LOG2_E)
+    b_lse = tl.where(b_l == 0, -float("inf"), log_sum(b_m, b_divisor, PLAIN))
     tl.store(out + i_row * E + o_column, (b_acc / b_divisor).to(out.dtype.element_ty), mask=o_column < E)
     tl.store(lse + i_row, b_lse)
 
@@ -445,11 +474,12 @@ def merge_kernel(parts, sums, out, lse, n_rows, n_parts, E: tl.constexpr, BE: tl
 @guarded
 @triton.jit(do_not_specialize=VARYING)
 def delta_kernel(
-    dout, out, lse, dlse, lse2, delta,
+    dout, out, lse, dlse, pivot, delta,
     lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k, n_blocks, n_heads,
-    E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
+    E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dO * O) - dLSE for a block of queries of one head."""
+    """delta = rowsum(dO * O) - dLSE for a block of queries of one head, and the pivot of its exponentials: LSE, in base
+    2 for plain scores, and infinity for a row that sees nothing, whose P is then 0."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     i_block, i_head, i_seq = place(
         tl.program_id(0), n_blocks, n_heads, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM
@@ -465,8 +495,8 @@ def delta_kernel(
     if dlse is not None:  # it may be NaN for a row without visible keys
         b_delta -= tl.load(dlse + o_flat, mask=m_row & (b_lse != -float("inf")), other=0.0)
     tl.store(delta + o_flat, b_delta, mask=o_query < stored)
-    b_lse = tl.where(b_lse == -float("inf"), float("inf"), b_lse * LOG2_E)
-    tl.store(lse2 + o_flat, b_lse, mask=o_query < stored)
+    b_pivot = tl.where(b_lse == -float("inf"), float("inf"), b_lse * LOG2_E if PLAIN else b_lse)
+    tl.store(pivot + o_flat, b_pivot, mask=o_query < stored)
 
 
 @guarded
@@ -496,7 +526,7 @@ def dq_kernel(
     p_bias = bias_pointers(rule, row, o_head)
     b_q = load_rows(q, row_pointers(q, row, o_head, first_m + o_query), m_row, SIZES.D, SIZES.BD, False)
     b_q = directed(b_q, rule, SIZES)
-    factor = base_two(rule, SIZES)
+    factor = exponent_factor(rule, SIZES)
     b_dout = load_rows(dout, row_pointers(dout, row, o_head, first_m + o_query), m_row, SIZES.E, SIZES.BE, False)
     if SIZES.WEIGHT_MOD is None:
         o_flat = row_offsets(sequences, i_seq, i_head, n_kv_heads * SIZES.GROUPS, o_query, o_head, first_m, row)
@@ -522,7 +552,7 @@ def dq_kernel(
                     SIZES,
                 )  # fmt: skip
                 if SIZES.WEIGHT_MOD is None:
-                    b_p = tl.exp2(b_s * factor - b_lse[:, None])
+                    b_p = exponentials(b_s, b_lse[:, None], factor, rule, SIZES)
                 b_dp = tl.dot(b_dout, b_v.T, input_precision=SIZES.PRECISION)
                 if rule.seed is not None:
                     b_dp = tl.where(kept(rule, i_seq, o_head, o_query, j, BM, BN), b_dp * rule.dropout_scale, 0.0)
@@ -576,7 +606,7 @@ def dkv_kernel(
     m_key = o_key < n
     b_k = load_rows(k, row_pointers(k, row, i_head, first_n + o_key), m_key, SIZES.D, SIZES.BD, False)
     b_k = directed(b_k, rule, SIZES)
-    factor = base_two(rule, SIZES)
+    factor = exponent_factor(rule, SIZES)
     b_v = load_rows(v, row_pointers(v, row, i_head, first_n + o_key), m_key, SIZES.E, SIZES.BE, False)
     b_dk = tl.zeros([BN, SIZES.BD], tl.float32)
     b_dv = tl.zeros([BN, SIZES.BE], tl.float32)
@@ -614,7 +644,7 @@ def dkv_kernel(
                     if SIZES.WEIGHT_MOD is not None:
                         b_p = own_weights(b_s, SIZES)
                     else:
-                        b_p = tl.exp2(b_s * factor - b_lse[None, :])
+                        b_p = exponentials(b_s, b_lse[None, :], factor, rule, SIZES)
                     b_weight = b_p
                     if rule.seed is not None:
                         m_kept = kept(rule, i_seq, o_head, o_query, i_block * BN, BM, BN).T
@@ -696,7 +726,7 @@ def dbias_kernel(
                 b_p = tl.where(m_key[None, :], own_weight_slopes(b_s, SIZES), 0.0)
                 b_delta = tl.zeros([BM], tl.float32)
             else:
-                b_p = tl.where(m_key[None, :], tl.exp2(b_s * LOG2_E - b_lse[:, None]), 0.0)
+                b_p = tl.where(m_key[None, :], exponentials(b_s, b_lse[:, None], 1.0, rule, SIZES), 0.0)
             b_dp = tl.dot(b_dout, b_v.T, input_precision=SIZES.PRECISION)
             if rule.seed is not None:
                 b_dp *= kept_at(rule, i_seq, i_head, o_query, o_key, BM, BM + BN)

@@ -26,6 +26,7 @@ from .interpreted import mend
 
 _TAKES_BF16 = not interpreting() or mend()  # on a CPU
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
 
 # Arguments that vary from call to call and must not cause a compilation (do_not_specialize). Triton applies this to

@@ -98,3 +98,23 @@ def test_a_users_allocator_stays():
         assert mine in contextvars.copy_context().values()
 
     contextvars.copy_context().run(set_and_launch)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_infinite_values_are_weighed_as_the_reference_does(asynchronous):
+    """The product that is begun before the first block reads none of its values: zero times infinity is no number."""
+    q, k, v = (randn(i, 1, 1, 40, 8) for i in range(3))
+    v[0, 0, 0, 0], v[0, 0, 20, 1] = torch.inf, -torch.inf
+    out, _ = attention_forward(q, k, v, config=Config(32, 16, asynchronous=asynchronous))
+    assert out[0, 0, :, 0].eq(torch.inf).all()
+    assert out[0, 0, :, 1].eq(-torch.inf).all()
+    assert out[0, 0, :, 2:].isfinite().all()
+
+
+def test_the_lowest_finite_bias_hides_nothing_by_itself():
+    """Such a score times log2(e) is beyond fp32; a row of nothing else has their mean."""
+    q, k, v = (randn(i, 1, 1, 40, 8) for i in range(3))
+    bias = torch.full((1, 1, 79), torch.finfo(torch.float32).min)
+    out, lse = attention_forward(q, k, v, rel_bias=bias, config=AHEAD)
+    assert torch.allclose(out, v.mean(2, keepdim=True).expand_as(out), atol=1e-6)
+    assert lse.eq(torch.finfo(torch.float32).min).all()
