@@ -112,9 +112,7 @@ def _forward(
         parts = heads(every.flatten(0, 1))
         sums = q.new_empty(2, n_parts, b, n_heads, m, dtype=torch.float32) if softmax else None
     sizes: dict[str, Any] = {"GROUPS": groups, "D": d, "E": e, **widths, "PRECISION": matmul_precision(q.dtype)}
-    described = config.asynchronous and describable(k) and describable(v)
-    if described:
-        sizes["DESCRIBED"] = True
+    copies = _copies(config, k, v)
     if config.asynchronous:
         sizes["ASYNCHRONOUS"] = True
     if size.get("PAGE", config.block_n) * max(k.stride(2), v.stride(2)) < 2**31:
@@ -122,8 +120,8 @@ def _forward(
     launched(
         forward_kernel[(n_blocks * per_block, n_parts or 1)],
         heads(q), heads(k), heads(v), parts, sums, *sequences, *rule, n_blocks, n_kv_heads, n_parts,
-        Sizes(**sizes, **size, BM=config.block_m, BN=config.block_n, **own.sizes(backward=False)), paged,
-        described=described, **config.launch(),
+        Sizes(**sizes, **size, **copies, BM=config.block_m, BN=config.block_n, **own.sizes(backward=False)), paged,
+        described=bool(copies), **config.launch(),
     )  # fmt: skip
     if n_parts is not None and not softmax:  # there is nothing to weigh the parts by: they add up
         out.copy_(every.sum(0))
@@ -200,13 +198,13 @@ def _backward(
     if dq.numel():
         config = choose("attention_dq", q, width, options=extras or biased)
         n_blocks = blocks_of(sequences, m, groups, config.block_m)
-        described = config.asynchronous and describable(k) and describable(v)
+        copies = _copies(config, k, v)
         launched(
             dq_kernel[(n_blocks * n_kv_heads * rows,)],
             heads(q), heads(k), heads(v), heads(dout), *statistics, heads(dq), *sequences,
             *rule._replace(sinks=sink_deltas), n_blocks, n_kv_heads,
-            Sizes(**sizes, **({"DESCRIBED": True} if described else {}), BM=config.block_m, BN=config.block_n),
-            described=described, **config.launch(),
+            Sizes(**sizes, **copies, BM=config.block_m, BN=config.block_n),
+            described=bool(copies), **config.launch(),
         )  # fmt: skip
     if dk.numel():
         config = choose("attention_dkv", q, width, options=extras or biased)
@@ -388,6 +386,11 @@ def _rule(q: Tensor, n: int, options: AttentionOptions, own: OwnScores) -> Atten
 def _extras(rule: AttentionRule, own: OwnScores) -> bool:
     """Whether softcap, dropout or a user's function is applied between the products, which takes registers."""
     return rule.softcap is not None or rule.seed is not None or own.given
+
+
+def _copies(config: Config, k: Tensor, v: Tensor) -> dict[str, bool]:
+    """The size DESCRIBED, if keys and values are copied through descriptors."""
+    return {"DESCRIBED": True} if config.asynchronous and describable(k) and describable(v) else {}
 
 
 def _plain(rule: AttentionRule, own: OwnScores) -> bool:

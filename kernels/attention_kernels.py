@@ -1,13 +1,13 @@
 """Softmax attention: FlashAttention's passes (Dao et al. 2022, algorithms 1 and 4; Dao 2023) with every option.
 
-Queries that share a key head are rows of the same blocks: row r of a program is query r // GROUPS of head r % GROUPS of
-the group. So keys and values are never expanded, dK and dV are summed over the whole group inside one program, and one
-decoded token gives GROUPS rows. A row sees an interval of keys: blocks outside it are skipped, and those inside it for
-all rows need no mask (`common.keys_seen`).
+In the forward and for dQ, queries that share a key head are rows of the same blocks: row r of a program is query
+r // GROUPS of head r % GROUPS of the group, so that one decoded token gives GROUPS rows. A program of dK and dV walks
+the heads of its group, one after another, and sums over them. Keys and values are never expanded. A row sees an
+interval of keys: blocks outside it are skipped, and those inside it for all rows need no mask (`common.keys_seen`).
 
     forward     rows, over the keys they see: running maximum and sum, then O and LSE
     merge       combines the results of split keys by their maxima and sums (few rows, many keys)
-    delta       rowsum(dO * O) - dLSE, which is subtracted from a row's dP
+    delta       rowsum(dO * O) - dLSE, which is subtracted from a row's dP, and LSE as P's exponents subtract it
     dq          rows, over the keys they see
     dkv         keys, over the rows that see them
     dbias       diagonals of a relative bias, over the queries
