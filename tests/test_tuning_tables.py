@@ -39,6 +39,7 @@ interpreted = tuning_tables.interpreted
 
 EXAMPLES = [
     {KEY: TableEntry(Config(64, 32, 8, 3))},
+    {KEY: TableEntry(Config(64, 32, 8, 3, maxnreg=128))},
     {KEY: TableEntry(Config(64, 32, 8, 3, 16), 1.5, 2.25), Key("glu_linear", 2, 0, True): TableEntry(Config(16, 32))},
     {Key(FUSED, 2, 1024): TableEntry(True, 1.0, 1.2), KEY._replace(options=True): TableEntry(Config(16, 16))},
     {},
@@ -86,6 +87,10 @@ HEADER = {"format": 1, "gpu": None, "architecture": "sm_90", "measured": False}
         ),
         ({"entries": [{**ROW, "config": {**ROW["config"], "num_warps": 3}}]}, "`num_warps` is 3; expected 1, 2, 4"),
         ({"entries": [{**ROW, "config": {**ROW["config"], "num_stages": 0}}]}, "`num_stages` is 0; expected 1 to 8"),
+        (
+            {"entries": [{**ROW, "config": {**ROW["config"], "maxnreg": 100}}]},
+            "`maxnreg` is 100; expected a multiple of 8",
+        ),
     ],
 )
 def test_a_wrong_table_is_refused_by_file_entry_and_field(change, message):
@@ -258,6 +263,16 @@ def test_a_size_that_is_no_power_of_two_is_refused_by_name(field, size):
 def test_stages_that_are_no_positive_number_are_refused(stages):
     with pytest.raises(ValueError, match=re.escape(f"Config: `num_stages` is {stages!r}; expected a positive number")):
         Config(64, 32, num_stages=stages)
+
+
+@pytest.mark.parametrize("registers", [0, 16, 100, 264, 128.0, True])
+def test_a_limit_of_registers_is_one_that_a_thread_can_have(registers):
+    with pytest.raises(ValueError, match=re.escape(f"Config: `maxnreg` is {registers!r}; expected None or a multiple")):
+        Config(64, 32, maxnreg=registers)
+
+
+def test_a_limit_of_registers_is_launched_with():
+    assert Config(64, 32, maxnreg=128).launch() == Config(64, 32).launch() | {"maxnreg": 128}
 
 
 def test_nothing_is_compiled_by_an_interpreter(interpreted):

@@ -65,6 +65,7 @@ def configuration(row: Row) -> str:
     c = row.configuration
     block = f"{c['block_m']}x{c['block_n']}" + ("" if row.op == "attention" else f"x{c['block_k']}")
     traits = [name for name, value in c.items() if value is True]
+    traits += [f"{c['maxnreg']} registers"] if c.get("maxnreg") else []
     return ", ".join([block, f"{c['num_warps']} warps", f"{c['num_stages']} stages", *traits])
 
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from flashgau.files import atomic_write, parse_json, read_text
 
-from .config import Config
+from .config import Config, is_register_count
 
 try:
     import fcntl
@@ -213,6 +213,7 @@ def config_of(row: Fields) -> Config:
         num_warps=read("num_warps", "1, 2, 4, 8, 16 or 32", lambda x: _is_power(x, 32)),
         num_stages=read("num_stages", "1 to 8", lambda x: type(x) is int and 1 <= x <= 8),
         asynchronous=read("asynchronous", "true or false", _is_bool, False),
+        maxnreg=read("maxnreg", "a multiple of 8 from 24 to 256", is_register_count, None),
     )
     read.nothing_else()
     return config
@@ -236,8 +237,9 @@ def _row(key: Key, entry: TableEntry) -> dict[str, Any]:
 
 def _fields(config: Config) -> dict[str, Any]:
     fields = asdict(config)
-    if not config.asynchronous:
-        del fields["asynchronous"]
+    for name in ("asynchronous", "maxnreg"):  # what few kernels have
+        if not fields[name]:
+            del fields[name]
     return fields
 
 
