@@ -78,6 +78,7 @@ class GatedOptions(NamedTuple):
     normalizer: NumberOrRule = "keys"
     causal: bool = False
     rel_bias: Optional[Tensor] = None  # (B, 2P-1)
+    gate_activation: str = "identity"
 
 
 class MixedChunkHeads(NamedTuple):
@@ -90,7 +91,7 @@ class MixedChunkHeads(NamedTuple):
 
 
 class MixedChunkOptions(NamedTuple):
-    """Of mixed chunk attention. The last two continue sequences (causal only), whose chunks so far are closed."""
+    """Of mixed chunk attention. `initial_kv` and `closed_tokens` continue causal sequences, whose chunks are closed."""
 
     chunk_size: int = 256
     score: str = "relu2"
@@ -100,6 +101,7 @@ class MixedChunkOptions(NamedTuple):
     rel_bias: Optional[Tensor] = None  # (B, 2P-1)
     initial_kv: Optional[Tensor] = None  # (G, S, E)
     closed_tokens: Optional[Tensor] = None  # (G,)
+    gate_activation: str = "identity"
 
     @property
     def divisor(self) -> float:

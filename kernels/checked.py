@@ -142,6 +142,7 @@ def _gau(
     operands.gau_attention(args, q, k, v, gate)
     _fits(args, "gau", {"q": q})
     operands.gau_options(args, options.score, options.normalizer)
+    operands.gate_activation(args, options.gate_activation)
     args.flag("causal", options.causal)
     args.relative_bias(options.rel_bias, "B", args.sequences(*layout[:2]))
     if options.rel_bias is not None:
@@ -170,6 +171,7 @@ def _mixed_chunk(
     operands.mixed_chunk_options(
         args, options.chunk_size, options.score, options.lin_normalizer, options.quad_normalizer
     )
+    operands.gate_activation(args, options.gate_activation)
     args.sequences(*layout[:2])
     _chunk_bias(args, options)
     if (options.initial_kv is None) != (options.closed_tokens is None):
@@ -206,6 +208,7 @@ def _mixed_chunk_step(
     operands.mixed_chunk_options(
         args, options.chunk_size, options.score, options.lin_normalizer, options.quad_normalizer
     )
+    operands.gate_activation(args, options.gate_activation)
     _chunk_bias(args, options)
     state, args.sizes["C"] = OpenChunk(*state), options.chunk_size
     args.per_head("kv", state.kv, "B S E")

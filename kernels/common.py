@@ -58,8 +58,8 @@ class Sizes:
     """What a kernel is compiled for, as one constexpr argument: widths, blocks and precisions of products, by name.
 
     D and E are the widths of queries and values, S that of gated queries and keys, C the tokens of a chunk, GROUPS the
-    query heads of a key head. BD is D as a block, and so on: a power of two. BM, BN and BK are the blocks of a
-    configuration.
+    query heads of a key head, GATE a gate's activation. BD is D as a block, and so on: a power of two. BM, BN and BK
+    are the blocks of a configuration.
 
     These may be absent, and are None then. A user's own scores bring jitted functions (`own_scores.py`): SCORE_MOD,
     SCORE_SLOPE, WEIGHT_MOD and WEIGHT_SLOPE. PAGE is how many tokens a page of keys and values has. NEAR: it, or a

@@ -26,6 +26,7 @@ from .common import (
     row_pointers,
     toeplitz,
 )
+from .glu import activate, gated_backward
 from .guarded import guarded
 from .own_scores import own_hidden, own_scores
 
@@ -176,14 +177,21 @@ def room_for_panel(like: Tensor, per_block: int, blocks: int) -> tuple[Tensor, i
 # ---------------------------------------------------------------- the gate
 
 
+@triton.jit
+def load_gate(gate, p_rows, m_rows, o_column, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr):
+    """act(gate) of some columns of rows, in fp32; act(0) in out-of-range rows and columns."""
+    return activate(load_tile(gate, p_rows, m_rows, o_column, WIDTH, BLOCK).to(tl.float32), ACTIVATION)
+
+
 @guarded
 @triton.jit(do_not_specialize=VARYING)
 def prologue_kernel(
     dout, gate, product, dx, dgate, delta,
     lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k, n_blocks,
-    E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
+    E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """dX = gate * dO, dGate = X * dO and delta = rowsum(dX * X) of a block of rows; each only if it is asked for."""
+    """dX = act(gate) * dO, dGate = X * dO * act'(gate) and delta = rowsum(dX * X) of a block of rows; each only if it
+    is asked for."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, stored, _, _, _ = bounds(sequences, i_seq)
@@ -198,10 +206,11 @@ def prologue_kernel(
         b_dx = b_do
         if gate is not None:
             p_gate = row_pointers(gate, row, 0, first_m + o_query)
-            b_dx *= load_tile(gate, p_gate, m_row, o_column, E, BE).to(tl.float32)
+            b_gate = load_tile(gate, p_gate, m_row, o_column, E, BE).to(tl.float32)
+            b_dgate, b_dx = gated_backward(b_do, b_gate, b_x, ACTIVATION, "identity")
             store_tile(dx, row_pointers(dx, row, 0, first_m + o_query), m_stored, o_column, b_dx, E, BE)
             p_dgate = row_pointers(dgate, row, 0, first_m + o_query)
-            store_tile(dgate, p_dgate, m_stored, o_column, b_do * b_x, E, BE)
+            store_tile(dgate, p_dgate, m_stored, o_column, b_dgate, E, BE)
         b_delta += tl.sum(products(b_dx, b_x), 1)
     if delta is not None:
         tl.store(delta + tl.cast(row, tl.int64) * max_seqlen_q + first_m + o_query, b_delta, mask=m_row)
@@ -213,10 +222,11 @@ def prologue(
     gate: Tensor | None,
     product: Tensor | None,
     dgate: Tensor | None,
+    activation: str,
     choose: Choose,
     softmax: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """dX of X = `product` in O = gate * X, with dGate written where there is a gate; and a softmax's delta."""
+    """dX of X = `product` in O = act(gate) * X, with dGate written where there is a gate; and a softmax's delta."""
     if product is None:
         return dout, None
     b, m, e = dout.shape
@@ -226,7 +236,7 @@ def prologue(
     n_blocks = blocks_of(sequences, m, 1, config.block_m)
     prologue_kernel[(n_blocks * (b if sequences.cu_seqlens_q is None else 1),)](
         rows(dout), rows(gate), rows(product), rows(dx), rows(dgate), delta, *sequences, n_blocks,
-        E=e, BE=config.block_n, BM=config.block_m, **config.launch(),
+        E=e, BE=config.block_n, BM=config.block_m, ACTIVATION=activation, **config.launch(),
     )  # fmt: skip
     return dx, delta
 

@@ -105,7 +105,10 @@ def _forward(
         product_kernel[(count * n_tiles,)](
             rows(q), rows(k), rows(v), rows(gate), lse, panel, rows(product), rows(out), *call.sequences,
             *call.rule, n_blocks, first, panel_width,
-            Sizes(**sizes, E=e, BE=config.block_n, PRECISION=call.precision, FACTORS=call.factors),
+            Sizes(
+                **sizes, E=e, BE=config.block_n, GATE=options.gate_activation, PRECISION=call.precision,
+                FACTORS=call.factors,
+            ),
             **scoring, **config.launch(),
         )  # fmt: skip
 
@@ -171,7 +174,9 @@ def _backward(
     lse = _lse(call, q, k, own, choose)
     if call.score == "softmax" and product is None:
         product, _ = _forward(q, k, v, None, layout, options, own, False, choose)
-    dx, delta = prologue(call.sequences, dout, gate, product, dgate, choose, softmax=call.score == "softmax")
+    dx, delta = prologue(
+        call.sequences, dout, gate, product, dgate, options.gate_activation, choose, softmax=call.score == "softmax"
+    )
 
     config, values, queries = (
         choose(name, call.probs_like, call.width) for name in ("gau_gradient", "gau_dv", "gau_dq")
@@ -370,7 +375,7 @@ class _OwnGated(torch.autograd.Function):
 
 def _call(q: Tensor, k: Tensor, layout: Layout, options: GatedOptions, own: OwnScores) -> _GatedCall:
     """The options as the kernels take them."""
-    score, normalizer, causal, rel_bias = options
+    score, normalizer, causal, rel_bias, _ = options
     cu_seqlens = layout.cu_seqlens
     softmax = score.startswith("softmax")
     if softmax:

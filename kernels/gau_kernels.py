@@ -1,4 +1,4 @@
-"""Quadratic gated attention (Hua et al. 2022): O = gate * (A V), A an elementwise score or a softmax of q k^T.
+"""Quadratic gated attention (Hua et al. 2022): O = act(gate) * (A V), A an elementwise score or a softmax of q k^T.
 
 One head, and values thousands of columns wide: a row of the result does not fit a program's registers, so a block of
 scores is computed once and used for many columns. Two variants:
@@ -10,7 +10,7 @@ scores is computed once and used for many columns. Two variants:
 The backward has panels only, of keys. A score's derivative is a function of the score, so no statistics of the forward
 are needed but the LSE of a softmax, which is recomputed:
 
-    prologue   dX = gate * dO, dGate = X * dO, for a softmax delta = rowsum(dX * X)
+    prologue   dX = act(gate) * dO, dGate = X * dO * act'(gate), for a softmax delta = rowsum(dX * X)
     gradient   for a panel of keys A^T and dS^T: dA = dX V^T, dS = dA * score'(S), or A (dA - delta)
     dkv        dV = A^T dX and dK = dS^T (scale Q), both complete after the panel
     dq, dbias  scale dS K and the diagonal sums of dS, added to the sums of the panels before
@@ -40,6 +40,7 @@ from .gated import (
     GatedRule,
     bias_pointer,
     factors,
+    load_gate,
     load_tile,
     probs,
     score_gradient,
@@ -186,10 +187,10 @@ def product_kernel(
     q, k, v, gate, lse, panel, product, out,
     lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, right, bias, bias_batch, max_distance, aux, n_blocks, first_block, panel_width,
-    SIZES: tl.constexpr,  # S, E, BS, BE, BM, BN, PRECISION, FACTORS
+    SIZES: tl.constexpr,  # S, E, BS, BE, BM, BN, GATE, PRECISION, FACTORS
     SCORE: tl.constexpr, SCALING: tl.constexpr,
 ):  # fmt: skip
-    """X = A V and gate * X of a block of rows and a tile of columns; without a panel, A is computed here."""
+    """X = A V and act(gate) * X of a block of rows and a tile of columns; without a panel, A is computed here."""
     BM: tl.constexpr = SIZES.BM
     BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
@@ -235,7 +236,7 @@ def product_kernel(
         store_tile(product, p_product, m_stored, o_column, b_acc, SIZES.E, SIZES.BE)
     if gate is not None:
         p_gate = row_pointers(gate, row, 0, first_m + o_query)
-        b_acc *= load_tile(gate, p_gate, m_row, o_column, SIZES.E, SIZES.BE).to(tl.float32)
+        b_acc *= load_gate(gate, p_gate, m_row, o_column, SIZES.E, SIZES.BE, SIZES.GATE)
     store_tile(out, row_pointers(out, row, 0, first_m + o_query), m_stored, o_column, b_acc, SIZES.E, SIZES.BE)
 
 

@@ -66,6 +66,7 @@ class _ChunkCall(NamedTuple):
     closed_tokens: Tensor | None
     initial: Tensor | None
     score: str
+    gate_activation: str
     precision: str  # of products of inputs
     factors: str  # of products of weights and states, see `factors`
     slots: int
@@ -178,7 +179,8 @@ def mixed_chunk_attention_backward(
         dbias = rel_bias.new_zeros(rel_bias.shape) if rel_bias is not None else None
         dinitial = _untouched(call, dkv) if initial_kv is not None else None
         return dquad_q, dquad_k, dlin_q, dlin_k, dv, dgate, dbias, dinitial
-    dx, _ = prologue(call.sequences, dout, gate, product if gate is not None else None, dgate, call.choose)
+    product = product if gate is not None else None
+    dx, _ = prologue(call.sequences, dout, gate, product, dgate, options.gate_activation, call.choose)
     states, _ = _sum_states(call, lin_k, v, initial_kv, backward=False)
     dstates, dinitial = _sum_states(call, lin_q, dx, dkv, backward=True)
     _linear(call, dx, states, dlin_q, backward=False)
@@ -245,7 +247,10 @@ def mixed_chunk_step(
         step_kernel[(b * triton.cdiv(e, block),)](
             *map(rows, (*heads, v, gate)), *before, out, *after,
             1 / options.divisor, *bias_rule(options.rel_bias), _lin_inv_norm(options),
-            Sizes(C=c, S=s, E=e, BS=width, BE=block, BC=config.block_k, PRECISION=matmul_precision(v.dtype)),
+            Sizes(
+                C=c, S=s, E=e, BS=width, BE=block, BC=config.block_k, GATE=options.gate_activation,
+                PRECISION=matmul_precision(v.dtype),
+            ),
             SCORE=options.score, **config.launch(),
         )  # fmt: skip
     new_kv, new_quad_k, new_lin_k, new_v, new_position = after
@@ -271,6 +276,7 @@ def _call(quad_q: Tensor, v: Tensor, layout: Layout, options: MixedChunkOptions,
         closed_tokens=None if closed_tokens is None else closed_tokens.contiguous(),
         initial=options.initial_kv,
         score=options.score,
+        gate_activation=options.gate_activation,
         precision=precision,
         factors=factors,
         slots=n_chunks * separate,
@@ -353,7 +359,7 @@ def _multiply(
         call.closed_tokens, *call.sequences, *call.rule, call.lin_inv_norm, call.n_chunks, *call.segments, slots.start,
         Sizes(
             **call.size, BS=call.width, BM=config.block_m, BE=config.block_n, BK=config.block_k,
-            WIDTH=call.panel_width, PRECISION=call.precision, FACTORS=call.factors,
+            WIDTH=call.panel_width, GATE=call.gate_activation, PRECISION=call.precision, FACTORS=call.factors,
         ),
         SCORE=call.score, CONTINUED=call.initial is not None, BACKWARD=backward, **config.launch(),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""FLASH's mixed chunk attention (Hua et al. 2022, section 3.2): O = gate * (A V + lin_Q KV / n), chunk by chunk.
+"""FLASH's mixed chunk attention (Hua et al. 2022, section 3.2): O = act(gate) * (A V + lin_Q KV / n), chunk by chunk.
 
 A is local, C x C for each chunk of C tokens; KV (S, E) is the sum of lin_K^T V over the chunks before (all chunks, if
 not causal). Once each chunk's KV is known, all chunks are independent:
@@ -10,7 +10,7 @@ not causal). Once each chunk's KV is known, all chunks are independent:
 
 The backward sums in reverse order: dKV is the sum of lin_Q^T dX / n over the chunks after.
 
-    prologue  dX = gate * dO, dGate = X * dO
+    prologue  dX = act(gate) * dO, dGate = X * dO * act'(gate)
     states, carry   KV again, and dKV
     linear    dlin_Q = dX KV^T / n and dlin_K = V dKV^T
     gradient  A^T and dS of some chunks to panels, from dA = dX V^T
@@ -43,12 +43,14 @@ from .gated import (
     GatedRule,
     bias_pointer,
     factors,
+    load_gate,
     load_tile,
     probs,
     score_gradient,
     scores,
     store_tile,
 )
+from .glu import activate
 from .guarded import guarded
 
 # ---------------------------------------------------------------- chunks
@@ -283,10 +285,10 @@ def product_kernel(
     lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     inv_norm, right, bias, bias_batch, max_distance, lin_inv_norm, n_chunks, n_segments, chunks_per_segment,
     first_block,
-    SIZES: tl.constexpr,  # C, S, E, BS, BM, BE, BK, WIDTH, PRECISION, FACTORS
+    SIZES: tl.constexpr,  # C, S, E, BS, BM, BE, BK, WIDTH, GATE, PRECISION, FACTORS
     SCORE: tl.constexpr, CONTINUED: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """[lin | A] [KV ; x] of some rows of a chunk and a tile of columns, and that times the gate.
+    """[lin | A] [KV ; x] of some rows of a chunk and a tile of columns, and that times act(gate).
 
     Forward lin is lin_Q / n, and x the values. BACKWARD it gives dV: lin is lin_K, A transposed, KV is dKV, x is dX.
     """
@@ -353,7 +355,7 @@ def product_kernel(
         store_tile(product, p_product, m_stored, o_column, b_acc, SIZES.E, SIZES.BE)
     if gate is not None:
         p_gate = row_pointers(gate, chunk.row, 0, chunk.first + o_row)
-        b_acc *= load_tile(gate, p_gate, m_row, o_column, SIZES.E, SIZES.BE).to(tl.float32)
+        b_acc *= load_gate(gate, p_gate, m_row, o_column, SIZES.E, SIZES.BE, SIZES.GATE)
     store_tile(out, row_pointers(out, chunk.row, 0, chunk.first + o_row), m_stored, o_column, b_acc, SIZES.E, SIZES.BE)
 
 
@@ -532,7 +534,7 @@ def step_kernel(
     quad_q, quad_k, lin_q, lin_k, v, gate, kv, held_quad_k, held_lin_k, held_v, position,
     out, new_kv, new_quad_k, new_lin_k, new_v, new_position,
     inv_norm, bias, bias_batch, max_distance, lin_inv_norm,
-    SIZES: tl.constexpr,  # C, S, E, BS, BE, BC, PRECISION
+    SIZES: tl.constexpr,  # C, S, E, BS, BE, BC, GATE, PRECISION
     SCORE: tl.constexpr,
 ):  # fmt: skip
     """One token: a tile of its output and of the state after it. Each program writes a share of the chunk's keys."""
@@ -572,7 +574,7 @@ def step_kernel(
     tl.store(state_pointers(new_kv, i_row, o_s, o_column, SIZES.S, SIZES.E), b_kv, mask=m_state)
     if gate is not None:
         p_gate = row_pointers(gate, i_row, 0, 0) + tl.cast(o_column, tl.int64) * gate.column
-        b_out *= tl.load(p_gate, mask=m_column, other=0.0).to(tl.float32)
+        b_out *= activate(tl.load(p_gate, mask=m_column, other=0.0).to(tl.float32), SIZES.GATE)
     p_out = out + tl.cast(i_row, tl.int64) * SIZES.E + o_column
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_column)
     if i_tile == 0:

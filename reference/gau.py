@@ -15,6 +15,7 @@ from .common import (
     upcast,
     visible_keys,
 )
+from .glu import ACTIVATIONS
 
 
 @upcast
@@ -24,6 +25,7 @@ def gau_attention(
     v: Tensor,
     gate: Tensor | None = None,
     *,
+    gate_activation: str = "identity",
     score: str = "relu2",
     normalizer: str | float = "keys",
     causal: bool = False,
@@ -32,7 +34,7 @@ def gau_attention(
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Quadratic gated attention, the definition: O = gate * (A v), A with all M x N pairs in memory.
+    """Quadratic gated attention, the definition: O = act(gate) * (A v), A with all M x N pairs in memory.
 
     With x = q k^T / n + rel_bias, A is relu(x)^2 ("relu2") or (1 + erf((x - mu) / (sigma sqrt 2))) / 2
     ("laplace"), 0 where the query may not see the key. "softmax" and "softmax_plus" are
@@ -42,7 +44,8 @@ def gau_attention(
         q: (B, M, S), one head; query i stands at position p = i + N - M of its sequence.
         k: (B, N, S).
         v: (B, N, E).
-        gate: (B, M, E); 1 unless given.
+        gate: (B, M, E); act(gate) is 1 unless given.
+        gate_activation: act, from the names of `glu`.
         score: "relu2", "laplace", "softmax" or "softmax_plus".
         normalizer: n, for the first two scores: "keys" (valid keys of the sequence), "row" (keys visible to
             that query) or a number.
@@ -82,7 +85,9 @@ def gau_attention(
             x = products / divisor(normalizer, n, seen) + matrix_bias
             a = elementwise_score(x, score).masked_fill(~visible, 0)
         out = torch.einsum("m n, n e -> m e", a, v_s)
-        outs.append(out if gate is None else gate[place.row, place.queries] * out)
+        if gate is not None:
+            out = ACTIVATIONS[gate_activation](gate[place.row, place.queries]) * out
+        outs.append(out)
     return assemble(blank((batch, n_queries, v.shape[-1]), 0.0, q, k, v, gate, rel_bias), places, outs, dim=-2)
 
 

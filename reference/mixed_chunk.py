@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .common import assemble, blank, elementwise_score, sequences, toeplitz, upcast, visible_keys
+from .glu import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def mixed_chunk_attention(
     v: Tensor,
     gate: Tensor | None = None,
     *,
+    gate_activation: str = "identity",
     chunk_size: int = 256,
     score: str = "relu2",
     causal: bool = False,
@@ -70,7 +72,7 @@ def mixed_chunk_attention(
 
         local_g  = score(quad_Q_g quad_K_g^T / quad_normalizer + rel_bias) V_g     causal: lower triangle
         global_g = lin_Q_g (sum over h of lin_K_h^T V_h) / lin_normalizer          causal: h < g; else all h
-        O_g      = gate_g * (local_g + global_g)
+        O_g      = act(gate_g) * (local_g + global_g)
 
     Each sequence is cut into chunks from its own start. With `initial_state` it continues where the state
     ends: the open chunk's tokens stand in front of the new ones, and the KV sum has its starting value.
@@ -81,7 +83,8 @@ def mixed_chunk_attention(
         lin_q: (B, N, S).
         lin_k: (B, N, S).
         v: (B, N, E).
-        gate: (B, N, E); 1 unless given.
+        gate: (B, N, E); act(gate) is 1 unless given.
+        gate_activation: act, from the names of `glu`.
         chunk_size: C.
         score: "relu2" or "laplace", as in `gau_attention`.
         causal: each token sees the tokens up to its own position.
@@ -151,7 +154,9 @@ def mixed_chunk_attention(
                 kv = kv + torch.einsum("n s, n e -> s e", lk_g, v_g)
         # An empty slice stands first, so that a sequence without tokens has a result too.
         out = torch.cat([values[:0], *chunks])[total - new :]
-        outs.append(out if gate is None else gate[place.row, place.keys] * out)
+        if gate is not None:
+            out = ACTIVATIONS[gate_activation](gate[place.row, place.keys]) * out
+        outs.append(out)
 
         closed = total - total % chunk_size
         kvs.append(kv)
@@ -185,6 +190,7 @@ def mixed_chunk_step(
     gate: Tensor | None = None,
     *,
     state: Any,
+    gate_activation: str = "identity",
     score: str = "relu2",
     quad_normalizer: float | None = None,
     lin_normalizer: str | float = "tokens",
@@ -199,9 +205,10 @@ def mixed_chunk_step(
         lin_q: (B, 1, S).
         lin_k: (B, 1, S).
         v: (B, 1, E).
-        gate: (B, 1, E); 1 unless given.
+        gate: (B, 1, E); act(gate) is 1 unless given.
         state: of the tokens before; its `chunk_size` is C.
-        score: see `mixed_chunk_attention`, as for the options below.
+        gate_activation: see `mixed_chunk_attention`, as for the options below.
+        score: "relu2" or "laplace".
         quad_normalizer: C unless given.
         lin_normalizer: "tokens" or a number.
         rel_bias: broadcastable to (B, 2P-1) with P >= C.
@@ -225,6 +232,7 @@ def mixed_chunk_step(
         lin_k,
         v,
         gate,
+        gate_activation=gate_activation,
         chunk_size=state.quad_k.shape[1],
         score=score,
         causal=True,

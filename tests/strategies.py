@@ -227,6 +227,7 @@ def gau_calls(draw: Any, backend: str = "eager", dtype: torch.dtype | None = Non
     batch = 1 if kind == "packed" else draw(st.sampled_from([1, 2, 3, 0]))
     score, normalizer = draw(st.sampled_from(GAU_SCORES))
     options: dict[str, Any] = {"score": score, "normalizer": normalizer, "causal": draw(st.booleans())}
+    options |= _present(gate_activation=_some(draw, *ACTIVATIONS))
     if kind == "lengths":
         options["lengths"] = valid_lengths(draw, batch, n)
     if kind == "packed":
@@ -273,6 +274,7 @@ def mixed_chunk_calls(
         "causal": causal,
     }
     options |= _present(
+        gate_activation=_some(draw, *ACTIVATIONS),
         quad_normalizer=_some(draw, 1, 7.5),
         lin_normalizer=_some(draw, "tokens", 5, 0.5),
         lengths=valid_lengths(draw, batch, n) if kind == "lengths" else None,
@@ -301,6 +303,7 @@ def step_calls(draw: Any, backend: str = "eager", dtype: torch.dtype | None = No
         "score": draw(st.sampled_from(["relu2", "laplace"])),
     }
     options |= _present(
+        gate_activation=_some(draw, *ACTIVATIONS),
         quad_normalizer=_some(draw, 1, 7.5),
         lin_normalizer=_some(draw, "tokens", 5, 0.5),
         rel_bias=make.bias((batch,), chunk),

@@ -135,6 +135,11 @@ def activations(args: Arguments, activation: Any, up_activation: Any) -> None:
 # ---- gated attention
 
 
+def gate_activation(args: Arguments, activation: Any) -> None:
+    """Of a gate; where there is none, it has no effect."""
+    args.choice("gate_activation", activation, ACTIVATIONS)
+
+
 def gau_attention(args: Arguments, q: Any, k: Any, v: Any, gate: Any) -> None:
     """Queries, keys, values and gate."""
     args.tensor("q", q, "B M S")

@@ -27,6 +27,7 @@ def context_parallel_gau(
     gate: Tensor | None = None,
     *,
     group: dist.ProcessGroup | DeviceMesh | None = None,
+    gate_activation: str = "identity",
     score: str = "relu2",
     normalizer: str | float = "keys",
     causal: bool = False,
@@ -59,7 +60,8 @@ def context_parallel_gau(
         gate: (B, m, E) or None for no gate.
         group: the processes, as a group or a `DeviceMesh` of one dimension (`mesh["context"]`); the default group
             unless given. gloo sends CPU tensors, nccl CUDA tensors.
-        score: as in `flashgau.gau_attention`, like all that follow; the same in every process.
+        gate_activation: as in `flashgau.gau_attention`, like all that follow; the same in every process.
+        score: "relu2", "laplace", "softmax" or "softmax_plus".
         normalizer: n of the scores "relu2" and "laplace": "keys", "row" or a number.
         causal: hide keys after the query's position.
         rel_bias: (..., 2P-1), broadcastable to (B, 2P-1), whole in every process, P >= the longest sequence. Its
@@ -97,10 +99,13 @@ def context_parallel_gau(
         context,
         gau_attention,
         slices={"q": (q, "B M S"), "k": (k, "B N S"), "v": (v, "B N E"), "gate": (gate, "B M E")},
-        options={"score": score, "normalizer": normalizer, "causal": causal, "backend": backend},
+        options={
+            "gate_activation": gate_activation, "score": score, "normalizer": normalizer, "causal": causal,
+            "backend": backend,
+        },
         parameters={"rel_bias": rel_bias},
         sequences={"lengths": lengths, "cu_seqlens": cu_seqlens},
-    )
+    )  # fmt: skip
 
     def check() -> Note:
         args = call.check()

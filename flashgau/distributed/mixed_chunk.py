@@ -32,6 +32,7 @@ def context_parallel_mixed_chunk(
     gate: Tensor | None = None,
     *,
     group: dist.ProcessGroup | DeviceMesh | None = None,
+    gate_activation: str = "identity",
     chunk_size: int = 256,
     score: str = "relu2",
     causal: bool = False,
@@ -67,7 +68,8 @@ def context_parallel_mixed_chunk(
         gate: (B, n, E) or None for no gate.
         group: the processes, as a group or a `DeviceMesh` of one dimension (`mesh["context"]`); the default group
             unless given. gloo sends CPU tensors, nccl CUDA tensors.
-        chunk_size: C; as in `flashgau.mixed_chunk_attention`, like all that follow; the same in every process.
+        gate_activation: as in `flashgau.mixed_chunk_attention`, like all that follow; the same in every process.
+        chunk_size: C.
         score: "relu2" or "laplace".
         causal: only tokens before, and the token itself, are seen.
         quad_normalizer: divisor of the local scores, C unless given.
@@ -107,8 +109,8 @@ def context_parallel_mixed_chunk(
         mixed_chunk_attention,
         slices={**{name: (x, "B N S") for name, x in heads.items()}, "v": (v, "B N E"), "gate": (gate, "B N E")},
         options={
-            "chunk_size": chunk_size, "score": score, "causal": causal, "quad_normalizer": quad_normalizer,
-            "lin_normalizer": lin_normalizer, "backend": backend,
+            "gate_activation": gate_activation, "chunk_size": chunk_size, "score": score, "causal": causal,
+            "quad_normalizer": quad_normalizer, "lin_normalizer": lin_normalizer, "backend": backend,
         },
         parameters={"rel_bias": rel_bias},
         sequences={"lengths": lengths},
@@ -142,5 +144,6 @@ def context_parallel_mixed_chunk(
     else:
         nothing = stand_in(lin_q, *lin_q.shape)
         local, kv = operate(quad_q, quad_k, nothing, nothing, v), everyone.sum(0)
-        out = add_linear_part(local, lin_q, kv, gate, linear_factor(lin_normalizer, sum(tokens), lengths, kv), own)
+        factor = linear_factor(lin_normalizer, sum(tokens), lengths, kv)
+        out = add_linear_part(local, lin_q, kv, gate, factor, own, gate_activation)
     return reaching(meeting, out, everyone) if needed else out

@@ -1,4 +1,4 @@
-"""Quadratic gated attention (Hua et al. 2022) by panels of queries: O = gate * (A v), memory linear in length.
+"""Quadratic gated attention (Hua et al. 2022) by panels of queries: O = act(gate) * (A v), memory linear in length.
 
 A panel holds the scores of a few queries against all the keys they see, so that softmax scores need no running
 maximum and every product with the wide values is one large matrix product.
@@ -26,6 +26,7 @@ from .common import (
     toeplitz_sums,
     values_dtype,
 )
+from .glu import activated, gate_gradient
 from .scores import score as elementwise_score
 from .scores import score_slope
 from .sizes import SIZES
@@ -52,7 +53,9 @@ def gau_attention_forward(
             rows = part.absolute(i)
             if product is not None:
                 product[seq.batch, rows] = x.to(out.dtype)
-            out[seq.batch, rows] = x if gate is None else x * gate[seq.batch, rows]
+            if gate is not None:
+                x = x * activated(gate[seq.batch, rows], options.gate_activation, x.dtype)
+            out[seq.batch, rows] = x
     return out, product
 
 
@@ -81,8 +84,9 @@ def gau_attention_backward(
             rows = part.absolute(i)
             dx = dout[seq.batch, rows].to(part.factor)
             if gate is not None and dgate is not None and product is not None:
-                dgate[seq.batch, rows] = (dx * product[seq.batch, rows]).to(dgate.dtype)
-                dx = (dx * gate[seq.batch, rows]).to(part.factor)
+                activation, g = options.gate_activation, gate[seq.batch, rows]
+                dgate[seq.batch, rows] = gate_gradient(dx * product[seq.batch, rows], g, activation).to(dgate.dtype)
+                dx = (dx * activated(g, activation, dx.dtype)).to(part.factor)
             s, a, scale = part.probs(i)
             seen = a.shape[-1]
             add_product(_keys_seen(dv_sum, seen), a.to(part.factor).mT, dx, workspace)

@@ -60,6 +60,16 @@ ACTIVATIONS: dict[str, tuple[Forward, Backward]] = {
 }
 
 
+def activated(gate: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
+    """act(gate), computed in that type; under the identity the gate itself."""
+    return gate if activation == "identity" else ACTIVATIONS[activation][0](gate.to(dtype), None)
+
+
+def gate_gradient(d: Tensor, gate: Tensor, activation: str) -> Tensor:
+    """The gradient of a gate from that of act(gate), which it is written over."""
+    return ACTIVATIONS[activation][1](d, gate.to(d.dtype), d)
+
+
 @takes_fields
 def glu_forward(
     gate: Tensor, up: Tensor | None = None, options: GluOptions = GluOptions(), save: bool = False

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..options import Layout, MixedChunkHeads, MixedChunkOptions, OpenChunk, takes_fields
 from .common import Sequence, Workspace, accumulator, sequences, toeplitz_block, toeplitz_sums, values_dtype
+from .glu import activated, gate_gradient
 from .scores import score as elementwise_score
 from .scores import score_slope
 from .sizes import SIZES
@@ -283,7 +284,7 @@ def mixed_chunk_attention_forward(
                 part.put(out, c, x)
             else:
                 rows = part.view(out, c)
-                torch.mul(x.view(rows.shape), part.view(gate, c), out=rows)
+                torch.mul(x.view(rows.shape), activated(part.view(gate, c), options.gate_activation, x.dtype), out=rows)
     return out, states, product
 
 
@@ -314,7 +315,10 @@ def mixed_chunk_attention_backward(
 
         def ungated(c: Group, part: Chunks = part) -> Tensor:
             dx = part.split(dout, c).to(part.factor)
-            return dx if gate is None else torch.mul(dx, part.split(gate, c), out=workspace.like("dx", dx))
+            if gate is None:
+                return dx
+            a = activated(part.split(gate, c), options.gate_activation, dx.dtype)
+            return torch.mul(dx, a, out=workspace.like("dx", dx))
 
         seen = []  # the states that each group read, if causal
         for c in part.groups():
@@ -326,8 +330,8 @@ def mixed_chunk_attention_backward(
                 part.accumulate(dkv, part.scaled(part.split(lin_q, c), c), ungated(c))
         for c in reversed(part.groups()):
             dx, v_c = ungated(c), part.split(v, c).to(part.factor)
-            if dgate is not None and product is not None:
-                torch.mul(part.view(dout, c), part.view(product, c), out=part.view(dgate, c))
+            if gate is not None and dgate is not None and product is not None:
+                _put_gate_gradient(part, c, dout, product, gate, options.gate_activation, dgate)
             heads_c = _heads(part, c, heads)
             read = seen.pop() if causal else part.states(c, kv, heads_c.lin_k, v_c)
             dheads_c, dv_c = part.gradients(c, dx, heads_c, v_c, read, dkv, ds_sum)
@@ -343,6 +347,17 @@ def mixed_chunk_attention_backward(
 
 def _heads(part: Chunks, c: Group, whole: MixedChunkHeads) -> Heads:
     return Heads(*(part.split(x, c).to(accumulator(x.dtype)) for x in whole))
+
+
+def _put_gate_gradient(
+    part: Chunks, c: Group, dout: Tensor, product: Tensor, gate: Tensor, activation: str, dgate: Tensor
+) -> None:
+    """Write dGate = X * dO * act'(gate) of a group."""
+    d, x, rows = part.view(dout, c), part.view(product, c), part.view(dgate, c)
+    if activation == "identity":
+        torch.mul(d, x, out=rows)
+    else:
+        rows.copy_(gate_gradient(d.to(part.factor) * x, part.view(gate, c), activation))
 
 
 def _states(v: Tensor, width: int, layout: Layout, start: Tensor | None) -> Tensor:
@@ -380,7 +395,7 @@ def mixed_chunk_step(
     closed = (position[:, None, None] - place[..., None]).to(acc)
     divisor = closed.clamp_min(1) if lin_normalizer == "tokens" else float(lin_normalizer)
     out = weights @ open_v.to(acc) + (lin_q.to(acc) / divisor) @ kv
-    out = (out if gate is None else out * gate).to(v.dtype)
+    out = (out if gate is None else out * activated(gate, options.gate_activation, acc)).to(v.dtype)
     full = (place + 1 == size)[..., None]
     if torch.compiler.is_compiling() or bool(full.any()):  # the chunk closes: into the sum with it
         kv = torch.where(full, kv + open_lin_k.to(acc).mT @ open_v.to(acc), kv)

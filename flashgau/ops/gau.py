@@ -20,6 +20,7 @@ def gau_attention(
     v: Tensor,
     gate: Tensor | None = None,
     *,
+    gate_activation: str = "identity",
     score: str = "relu2",
     normalizer: str | float = "keys",
     causal: bool = False,
@@ -28,7 +29,7 @@ def gau_attention(
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Quadratic gated attention: O = gate * (A v) with a single narrow head, memory linear in length.
+    """Quadratic gated attention: O = act(gate) * (A v) with a single narrow head, memory linear in length.
 
     A is the score of x = q k^T / n + rel_bias, masked afterwards (a hidden pair weighs 0):
     relu2: max(x, 0)^2; laplace: (1 + erf((x - mu) / (sigma sqrt 2))) / 2 with mu = sqrt(1/2), sigma =
@@ -44,6 +45,8 @@ def gau_attention(
         k: keys (B, N, S).
         v: values (B, N, E), usually wide: E of hundreds or thousands.
         gate: (B, M, E) or None for no gate.
+        gate_activation: act, an activation of `glu`: "identity", "sigmoid", "relu", "relu2", "gelu", "gelu_tanh" or
+            "silu". In a GAU u = silu(x W_u) is the gate: x W_u with "silu" here is the same, and u is never stored.
         score: "relu2", "laplace", "softmax" or "softmax_plus".
         normalizer: n for relu2 and laplace. "keys": the number of valid keys of the sequence, as in the paper's
             code (a causal prefix then depends on the whole length). "row": the number of keys visible to the query
@@ -74,6 +77,7 @@ def gau_attention(
     args = Arguments("gau_attention")
     operands.gau_attention(args, q, k, v, gate)
     operands.gau_options(args, score, normalizer)
+    operands.gate_activation(args, gate_activation)
     args.flag("causal", causal)
     longest, lengths = args.sequences(lengths, cu_seqlens), widened(lengths)
     args.relative_bias(rel_bias, "B", longest)
@@ -81,12 +85,13 @@ def gau_attention(
     name = dispatch.resolve("gau_attention", backend, q.device, q.dtype, q.shape[-1])
     if name == "reference":
         return autograd.run(
-            "gau_attention", name, "gau_attention", q, k, v, gate, score=score, normalizer=normalizer,
-            causal=causal, rel_bias=rel_bias, lengths=lengths, cu_seqlens=cu_seqlens,
+            "gau_attention", name, "gau_attention", q, k, v, gate, gate_activation=gate_activation, score=score,
+            normalizer=normalizer, causal=causal, rel_bias=rel_bias, lengths=lengths, cu_seqlens=cu_seqlens,
         )  # fmt: skip
     bias = rel_bias.expand(q.shape[0], -1) if rel_bias is not None else None
     save = autograd.needs_grad(q, k, v, gate, rel_bias)
-    options, layout = GatedOptions(score, normalizer, causal, bias), Layout(lengths, cu_seqlens)
+    layout = Layout(lengths, cu_seqlens)
+    options = GatedOptions(score, normalizer, causal, bias, gate_activation)
     return _gau_attention(q, k, v, gate, options=options, layout=layout, save=save, backend=name)[0]
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashgau.eager.glu import activated, gate_gradient
+
 from .once import once
 
 _OP = "context_parallel_mixed_chunk"  # whose second derivatives are refused
@@ -25,10 +27,19 @@ def linear_sums(lin_k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def add_linear_part(
-    local: Tensor, lin_q: Tensor, kv: Tensor, gate: Tensor | None, factor: Tensor, valid: Tensor | None
+    local: Tensor,
+    lin_q: Tensor,
+    kv: Tensor,
+    gate: Tensor | None,
+    factor: Tensor,
+    valid: Tensor | None,
+    activation: str,
 ) -> Tensor:
-    """gate * (local + factor lin_q KV), in the type of `local` (B, n, E); `factor` is broadcastable to it, in KV's."""
-    out: Tensor = _Joined.apply(local, lin_q, kv, gate, factor, valid)
+    """act(gate) * (local + factor lin_q KV), in the type of `local` (B, n, E).
+
+    `factor` is broadcastable to it, in KV's type.
+    """
+    out: Tensor = _Joined.apply(local, lin_q, kv, gate, factor, valid, activation)
     return out
 
 
@@ -69,25 +80,34 @@ class _Sums(torch.autograd.Function):
 
 
 class _Joined(torch.autograd.Function):
-    """With dX = gate * dO: dlocal = dX; dgate = dO * (local + factor lin_q KV); dlin_q = factor dX KV^T;
-    dKV = lin_q^T dX factor.
+    """With dX = act(gate) * dO: dlocal = dX; dgate = dO * (local + factor lin_q KV) * act'(gate);
+    dlin_q = factor dX KV^T; dKV = lin_q^T dX factor.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, local: Tensor, lin_q: Tensor, kv: Tensor, gate: Tensor | None, factor: Tensor, valid: Tensor | None
+        ctx: Any,
+        local: Tensor,
+        lin_q: Tensor,
+        kv: Tensor,
+        gate: Tensor | None,
+        factor: Tensor,
+        valid: Tensor | None,
+        activation: str,
     ) -> Tensor:
         ctx.save_for_backward(local, lin_q, kv, gate, factor, valid)
+        ctx.activation = activation
         out = torch.empty_like(local)
         with _products(local):
             for block in _blocks(local):
                 x = _rows(local, block, valid) + (_rows(lin_q, block, valid) @ kv) * factor
-                out[:, block] = x if gate is None else x * _rows(gate, block, valid)
+                out[:, block] = x if gate is None else x * activated(_rows(gate, block, valid), activation, x.dtype)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         local, lin_q, kv, gate, factor, valid = ctx.saved_tensors
+        activation: str = ctx.activation
 
         def compute(
             dout: Tensor, local: Tensor, lin_q: Tensor, kv: Tensor, gate: Tensor | None
@@ -98,14 +118,15 @@ class _Joined(torch.autograd.Function):
                 for block in _blocks(local):
                     dx, q = _rows(dout, block, valid), _rows(lin_q, block, valid)
                     if gate is not None and dgate is not None:
-                        dgate[:, block] = dx * (_rows(local, block, valid) + (q @ kv) * factor)
-                        dx = dx * _rows(gate, block, valid)
+                        g, x = _rows(gate, block, valid), _rows(local, block, valid) + (q @ kv) * factor
+                        dgate[:, block] = gate_gradient(dx * x, g, activation)
+                        dx = dx * activated(g, activation, dx.dtype)
                     dlocal[:, block] = dx
                     dlin_q[:, block] = (dx @ kv.mT) * factor
                     dkv.baddbmm_(q.mT, dx * factor)
             return dlocal, dlin_q, dkv, dgate
 
-        return *once(_OP, compute, dout, local, lin_q, kv, gate), None, None
+        return *once(_OP, compute, dout, local, lin_q, kv, gate), None, None, None
 
 
 def _sums_dtype(x: Tensor) -> torch.dtype:

@@ -24,6 +24,7 @@ def mixed_chunk_attention(
     v: Tensor,
     gate: Tensor | None = None,
     *,
+    gate_activation: str = "identity",
     chunk_size: int = 256,
     score: str = "relu2",
     causal: bool = False,
@@ -41,7 +42,7 @@ def mixed_chunk_attention(
     The sequence is cut into chunks of C; for chunk g with rows Q_g, K_g, V_g:
     local_g = score(quad_Q_g quad_K_g^T / quad_normalizer + rel_bias) V_g, within the chunk (causal: lower
     triangle); global_g = lin_Q_g (sum over h of lin_K_h^T V_h) / lin_normalizer, over h < g if causal, else over
-    all chunks, its own included; O_g = gate_g * (local_g + global_g). Sums are kept in fp32 (fp64 for fp64).
+    all chunks, its own included; O_g = act(gate_g) * (local_g + global_g). Sums are kept in fp32 (fp64 for fp64).
 
     Source: Hua et al. 2022, "Transformer Quality in Linear Time" (arXiv 2202.10447), section 3.2 and code 6.
 
@@ -52,6 +53,8 @@ def mixed_chunk_attention(
         lin_k: (B, N, S) its keys.
         v: (B, N, E) values of both.
         gate: (B, N, E) or None for no gate.
+        gate_activation: act, an activation of `glu`: "identity", "sigmoid", "relu", "relu2", "gelu", "gelu_tanh" or
+            "silu". In FLASH u = silu(x W_u) is the gate: x W_u with "silu" here is the same, and u is never stored.
         chunk_size: C, tokens of a chunk. Every sequence is cut from its own start.
         score: "relu2" (squared relu) or "laplace"; see `gau_attention`.
         causal: only tokens before, and the token itself, are seen.
@@ -89,6 +92,7 @@ def mixed_chunk_attention(
     args.flag("causal", causal)
     args.flag("return_state", return_state)
     quad = operands.mixed_chunk_options(args, chunk_size, score, lin_normalizer, quad_normalizer)
+    operands.gate_activation(args, gate_activation)
     args.sequences(lengths, cu_seqlens)
     lengths = widened(lengths)
     args.relative_bias(rel_bias, "B", chunk_size, "the chunk size")
@@ -102,9 +106,10 @@ def mixed_chunk_attention(
     name = dispatch.resolve(op, backend, quad_q.device, quad_q.dtype, width=args.sizes["S"])
     if name == "reference":
         result = autograd.run(
-            op, name, op, quad_q, quad_k, lin_q, lin_k, v, gate, chunk_size=chunk_size, score=score,
-            causal=causal, quad_normalizer=quad, lin_normalizer=lin_normalizer, rel_bias=rel_bias, lengths=lengths,
-            cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state,
+            op, name, op, quad_q, quad_k, lin_q, lin_k, v, gate, gate_activation=gate_activation,
+            chunk_size=chunk_size, score=score, causal=causal, quad_normalizer=quad, lin_normalizer=lin_normalizer,
+            rel_bias=rel_bias, lengths=lengths, cu_seqlens=cu_seqlens, initial_state=initial_state,
+            return_state=return_state,
         )  # fmt: skip
         return (result[0], _own_state(result[1])) if return_state else result
 
@@ -120,7 +125,7 @@ def mixed_chunk_attention(
         lengths, cu_seqlens = continuation.lengths, continuation.cu_seqlens
     bias = rel_bias.expand(quad_q.shape[0], -1) if rel_bias is not None else None
     save = autograd.needs_grad(quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias, kv)
-    options = MixedChunkOptions(int(chunk_size), score, causal, quad, lin_normalizer, bias, kv, closed)
+    options = MixedChunkOptions(int(chunk_size), score, causal, quad, lin_normalizer, bias, kv, closed, gate_activation)
     out, kv, _ = _mixed_chunk_attention(
         v, gate, heads=MixedChunkHeads(quad_q, quad_k, lin_q, lin_k), layout=Layout(lengths, cu_seqlens),
         options=options, save=save, backend=name,
@@ -149,6 +154,7 @@ def mixed_chunk_step(
     gate: Tensor | None = None,
     *,
     state: MixedChunkState,
+    gate_activation: str = "identity",
     score: str = "relu2",
     quad_normalizer: float | None = None,
     lin_normalizer: str | float = "tokens",
@@ -168,9 +174,10 @@ def mixed_chunk_step(
         lin_k: (B, 1, S).
         v: (B, 1, E).
         gate: (B, 1, E) or None.
+        gate_activation: as in `mixed_chunk_attention`, like the options below.
         state: what came before; its buffers set the chunk size. `MixedChunkState.empty` starts a sequence. A state
             of another floating type is converted to this call's, as `mixed_chunk_attention` does.
-        score: as in `mixed_chunk_attention`, like the options below.
+        score: "relu2" or "laplace".
         quad_normalizer: divisor of the local scores, C unless given.
         lin_normalizer: "tokens" or a number.
         rel_bias: relative bias, (..., 2P-1) with P >= C.
@@ -200,25 +207,29 @@ def mixed_chunk_step(
     state = _state(args, "state", state, args.sizes["B"], None, quad_q.dtype)
     size = state.chunk_size
     quad = operands.mixed_chunk_options(args, size, score, lin_normalizer, quad_normalizer)
+    operands.gate_activation(args, gate_activation)
     args.relative_bias(rel_bias, "B", size, "the chunk size")
 
     name = dispatch.resolve(op, backend, quad_q.device, quad_q.dtype, width=args.sizes["S"])
     if name == "reference":
         out, after = autograd.run(
-            op, name, op, quad_q, quad_k, lin_q, lin_k, v, gate, state=state, score=score,
-            quad_normalizer=quad, lin_normalizer=lin_normalizer, rel_bias=rel_bias,
+            op, name, op, quad_q, quad_k, lin_q, lin_k, v, gate, state=state, gate_activation=gate_activation,
+            score=score, quad_normalizer=quad, lin_normalizer=lin_normalizer, rel_bias=rel_bias,
         )  # fmt: skip
         return out, _own_state(after)
     tensors = quad_q, quad_k, lin_q, lin_k, v, gate, *state.tensors()
     if name == "triton" and autograd.needs_grad(*tensors, rel_bias):  # its kernel for one token has no derivative
         return mixed_chunk_attention(
-            *tensors[:6], chunk_size=size, score=score, causal=True, quad_normalizer=quad,
-            lin_normalizer=lin_normalizer, rel_bias=rel_bias, initial_state=state, return_state=True, backend=name,
+            *tensors[:6], gate_activation=gate_activation, chunk_size=size, score=score, causal=True,
+            quad_normalizer=quad, lin_normalizer=lin_normalizer, rel_bias=rel_bias, initial_state=state,
+            return_state=True, backend=name,
         )  # type: ignore[return-value] # fmt: skip
     bias = rel_bias.expand(quad_q.shape[0], -1) if rel_bias is not None else None
     given: dict[str, Any] = {
         "heads": MixedChunkHeads(*tensors[:4]), "state": OpenChunk(*state.tensors()),
-        "options": MixedChunkOptions(size, score, True, quad, lin_normalizer, bias),
+        "options": MixedChunkOptions(
+            size, score, True, quad, lin_normalizer, bias, gate_activation=gate_activation
+        ),
     }  # fmt: skip
     if name == "triton":
         out, *after = _mixed_chunk_step(v, gate, **given, backend=name)

@@ -304,6 +304,9 @@ def _gau_cases(thorough: bool) -> Iterator[CheckCase]:
         yield _gau("relu2, S 1, E 1", dtype, 17, s=1, e=1)
         yield _gau("relu2, no tokens", dtype, 0)
         yield _gau("relu2, empty batch", dtype, 17, b=0)
+    for activation, dtype in product(ACTIVATIONS[1:], DTYPES):
+        yield _gau(f"relu2, causal, {activation}(gate)", dtype, 33, causal=True, gate_activation=activation)
+        yield _gau(f"softmax, {activation}(gate)", dtype, 17, m=9, score="softmax", gate_activation=activation)
     lengths = THOROUGH_LENGTHS if thorough else (33,)
     for n, (name, score), causal, dtype in product(lengths, GAU_SCORES, (False, True), DTYPES):
         if not thorough and dtype not in PAIR:
@@ -384,6 +387,8 @@ def _mixed_cases(thorough: bool) -> Iterator[CheckCase]:
         yield _mixed("relu2, causal, S 1, E 1", dtype, 33, s=1, e=1, causal=True)
         yield _mixed("relu2, no tokens", dtype, 0)
         yield _mixed("relu2, empty batch", dtype, 17, b=0, causal=True)
+    for activation, dtype in product(ACTIVATIONS[1:], DTYPES):
+        yield _mixed(f"relu2, causal, {activation}(gate)", dtype, 41, causal=True, gate_activation=activation)
     lengths = THOROUGH_LENGTHS if thorough else (41,)
     options = product(lengths, ("relu2", "laplace"), MIXED_NORMALIZERS, (False, True), DTYPES)
     for n, score, (normalizer, numbers), causal, dtype in options:
@@ -405,6 +410,9 @@ def _mixed_cases(thorough: bool) -> Iterator[CheckCase]:
 
 
 def _step_cases(thorough: bool) -> Iterator[CheckCase]:
+    for activation, dtype in product(ACTIVATIONS[1:], DTYPES):
+        name = f"relu2, {activation}(gate), token 5"
+        yield _mixed(name, dtype, 1, prefix=5, op="mixed_chunk_step", gate_activation=activation)
     options = product(("relu2", "laplace"), MIXED_NORMALIZERS, DTYPES)
     for score, (normalizer, numbers), dtype in options:
         if not thorough and normalizer and dtype not in PAIR:
