@@ -135,6 +135,14 @@ class GluWeights(NamedTuple):
     b_up: Optional[Tensor] = None
 
 
+class NormOptions(NamedTuple):
+    """Of a normalisation of rows."""
+
+    kind: str = "layernorm"  # or "rms", without a mean
+    eps: float = 1e-5
+    clamp: bool = False  # of "rms": bounds its deviation from below by eps, instead of adding eps under the root
+
+
 class ProjectionWeights(NamedTuple):
     """A gated unit's linear layer to [u, v, z], and OffsetScale."""
 
@@ -142,6 +150,7 @@ class ProjectionWeights(NamedTuple):
     bias: Optional[Tensor]
     gamma: Tensor  # (H, S)
     beta: Optional[Tensor]
+    raw_gate: bool = False  # u is before its silu, which is of whoever reads it
 
 
 class Angles(NamedTuple):

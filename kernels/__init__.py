@@ -2,8 +2,8 @@
 
 A file `<op>.py` has the launchers; the kernels stand above them, or in `<op>_kernels.py` where there are many.
 
-`SUPPORTED` names the files with the widest head their kernels take (None: any width); what is not there, or wider, runs
-on the `eager` backend, and an explicit `backend="triton"` is refused with that reason.
+`SUPPORTED` names the files with the widest head, or row, their kernels take (None: any width); what is not there, or
+wider, runs on the `eager` backend, and an explicit `backend="triton"` is refused with that reason.
 """
 
 import os
@@ -13,7 +13,10 @@ import threading
 # and the launchers say the same.
 NO_INTERPRETED_BF16 = "this version of Triton's interpreter, which runs kernels on a CPU, multiplies bf16 wrongly"
 
-SUPPORTED: dict[str, int | None] = {"attention": 256, "glu": None, "gau": 256, "mixed_chunk": 256, "projection": None}
+SUPPORTED: dict[str, int | None] = {
+    "attention": 256, "glu": None, "gau": 256, "mixed_chunk": 256, "projection": None,
+    "norms": 8192,  # whose programs hold whole rows, and in the backward five numbers for each of a row's
+}  # fmt: skip
 
 
 def interpreting() -> bool:

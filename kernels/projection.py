@@ -2,7 +2,8 @@
 
 gated projection  [u | v | z] = x W^T + b: one product of the vendor's library, then silu writes u and v to separate
                   tensors and the heads are computed from z in that result, without a copy; the backward writes the
-                  gradients of all three into one tensor, for one product each
+                  gradients of all three into one tensor, for one product each. Where attention's kernels apply silu to
+                  their gate, u is a product of its own, and neither written nor read again
 heads             gamma_h silu(z) + beta_h and the rotation of RoPE, all heads while z is in registers
 """
 
@@ -134,11 +135,13 @@ def gated_projection_forward(
     *,
     config: Config | Choose | None = None,
 ) -> list[Tensor]:
-    """u, v, the heads of z and, if `save`, x W^T + b as a whole."""
-    weight, bias, gamma, beta = weights
-    wide = torch.nn.functional.linear(x, weight, bias)
-    *halves, z = _parts(wide, gamma)
-    outs = []
+    """u, v, the heads of z and, if `save`, x W^T + b of all that is activated here, in one."""
+    weight, bias, gamma, beta, raw_gate = weights
+    first = (weight.shape[0] - gamma.shape[1]) // 2 if raw_gate else 0
+    own, other = ((weight[s], None if bias is None else bias[s]) for s in (slice(0, first), slice(first, None)))
+    outs = [torch.nn.functional.linear(x, *own)] if raw_gate else []
+    wide = torch.nn.functional.linear(x, *other)
+    *halves, z = _parts(wide, weights)
     for half in halves:
         outs.append(half.new_empty(half.shape))
         elementwise(silu_kernel, "projection", (half, outs[-1]), chosen_by(config))
@@ -158,16 +161,25 @@ def gated_projection_backward(
     *,
     config: Config | Choose | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, gamma and beta; those of u, v and z are in one tensor, for one product each."""
-    (wide,), (weight, bias, gamma, _) = saved, weights
+    """Gradients of x, weight, bias, gamma and beta; those of what was saved are in one tensor, for one product each."""
+    (wide,), (weight, bias, gamma, _, raw_gate) = saved, weights
     dwide = wide.new_empty(wide.shape)
-    *halves, z = _parts(wide, gamma)
-    *dhalves, dz = _parts(dwide, gamma)
-    for d, half, dhalf in zip((du, dv), halves, dhalves, strict=True):
+    *halves, z = _parts(wide, weights)
+    *dhalves, dz = _parts(dwide, weights)
+    for d, half, dhalf in zip((dv,) if raw_gate else (du, dv), halves, dhalves, strict=True):
         flat = tuple(t.reshape(-1, t.shape[-1]) for t in (d, half, dhalf))  # the last must be a view: it is written to
         elementwise(silu_backward_kernel, "projection", flat, chosen_by(config))
     dgamma, dbeta = heads_backward(dheads, z, gamma, angles, dz, config=config)
-    return *projection_backward(dwide, x, weight, bias, config=config), dgamma, dbeta
+    if not raw_gate:
+        return *projection_backward(dwide, x, weight, bias, config=config), dgamma, dbeta
+    first, rows = du.shape[-1], x.reshape(-1, x.shape[-1])
+    du, dwide = (d.reshape(-1, d.shape[-1]) for d in (du, dwide))
+    dx = (dwide @ weight[first:]).addmm_(du, weight[:first])
+    dweight, dbias = weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
+    for d, part in ((du, slice(0, first)), (dwide, slice(first, None))):
+        torch.mm(d.T, rows, out=dweight[part])
+        torch.sum(d, 0, out=dbias[part])
+    return dx.view(x.shape), dweight, dbias, dgamma, dbeta
 
 
 def projection_forward(
@@ -230,11 +242,11 @@ def heads_backward(
     return dgamma.sum(0).to(gamma.dtype), dbeta.sum(0).to(gamma.dtype)
 
 
-def _parts(wide: Tensor, gamma: Tensor) -> list[Tensor]:
-    """u, v and z within [u | v | z] (..., 2e + S)."""
-    narrow = gamma.shape[1]
-    half = (wide.shape[-1] - narrow) // 2
-    return list(wide.split((half, half, narrow), -1))
+def _parts(wide: Tensor, weights: ProjectionWeights) -> list[Tensor]:
+    """u, v and z within [u | v | z] (..., 2e + S); without u, if that is not activated here."""
+    narrow, halves = weights.gamma.shape[1], 1 if weights.raw_gate else 2
+    half = (wide.shape[-1] - narrow) // halves
+    return list(wide.split((*[half] * halves, narrow), -1))
 
 
 def _matrix(x: Tensor) -> Matrix:

@@ -10,6 +10,7 @@ from .attention import attention
 from .gau import gau_attention
 from .glu import glu, glu_linear
 from .mixed_chunk import mixed_chunk_attention, mixed_chunk_step
+from .norms import norm
 
 __all__ = [
     "attention",
@@ -18,4 +19,5 @@ __all__ = [
     "glu_linear",
     "mixed_chunk_attention",
     "mixed_chunk_step",
+    "norm",
 ]

@@ -42,7 +42,9 @@ def test_the_cases_cover_every_option():
     assert values["mixed_chunk_attention", "score"] == {"relu2", "laplace"}
     assert {"quad_normalizer", "lin_normalizer", "rel_bias", "lengths", "cu_seqlens"} <= used["mixed_chunk_attention"]
     assert {"initial_state", "return_state", "chunk_size"} <= used["mixed_chunk_attention"]
-    assert {"state", "score", "quad_normalizer", "lin_normalizer", "rel_bias"} == used["mixed_chunk_step"]
+    assert {"state", "gate_activation", "score", "quad_normalizer", "lin_normalizer", "rel_bias"} == used[
+        "mixed_chunk_step"
+    ]
 
 
 def test_a_case_draws_the_same_values_again_and_others_with_another_seed():

@@ -32,7 +32,7 @@ def test_cases_are_chosen_by_operation_and_dtype():
     cases = executing.cases("sm_80", "glu_linear", "float16", quick=False)
     assert {(case.op, case.dtype) for case in cases} == {("glu_linear", "float16")}
     gau = executing.cases("sm_80", "gau_attention", None, quick=True)
-    assert {case.op for case in gau} == {"gau_attention", "projection", "heads"}
+    assert {case.op for case in gau} == {"gau_attention", "projection", "heads", "norm"}
 
 
 @pytest.mark.parametrize(

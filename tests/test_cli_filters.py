@@ -28,7 +28,7 @@ def compiled(monkeypatch):
     ("options", "keeps"),
     [
         ("--op attention", lambda j: ahead.op_of(j.entry) == "attention"),
-        ("--op gau_attention", lambda j: ahead.op_of(j.entry) in ("gau_attention", "projection", "heads")),
+        ("--op gau_attention", lambda j: ahead.op_of(j.entry) in ("gau_attention", "projection", "heads", "norm")),
         ("--dtype bf16", lambda j: j.dtype == "bf16"),
         ("--dtype fp16,fp32 --op glu", lambda j: j.dtype != "bf16" and ahead.op_of(j.entry) == "glu"),
         ("--kernel attention_dq,glu_linear", lambda j: j.key.kernel in ("attention_dq", "glu_linear")),

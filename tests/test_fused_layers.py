@@ -1,7 +1,12 @@
 """The fused pieces of GAU and FLASH layers, held to the same layers composed from the reference in plain PyTorch."""
 
+import importlib
+from unittest import mock
+
 import pytest
 import torch
+from backends import backends_of
+from checks import close_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,7 +14,7 @@ import flashgau
 from flashgau.eager import common
 from flashgau.eager.sizes import sized
 from flashgau.nn import FLASH, GAU
-from flashgau.ops import projection
+from flashgau.ops import dispatch, projection
 
 
 @st.composite
@@ -118,13 +123,59 @@ def test_fused_pieces_refuse_a_second_derivative():
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("options", [{}, {"linear_bias": False}, {"rotary_dim": 4}], ids=str)
+@pytest.mark.parametrize("kind", [GAU, FLASH])
+@pytest.mark.skipif("triton" not in backends_of("gau_attention"), reason="no GPU, and not interpreting")
+def test_on_triton_silu_of_the_gate_is_attentions(kind, options):
+    """Output and gradients are those of the reference, and nothing stores silu(u)."""
+    torch.manual_seed(0)
+    layer = kind(12, key_dim=8, hidden=20, **({"chunk_size": 16} if kind is FLASH else {}), **options)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_()
+    x, op = torch.randn(2, 21, 12, requires_grad=True), "gau" if kind is GAU else "mixed_chunk"
+    sequences = {"lengths": torch.tensor([21, 5])}
+    seen = []
+    own = dispatch.implementation(f"{op}_attention", "triton", f"{op}_attention_forward")
+
+    def forward(*args, **kwargs):
+        seen.append((kwargs["gate"].detach(), kwargs["options"].gate_activation))
+        return own(*args, **kwargs)
+
+    module = importlib.import_module(f"flashgau.kernels.{op}")
+    with flashgau.use_backend("reference"), dispatch.use_backend_in_layers("reference"):
+        expected = results(layer, x, sequences)
+    watched = mock.patch.object(module, f"{op}_attention_forward", forward)
+    with flashgau.use_backend("triton"), dispatch.use_backend_in_layers("triton"), watched:
+        found = results(layer, x, sequences)
+    close_gradients(found, expected, ulps=256)
+    ((gate, activation),) = seen
+    bias = None if layer.to_hidden.bias is None else layer.to_hidden.bias[:20]
+    torch.testing.assert_close(gate, torch.nn.functional.linear(layer.norm(x), layer.to_hidden.weight[:20], bias))
+    assert activation == "silu"
+
+
+@pytest.mark.parametrize("kind", [GAU, FLASH])
+def test_a_function_in_place_of_attention_gets_an_activated_gate(kind):
+    """It need not know of `gate_activation`."""
+    op = flashgau.gau_attention if kind is GAU else flashgau.mixed_chunk_attention
+    own = kind(6, key_dim=4, attention_fn=lambda *args, **options: op(*args, **options))
+    plain = kind(6, key_dim=4)
+    plain.load_state_dict(own.state_dict())
+    x = torch.randn(1, 9, 6)
+    torch.testing.assert_close(own(x), plain(x))
+    if "triton" in backends_of("gau_attention"):
+        with flashgau.use_backend("triton"), dispatch.use_backend_in_layers("triton"):
+            torch.testing.assert_close(own(x), plain(x))
+
+
 def test_operators_are_what_their_shape_functions_say():
     x, w, b = torch.randn(2, 5, 6), torch.randn(10, 6), torch.randn(10)
     operator = projection._projection.forward.overload
     torch.library.opcheck(operator, tuple(map(_trainable, (x, w, b, None, "eager"))))
     gamma, beta, angles = torch.randn(3, 2), torch.randn(3, 2), torch.randn(1, 5, 1)
-    for save in (True, False):
-        args = (x, w, b, gamma, beta, angles.cos(), angles.sin(), save, False, "eager")
+    for save, raw_gate in ((True, False), (True, True), (False, True)):
+        args = (x, w, b, gamma, beta, angles.cos(), angles.sin(), save, raw_gate, False, "eager")
         trainable = tuple(_trainable(t) if save or not isinstance(t, torch.Tensor) else t for t in args)
         torch.library.opcheck(projection._gated_projection.forward.overload, trainable)
 

@@ -15,7 +15,18 @@ import triton
 import triton.language as tl
 from flashgau.kernels import glu
 
-MODULES = ["attention_kernels", "gated", "gau", "gau_kernels", "glu", "mixed_chunk_kernels", "own_scores", "projection"]
+MODULES = [
+    "attention_kernels",
+    "gated",
+    "gau",
+    "gau_kernels",
+    "glu",
+    "mixed_chunk_kernels",
+    "norms",
+    "own_scores",
+    "projection",
+    "sums",
+]
 
 PROGRAM = """
 import torch, triton, triton.language as tl

@@ -166,7 +166,8 @@ import os
 os.environ["TRITON_DEFAULT_FP_FUSION"] = "0"
 from unittest import mock
 import torch, triton
-from flashgau.kernels import attention_kernels, gated, gau_kernels, glu, mixed_chunk_kernels, projection
+from flashgau.kernels import attention_kernels, gated, gau_kernels, glu, mixed_chunk_kernels, norms, projection, sums
+from flashgau.options import ProjectionWeights
 from flashgau.tables import configured
 from flashgau.tuning import compiler, lookup
 from flashgau.tuning.ahead import target_of
@@ -188,8 +189,8 @@ with mock.patch.object(triton.JITFunction, "__getitem__", launch):
                 entry.call(kind, entry.widths[-1], Operands(torch.bfloat16))
     x, w, gamma = (torch.empty(*shape, device="meta") for shape in ((1, 8, 4), (40, 4), (2, 8)))
     options = {"interleaved": False, "save": False, "config": choose}
-    projection.gated_projection_forward(x, (w, None, gamma, None), **options)
-for module in (attention_kernels, gated, gau_kernels, glu, mixed_chunk_kernels, projection):
+    projection.gated_projection_forward(x, ProjectionWeights(w, None, gamma, None), **options)
+for module in (attention_kernels, gated, gau_kernels, glu, mixed_chunk_kernels, norms, projection, sums):
     for name, kernel in vars(module).items():
         if name.endswith("_kernel") and kernel.fn.__module__ == module.__name__:
             print(name, launched.get(kernel))

@@ -156,9 +156,10 @@ def test_segments_of_a_sequence_change_rounding_only(causal, packed):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("raw_gate", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
 @given(st.data())
-def test_gated_projections_are_those_of_eager(interleaved, data):
+def test_gated_projections_are_those_of_eager(interleaved, raw_gate, data):
     """Every pair of a rotation, of all channels or the first of them, angles of the row or shared by the batch."""
     b, n, s = (data.draw(st.sampled_from(sizes)) for sizes in ((1, 3), (0, 1, 7, 20), (2, 5, 16, 20)))
     count, pairs, wide = data.draw(st.integers(1, 4)), data.draw(st.integers(0, s // 2)), data.draw(st.integers(1, 40))
@@ -173,13 +174,16 @@ def test_gated_projections_are_those_of_eager(interleaved, data):
     results = []
     for module in (projection_kernels, eager_projection):
         forward, backward = module.gated_projection_forward, module.gated_projection_backward
-        weights, rotary = ProjectionWeights(weight, bias, gamma, beta), Angles(cos, sin, interleaved)
+        weights, rotary = ProjectionWeights(weight, bias, gamma, beta, raw_gate), Angles(cos, sin, interleaved)
         found = forward(x, weights, rotary, save=True)
         outs, saved = found[: 2 + count], found[2 + count :]
         grads = backward(*douts[:2], douts[2:], x, weights, saved, rotary)
         results.append([*outs, *grads])
     for a, e in zip(*results, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=2e-5)
+    before = torch.nn.functional.linear(x, weight[:wide], bias[:wide])
+    expected = before if raw_gate else torch.nn.functional.silu(before)
+    torch.testing.assert_close(results[0][0], expected, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 50])

@@ -19,11 +19,11 @@ from .common import Workspace, accumulator, add_product, factor_dtype, panels
 def gated_projection_forward(
     x: Tensor, weights: ProjectionWeights, angles: Angles = Angles(), save: bool = False
 ) -> list[Tensor]:
-    """u, v, the heads and, if `save`, the parts of x W^T + b: u, v and z before silu."""
-    weight, bias, gamma, beta = weights
+    """u, v, the heads and, if `save`, the parts of x W^T + b: u (unless the result is that), v and z before silu."""
+    weight, bias, gamma, beta, raw_gate = weights
     narrow = gamma.shape[1]
     wide = (weight.shape[0] - narrow) // 2
-    (u, v, z), saved = parts_forward(x, weight, bias, None, [wide, wide, narrow], silu=2, save=save)
+    (u, v, z), saved = parts_forward(x, weight, bias, None, [wide, wide, narrow], silu=_silu(raw_gate), save=save)
     return [u, v, *heads_forward(z, gamma, beta, angles), *([*saved, z] if save else [])]
 
 
@@ -40,18 +40,23 @@ def gated_projection_backward(
     """Gradients of x, weight, bias, gamma and beta."""
     *before, z = saved
     dz, dgamma, dbeta = heads_backward(dheads, z, weights.gamma, angles)
-    return *parts_backward([du, dv, dz], x, weights.weight, before, silu=2), dgamma, dbeta
+    return *parts_backward([du, dv, dz], x, weights.weight, before, silu=_silu(weights.raw_gate)), dgamma, dbeta
+
+
+def _silu(raw_gate: bool) -> range:
+    """Which of u, v and z are activated with the product that makes them: z is where heads are made of it."""
+    return range(1 if raw_gate else 0, 2)
 
 
 def projection_forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """x W^T + b, and the residual if there is one."""
-    (y,), _ = parts_forward(x, weight, bias, residual, [weight.shape[0]], silu=0, save=False)
+    (y,), _ = parts_forward(x, weight, bias, residual, [weight.shape[0]], silu=range(0), save=False)
     return y
 
 
 def projection_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
-    return parts_backward([dy], x, weight, [], silu=0)
+    return parts_backward([dy], x, weight, [], silu=range(0))
 
 
 def parts_forward(
@@ -61,10 +66,10 @@ def parts_forward(
     residual: Tensor | None,
     widths: list[int],
     *,
-    silu: int,
+    silu: range,
     save: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Parts (..., width) of x W^T + b, the first `silu` of them under silu, and these before it if `save`.
+    """Parts (..., width) of x W^T + b, those with a number in `silu` under it, and these before it if `save`.
 
     A residual is added to the only part.
     """
@@ -73,26 +78,26 @@ def parts_forward(
     weights = weight.to(factor).split(widths)
     biases = bias.to(factor).split(widths) if bias is not None else [None] * len(widths)
     results = [x.new_empty(*x.shape[:-1], width) for width in widths]
-    kept = [torch.empty_like(part) for part in results[:silu]] if save else []
+    kept = [torch.empty_like(results[i]) for i in silu] if save else []
     parts, saved = ([t.view(rows.shape[0], t.shape[-1]) for t in tensors] for tensors in (results, kept))
     for r in panels(rows):
         panel = rows[r].to(factor)
         for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
             out = parts[i][r]
-            before = out if i >= silu else saved[i][r] if saved else torch.empty_like(out)
+            before = out if i not in silu else saved[i - silu.start][r] if saved else torch.empty_like(out)
             h = before if before.dtype == factor else None
             h = torch.mm(panel, w.T, out=h) if b is None else torch.addmm(b, panel, w.T, out=h)
             if residual is not None:
                 h += residual.reshape(rows.shape[0], -1)[r]
             if h is not before:
                 before.copy_(h)
-            if i < silu:
+            if i in silu:
                 _silu_into(h, out)
     return results, kept
 
 
 def parts_backward(
-    dparts: list[Tensor], x: Tensor, weight: Tensor, saved: list[Tensor], *, silu: int
+    dparts: list[Tensor], x: Tensor, weight: Tensor, saved: list[Tensor], *, silu: range
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
     rows = x.reshape(-1, x.shape[-1])
@@ -110,8 +115,8 @@ def parts_backward(
         dpanel = dx[r] if dx.dtype == factor else workspace.like("dx", panel)
         for i, (w, dw, db) in enumerate(zip(weights, dweight.split(widths), dbias.split(widths), strict=True)):
             d = flat[i][r].to(factor)
-            if i < silu:
-                d = torch.ops.aten.silu_backward(d, before[i][r].to(factor))
+            if i in silu:
+                d = torch.ops.aten.silu_backward(d, before[i - silu.start][r].to(factor))
             db += d.sum(0)
             if i == 0:
                 torch.mm(d, w, out=dpanel)

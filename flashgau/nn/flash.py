@@ -13,6 +13,7 @@ from ..contract.operands import mixed_chunk_options
 from ..contract.validate import Arguments
 from ..ops import MixedChunkState, mixed_chunk_attention, mixed_chunk_step
 from ..ops.flash_unit import flash_unit, runs_whole
+from ..ops.projection import reads_raw_gate
 from ..options import FlashWeights, Layout, MixedChunkOptions
 from .gated_unit import GatedUnit, UnitOptions, UnitState, chosen, last_shifted
 
@@ -199,13 +200,14 @@ class FLASH(GatedUnit):
                 FlashWeights(hidden.weight, hidden.bias, scale.gamma, scale.beta, out.weight, out.bias, order),
                 residual=x if self.residual else None,
                 angles=angles,
-                interleaved=self._interleaved,
                 layout=Layout(lengths, cu_seqlens),
                 options=MixedChunkOptions(chunk_size=self.chunk_size, causal=self.causal, **options),
             )
         else:
-            gate, v, heads = self._heads(normed, angles)
+            raw = not own and reads_raw_gate("mixed_chunk_attention", x, self.key_dim)
+            gate, v, heads = self._heads(normed, angles, raw)
             options |= {**dict(zip(self.head_order, heads, strict=True)), "v": v, "gate": gate}
+            options |= {"gate_activation": "silu"} if raw else {}
             before = None if state is None else state.memory
             result: Any
             if before is not None and lengths is None and x.shape[1] == 1 and not own:  # in constant time

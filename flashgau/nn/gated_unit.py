@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..contract.validate import Arguments
 from ..ops.projection import gated_projection, projection
 from ..ops.state import destination, moved
+from ..options import Angles
 from .biases import make_bias
 from .cache import check_memory, check_one_token
 from .initialise import linear
@@ -151,26 +152,23 @@ class GatedUnit(nn.Module):
 
     def _prepare(
         self, x: Tensor, start: int | Tensor, cu_seqlens: Tensor | None, previous: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """norm(x), shifted if the layer shifts tokens; what `shift_tokens` gives besides; and the rotary angles.
+    ) -> tuple[Tensor, Tensor | None, Angles]:
+        """norm(x), shifted if the layer shifts tokens; what `shift_tokens` gives besides; and the rotary embedding.
 
-        Those are (1 or B, N, pairs), for all heads.
+        Its cosines and sines are (1 or B, N, pairs), for all heads.
         """
         normed, moving = self.norm(x), None
         if self.token_shift:
             normed, moving = shift_tokens(normed, previous, cu_seqlens)
         if self.rotary is None:
-            return normed, moving, None
+            return normed, moving, Angles()
         positions = None if cu_seqlens is None else packed_positions(x.shape[1], cu_seqlens)
-        angles = self.rotary.angles(x[..., :1].expand(*x.shape[:2], self.key_dim), start, positions)
-        return normed, moving, angles if angles.ndim == 3 else angles[None]
+        heads = x[..., :1].expand(*x.shape[:2], self.key_dim)
+        cos, sin = (t if t.ndim == 3 else t[None] for t in self.rotary.turns(heads, start, positions))
+        return normed, moving, Angles(cos, sin, self.rotary.interleaved)
 
-    @property
-    def _interleaved(self) -> bool:
-        return self.rotary is not None and self.rotary.interleaved
-
-    def _heads(self, normed: Tensor, angles: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Gate and value (B, N, e), and every head (B, N, S)."""
+    def _heads(self, normed: Tensor, angles: Angles, raw_gate: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Gate, with `raw_gate` before its silu, and value (B, N, e), and every head (B, N, S)."""
         gate, value, heads = gated_projection(
             normed,
             self.to_hidden.weight,
@@ -178,7 +176,7 @@ class GatedUnit(nn.Module):
             self.offset_scale.gamma,
             self.offset_scale.beta,
             angles,
-            interleaved=self._interleaved,
+            raw_gate=raw_gate,
         )
         if self.qk_dropout:
             heads = [F.dropout(head, self.qk_dropout, self.training) for head in heads]

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..contract.operands import gau_options
 from ..contract.validate import Arguments
 from ..ops import gau_attention
+from ..ops.projection import reads_raw_gate
 from .biases import bias_vector
 from .cache import KeyValueCache
 from .gated_unit import GatedUnit, UnitOptions, UnitState, chosen, last_shifted
@@ -187,7 +188,8 @@ class GAU(GatedUnit):
             raise ValueError("GAU: `lengths` and `state` together; a state already knows the length of each row")
         start: int | Tensor = 0 if state is None else state.memory.start
         normed, moving, angles = self._prepare(x, start, cu_seqlens, None if state is None else state.previous)
-        gate, v, (q, k) = self._heads(normed, angles)
+        raw = self.attention_fn is gau_attention and reads_raw_gate("gau_attention", x, self.key_dim)
+        gate, v, (q, k) = self._heads(normed, angles, raw)
         memory, valid = None, lengths
         if state is not None:
             memory = state.memory
@@ -206,6 +208,7 @@ class GAU(GatedUnit):
             rel_bias=self._bias(k.shape[1], valid, cu_seqlens),
             lengths=valid,
             cu_seqlens=cu_seqlens,
+            **({"gate_activation": "silu"} if raw else {}),
         )
         y = self.post_norm(self._output(x, out))
         return (y, UnitState(memory, last_shifted(moving, lengths))) if return_state else y

@@ -1,4 +1,4 @@
-"""Normalisations of a layer's input or output, by name."""
+"""Normalisations of a layer's input or output, by name: on a GPU one kernel each way, elsewhere PyTorch's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,74 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.norms import norm
+from ..options import NormOptions
+
 NORMS = ("layernorm", "scalenorm", "scalenorm_clamped", "rmsnorm", "rms", "none")
+
+
+class LayerNorm(nn.LayerNorm):
+    """`torch.nn.LayerNorm` over the last axis: (x - mean) / sqrt(variance + eps), times a weight, plus a bias.
+
+    Statistics are fp32 (fp64 for fp64 input), the result has x's dtype. Source: Ba et al. 2016 (arXiv 1607.06450).
+
+    Args:
+        dim: width of the last axis.
+        eps: what keeps the division finite.
+        device: where the parameters live.
+        dtype: their type.
+
+    Example:
+        >>> import torch
+        >>> LayerNorm(2)(torch.tensor([1.0, 3.0])).round(decimals=3).tolist()
+        [-1.0, 1.0]
+    """
+
+    def __init__(
+        self, dim: int, eps: float = 1e-5, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(dim, eps, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., dim) -> the same shape and dtype."""
+        _check("LayerNorm", x, self.normalized_shape[0])
+        return norm("LayerNorm", x, self.weight, self.bias, NormOptions("layernorm", self.eps))
+
+
+class RMSNorm(nn.RMSNorm):
+    """`torch.nn.RMSNorm` over the last axis: x / sqrt(mean(x^2) + eps), times a weight.
+
+    Statistics are fp32 (fp64 for fp64 input), the result has x's dtype. Source: Zhang and Sennrich 2019 (arXiv
+    1910.07467).
+
+    Args:
+        dim: width of the last axis.
+        eps: what keeps the division finite.
+        elementwise_affine: whether there is a weight.
+        device: where it lives.
+        dtype: its type.
+
+    Example:
+        >>> import torch
+        >>> RMSNorm(2)(torch.tensor([3.0, -3.0])).round(decimals=3).tolist()
+        [1.0, -1.0]
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-6,
+        elementwise_affine: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, eps, elementwise_affine, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., dim) -> the same shape and dtype."""
+        _check("RMSNorm", x, self.normalized_shape[0])
+        return norm("RMSNorm", x, self.weight, None, NormOptions("rms", self.eps))
 
 
 class ScaleNorm(nn.Module):
@@ -47,20 +114,17 @@ class ScaleNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> the same shape and dtype."""
-        if x.shape[-1] != self.dim:
-            raise ValueError(f"ScaleNorm: `x` has shape {tuple(x.shape)}; expected (..., {self.dim})")
-        wide = x if x.dtype == torch.float64 else x.float()
-        mean_square = wide.square().mean(-1, keepdim=True)
-        if self.clamp:
-            # The tiny term under the root only keeps the gradient of sqrt finite at a row of zeros.
-            inverse = (mean_square + torch.finfo(wide.dtype).tiny).sqrt().clamp(min=self.eps).reciprocal()
-        else:
-            inverse = (mean_square + self.eps).rsqrt()
-        return (wide * (inverse * self.g)).to(x.dtype)
+        _check("ScaleNorm", x, self.dim)
+        return norm("ScaleNorm", x, self.g, None, NormOptions("rms", self.eps, self.clamp))
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""
         return f"{self.dim}, eps={self.eps}, clamp={self.clamp}"
+
+
+def _check(layer: str, x: Tensor, dim: int) -> None:
+    if x.shape[-1] != dim:
+        raise ValueError(f"{layer}: `x` has shape {tuple(x.shape)}; expected (..., {dim})")
 
 
 def make_norm(name: str, dim: int, **factory: Any) -> nn.Module:
@@ -71,15 +135,15 @@ def make_norm(name: str, dim: int, **factory: Any) -> nn.Module:
     """
     match name:
         case "layernorm":
-            return nn.LayerNorm(dim, **factory)
+            return LayerNorm(dim, **factory)
         case "scalenorm":
             return ScaleNorm(dim, **factory)
         case "scalenorm_clamped":
             return ScaleNorm(dim, clamp=True, **factory)
         case "rmsnorm":
-            return nn.RMSNorm(dim, eps=1e-6, **factory)
+            return RMSNorm(dim, **factory)
         case "rms":
-            return nn.RMSNorm(dim, eps=1e-12, elementwise_affine=False)
+            return RMSNorm(dim, 1e-12, False)
         case "none":
             return nn.Identity()
     raise ValueError(f"norm: {name!r} is not one of {', '.join(NORMS)}")

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+from weakref import WeakValueDictionary
+
 import torch
 from torch import Tensor, nn
+
+from .. import pytorch
+
+_LEAST, _MOST = 2**8, 2**17  # positions whose cosines and sines are kept; beyond them they are made anew
 
 
 def packed_positions(n: int, cu_seqlens: Tensor) -> Tensor:
@@ -40,11 +47,31 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
     return turned if dim == x.shape[-1] else torch.cat((turned, x[..., dim:]), dim=-1)
 
 
+class _Turns:
+    """cos and sin of every pair's angle at positions 0, 1, 2 ...; longer ones take the place of shorter ones.
+
+    Those stay in memory, because a CUDA graph may read them: together they are shorter than the last.
+    """
+
+    def __init__(self) -> None:
+        self.made: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def longest(self) -> int:
+        """How many positions there are; -1 before the first call."""
+        return self.made[-1][0].shape[0] if self.made else -1
+
+
+# By frequencies, device and type, for all embeddings alike; they are freed with the last of these.
+_shared: WeakValueDictionary[tuple[Any, ...], _Turns] = WeakValueDictionary()
+
+
 class RotaryEmbedding(nn.Module):
     """RoPE: pairs of channels turn by position * base^(-2i/dim), so that q.k depends on the distance only.
 
     Angles and rotation are computed in fp32 (fp64 for fp64 input; the frequencies are fp32 numbers there too); the
-    result has x's dtype. It has no parameters and no buffers.
+    result has x's dtype. It has no parameters and no buffers: cosines and sines of the first positions are made once
+    for a device and type, and no copy or saved module has them.
 
     Source: Su et al. 2021 (arXiv 2104.09864). Channel i is paired with i + dim/2 ("half-split", the form of the GAU
     paper), or 2i with 2i + 1 if `interleaved`.
@@ -68,6 +95,11 @@ class RotaryEmbedding(nn.Module):
         if dim is not None and (dim < 2 or dim % 2):
             raise ValueError(f"RotaryEmbedding: `dim` is {dim}; expected an even number of channels, at least 2")
         self.dim, self.interleaved, self.base = dim, interleaved, base
+        self._held: dict[tuple[Any, ...], _Turns] = {}  # what it used of those that are shared
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled."""
+        return {**self.__dict__, "_held": {}}
 
     def frequencies(self, dim: int, device: torch.device | str | None = None) -> Tensor:
         """Angle per token of each pair: (dim/2,) fp32."""
@@ -84,22 +116,57 @@ class RotaryEmbedding(nn.Module):
         Returns:
             Tensor: x's shape and dtype.
         """
-        angle = self.angles(x, start, positions)
-        if angle.ndim == 3 and x.ndim == 4:
-            angle = angle.unsqueeze(1)  # the same for every head
-        return rotate(x, angle.cos(), angle.sin(), interleaved=self.interleaved)
+        cos, sin = self.turns(x, start, positions)
+        if cos.ndim == 3 and x.ndim == 4:
+            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # the same for every head
+        return rotate(x, cos, sin, interleaved=self.interleaved)
 
-    def angles(self, x: Tensor, start: int | Tensor = 0, positions: Tensor | None = None) -> Tensor:
-        """Angles of every pair at every token of x (..., N, S): (N, pairs) or (B, N, pairs), fp32 (fp64 for fp64)."""
+    def turns(self, x: Tensor, start: int | Tensor = 0, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin of the angle of every pair at every token of x (..., N, S), to be read only.
+
+        (N, pairs) or (B, N, pairs), fp32 (fp64 for fp64). From an int `start` on they are kept for the next call, but
+        for those of a program that is traced, or of a transform of torch.func: these are its own.
+        """
+        if not torch.compiler.is_compiling() and positions is None and isinstance(start, int):
+            stop = start + x.shape[-2]
+            kept = self._kept(x, stop)
+            if kept is not None:
+                return kept[0][start:stop], kept[1][start:stop]
+        if positions is None:
+            positions = torch.arange(x.shape[-2], device=x.device)
+            positions = positions + (start[:, None] if isinstance(start, Tensor) else start)
+        return self._made(x, positions)
+
+    def _kept(self, x: Tensor, stop: int) -> tuple[Tensor, Tensor] | None:
+        """cos and sin of at least the first `stop` positions; None where they cannot be kept."""
+        if stop > _MOST or type(x) not in (Tensor, nn.Parameter) or pytorch.transforms_active():
+            return None
+        key = self._turning(x), self.base, x.device, x.dtype == torch.float64
+        turns = self._held.get(key)
+        if turns is None:
+            turns = self._held[key] = _shared.setdefault(key, _Turns())
+        if turns.longest < stop:
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                return None  # the memory would be the graph's, and filled when that runs
+            with torch.inference_mode(False), torch.no_grad():
+                longer = max(_LEAST, 1 << (stop - 1).bit_length())
+                turns.made.append(self._made(x, torch.arange(longer, device=x.device)))
+            if x.is_cuda:
+                torch.cuda.current_stream(x.device).synchronize()  # other streams will read them
+        return turns.made[-1]
+
+    def _made(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        angle = positions.to(wide).unsqueeze(-1) * self.frequencies(self._turning(x), x.device).to(wide)
+        return angle.cos(), angle.sin()
+
+    def _turning(self, x: Tensor) -> int:
+        """How many channels of x turn."""
         dim = self.dim or x.shape[-1]
         if dim > x.shape[-1] or dim % 2:
             got, least = tuple(x.shape), self.dim or 2
             raise ValueError(f"RotaryEmbedding: `x` has shape {got}; expected an even last axis of at least {least}")
-        if positions is None:
-            positions = torch.arange(x.shape[-2], device=x.device)
-            positions = positions + (start[:, None] if isinstance(start, Tensor) else start)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return positions.to(wide).unsqueeze(-1) * self.frequencies(dim, x.device).to(wide)
+        return dim
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""

@@ -18,6 +18,7 @@ from flashgau.eager import flash_unit as eager_flash_unit
 from flashgau.eager import gau as eager_gau
 from flashgau.eager import glu as eager_glu
 from flashgau.eager import mixed_chunk as eager_mixed_chunk
+from flashgau.eager import norms as eager_norms
 from flashgau.eager import projection as eager_projection
 
 BACKENDS = ("triton", "eager", "reference")
@@ -34,19 +35,20 @@ FILES = {
 }
 
 # Fused pieces of layers, which no caller asks a backend for.
-_INNER = {"projection": "projection", "flash_unit": "flash_unit"}
+_INNER = {"projection": "projection", "flash_unit": "flash_unit", "norm": "norms"}
 
 
 # The floors' files by name: the reference is one module for all. Loaded here and not at the first call, which
 # torch.compile may be tracing: it does not trace an import.
 _FLOORS: dict[str, dict[str, ModuleType]] = {
-    "reference": dict.fromkeys(FILES.values(), reference),
+    "reference": dict.fromkeys((*FILES.values(), "norms"), reference),
     "eager": {
         "attention": eager_attention,
         "flash_unit": eager_flash_unit,
         "gau": eager_gau,
         "glu": eager_glu,
         "mixed_chunk": eager_mixed_chunk,
+        "norms": eager_norms,
         "projection": eager_projection,
     },
 }
@@ -54,10 +56,16 @@ _FLOORS: dict[str, dict[str, ModuleType]] = {
 
 def _floor(backend: str) -> dict[str, ModuleType]:
     if backend == "triton" and backend not in _FLOORS:  # which nobody wants to load who has no use for it
-        from flashgau.kernels import attention, gau, glu, mixed_chunk, projection
+        from flashgau.kernels import attention, gau, glu, mixed_chunk, norms, projection
 
-        files = {"attention": attention, "gau": gau, "glu": glu, "mixed_chunk": mixed_chunk, "projection": projection}
-        _FLOORS[backend] = files
+        _FLOORS[backend] = {
+            "attention": attention,
+            "gau": gau,
+            "glu": glu,
+            "mixed_chunk": mixed_chunk,
+            "norms": norms,
+            "projection": projection,
+        }
     return _FLOORS[backend]
 
 
@@ -145,12 +153,12 @@ def resolve(
     return name
 
 
-def resolve_inner(op: str, device: torch.device, dtype: torch.dtype) -> str:
+def resolve_inner(op: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> str:
     """The backend for a piece of a layer: a request for the reference is honoured, else the best that can run."""
     if _selected.inner is not None:
         return _selected.inner
     requested = _selected.name or os.environ.get("FLASHGAU_BACKEND")
-    return "reference" if requested == "reference" else default_backend(op, device, dtype)
+    return "reference" if requested == "reference" else default_backend(op, device, dtype, width)
 
 
 def implementation(op: str, backend: str, function: str) -> Any:
@@ -179,7 +187,13 @@ def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, width: in
     widest = kernels.SUPPORTED[_file(op)]
     if widest is not None and width > widest:
         return f"its kernels take widths of up to {widest}, not {width}"
-    if width > 128 and dtype == torch.float32 and device.type == "cuda" and _shared_bytes(device) <= 65_536:
+    if (
+        op in FILES
+        and width > 128
+        and dtype == torch.float32
+        and device.type == "cuda"
+        and _shared_bytes(device) <= 65_536
+    ):
         return "in fp32 heads wider than 128 do not fit this GPU's shared memory"
     if device.type == "cpu" and not interpreting:
         executed = kernels.executed.target is not None

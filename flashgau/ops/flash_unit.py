@@ -25,8 +25,7 @@ def flash_unit(
     weights: FlashWeights,
     *,
     residual: Tensor | None,
-    angles: Tensor | None,
-    interleaved: bool,
+    angles: Angles,
     layout: Layout,
     options: MixedChunkOptions,
 ) -> Tensor:
@@ -40,12 +39,11 @@ def flash_unit(
     args.tensor("x", x, "B N d")
     args.sequences(*layout)
     args.relative_bias(options.rel_bias, "B", options.chunk_size, "the chunk size")
-    rotary = Angles(angles.cos(), angles.sin(), interleaved) if angles is not None else Angles()
     inside = residual if residual is not None and residual.dtype == x.dtype else None
     save = autograd.needs_grad(x, *weights[:-1], options.rel_bias)
     bias = options.rel_bias.expand(x.shape[0], -1) if options.rel_bias is not None else None
     y, *_ = _flash_unit(
-        x, inside, weights=weights, angles=rotary, layout=layout._replace(lengths=widened(layout.lengths)),
+        x, inside, weights=weights, angles=angles, layout=layout._replace(lengths=widened(layout.lengths)),
         options=options._replace(rel_bias=bias), save=save, backend="eager",
     )  # fmt: skip
     return y if residual is None or inside is not None else y + residual

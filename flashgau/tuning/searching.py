@@ -30,14 +30,15 @@ NOISE = 0.02  # a gain below this is none
 # kernel that reads it or makes it.)
 BLOCKS = {
     "attention_forward": "mn", "attention_dq": "mn", "attention_dkv": "mn", "attention_dbias": "=",
-    "glu_forward": "n", "glu_backward": "n", "projection": "n", "heads": "m",
+    "glu_forward": "n", "glu_backward": "n", "projection": "n", "heads": "m", "norm_forward": "n", "norm_backward": "n",
     "glu_linear": "mnk", "glu_linear_backward": "mnk",
     "gau_lse": "mn", "gau_weights": "", "gau_product": "mnk", "gau_fused": "mnk",
     "gau_prologue": "mn", "gau_gradient": "mnk", "gau_dv": "n", "gau_dq": "",
     "mixed_chunk_states": "mnk", "mixed_chunk_weights": "mn", "mixed_chunk_fused": "mnk", "mixed_chunk_product": "mnk",
     "mixed_chunk_gradient": "mnk", "mixed_chunk_linear": "mnk", "mixed_chunk_heads": "mn", "mixed_chunk_step": "nk",
 }  # fmt: skip
-_PASSES_ONCE = ("glu_forward", "glu_backward", "projection", "heads", "gau_prologue")  # no loop, and so no pipeline
+# Without a loop whose loads could be begun ahead, and so without a pipeline.
+_PASSES_ONCE = ("glu_forward", "glu_backward", "projection", "heads", "norm_forward", "norm_backward", "gau_prologue")
 
 
 class NotTimed(Exception):

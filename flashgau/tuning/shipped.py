@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from flashgau import tables
-from flashgau.kernels import attention, gau, glu, mixed_chunk, projection
+from flashgau.kernels import attention, gau, glu, mixed_chunk, norms, projection
 from flashgau.kernels.glu import elementwise
-from flashgau.options import Angles
+from flashgau.options import Angles, NormOptions
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -217,6 +217,16 @@ def _heads(kind: str, width: int, make: Operands) -> None:
     projection.heads_backward([z] * 4, z, gamma, Angles(cos, cos), z)
 
 
+def _norm(backward: bool, kind: str, width: int, make: Operands) -> None:
+    x, options = make(make.rows(), 1024), NormOptions("layernorm" if kind == "layernorm" else "rms")
+    weight = make(1 if kind == "scalenorm" else 1024)
+    bias = make(1024) if kind == "layernorm" else None
+    if backward:
+        norms.norm_backward(x, x, weight, bias, options)
+    else:
+        norms.norm_forward(x, weight, bias, options)
+
+
 _ATTENTION: dict[str, Any] = {
     "kinds": {"fp16": ("full", "causal"), "bf16": ("full", "causal", "all options"), "fp32": ("causal", "all options")},
     "widths": (64, 128, 256),
@@ -241,6 +251,11 @@ _MIXED: dict[str, Any] = {
         "fp32": ("relu2 causal",),
     },
     "large": ("bf16",),  # weights and states beside fp16 are fp32
+}
+_NORMS: dict[str, tuple[str, ...]] = {
+    "fp16": ("layernorm",),
+    "bf16": ("layernorm", "scalenorm"),
+    "fp32": ("layernorm",),
 }
 _STEP: dict[str, tuple[str, ...]] = {dtype: ("step",) for dtype in DTYPES}
 _SOFTMAX = {"fp16": ("softmax causal",), "bf16": ("softmax causal",), "fp32": ("softmax causal",)}
@@ -269,6 +284,8 @@ ENTRIES: dict[str, LaunchEntry] = {
     ),
     "projection": LaunchEntry("silu_backward_kernel", _projection, _BACKWARD, vectors=True),
     "heads": LaunchEntry("heads_backward_kernel", _heads, _BACKWARD),
+    "norm_forward": LaunchEntry("norm_kernel", partial(_norm, False), _NORMS, vectors=True),
+    "norm_backward": LaunchEntry("norm_backward_kernel", partial(_norm, True), _NORMS, vectors=True),
     "gau_lse": LaunchEntry("lse_kernel", partial(_gau, False, None, 1024), _SOFTMAX, (64, 128, 256), matrix=_LARGE),
     "gau_weights": LaunchEntry("probs_kernel", partial(_gau, False, None, 1024), matrix=_LARGE, **_GAU),
     "gau_weights_few_rows": LaunchEntry("probs_kernel", partial(_gau, False, 1, 1024), matrix=_ANY, **_GAU),

@@ -24,7 +24,7 @@ from flashgau.tables.table import Key, Table
 from flashgau.tuning.ahead import op_of
 from flashgau.verification.cases import Arguments, CheckCase, Draw
 
-LAYERS = ("projection", "heads")  # operations of a layer alone
+LAYERS = ("projection", "heads", "norm")  # operations of a layer alone
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def cases_of(device: torch.device, ops: set[str]) -> list[Configured]:
     """One case for every configuration that a call on `device` may be launched with, of these operations.
 
     Those of the user's table, of the table of the GPU and of that of its architecture; not those of kernels of the
-    user's own, of which no operation is known. "projection" and "heads" are no operations of their own, but a
+    user's own, of which no operation is known. "projection", "heads" and "norm" are no operations of their own, but a
     layer's: they come with "gau_attention".
     """
     ops = ops | (set(LAYERS) if "gau_attention" in ops else set())

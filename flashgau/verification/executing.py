@@ -44,8 +44,8 @@ def cases(target: str, op: str | None, dtype: str | None, quick: bool) -> tuple[
     """Every kernel in every configuration that is shipped for a target, and every operation with every option.
 
     Options are tried in blocks that small shapes cross, which compile in a fraction of the time of the shipped ones.
-    Quick: every kernel once, in bf16. The operations `projection` and `heads` are a layer's and come with
-    `gau_attention`.
+    Quick: every kernel once, in bf16. The operations `projection`, `heads` and `norm` are a layer's and come
+    with `gau_attention`.
     """
     found: list[CheckCase] = []
     kernels: set[tuple[str, bool]] = set()

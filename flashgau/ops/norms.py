@@ -1,0 +1,45 @@
+"""The normalisations of layers. For `flashgau.nn`; not public."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flashgau.contract.validate import Arguments
+from flashgau.eager import norms as eager
+from flashgau.options import NormOptions
+from flashgau.reference import norm as naive
+
+from . import dispatch
+from .operation import Operation
+
+
+def norm(caller: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, options: NormOptions) -> Tensor:
+    """Rows of x (..., d) over their deviation, times `weight` (d,) or (1,), plus `bias` (d,), in x's type.
+
+    Statistics are fp32 (fp64 for fp64). On a CPU, and for rows wider than 8192, it is PyTorch's own or a formula that
+    PyTorch differentiates. What is wrong is refused in the name of `caller`, a layer.
+    """
+    width = x.shape[-1]
+    name = dispatch.resolve_inner("norm", x.device, x.dtype, width)
+    if name == "eager":
+        return eager.norm(x, weight, bias, options)
+    if name == "reference":
+        return naive(x, weight, bias, **options._asdict())
+    args = Arguments(caller)
+    args.tensor("x", x, "... d")
+    for what, w in (("weight", weight), ("bias", bias)):
+        if w is not None:
+            args.held(what, w)
+    out: Tensor = _norm(x, weight, bias, options=options, backend=name)[0]
+    return out
+
+
+_norm = Operation(
+    "norm",
+    inputs="x weight? bias?",
+    results="y",
+    shapes=lambda x, **_: [x.new_empty(x.shape)],
+    tuples={"options": NormOptions},
+    op="norm",
+    error="norm",
+)
