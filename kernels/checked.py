@@ -214,6 +214,9 @@ def _mixed_chunk_step(
     args.per_head("kv", state.kv, "B S E")
     for name, axes in (("open_quad_k", "B C S"), ("open_lin_k", "B C S"), ("open_v", "B C E")):
         args.tensor(name, getattr(state, name), axes)
+    for name, x in state._asdict().items():
+        if not x.is_contiguous():
+            args.fail(name, f"has strides {x.stride()}", "a contiguous tensor: it is written")
     args.held("position", state.position)
     args.shaped("position", state.position, "B")
 
@@ -240,5 +243,5 @@ CHECKS: dict[str, Callable[..., None]] = {
     "gau_attention_backward": _gau_backward,
     "mixed_chunk_attention_forward": _mixed_chunk,
     "mixed_chunk_attention_backward": _mixed_chunk_backward,
-    "mixed_chunk_step": _mixed_chunk_step,
+    "mixed_chunk_step_": _mixed_chunk_step,
 }

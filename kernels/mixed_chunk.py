@@ -29,6 +29,7 @@ from .gated import bias_rule, precisions, prologue, room_for_panel, rows, sums_l
 from .mixed_chunk_kernels import (
     States,
     carry_kernel,
+    close_kernel,
     dbias_kernel,
     gradient_kernel,
     heads_kernel,
@@ -223,7 +224,7 @@ def mixed_chunk_attention_backward(
 
 
 @launcher
-def mixed_chunk_step(
+def mixed_chunk_step_(
     heads: MixedChunkHeads,
     v: Tensor,
     gate: Tensor | None,
@@ -231,30 +232,28 @@ def mixed_chunk_step(
     options: MixedChunkOptions = MixedChunkOptions(),
     *,
     config: Config | Choose | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One token (B, 1, .): its output, then kv, quad_k, lin_k, v and position of the new state."""
-    _, quad_k, _, lin_k = heads
-    kv, open_quad_k, open_lin_k, open_v, position = state
-    (b, c, s), e = open_quad_k.shape, v.shape[-1]
-    held = (kv.float(), *(t.to(x.dtype) for t, x in ((open_quad_k, quad_k), (open_lin_k, lin_k), (open_v, v))))
-    before = [t.contiguous() for t in (*held, position)]
-    out = v.new_empty(v.shape)
-    after = [t.new_empty(t.shape, dtype=t.dtype) for t in before]
-    width = max(16, triton.next_power_of_2(s))
-    config = chosen_by(config)("mixed_chunk_step", v, width)
-    block = min(config.block_n, max(16, triton.next_power_of_2(e)))
-    if b > 0:
-        step_kernel[(b * triton.cdiv(e, block),)](
-            *map(rows, (*heads, v, gate)), *before, out, *after,
-            1 / options.divisor, *bias_rule(options.rel_bias), _lin_inv_norm(options),
-            Sizes(
-                C=c, S=s, E=e, BS=width, BE=block, BC=config.block_k, GATE=options.gate_activation,
-                PRECISION=matmul_precision(v.dtype),
-            ),
-            SCORE=options.score, **config.launch(),
-        )  # fmt: skip
-    new_kv, new_quad_k, new_lin_k, new_v, new_position = after
-    return out, new_kv, new_quad_k, new_lin_k, new_v, new_position
+) -> Tensor:
+    """The output (B, 1, E) of one token, by which the state, contiguous tensors, is advanced in place."""
+    kv, *held, position = state
+    (b, c, s), e = held[0].shape, v.shape[-1]
+    out, choose, width = v.new_empty(v.shape), chosen_by(config), max(16, triton.next_power_of_2(s))
+    if b == 0:
+        return out
+    stepping, closing = (choose(name, v, width) for name in ("mixed_chunk_step", "mixed_chunk_step_close"))
+    sizes = {"C": c, "S": s, "E": e, "BS": width}
+    block = min(stepping.block_n, max(16, triton.next_power_of_2(e)))
+    step_kernel[(b * triton.cdiv(e, block),)](
+        *map(rows, (*heads, v, gate)), kv, *held, position, out,
+        1 / options.divisor, *bias_rule(options.rel_bias), _lin_inv_norm(options),
+        Sizes(**sizes, BE=block, BC=stepping.block_k, GATE=options.gate_activation), SCORE=options.score,
+        **stepping.launch(),
+    )  # fmt: skip
+    block = min(closing.block_n, max(16, triton.next_power_of_2(e)))
+    close_kernel[(b,)](
+        kv, *held, position,
+        Sizes(**sizes, BE=block, BC=closing.block_k, PRECISION=matmul_precision(v.dtype)), **closing.launch(),
+    )  # fmt: skip
+    return out
 
 
 def _call(quad_q: Tensor, v: Tensor, layout: Layout, options: MixedChunkOptions, choose: Choose) -> _ChunkCall:

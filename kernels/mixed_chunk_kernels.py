@@ -510,72 +510,108 @@ def dbias_kernel(
 
 
 @triton.jit
-def join_token(x, held, i_row, place, o_chunk, o_column, C: tl.constexpr, WIDTH: tl.constexpr):
-    """A block of an open chunk with the new token inserted, zeros after it."""
-    m_column = (o_column < WIDTH)[None, :]
-    p_held = held + (tl.cast(i_row, tl.int64) * C + o_chunk[:, None]) * WIDTH + o_column[None, :]
-    b_held = tl.load(p_held, mask=(o_chunk < place)[:, None] & m_column, other=0.0)
-    p_new = row_pointers(x, i_row, 0, 0) + tl.cast(o_column, tl.int64) * x.column
-    b_new = tl.load(p_new, mask=o_column < WIDTH, other=0.0)
+def open_rows(x, held, i_row, place, c, o_column, C: tl.constexpr, WIDTH: tl.constexpr, BC: tl.constexpr):
+    """BC rows of an open chunk from c on, with the new token at its place and zeros after it."""
+    o_chunk = c + tl.arange(0, BC)
+    p_held, m_held = open_block(held, i_row, c, o_column, C, WIDTH, BC)
+    b_held = tl.load(p_held, mask=(o_chunk < place)[:, None] & m_held, other=0.0)
+    b_new = tl.load(row_pointers(x, i_row, 0, 0) + o_column * x.column, mask=o_column < WIDTH, other=0.0)
     return tl.where((o_chunk == place)[:, None], b_new[None, :], b_held)
 
 
 @triton.jit
-def keep_chunk(new_held, block, i_row, full, o_chunk, o_column, C: tl.constexpr, WIDTH: tl.constexpr):
-    """Write a block of the open chunk; zeros if this token completes it."""
-    p_new = new_held + (tl.cast(i_row, tl.int64) * C + o_chunk[:, None]) * WIDTH + o_column[None, :]
-    m_there = (o_chunk < C)[:, None] & (o_column < WIDTH)[None, :]
-    tl.store(p_new, tl.where(full, 0.0, block).to(new_held.dtype.element_ty), mask=m_there)
+def open_block(held, i_row, c, o_column, C: tl.constexpr, WIDTH: tl.constexpr, BC: tl.constexpr):
+    """Pointers to BC rows of an open chunk (B, C, WIDTH) from c on, and which are in it."""
+    o_chunk = c + tl.arange(0, BC)
+    p_row = held + (tl.cast(i_row, tl.int64) * C + o_chunk) * WIDTH
+    return p_row[:, None] + o_column[None, :], (o_chunk < C)[:, None] & (o_column < WIDTH)[None, :]
+
+
+@triton.jit
+def keep_token(x, held, i_row, place, o_column, C: tl.constexpr, WIDTH: tl.constexpr):
+    """Write the new token, or some of its columns, to its place in the open chunk."""
+    b_new = tl.load(row_pointers(x, i_row, 0, 0) + o_column * x.column, mask=o_column < WIDTH)
+    p_held = held + (tl.cast(i_row, tl.int64) * C + place) * WIDTH + o_column
+    tl.store(p_held, b_new.to(held.dtype.element_ty), mask=o_column < WIDTH)
 
 
 @guarded
 @triton.jit(do_not_specialize=VARYING)
 def step_kernel(
-    quad_q, quad_k, lin_q, lin_k, v, gate, kv, held_quad_k, held_lin_k, held_v, position,
-    out, new_kv, new_quad_k, new_lin_k, new_v, new_position,
+    quad_q, quad_k, lin_q, lin_k, v, gate, kv, held_quad_k, held_lin_k, held_v, position, out,
     inv_norm, bias, bias_batch, max_distance, lin_inv_norm,
-    SIZES: tl.constexpr,  # C, S, E, BS, BE, BC, GATE, PRECISION
+    SIZES: tl.constexpr,  # C, S, E, BS, BE, BC, GATE
     SCORE: tl.constexpr,
 ):  # fmt: skip
-    """One token: a tile of its output and of the state after it. Each program writes a share of the chunk's keys."""
+    """One token: a tile of its output, and its row of the open chunk. Nobody reads that row, but takes the token."""
     n_tiles = tl.cdiv(SIZES.E, SIZES.BE)
     i_row, i_tile = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles
     seen = tl.load(position + i_row)
     place = tl.cast(seen % SIZES.C, tl.int32)
-    full = place + 1 == SIZES.C
-    o_s, o_column = tl.arange(0, SIZES.BS).to(tl.int64), i_tile * SIZES.BE + tl.arange(0, SIZES.BE)
+    o_s = tl.arange(0, SIZES.BS).to(tl.int64)
+    o_column = (i_tile * SIZES.BE + tl.arange(0, SIZES.BE)).to(tl.int64)
     m_s, m_column = o_s < SIZES.S, o_column < SIZES.E
     rule = GatedRule(None, 0, inv_norm, bias, bias_batch, max_distance)
     p_bias = bias_pointer(rule, i_row)
     b_quad_q = tl.load(row_pointers(quad_q, i_row, 0, 0) + o_s * quad_q.column, mask=m_s, other=0.0).to(tl.float32)
     b_lin_q = tl.load(row_pointers(lin_q, i_row, 0, 0) + o_s * lin_q.column, mask=m_s, other=0.0).to(tl.float32)
-    m_state = m_s[:, None] & m_column[None, :]
-    b_kv = tl.load(state_pointers(kv, i_row, o_s, o_column, SIZES.S, SIZES.E), mask=m_state, other=0.0)
+    p_kv = state_pointers(kv, i_row, o_s, o_column, SIZES.S, SIZES.E)
+    b_kv = tl.load(p_kv, mask=m_s[:, None] & m_column[None, :], other=0.0)
     b_out = tl.sum(products(b_lin_q[:, None], b_kv), 0)
     if lin_inv_norm is not None:
         b_out *= lin_inv_norm
     else:
         b_out /= tl.maximum(seen - place, 1).to(tl.float32)
-    for c in range(0, SIZES.C, SIZES.BC):
+    for c in range(0, place + 1, SIZES.BC):
         o_chunk = c + tl.arange(0, SIZES.BC)
-        b_quad_k = join_token(quad_k, held_quad_k, i_row, place, o_chunk, o_s, SIZES.C, SIZES.S)
-        b_lin_k = join_token(lin_k, held_lin_k, i_row, place, o_chunk, o_s, SIZES.C, SIZES.S)
-        b_v = join_token(v, held_v, i_row, place, o_chunk, o_column, SIZES.C, SIZES.E)
+        b_quad_k = open_rows(quad_k, held_quad_k, i_row, place, c, o_s, SIZES.C, SIZES.S, SIZES.BC)
+        b_v = open_rows(v, held_v, i_row, place, c, o_column, SIZES.C, SIZES.E, SIZES.BC)
         b_s = tl.sum(products(b_quad_k.to(tl.float32), b_quad_q[None, :]), 1)
         b_s, _slope = scores(b_s, inv_norm, rule, p_bias, place + 0 * o_chunk, o_chunk, place + 1, True, SIZES)
         b_a = probs(b_s, 0.0, SCORE)
         b_out += tl.sum(products(b_a[:, None], b_v.to(tl.float32)), 0)
-        if full:
-            b_kv = tl.dot(b_lin_k.T, b_v, b_kv, input_precision=SIZES.PRECISION)
-        keep_chunk(new_v, b_v, i_row, full, o_chunk, o_column, SIZES.C, SIZES.E)
-        if c // SIZES.BC % n_tiles == i_tile:
-            keep_chunk(new_quad_k, b_quad_k, i_row, full, o_chunk, o_s, SIZES.C, SIZES.S)
-            keep_chunk(new_lin_k, b_lin_k, i_row, full, o_chunk, o_s, SIZES.C, SIZES.S)
-    tl.store(state_pointers(new_kv, i_row, o_s, o_column, SIZES.S, SIZES.E), b_kv, mask=m_state)
+    keep_token(v, held_v, i_row, place, o_column, SIZES.C, SIZES.E)
+    if i_tile == 0:
+        keep_token(quad_k, held_quad_k, i_row, place, o_s, SIZES.C, SIZES.S)
+        keep_token(lin_k, held_lin_k, i_row, place, o_s, SIZES.C, SIZES.S)
     if gate is not None:
-        p_gate = row_pointers(gate, i_row, 0, 0) + tl.cast(o_column, tl.int64) * gate.column
+        p_gate = row_pointers(gate, i_row, 0, 0) + o_column * gate.column
         b_out *= activate(tl.load(p_gate, mask=m_column, other=0.0).to(tl.float32), SIZES.GATE)
     p_out = out + tl.cast(i_row, tl.int64) * SIZES.E + o_column
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_column)
-    if i_tile == 0:
-        tl.store(new_position + i_row, seen + 1)
+
+
+@guarded
+@triton.jit(do_not_specialize=VARYING)
+def close_kernel(
+    kv, held_quad_k, held_lin_k, held_v, position,
+    SIZES: tl.constexpr,  # C, S, E, BS, BE, BC, PRECISION
+):  # fmt: skip
+    """After a token: count it, and if it fills the open chunk, add that to the sum and empty it. A program per row."""
+    i_row = tl.program_id(0)
+    seen = tl.load(position + i_row) + 1
+    tl.store(position + i_row, seen)
+    if seen % SIZES.C != 0:
+        return
+    o_s = tl.arange(0, SIZES.BS).to(tl.int64)
+    for e in range(0, SIZES.E, SIZES.BE):
+        o_column = (e + tl.arange(0, SIZES.BE)).to(tl.int64)
+        b_own = tl.zeros([SIZES.BS, SIZES.BE], tl.float32)
+        for c in range(0, SIZES.C, SIZES.BC):
+            p_lin_k, m_lin_k = open_block(held_lin_k, i_row, c, o_s, SIZES.C, SIZES.S, SIZES.BC)
+            p_v, m_v = open_block(held_v, i_row, c, o_column, SIZES.C, SIZES.E, SIZES.BC)
+            b_lin_k, b_v = tl.load(p_lin_k, mask=m_lin_k, other=0.0), tl.load(p_v, mask=m_v, other=0.0)
+            b_own = tl.dot(b_lin_k.T, b_v, b_own, input_precision=SIZES.PRECISION)
+        p_kv = state_pointers(kv, i_row, o_s, o_column, SIZES.S, SIZES.E)
+        m_kv = (o_s < SIZES.S)[:, None] & (o_column < SIZES.E)[None, :]
+        tl.store(p_kv, tl.load(p_kv, mask=m_kv, other=0.0) + b_own, mask=m_kv)
+    tl.debug_barrier()  # all of it is read
+    for c in range(0, SIZES.C, SIZES.BC):
+        p_quad_k, m_quad_k = open_block(held_quad_k, i_row, c, o_s, SIZES.C, SIZES.S, SIZES.BC)
+        p_lin_k, m_lin_k = open_block(held_lin_k, i_row, c, o_s, SIZES.C, SIZES.S, SIZES.BC)
+        tl.store(p_quad_k, tl.zeros([SIZES.BC, SIZES.BS], held_quad_k.dtype.element_ty), mask=m_quad_k)
+        tl.store(p_lin_k, tl.zeros([SIZES.BC, SIZES.BS], held_lin_k.dtype.element_ty), mask=m_lin_k)
+        for e in range(0, SIZES.E, SIZES.BE):
+            o_column = (e + tl.arange(0, SIZES.BE)).to(tl.int64)
+            p_v, m_v = open_block(held_v, i_row, c, o_column, SIZES.C, SIZES.E, SIZES.BC)
+            tl.store(p_v, tl.zeros([SIZES.BC, SIZES.BE], held_v.dtype.element_ty), mask=m_v)

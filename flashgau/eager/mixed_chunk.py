@@ -21,8 +21,6 @@ from .scores import score as elementwise_score
 from .scores import score_slope
 from .sizes import SIZES
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
-
 
 @dataclass(frozen=True)
 class Heads:
@@ -377,39 +375,95 @@ def mixed_chunk_step(
     options: MixedChunkOptions = MixedChunkOptions(),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One token (B, 1, .): its output, then kv, quad_k, lin_k, v and position of the new state; differentiable."""
-    quad_q, quad_k, lin_q, lin_k = heads
+    _, quad_k, _, lin_k = heads
     kv, open_quad_k, open_lin_k, open_v, position = state
-    acc, rel_bias, lin_normalizer = accumulator(v.dtype), options.rel_bias, options.lin_normalizer
-    size = open_quad_k.shape[1]
-    place = (position % size)[:, None]
-    distance = torch.arange(size, device=v.device) - place
-    before = (distance < 0)[..., None]
+    acc, size = accumulator(v.dtype), open_quad_k.shape[1]
+    place = position % size
     open_quad_k, open_lin_k, open_v = (
-        _with_token(held, new, place, before) for held, new in ((open_quad_k, quad_k), (open_lin_k, lin_k), (open_v, v))
+        _with_token(held, new, place) for held, new in ((open_quad_k, quad_k), (open_lin_k, lin_k), (open_v, v))
     )
-    s = (quad_q.to(acc) @ open_quad_k.to(acc).mT) / options.divisor
-    if rel_bias is not None:
-        middle = rel_bias.shape[-1] // 2
-        s = s + rel_bias.to(acc).gather(-1, middle + distance.clamp(max=0))[:, None]
-    weights = torch.where(distance[:, None] <= 0, elementwise_score(options.score, s), 0)
-    closed = (position[:, None, None] - place[..., None]).to(acc)
-    divisor = closed.clamp_min(1) if lin_normalizer == "tokens" else float(lin_normalizer)
-    out = weights @ open_v.to(acc) + (lin_q.to(acc) / divisor) @ kv
-    out = (out if gate is None else out * activated(gate, options.gate_activation, acc)).to(v.dtype)
-    full = (place + 1 == size)[..., None]
+    out = _attended(heads, gate, OpenChunk(kv, open_quad_k, open_lin_k, open_v, position), None, options)
+    full = (place + 1 == size)[:, None, None]
     if torch.compiler.is_compiling() or bool(full.any()):  # the chunk closes: into the sum with it
         kv = torch.where(full, kv + open_lin_k.to(acc).mT @ open_v.to(acc), kv)
         open_quad_k, open_lin_k, open_v = (torch.where(full, 0, x) for x in (open_quad_k, open_lin_k, open_v))
     return out, kv, open_quad_k, open_lin_k, open_v, position + 1
 
 
-def _with_token(held: Tensor, new: Tensor, place: Tensor, before: Tensor) -> Tensor:
-    """The open chunk's rows (B, C, .) `before` each sequence's `place` (B, 1), `new` (B, 1, .) there, zeros behind."""
-    dtype = torch.promote_types(held.dtype, new.dtype)
-    held, new = held.to(dtype), new.to(dtype)
-    if held.requires_grad:
-        held = torch.where(before, held, 0)
-    else:  # the same on the bits of the numbers: a mask of rows costs a CPU ten times as much
-        bits = _BITS[dtype.itemsize]
-        held = (held.view(bits) & -before.to(bits)).view(dtype)
-    return held.scatter(1, place[..., None].expand_as(new), new)
+@takes_fields
+def mixed_chunk_step_(
+    heads: MixedChunkHeads,
+    v: Tensor,
+    gate: Tensor | None,
+    state: OpenChunk,
+    options: MixedChunkOptions = MixedChunkOptions(),
+) -> Tensor:
+    """The same in place: one row of the open chunk is written, and all of the state only when that is full."""
+    _, quad_k, _, lin_k = heads
+    kv, *held, position = state
+    acc, size, compiling = accumulator(v.dtype), held[0].shape[1], torch.compiler.is_compiling()
+    at = [] if compiling else position.tolist()
+    together = at[0] if at and at == at[:1] * len(at) else None  # where all rows are, if that is one position
+    if together is not None:
+        for x, new in zip(held, (quad_k, lin_k, v), strict=True):
+            x[:, together % size] = new[:, 0]
+    else:
+        rows = torch.arange(v.shape[0], device=v.device) * size + position % size
+        for x, new in zip(held, (quad_k, lin_k, v), strict=True):
+            x.view(-1, x.shape[-1]).index_copy_(0, rows, new[:, 0].to(x.dtype))
+    out = _attended(heads, gate, state, together, options)
+    position += 1
+    if together is not None:
+        if (together + 1) % size == 0:
+            kv.baddbmm_(held[1].to(acc).mT, held[2].to(acc))
+            for x in held:
+                x.zero_()
+    elif compiling or any((p + 1) % size == 0 for p in at):
+        full = (position % size == 0)[:, None, None]
+        kv += held[1].to(acc).masked_fill(~full, 0).mT @ held[2].to(acc)
+        for x in held:
+            x.masked_fill_(full, 0)
+    return out
+
+
+def _attended(
+    heads: MixedChunkHeads, gate: Tensor | None, state: OpenChunk, together: int | None, options: MixedChunkOptions
+) -> Tensor:
+    """The output (B, 1, E) of a token that is in the open chunk already: at its row's position, or `together` at one.
+
+    Together, only the chunk's tokens so far are read.
+    """
+    kv, quad_k, _, v, position = state
+    acc, bias, size = accumulator(v.dtype), options.rel_bias, quad_k.shape[1]
+    closed: Tensor | int
+    if together is not None:
+        place, count = together % size, together % size + 1
+        quad_k, v, closed = quad_k[:, :count], v[:, :count], max(1, together - place)
+        if bias is not None:
+            middle = bias.shape[-1] // 2
+            bias = bias[:, None, middle - place : middle + 1]
+    else:
+        places = (position % size)[:, None]
+        distance = torch.arange(size, device=v.device) - places
+        closed = (position[:, None] - places).clamp_min(1).to(acc)[..., None]
+        if bias is not None:
+            bias = bias.gather(-1, bias.shape[-1] // 2 + distance.clamp(max=0))[:, None]
+    query, keys, factor = heads.quad_q.to(acc), quad_k.to(acc).mT, 1 / options.divisor
+    if bias is None:
+        s = query @ keys * factor
+    else:
+        s = torch.baddbmm(bias.to(acc), query, keys, alpha=factor)
+    weights = elementwise_score(options.score, s)
+    if together is None:
+        weights = torch.where(distance[:, None] <= 0, weights, 0)
+    divisor = closed if options.lin_normalizer == "tokens" else float(options.lin_normalizer)
+    out = torch.baddbmm(weights @ v.to(acc), heads.lin_q.to(acc) / divisor, kv)
+    out = out if gate is None else out * activated(gate, options.gate_activation, acc)
+    return out.to(heads.quad_q.dtype)
+
+
+def _with_token(held: Tensor, new: Tensor, place: Tensor) -> Tensor:
+    """The open chunk's rows (B, C, .) before each sequence's `place` (B,), `new` (B, 1, .) there, zeros behind."""
+    before = (torch.arange(held.shape[1], device=held.device) < place[:, None])[..., None]
+    held = torch.where(before, held, 0)
+    return held.scatter(1, place[:, None, None].expand_as(new), new.to(held.dtype))

@@ -164,6 +164,7 @@ class CausalLM(LanguageModel):
         state: ModelState | None = None,
         return_state: bool = False,
         last_only: bool = False,
+        inplace: bool = False,
     ) -> Any:
         """Logits of the token after each token.
 
@@ -174,6 +175,8 @@ class CausalLM(LanguageModel):
             state: of the tokens before, from an earlier call with `return_state=True`.
             return_state: also give the state after the last valid token of each row.
             last_only: give the logits after the last valid token of each row only, which has to have one.
+            inplace: write `state`, which then is the state after, too: for decoding, without gradients. To continue
+                twice from one, `state.clone()` it first.
 
         Returns:
             Logits (B, N, vocab_size), (B, 1, vocab_size) with `last_only`; or those and a `ModelState`.
@@ -182,7 +185,7 @@ class CausalLM(LanguageModel):
             what = "`last_only`" if last_only else "a state"
             raise ValueError(f"CausalLM: `cu_seqlens` and {what} together; give each sequence a row and `lengths`")
         hidden, state = self.stack(
-            tokens, lengths=lengths, cu_seqlens=cu_seqlens, state=state, return_state=return_state
+            tokens, lengths=lengths, cu_seqlens=cu_seqlens, state=state, return_state=return_state, inplace=inplace
         )
         if last_only and lengths is None:
             hidden = hidden[:, -1:]
@@ -291,7 +294,7 @@ class CausalLM(LanguageModel):
                     stream(token)
                 if len(new) == max_new_tokens or others.all(stops is not None and bool(done.all())):
                     break
-                logits, state = self(token[:, None], state=state, return_state=True)
+                logits, state = self(token[:, None], state=state, return_state=True, inplace=True)
         finally:
             for module in training:
                 module.training = True

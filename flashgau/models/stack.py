@@ -31,8 +31,8 @@ class ModelState:
     """What a causal model remembers of a prefix.
 
     Attributes:
-        layers: the state of each layer. "flash" and "mc-tfm++": of constant size, and not changed by use. The other
-            kinds: key/value caches, which grow with the prefix and are written in place.
+        layers: the state of each layer. "flash" and "mc-tfm++": of constant size, and not changed by use, but with
+            `inplace`. The other kinds: key/value caches, which grow with the prefix and are written in place.
         position: (B,) int64, tokens so far.
     """
 
@@ -48,6 +48,35 @@ class ModelState:
         """
         device, dtype = destination("ModelState.to", device, dtype)
         return ModelState([layer.to(device, dtype) for layer in self.layers], moved(self.position, device, None))
+
+    def clone(self) -> ModelState:
+        """A state of its own with the same values: to continue twice from one prefix, in place."""
+        return ModelState([layer.clone() for layer in self.layers], self.position.clone())
+
+    def reorder(self, index: Tensor) -> None:
+        """Let each row continue from row index[b] (B,) instead, in place: for beam search."""
+        index = widened(index)
+        if index.shape != self.position.shape or index.is_floating_point() or index.dtype == torch.bool:
+            raise ValueError(
+                f"reorder: `index` has shape {tuple(index.shape)} and dtype {index.dtype}; "
+                f"expected {tuple(self.position.shape)} integers, a row for each"
+            )
+        for layer in self.layers:
+            heads = layer.rows // max(1, len(index))  # that have rows of their own
+            layer.reorder((index[:, None] * heads + torch.arange(heads, device=index.device)).flatten())
+        self.position.copy_(self.position[index])
+
+    def truncate(self, tokens: int) -> None:
+        """Take back the last `tokens` tokens of every row, in place: guesses that were wrong, say.
+
+        Raises:
+            ValueError: where a layer cannot: of constant state as many as are in the open chunk are kept, and of a
+                layer with token shift none. Nothing is written then.
+        """
+        cut = [layer.truncated(tokens) for layer in self.layers]
+        for layer, shorter in zip(self.layers, cut, strict=True):
+            layer.copy_(shorter)
+        self.position -= tokens
 
 
 class TransformerBlock(nn.Module):
@@ -151,9 +180,12 @@ class Stack(nn.Module):
         cu_seqlens: Tensor | None = None,
         state: ModelState | None = None,
         return_state: bool = False,
+        inplace: bool = False,
     ) -> tuple[Tensor, ModelState | None]:
-        """Tokens (B, N) -> hidden (B, N, d), and the state after them if asked for."""
+        """Tokens (B, N) -> hidden (B, N, d), and the state after them if asked for: `state`, if written `inplace`."""
         tokens, lengths = self._check(tokens, lengths, state)
+        if inplace and state is None:
+            raise ValueError("model: `inplace` is True without a `state`, which it would write")
         x = self.embedding(tokens)
         if self.positions is not None:
             x = x + self.positions(self._positions(tokens, cu_seqlens, state))
@@ -165,12 +197,15 @@ class Stack(nn.Module):
             if return_state or state is not None:
                 before = None if state is None else state.layers[i]
                 # A call for one token, too: what has hooked itself to a layer (FSDP2, say) sees calls, not `step`.
-                x, after = layer(x, lengths=lengths, state=before, return_state=True)
+                x, after = layer(x, lengths=lengths, state=before, return_state=True, inplace=inplace)
                 states.append(after)
             elif recompute:
                 x = checkpoint(layer, x, lengths=lengths, cu_seqlens=cu_seqlens, use_reentrant=False)
             else:
                 x = layer(x, lengths=lengths, cu_seqlens=cu_seqlens)
+        if state is not None and inplace:
+            state.position += tokens.shape[1] if lengths is None else lengths
+            return self.norm(x), state
         return self.norm(x), self._state(states, tokens, lengths, state) if return_state else None
 
     @staticmethod
@@ -183,7 +218,10 @@ class Stack(nn.Module):
     @staticmethod
     def _state(states: list[Any], tokens: Tensor, lengths: Tensor | None, before: ModelState | None) -> ModelState:
         batch, n = tokens.shape
-        position = torch.full((batch,), n, device=tokens.device) if lengths is None else lengths.to(torch.int64)
+        if lengths is None:
+            position = torch.full((batch,), n, device=tokens.device)
+        else:
+            position = lengths.to(torch.int64, copy=True)  # a state may be written
         return ModelState(states, position if before is None else before.position + position)
 
     def _check(self, tokens: Tensor, lengths: Tensor | None, state: ModelState | None) -> tuple[Tensor, Tensor | None]:

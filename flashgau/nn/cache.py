@@ -87,9 +87,41 @@ class KeyValueCache:
             self.lengths = self.lengths + new
         self.longest = total
 
+    def reserve(self, tokens: int) -> None:
+        """Room for so many tokens of a row in all: until then nothing is copied, and buffers stay where they are."""
+        self._k, self._v = (_grown(x, self.longest, tokens, exactly=True) for x in (self._k, self._v))
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self._k.shape[0]
+
+    def reorder(self, index: Tensor) -> None:
+        """Let each row continue from row index[b] (B,) instead, in place: for beam search."""
+        for x in (self.keys, self.values):
+            x.copy_(x[index])
+        self.lengths = None if self.lengths is None else self.lengths[index]
+
+    def truncated(self, tokens: int) -> KeyValueCache:
+        """The cache without the last `tokens` tokens of every row, over the same buffers."""
+        fewest = self.longest if self.lengths is None else int(self.lengths.min())
+        if not 0 <= tokens <= fewest:
+            raise ValueError(f"truncate: `tokens` is {tokens}; expected 0 to {fewest}, the tokens of the shortest row")
+        shorter = KeyValueCache(self._k, self._v, None if self.lengths is None else self.lengths - tokens)
+        shorter.longest = self.longest - tokens
+        return shorter
+
+    def copy_(self, other: KeyValueCache) -> None:
+        """Take another cache's contents."""
+        self._k, self._v, self.lengths, self.longest = other._k, other._v, other.lengths, other.longest
+
     def copy(self) -> KeyValueCache:
         """A cache of its own with the same contents."""
         return KeyValueCache(self.keys.clone(), self.values.clone(), self.lengths)
+
+    def clone(self) -> KeyValueCache:
+        """`copy`, by the name that it has in every layer's state."""
+        return self.copy()
 
     def to(
         self, device: torch.device | str | int | torch.dtype | None = None, dtype: torch.dtype | None = None
@@ -141,10 +173,10 @@ def check_one_token(caller: str, x: Tensor) -> None:
         raise ValueError(f"{caller}.step: `x` has shape {tuple(x.shape)}; expected (B, 1, d): one token")
 
 
-def _grown(buffer: Tensor, used: int, needed: int) -> Tensor:
+def _grown(buffer: Tensor, used: int, needed: int, exactly: bool = False) -> Tensor:
     batch, heads, capacity, width = buffer.shape
     if needed <= capacity:
         return buffer
-    larger = buffer.new_zeros(batch, heads, max(needed, 2 * capacity), width)
+    larger = buffer.new_zeros(batch, heads, needed if exactly else max(needed, 2 * capacity), width)
     larger[:, :, :used] = buffer[:, :, :used]
     return larger

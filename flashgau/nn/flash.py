@@ -12,10 +12,10 @@ from torch import Tensor
 from ..contract.operands import mixed_chunk_options
 from ..contract.validate import Arguments
 from ..ops import MixedChunkState, mixed_chunk_attention, mixed_chunk_step
-from ..ops.flash_unit import flash_unit, runs_whole
+from ..ops.flash_unit import flash_unit, flash_unit_step, runs_whole
 from ..ops.projection import reads_raw_gate
 from ..options import FlashWeights, Layout, MixedChunkOptions
-from .gated_unit import GatedUnit, UnitOptions, UnitState, chosen, last_shifted
+from .gated_unit import GatedUnit, UnitOptions, UnitState, chosen, last_shifted, start_of
 
 HEADS = ("quad_q", "quad_k", "lin_q", "lin_k")
 
@@ -167,6 +167,7 @@ class FLASH(GatedUnit):
         cu_seqlens: Tensor | None = None,
         state: UnitState[MixedChunkState] | None = None,
         return_state: bool = False,
+        inplace: bool = False,
     ) -> Any:
         """Apply the layer to a batch of sequences, or to the next part of sequences already begun.
 
@@ -174,15 +175,17 @@ class FLASH(GatedUnit):
             x: (B, N, d). Padding may hold any finite number.
             lengths: (B,) valid tokens of each right-padded row.
             cu_seqlens: (G+1,) bounds of G sequences packed in one row (B = 1); chunks and positions restart in each.
-            state: of the tokens before (causal layers); it is not changed.
+            state: of the tokens before (causal layers); it is not changed, unless `inplace`.
             return_state: also give the state after the last valid token of each row.
+            inplace: write `state`, which then is the state after, too. A token costs a fraction of the time; there are
+                no gradients.
 
         Returns:
             (B, N, d), or that and the state. Rows of padding hold x plus the output's bias.
         """
-        self._check(x, cu_seqlens, state, return_state, MixedChunkState)
+        self._check(x, cu_seqlens, state, return_state, MixedChunkState, inplace)
         recurrent = return_state or state is not None
-        start: int | Tensor = 0 if state is None else state.memory.position
+        start = 0 if state is None else start_of(state.memory.position)
         normed, moving, angles = self._prepare(x, start, cu_seqlens, None if state is None else state.previous)
         options: dict[str, Any] = {
             "score": self.score,
@@ -190,15 +193,20 @@ class FLASH(GatedUnit):
             "rel_bias": None if self.rel_bias is None else self.rel_bias(self.chunk_size),
         }
         memory = None
+        residual = x if self.residual else None
         dropped, own = self.qk_dropout and self.training, self.attention_fn is not None
-        if not recurrent and not dropped and not own and runs_whole(x):
+        whole = not dropped and not own and runs_whole(x)
+        one = lengths is None and x.shape[1] == 1 and not own
+        if whole and state is not None and one and inplace:
+            memory = state.memory
+            given = MixedChunkOptions(chunk_size=self.chunk_size, causal=True, **options)
+            y = flash_unit_step(normed, self._weights, residual=residual, angles=angles, state=memory, options=given)
+        elif whole and not recurrent:
             # All of it as one operator, which keeps nothing wide but x W + b and what u multiplies.
-            hidden, scale, out = self.to_hidden, self.offset_scale, self.to_out
-            order = [self.head_order.index(name) for name in HEADS]
             y = flash_unit(
                 normed,
-                FlashWeights(hidden.weight, hidden.bias, scale.gamma, scale.beta, out.weight, out.bias, order),
-                residual=x if self.residual else None,
+                self._weights,
+                residual=residual,
                 angles=angles,
                 layout=Layout(lengths, cu_seqlens),
                 options=MixedChunkOptions(chunk_size=self.chunk_size, causal=self.causal, **options),
@@ -210,8 +218,8 @@ class FLASH(GatedUnit):
             options |= {"gate_activation": "silu"} if raw else {}
             before = None if state is None else state.memory
             result: Any
-            if before is not None and lengths is None and x.shape[1] == 1 and not own:  # in constant time
-                result = mixed_chunk_step(state=before, **options)
+            if before is not None and one:  # in constant time
+                result = mixed_chunk_step(state=before, inplace=inplace, **options)
             else:
                 result = (self.attention_fn or mixed_chunk_attention)(
                     chunk_size=self.chunk_size,
@@ -225,4 +233,14 @@ class FLASH(GatedUnit):
             attended, memory = result if recurrent else (result, None)
             y = self._output(x, attended)
         y = self.post_norm(y)
-        return (y, UnitState(memory, last_shifted(moving, lengths))) if return_state else y
+        if state is not None and inplace and memory is not None:
+            after = state.advanced(memory, last_shifted(moving, lengths))
+        else:
+            after = UnitState(memory, last_shifted(moving, lengths)) if return_state else None
+        return (y, after) if return_state else y
+
+    @property
+    def _weights(self) -> FlashWeights:
+        hidden, scale, out = self.to_hidden, self.offset_scale, self.to_out
+        order = [self.head_order.index(name) for name in HEADS]
+        return FlashWeights(hidden.weight, hidden.bias, scale.gamma, scale.beta, out.weight, out.bias, order)

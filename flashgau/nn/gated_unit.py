@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract.validate import Arguments
+from ..contract.validate import Arguments, readable
 from ..ops.projection import gated_projection, projection
 from ..ops.state import destination, moved
 from ..options import Angles
@@ -44,6 +44,44 @@ class UnitState(Generic[Memory]):
         memory: Any = self.memory
         previous = None if self.previous is None else moved(self.previous, device, dtype)
         return UnitState(memory.to(device, dtype), previous)
+
+    def clone(self) -> UnitState[Memory]:
+        """A state of its own with the same values: to continue twice from one prefix, in place."""
+        memory: Any = self.memory
+        return UnitState(memory.clone(), None if self.previous is None else self.previous.clone())
+
+    @property
+    def rows(self) -> int:
+        """How many sequences it has."""
+        memory: Any = self.memory
+        return int(memory.rows)
+
+    def truncated(self, tokens: int) -> UnitState[Memory]:
+        """The state before the last `tokens` tokens of every row; nothing is copied that need not be."""
+        if self.previous is not None and tokens:
+            raise ValueError("truncate: a layer with token shift does not remember the token before; expected 0 tokens")
+        memory: Any = self.memory
+        return UnitState(memory.truncated(tokens), self.previous)
+
+    def copy_(self, other: UnitState[Memory]) -> None:
+        """Take another state's values, in place."""
+        self.advanced(other.memory, other.previous)
+
+    def reorder(self, index: Tensor) -> None:
+        """Let each row continue from row index[b] (B,) instead, in place: for beam search."""
+        memory: Any = self.memory
+        memory.reorder(index)
+        if self.previous is not None:
+            self.previous.copy_(self.previous[index])
+
+    def advanced(self, memory: Memory, previous: Tensor | None) -> UnitState[Memory]:
+        """Take another's values, in place."""
+        if memory is not self.memory:
+            mine: Any = self.memory
+            mine.copy_(memory)
+        if previous is not None and self.previous is not None:
+            self.previous.copy_(previous)
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +224,11 @@ class GatedUnit(nn.Module):
         """x + out W_o + b_o."""
         return projection(out, self.to_out.weight, self.to_out.bias, x if self.residual else None)
 
-    def _check(self, x: Tensor, cu_seqlens: Tensor | None, state: Any, return_state: bool, memory: type) -> None:
+    def _check(
+        self, x: Tensor, cu_seqlens: Tensor | None, state: Any, return_state: bool, memory: type, inplace: bool = False
+    ) -> None:
+        if inplace and state is None:
+            raise ValueError(f"{type(self).__name__}: `inplace` is True without a `state`, which it would write")
         name, recurrent = type(self).__name__, return_state or state is not None
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"{name}: `x` has shape {tuple(x.shape)}; expected (B, N, {self.dim})")
@@ -206,15 +248,26 @@ class GatedUnit(nn.Module):
                 f"expected {shape}, on {x.device}"
             )
 
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """The next token: x (B, 1, d) -> (B, 1, d), and the new state (a cache in it is written in place)."""
+    def step(self, x: Tensor, state: Any, *, inplace: bool = False) -> tuple[Tensor, Any]:
+        """The next token: x (B, 1, d) -> (B, 1, d), and the new state: `state` itself if it is written `inplace`.
+
+        A key/value cache in it is always written in place.
+        """
         check_one_token(type(self).__name__, x)
-        y, after = self(x, state=state, return_state=True)
+        y, after = self(x, state=state, return_state=True, inplace=inplace)
         return y, after
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""
         return f"{self.dim}, hidden={self.hidden}, key_dim={self.key_dim}, causal={self.causal}"
+
+
+def start_of(position: Tensor) -> int | Tensor:
+    """Where the next token of each row stands: one number if all rows agree, and telling that costs nothing."""
+    if position.device.type != "cpu" or not readable(position):
+        return position
+    at = position.tolist()
+    return at[0] if at and at == at[:1] * len(at) else position
 
 
 def shift_tokens(x: Tensor, previous: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

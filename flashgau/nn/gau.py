@@ -166,6 +166,7 @@ class GAU(GatedUnit):
         cu_seqlens: Tensor | None = None,
         state: UnitState[KeyValueCache] | None = None,
         return_state: bool = False,
+        inplace: bool = False,
     ) -> Any:
         """Apply the layer to a batch of sequences, or to the next part of sequences already begun.
 
@@ -175,11 +176,12 @@ class GAU(GatedUnit):
             cu_seqlens: (G+1,) bounds of G sequences packed in one row (B = 1).
             state: of the tokens before (causal layers). Its cache is written in place: use it without gradients.
             return_state: also give the state after the last valid token.
+            inplace: let `state` itself be the state after. (Its cache is written in any case.)
 
         Returns:
             (B, N, d), or that and the state. Rows of padding hold x plus the output's bias.
         """
-        self._check(x, cu_seqlens, state, return_state, KeyValueCache)
+        self._check(x, cu_seqlens, state, return_state, KeyValueCache, inplace)
         if (return_state or state is not None) and self.normalizer == "keys" and self.score in ("relu2", "laplace"):
             raise ValueError(
                 'GAU: normalizer "keys" divides by the full length, so no prefix has a state; use "row" or a number'
@@ -210,8 +212,12 @@ class GAU(GatedUnit):
             cu_seqlens=cu_seqlens,
             **({"gate_activation": "silu"} if raw else {}),
         )
-        y = self.post_norm(self._output(x, out))
-        return (y, UnitState(memory, last_shifted(moving, lengths))) if return_state else y
+        y, previous = self.post_norm(self._output(x, out)), last_shifted(moving, lengths)
+        if state is not None and inplace:
+            after = state.advanced(state.memory, previous)
+        else:
+            after = UnitState(memory, previous) if return_state else None
+        return (y, after) if return_state else y
 
     def _bias(self, length: int, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
         bias = bias_vector(self.rel_bias, length, cu_seqlens)

@@ -102,6 +102,7 @@ class MultiHeadAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         state: KeyValueCache | None = None,
         return_state: bool = False,
+        inplace: bool = False,
     ) -> Any:
         """Apply the layer to a batch of sequences, or to the next part of sequences already begun.
 
@@ -111,6 +112,7 @@ class MultiHeadAttention(nn.Module):
             cu_seqlens: (G+1,) bounds of G sequences packed in one row (B = 1).
             state: cache of the tokens before (causal layers), written in place: use it without gradients.
             return_state: also give the cache after the last valid token.
+            inplace: of no effect, as a cache is always written; other layers choose.
 
         Returns:
             (B, N, d), or that and the cache. Rows of padding hold the output's bias, or 0.
@@ -149,8 +151,8 @@ class MultiHeadAttention(nn.Module):
         y = self.to_out(out.transpose(1, 2).flatten(2))
         return (y, state) if return_state else y
 
-    def step(self, x: Tensor, state: KeyValueCache) -> tuple[Tensor, KeyValueCache]:
-        """The next token: x (B, 1, d) -> (B, 1, d), and the cache (written in place)."""
+    def step(self, x: Tensor, state: KeyValueCache, *, inplace: bool = False) -> tuple[Tensor, KeyValueCache]:
+        """The next token: x (B, 1, d) -> (B, 1, d), and the cache, which is always written in place."""
         check_one_token("MultiHeadAttention", x)
         y, after = self(x, state=state, return_state=True)
         return y, after

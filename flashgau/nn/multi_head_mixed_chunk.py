@@ -99,6 +99,7 @@ class MultiHeadMixedChunk(nn.Module):
         cu_seqlens: Tensor | None = None,
         state: MixedChunkState | None = None,
         return_state: bool = False,
+        inplace: bool = False,
     ) -> Any:
         """Apply the layer to a batch of sequences, or to the next part of sequences already begun.
 
@@ -106,8 +107,9 @@ class MultiHeadMixedChunk(nn.Module):
             x: (B, N, d). Padding may hold any finite number.
             lengths: (B,) valid tokens of each right-padded row.
             cu_seqlens: (G+1,) bounds of G sequences packed in one row (B = 1).
-            state: of the tokens before (causal layers), with B H rows; it is not changed.
+            state: of the tokens before (causal layers), with B H rows; it is not changed, unless `inplace`.
             return_state: also give the state after the last valid token of each row.
+            inplace: write `state`, which then is the state after, too; without gradients.
 
         Returns:
             (B, N, d), or that and the state. Rows of padding hold finite numbers without meaning.
@@ -121,6 +123,8 @@ class MultiHeadMixedChunk(nn.Module):
             raise ValueError(
                 "MultiHeadMixedChunk: `cu_seqlens` and a state together; give each sequence a row and `lengths`"
             )
+        if inplace and state is None:
+            raise ValueError("MultiHeadMixedChunk: `inplace` is True without a `state`, which it would write")
         batch, n, _ = x.shape
         if state is not None:
             check_memory("MultiHeadMixedChunk", "state", state, MixedChunkState, batch * self.heads, x)
@@ -129,7 +133,7 @@ class MultiHeadMixedChunk(nn.Module):
         options: dict[str, Any] = {"score": self.score, "rel_bias": bias}
         result: Any
         if state is not None and lengths is None and n == 1 and self.attention_fn is None:  # in constant time
-            result = mixed_chunk_step(q, k, q, k, v, state=state, **options)
+            result = mixed_chunk_step(q, k, q, k, v, state=state, inplace=inplace, **options)
         else:
             bounds = None
             if cu_seqlens is not None:
@@ -142,13 +146,15 @@ class MultiHeadMixedChunk(nn.Module):
             options |= {"chunk_size": self.chunk_size, "causal": self.causal}
             result = (self.attention_fn or mixed_chunk_attention)(q, k, q, k, v, **options)
         out, after = result if recurrent else (result, None)
+        if state is not None and inplace and after is not state:
+            after = state.copy_(after)
         y = self._merge(out, batch, n)
         return (y, after) if return_state else y
 
-    def step(self, x: Tensor, state: MixedChunkState) -> tuple[Tensor, MixedChunkState]:
-        """The next token, in constant time and memory: x (B, 1, d) -> (B, 1, d), and the new state."""
+    def step(self, x: Tensor, state: MixedChunkState, *, inplace: bool = False) -> tuple[Tensor, MixedChunkState]:
+        """The next token, in constant time and memory: x (B, 1, d) -> (B, 1, d), and the new state, or `state`."""
         check_one_token("MultiHeadMixedChunk", x)
-        y, after = self(x, state=state, return_state=True)
+        y, after = self(x, state=state, return_state=True, inplace=inplace)
         return y, after
 
     def _project(

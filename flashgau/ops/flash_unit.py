@@ -9,10 +9,11 @@ from torch import Tensor
 
 from flashgau.contract.validate import Arguments, autocast, widened
 from flashgau.eager import flash_unit as flash_unit_eager
-from flashgau.options import Angles, FlashSaved, FlashWeights, Layout, MixedChunkOptions
+from flashgau.options import Angles, FlashSaved, FlashWeights, Layout, MixedChunkOptions, OpenChunk
 
 from . import autograd, dispatch
 from .operation import Operation
+from .state import MixedChunkState, check_in_place
 
 
 def runs_whole(x: Tensor) -> bool:
@@ -45,6 +46,29 @@ def flash_unit(
     y, *_ = _flash_unit(
         x, inside, weights=weights, angles=angles, layout=layout._replace(lengths=widened(layout.lengths)),
         options=options._replace(rel_bias=bias), save=save, backend="eager",
+    )  # fmt: skip
+    return y if residual is None or inside is not None else y + residual
+
+
+def flash_unit_step(
+    x: Tensor,
+    weights: FlashWeights,
+    *,
+    residual: Tensor | None,
+    angles: Angles,
+    state: MixedChunkState,
+    options: MixedChunkOptions,
+) -> Tensor:
+    """The same of one token (B, 1, d) of each row, without gradients; `state`, of x's type, is advanced in place."""
+    x, w, b, w_out, b_out = autocast(x, weights.w, weights.b, weights.w_out, weights.b_out)
+    weights = weights._replace(w=w, b=b, w_out=w_out, b_out=b_out)
+    differentiated = autograd.needs_grad(x, *weights[:-1], *state.tensors(), options.rel_bias)
+    check_in_place(Arguments("FLASH"), "state.memory", state, state.to(dtype=x.dtype), differentiated)
+    inside = residual if residual is not None and residual.dtype == x.dtype else None
+    bias = options.rel_bias.expand(x.shape[0], -1) if options.rel_bias is not None else None
+    y: Tensor = autograd.run(
+        "flash_unit", "eager", "flash_unit_step_", x, weights, inside, angles, OpenChunk(*state.tensors()),
+        options._replace(rel_bias=bias),
     )  # fmt: skip
     return y if residual is None or inside is not None else y + residual
 

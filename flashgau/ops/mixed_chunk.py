@@ -13,7 +13,7 @@ from flashgau.options import Layout, MixedChunkHeads, MixedChunkOptions, OpenChu
 
 from . import autograd, dispatch
 from .operation import Operation
-from .state import FIELDS, Continuation, MixedChunkState, open_chunk
+from .state import FIELDS, Continuation, MixedChunkState, check_in_place, open_chunk
 
 
 def mixed_chunk_attention(
@@ -136,7 +136,7 @@ def mixed_chunk_attention(
     if cu_seqlens is not None:
         total = cu_seqlens.diff().to(torch.int64)
     elif lengths is not None:
-        total = lengths.to(torch.int64)
+        total = lengths.to(torch.int64, copy=True)  # the state may be written
     else:
         total = torch.full((count,), v.shape[1], dtype=torch.int64, device=v.device)
     done = total - total % chunk_size
@@ -159,11 +159,14 @@ def mixed_chunk_step(
     quad_normalizer: float | None = None,
     lin_normalizer: str | float = "tokens",
     rel_bias: Tensor | None = None,
+    inplace: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, MixedChunkState]:
     """One more token of causal mixed chunk attention, in time and memory independent of how many came before.
 
-    Equal to the last row of `mixed_chunk_attention` over the whole sequence. The given state is left as it was.
+    Equal to the last row of `mixed_chunk_attention` over the whole sequence. The given state is left as it was, which
+    costs a copy of it: S E + C (2 S + E) numbers a row. In place a row of 2 S + E is written, and the rest once in C
+    tokens.
 
     Source: Hua et al. 2022 (arXiv 2202.10447), section 3.2: the recurrent reading of the causal global part.
 
@@ -181,6 +184,9 @@ def mixed_chunk_step(
         quad_normalizer: divisor of the local scores, C unless given.
         lin_normalizer: "tokens" or a number.
         rel_bias: relative bias, (..., 2P-1) with P >= C.
+        inplace: write the tensors of `state`, which is then the new state, too: to continue twice from one,
+            `clone()` it first. For decoding: nothing is differentiated. The state must be contiguous and of this
+            call's type already (`MixedChunkState.to`).
         backend: "triton", "eager", "reference" or None for the best that can run.
 
     Returns:
@@ -204,11 +210,15 @@ def mixed_chunk_step(
     args = Arguments(op)
     operands.mixed_chunk(args, "1", quad_q, quad_k, lin_q, lin_k, v, gate)
     operands.one_token(args, quad_q)
-    state = _state(args, "state", state, args.sizes["B"], None, quad_q.dtype)
+    args.flag("inplace", inplace)
+    given, state = state, _state(args, "state", state, args.sizes["B"], None, quad_q.dtype)
     size = state.chunk_size
     quad = operands.mixed_chunk_options(args, size, score, lin_normalizer, quad_normalizer)
     operands.gate_activation(args, gate_activation)
     args.relative_bias(rel_bias, "B", size, "the chunk size")
+    differentiated = autograd.needs_grad(quad_q, quad_k, lin_q, lin_k, v, gate, *state.tensors(), rel_bias)
+    if inplace:
+        check_in_place(args, "state", given, state, differentiated)
 
     name = dispatch.resolve(op, backend, quad_q.device, quad_q.dtype, width=args.sizes["S"])
     if name == "reference":
@@ -216,26 +226,40 @@ def mixed_chunk_step(
             op, name, op, quad_q, quad_k, lin_q, lin_k, v, gate, state=state, gate_activation=gate_activation,
             score=score, quad_normalizer=quad, lin_normalizer=lin_normalizer, rel_bias=rel_bias,
         )  # fmt: skip
-        return out, _own_state(after)
-    tensors = quad_q, quad_k, lin_q, lin_k, v, gate, *state.tensors()
-    if name == "triton" and autograd.needs_grad(*tensors, rel_bias):  # its kernel for one token has no derivative
+        after = _own_state(after)
+        if not inplace:
+            return out, after
+        return out, state.copy_(after)
+    if name == "triton" and differentiated:  # its kernel for one token has no derivative
         return mixed_chunk_attention(
-            *tensors[:6], gate_activation=gate_activation, chunk_size=size, score=score, causal=True,
-            quad_normalizer=quad, lin_normalizer=lin_normalizer, rel_bias=rel_bias, initial_state=state,
+            quad_q, quad_k, lin_q, lin_k, v, gate, gate_activation=gate_activation, chunk_size=size, score=score,
+            causal=True, quad_normalizer=quad, lin_normalizer=lin_normalizer, rel_bias=rel_bias, initial_state=state,
             return_state=True, backend=name,
         )  # type: ignore[return-value] # fmt: skip
     bias = rel_bias.expand(quad_q.shape[0], -1) if rel_bias is not None else None
-    given: dict[str, Any] = {
-        "heads": MixedChunkHeads(*tensors[:4]), "state": OpenChunk(*state.tensors()),
-        "options": MixedChunkOptions(
-            size, score, True, quad, lin_normalizer, bias, gate_activation=gate_activation
-        ),
-    }  # fmt: skip
-    if name == "triton":
-        out, *after = _mixed_chunk_step(v, gate, **given, backend=name)
-    else:  # PyTorch differentiates it
-        out, *after = autograd.run(op, name, op, v=v, gate=gate, **given)
-    return out, MixedChunkState(*after)
+    heads = MixedChunkHeads(quad_q, quad_k, lin_q, lin_k)
+    options = MixedChunkOptions(size, score, True, quad, lin_normalizer, bias, gate_activation=gate_activation)
+    if differentiated:  # by PyTorch
+        out, *after = autograd.run(
+            op, name, op, heads=heads, v=v, gate=gate, state=OpenChunk(*state.tensors()), options=options
+        )
+        return out, MixedChunkState(*after)
+    state = state if inplace else state.clone()
+    return step_in_place(heads, v, gate, state, options, name), state
+
+
+def step_in_place(
+    heads: MixedChunkHeads, v: Tensor, gate: Tensor | None, state: MixedChunkState, options: MixedChunkOptions,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    """The output of one token, by which `state` is advanced; nothing is checked."""
+    held = OpenChunk(*state.tensors())
+    given: dict[str, Any] = {"heads": heads, "state": held, "options": options}
+    if backend == "triton":
+        out: Tensor = _mixed_chunk_step(v, gate, **given, backend=backend)
+    else:
+        out = autograd.run("mixed_chunk_step", backend, "mixed_chunk_step_", v=v, gate=gate, **given)
+    return out
 
 
 def _state(
@@ -286,15 +310,6 @@ def _results(
     return [v.new_empty(v.shape), kv, v.new_empty(v.shape) if save and gate is not None else None]
 
 
-def _step_results(
-    quad_k: Tensor, lin_k: Tensor, v: Tensor, kv: Tensor, open_quad_k: Tensor, open_lin_k: Tensor, open_v: Tensor,
-    position: Tensor, **_: Any,
-) -> list[Tensor]:  # fmt: skip
-    held = [x.new_empty(t.shape) for x, t in ((quad_k, open_quad_k), (lin_k, open_lin_k), (v, open_v))]
-    kv = kv.new_empty(kv.shape, dtype=torch.float32)
-    return [v.new_empty(v.shape), kv, *held, position.new_empty(position.shape)]
-
-
 _mixed_chunk_attention = Operation(
     "mixed_chunk_attention",
     inputs="quad_q quad_k lin_q lin_k v gate? rel_bias? initial_kv?",
@@ -305,12 +320,12 @@ _mixed_chunk_attention = Operation(
     shapes=_results,
     op="mixed_chunk_attention",
 )
-_mixed_chunk_step = Operation(  # not differentiable: see `mixed_chunk_step`
+_mixed_chunk_step = Operation(
     "mixed_chunk_step",
-    inputs="quad_q quad_k lin_q lin_k v gate? kv open_quad_k open_lin_k open_v position rel_bias?",
-    results="out kv open_quad_k open_lin_k open_v position",
+    inputs="quad_q quad_k lin_q lin_k v gate? kv! open_quad_k! open_lin_k! open_v! position! rel_bias?",
+    results="out",
     tuples={"heads": MixedChunkHeads, "state": OpenChunk, "options": MixedChunkOptions},
-    shapes=_step_results,
+    shapes=lambda v, **_: v.new_empty(v.shape),
     op="mixed_chunk_step",
-    differentiable=False,
+    function="mixed_chunk_step_",
 )

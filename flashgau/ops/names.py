@@ -1,7 +1,8 @@
 """The names in the declaration of an operation, separated by spaces, and values grouped by them.
 
 `x` is a tensor, `x?` one that may be None, `x+` one that may be None and is added to the first result, whose gradient
-it gets, `xs:y` a list with a tensor for each row of the input y, and `xs*` a list of any length, at the end.
+it gets, `x!` one that is written, `xs:y` a list with a tensor for each row of the input y, and `xs*` a list of any
+length, at the end.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ class Name(NamedTuple):
     @property
     def schema(self) -> str:
         """The argument in PyTorch's language of schemas."""
+        if self.mark == "!":
+            return f"Tensor({self.name}!) {self.name}"
         return f"Tensor{'[]' if self.is_list else '?' if self.mark else ''} {self.name}"
 
 
 def names(declared: str, prefix: str = "", mark: str = "") -> list[Name]:
     """The names of a declaration; those without a mark get the given one."""
-    parts = [re.findall(r"^(\w+)([?+*:]?)(\w*)$", word)[0] for word in declared.split()]
+    parts = [re.findall(r"^(\w+)([?+*:!]?)(\w*)$", word)[0] for word in declared.split()]
     return [Name(prefix + name, own or mark, of) for name, own, of in parts]
 
 

@@ -28,7 +28,7 @@ class Operation:
         name: of the operators flashgau::NAME and flashgau::NAME_backward, and of the floors' functions NAME_forward
             and NAME_backward, which get everything by name. The first returns the results, then what is saved; the
             second, which gets the results' gradients too ("d" before the name), the gradients of the inputs.
-        inputs: the tensors that are differentiated.
+        inputs: the tensors that are differentiated. If some are written ("!"), there is one result and no derivative.
         results: what is differentiated. A missing gradient of one with "?" is None, of others zeros.
         shapes: (everything by name) -> empty tensors, or None, like the results and what is saved.
         op: the operation whose file, on every floor, has the functions.
@@ -65,7 +65,11 @@ class Operation:
         )
         self.gradients = gradients or self._like_inputs
         self.function = function or (f"{name}_forward" if differentiable else name)
-        self.forward = Operator(name, f"({', '.join(takes)})", self._forward, self._fake)
+        self.writes = any(x.mark == "!" for x in self.inputs)
+        returns = "Tensor" if self.writes else "Tensor[]"
+        self.forward = Operator(name, f"({', '.join(takes)})", self._forward, self._fake, returns)
+        if self.writes:
+            return
         if not differentiable:
             self.forward.refuse_derivative(op)
             return
@@ -73,17 +77,17 @@ class Operation:
         self.backward.refuse_derivative(error or op)
         self.forward.register_autograd(self._differentiate, self._keep)
 
-    def __call__(self, *tensors: Any, save: bool = False, backend: str, **tuples: Any) -> list[Any]:
-        """The results, and what was saved."""
+    def __call__(self, *tensors: Any, save: bool = False, backend: str, **tuples: Any) -> Any:
+        """The results, and what was saved, in a list; the only result of what writes its inputs."""
         plain = [*tensors, *([save] if self.saved else []), backend]
         return self.forward(*self.flattening.flat(plain, tuples))
 
     def _forward(self, *args: Any) -> Any:
         named = self.flattening.named(args)
         results = autograd.run(self.op, named.pop("backend"), self.function, **named)
-        return [results] if isinstance(results, Tensor) else results
+        return [results] if isinstance(results, Tensor) and not self.writes else results
 
-    def _fake(self, *args: Any) -> list[Any]:
+    def _fake(self, *args: Any) -> Any:
         return self.shapes(**dict(zip(self.arguments, args, strict=True)))
 
     def _backward(self, *args: Any) -> list[Any]:

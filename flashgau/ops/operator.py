@@ -19,15 +19,26 @@ class Operator:
 
     A call that nothing observes runs the function at once: PyTorch's dispatcher would come back to Python twice, which
     takes longer than the checks of the arguments.
+
+    Args:
+        name: without the library.
+        schema: of the arguments, in PyTorch's language.
+        function: what it does.
+        fake: the same for shapes.
+        returns: "Tensor[]", or "Tensor" if it writes arguments: the only result that torch.compile takes then.
     """
 
-    def __init__(self, name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    def __init__(
+        self, name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any], returns: str = "Tensor[]"
+    ) -> None:
         self.name = f"flashgau::{name}"
-        torch.library.define(self.name, f"{schema} -> Tensor[]")
+        torch.library.define(self.name, f"{schema} -> {returns}")
         # Not torch.library.custom_op: that imports the whole of torch.compile, seconds of it, at the first call.
-        torch.library.impl(self.name, "CompositeExplicitAutograd")(_present(function))
-        torch.library.register_fake(self.name, _present(fake))
-        torch.library.register_vmap(self.name, self._mapped)
+        present = _present if returns == "Tensor[]" else lambda function: function
+        torch.library.impl(self.name, "CompositeExplicitAutograd")(present(function))
+        torch.library.register_fake(self.name, present(fake))
+        if returns == "Tensor[]":
+            torch.library.register_vmap(self.name, self._mapped)
         self.overload = getattr(torch.ops.flashgau, name).default
         self._function = self._differentiable = function
         self._observed: Callable[..., Any] = self.overload

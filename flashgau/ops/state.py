@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgau.contract.validate import FLOATING, widened
+from flashgau.contract.validate import FLOATING, Arguments, widened
 
 FIELDS = ("kv", "quad_k", "lin_k", "v", "position")  # of a state
 
@@ -74,6 +74,15 @@ class MixedChunkState:
         """(B,) tokens in the open chunk, from 0 to C - 1."""
         return self.position % self.chunk_size
 
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self.position.shape[0]
+
+    def truncated(self, tokens: int) -> MixedChunkState:
+        """`truncate`, by the name that it has in every layer's state."""
+        return self.truncate(tokens)
+
     def select(self, index: Tensor) -> MixedChunkState:
         """The rows `index` (a 1-D integer or boolean tensor) in that order, repeats allowed: for beam search."""
         index = widened(index)  # PyTorch takes uint8 for a mask
@@ -137,6 +146,20 @@ class MixedChunkState:
         after = [moved(t, device, kind) for t, kind in zip(before, types, strict=True)]
         return self if all(map(operator.is_, after, before)) else MixedChunkState(*after)
 
+    def copy_(self, other: MixedChunkState) -> MixedChunkState:
+        """Take the values of another state of as many rows, in place."""
+        for held, new in zip(self.tensors(), other.tensors(), strict=True):
+            held.copy_(new)
+        return self
+
+    def reorder(self, index: Tensor) -> MixedChunkState:
+        """Let each row continue from row index[b] (B,) instead, in place: for beam search."""
+        return self.copy_(self.select(index))
+
+    def clone(self) -> MixedChunkState:
+        """A state of its own with the same values, contiguous: to continue twice from one prefix, in place."""
+        return MixedChunkState(*(t.clone(memory_format=torch.contiguous_format) for t in self.tensors()))
+
     def detach(self) -> MixedChunkState:
         """The same values, cut off from the graph: for truncated backpropagation through time."""
         return MixedChunkState(*(t.detach() for t in self.tensors()))
@@ -144,6 +167,19 @@ class MixedChunkState:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """kv, quad_k, lin_k, v, position."""
         return self.kv, self.quad_k, self.lin_k, self.v, self.position
+
+
+def check_in_place(
+    args: Arguments, name: str, given: MixedChunkState, state: MixedChunkState, differentiated: bool
+) -> None:
+    """Refuse a state, `given`, that cannot be written; `state` is it in the types of the call."""
+    if differentiated:
+        args.fail("inplace", "is True where gradients are needed", "False, or a call under torch.no_grad()")
+    for field, x, converted in zip(FIELDS, given.tensors(), state.tensors(), strict=True):
+        if x is not converted:
+            args.fail(f"{name}.{field}", f"has dtype {x.dtype} and inplace=True", f"{converted.dtype}, as the call has")
+        if not x.is_contiguous():
+            args.fail(f"{name}.{field}", f"has strides {x.stride()} and inplace=True", "a contiguous tensor")
 
 
 def _sums(dtype: torch.dtype) -> torch.dtype:

@@ -198,7 +198,7 @@ def _mixed_chunk_both(kind: str, width: int, make: Operands) -> None:
 def _mixed_chunk_step(kind: str, width: int, make: Operands) -> None:
     heads, v = make(4, 8, 1, width), make(8, 1, 2048)
     held, kv = make(8, 256, width), make(8, width, 2048, dtype=torch.float32)
-    mixed_chunk.mixed_chunk_step(
+    mixed_chunk.mixed_chunk_step_(
         heads, v, v, (kv, held, held, make(8, 256, 2048), make(8, dtype=torch.int64)),
         rel_bias=make(8, 511, dtype=torch.float32),
     )  # fmt: skip
@@ -309,5 +309,6 @@ ENTRIES: dict[str, LaunchEntry] = {
     ),
     "mixed_chunk_linear": LaunchEntry("linear_kernel", _mixed_chunk_both, widths=(64, 128), matrix=_LARGE, **_MIXED),
     "mixed_chunk_heads": LaunchEntry("heads_kernel", _mixed_chunk_both, widths=(64, 128, 256), matrix=_ANY, **_MIXED),
-    "mixed_chunk_step": LaunchEntry("step_kernel", _mixed_chunk_step, _STEP, (64, 128, 256), matrix=_ANY),
+    "mixed_chunk_step": LaunchEntry("step_kernel", _mixed_chunk_step, _STEP, (64, 128, 256)),
+    "mixed_chunk_step_close": LaunchEntry("close_kernel", _mixed_chunk_step, _STEP, (64, 128, 256), matrix=_ANY),
 }  # fmt: skip

@@ -69,7 +69,7 @@ def cases_of(device: torch.device, ops: set[str]) -> list[Configured]:
 
 def is_asked(key: Key, *, fp16: bool) -> bool:
     """Whether any call in halves asks for an entry: some kernels work on weights, which beside fp16 are fp32."""
-    inputs = ("gau_lse", "gau_prologue", "mixed_chunk_states", "mixed_chunk_step")
+    inputs = ("gau_lse", "gau_prologue", "mixed_chunk_states", "mixed_chunk_step", "mixed_chunk_step_close")
     weights = key.kernel.startswith(("gau_", "mixed_chunk_")) and key.kernel not in inputs
     return not (fp16 and key.itemsize == 2 and weights)
 
@@ -154,11 +154,11 @@ def _mixed_chunk(key: Key, draw: Draw, n: int, e: int) -> Arguments:
 
 
 def _step(key: Key, draw: Draw) -> Arguments:
-    tokens = [draw(2, 12, key.width) for _ in range(4)] + [draw(2, 12, 70) for _ in range(2)]
-    before = [x[:, :11] for x in tokens]
+    tokens = [draw(2, 16, key.width) for _ in range(4)] + [draw(2, 16, 70) for _ in range(2)]
+    before = [x[:, :15] for x in tokens]  # the next token closes a chunk
     options: dict[str, Any] = {"causal": True, "chunk_size": 8, "return_state": True, "backend": "reference"}
     _, state = flashgau.mixed_chunk_attention(*before, **options)
-    return tuple(x[:, 11:] for x in tokens), {"state": state}
+    return tuple(x[:, 15:] for x in tokens), {"state": state}
 
 
 # ---- kernels that only a layer starts

@@ -1,0 +1,257 @@
+"""Tokens that write their state: equal to those that leave it, at fixed addresses; operation, layers and models."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from backends import backend_fixture
+from checks import close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mixed_chunk_inputs import draw_dense
+from small_models import TIGHT, VARIANTS, VOCAB, causal, tokens
+from strategies import randn
+from torch import Tensor
+
+import flashgau
+from flashgau import nn
+from flashgau.models import KINDS
+
+backend = backend_fixture("mixed_chunk_attention")
+CONSTANT = ("flash", "mc-tfm++")
+
+
+def step(operands: list[Tensor], state: flashgau.MixedChunkState, **options):
+    with torch.no_grad():
+        return flashgau.mixed_chunk_step(*operands, state=state, **options)
+
+
+def some_state(rows: int = 2, chunk: int = 3) -> flashgau.MixedChunkState:
+    state = flashgau.MixedChunkState.empty(rows, 4, 6, chunk)
+    return replace(state, kv=randn(9, rows, 4, 6))
+
+
+def operands(rows: int = 2) -> list[Tensor]:
+    return [randn(i, rows, 1, w) for i, w in enumerate((4, 4, 4, 4, 6, 6))]
+
+
+# ---------------------------------------------------------------- the operation
+
+
+@given(st.data())
+@settings(max_examples=12)
+def test_a_step_in_place_is_a_step(backend, data):
+    """Token by token over more than a chunk, from rows that are at different places or together."""
+    chunk = data.draw(st.integers(1, 2)) if backend == "triton" else None
+    call = draw_dense(data, backend, chunk=chunk, causal=True, dtype=torch.float32)
+    n, (b, _, width) = call.args[0].shape[1], call.args[0].shape
+    options = {key: x for key, x in call.kwargs.items() if key not in ("causal", "chunk_size")}
+    state = flashgau.MixedChunkState.empty(b, width, call.args[4].shape[-1], call.kwargs["chunk_size"])
+    if data.draw(st.booleans()):  # apart
+        done = torch.tensor(data.draw(st.lists(st.integers(0, n), min_size=b, max_size=b)))
+        before = {**call.kwargs, "lengths": done, "return_state": True, "backend": "reference"}
+        _, state = flashgau.mixed_chunk_attention(*call.args, **before)
+        state = flashgau.MixedChunkState(*(x.contiguous() for x in state.tensors()))
+    written, addresses = state.clone(), None
+    for i in range(n):
+        token = [x[:, i : i + 1] for x in call.args]
+        expected, state = step(token, state, **options)
+        out, after = step(token, written, inplace=True, **options)
+        assert after is written
+        addresses = addresses or [x.data_ptr() for x in written.tensors()]
+        assert addresses == [x.data_ptr() for x in written.tensors()]
+        for a, e in zip((out, *written.tensors()), (expected, *state.tensors()), strict=True):
+            assert torch.equal(a, e)
+
+
+def test_a_functional_step_leaves_its_state(backend):
+    state = some_state(chunk=1)  # every token closes a chunk
+    before = state.clone()
+    _, after = step(operands(), state)
+    assert all(map(torch.equal, state.tensors(), before.tensors()))
+    assert not torch.equal(after.kv, state.kv)
+
+
+def test_used_twice_a_state_that_is_written_has_seen_two_tokens(backend):
+    """It is the later state, whatever it was called: a second continuation needs a clone."""
+    first, second, state = operands(), [2 * x for x in operands()], some_state()
+    apart = state.clone()
+    alone, _ = step(second, state.clone())
+    step(first, state, inplace=True)
+    after, _ = step(second, state, inplace=True)
+    assert state.position.tolist() == [2, 2]
+    assert not torch.allclose(after, alone)
+    close(step(second, apart, inplace=True)[0], alone)
+
+
+def test_the_row_of_a_token_and_nothing_else_is_written(backend):
+    state, new = some_state(chunk=5), operands()
+    for _ in range(3):
+        step(operands(), state, inplace=True)
+    before = state.clone()
+    step(new, state, inplace=True)
+    assert torch.equal(state.kv, before.kv)
+    for held, was, token in zip(state.tensors()[1:4], before.tensors()[1:4], (new[1], new[3], new[4]), strict=True):
+        assert torch.equal(held[:, 3], token[:, 0])
+        others = [0, 1, 2, 4]
+        assert torch.equal(held[:, others], was[:, others])
+
+
+@pytest.mark.parametrize(
+    ("state", "changes", "message"),
+    [
+        (some_state(), {"inplace": 1}, "`inplace` is 1; expected True or False"),
+        (some_state().to(torch.float64), {}, "`state.kv` has dtype torch.float64 and inplace=True; expected torch"),
+        (replace(some_state(), v=randn(0, 2, 6, 3).mT), {}, r"`state.v` has strides \(18, 1, 3\) and inplace=True"),
+    ],
+)  # fmt: skip
+def test_a_state_that_cannot_be_written_is_refused(state, changes, message):
+    before = state.clone()
+    with pytest.raises((TypeError, ValueError), match=f"mixed_chunk_step: {message}"):
+        step(operands(), state, **{"inplace": True, **changes})
+    assert all(map(torch.equal, state.tensors(), before.tensors()))
+
+
+def test_gradients_and_writing_exclude_each_other():
+    tensors = [x.requires_grad_() for x in operands()]
+    with pytest.raises(ValueError, match="mixed_chunk_step: `inplace` is True where gradients are needed"):
+        flashgau.mixed_chunk_step(*tensors, state=some_state(), inplace=True)
+
+
+def test_the_lengths_of_a_caller_are_not_a_states_position():
+    lengths, tensors = torch.tensor([2, 1]), [x.expand(-1, 2, -1) for x in operands()]
+    _, state = flashgau.mixed_chunk_attention(*tensors, chunk_size=3, causal=True, lengths=lengths, return_state=True)
+    step(operands(), state, inplace=True)
+    assert lengths.tolist() == [2, 1]
+
+
+# ---------------------------------------------------------------- layers
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"token_shift": True, "bias": "t5", "post_norm": "rms"}, {"spec": "lucidrains"}]
+)
+@pytest.mark.parametrize("lengths", [[5, 5], [7, 2]])
+@torch.no_grad()
+def test_a_flash_layer_writes_its_state(options, lengths):
+    layer = nn.FLASH(12, key_dim=4, chunk_size=4, causal=True, dtype=torch.float64, **options)
+    x = randn(0, 2, 20, 12, dtype=torch.float64)
+    _, state = layer(x[:, :7], lengths=torch.tensor(lengths), return_state=True)
+    written = state.clone()
+    for i in range(7, 20):
+        expected, state = layer.step(x[:, i : i + 1], state)
+        y, after = layer.step(x[:, i : i + 1], written, inplace=True)
+        assert after is written
+        torch.testing.assert_close(y, expected, **TIGHT)
+    for a, e in zip(written.memory.tensors(), state.memory.tensors(), strict=True):
+        torch.testing.assert_close(a, e, **TIGHT)
+
+
+@torch.no_grad()
+def test_more_than_a_token_is_written_too():
+    layer = nn.FLASH(12, key_dim=4, chunk_size=4, causal=True, token_shift=True, dtype=torch.float64)
+    x = randn(0, 2, 20, 12, dtype=torch.float64)
+    _, state = layer(x[:, :7], return_state=True)
+    addresses = [t.data_ptr() for t in (*state.memory.tensors(), state.previous)]
+    y, after = layer(x[:, 7:], state=state, return_state=True, inplace=True)
+    torch.testing.assert_close(y, layer(x)[:, 7:], **TIGHT)
+    assert after is state
+    assert addresses == [t.data_ptr() for t in (*state.memory.tensors(), state.previous)]
+    assert state.memory.position.tolist() == [20, 20]
+
+
+@pytest.mark.parametrize("layer", [nn.FLASH(8, key_dim=4, causal=True), nn.MultiHeadMixedChunk(8, 2, causal=True)])
+def test_without_a_state_there_is_nothing_to_write(layer):
+    with pytest.raises(ValueError, match=f"{type(layer).__name__}: `inplace` is True without a `state`"):
+        layer(randn(0, 1, 1, 8), inplace=True)
+
+
+# ---------------------------------------------------------------- models
+
+
+def addresses_of(state) -> list[int]:
+    memories = [getattr(layer, "memory", layer) for layer in state.layers]
+    return [state.position.data_ptr(), *(x.data_ptr() for memory in memories for x in memory.tensors())]
+
+
+@pytest.mark.parametrize(("kind", "changes"), VARIANTS)
+@given(prompts=st.lists(st.integers(1, 9), min_size=1, max_size=3), seed=st.integers(0, 99))
+@settings(max_examples=6)
+@torch.no_grad()
+def test_decoding_in_place_is_the_parallel_forward(kind, changes, prompts, seed):
+    model, new = causal(kind, **changes), 9
+    lengths, rows = torch.tensor(prompts), torch.arange(len(prompts))
+    text = tokens(len(prompts), max(prompts) + new, seed=seed)
+    parallel = model(text)
+    _, state = model(text[:, : max(prompts)], lengths, return_state=True)
+    addresses = addresses_of(state) if kind in CONSTANT else None
+    for i in range(new):
+        logits, after = model(text[rows, lengths + i][:, None], state=state, return_state=True, inplace=True)
+        torch.testing.assert_close(logits[:, 0], parallel[rows, lengths + i], **TIGHT)
+        assert after is state
+        assert addresses is None or addresses == addresses_of(state)
+    assert lengths.tolist() == prompts
+    assert state.position.tolist() == (lengths + new).tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_rows_continue_from_others(kind):
+    model, text, index = causal(kind), tokens(3, 9), torch.tensor([2, 0, 2])
+    _, state = model(text[:, :6], return_state=True)
+    apart = state.clone()
+    state.reorder(index)
+    logits, _ = model(text[index, 6:], state=state, return_state=True, inplace=True)
+    torch.testing.assert_close(logits, model(text)[index, 6:], **TIGHT)
+    logits, _ = model(text[:, 6:], state=apart, return_state=True, inplace=True)  # the clone went its own way
+    torch.testing.assert_close(logits, model(text)[:, 6:], **TIGHT)
+    with pytest.raises(ValueError, match=r"reorder: `index` has shape \(2,\) .* expected \(3,\) integers"):
+        state.reorder(index[:2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_guesses_are_taken_back(kind):
+    model, text = causal(kind), tokens(2, 9)  # chunks of 4: tokens 6 and 7 are in one that is open
+    _, state = model(text[:, :5], return_state=True)
+    wrong = (text[:, 5:7] + 1) % VOCAB
+    for i in range(2):
+        model(wrong[:, i : i + 1], state=state, return_state=True, inplace=True)
+    state.truncate(2)
+    assert state.position.tolist() == [5, 5]
+    logits, _ = model(text[:, 5:], state=state, return_state=True, inplace=True)
+    torch.testing.assert_close(logits, model(text)[:, 5:], **TIGHT)
+
+
+@torch.no_grad()
+def test_nothing_is_taken_back_across_a_chunks_end():
+    model = causal("flash")
+    size = model.config.chunk_size
+    _, state = model(tokens(2, size + 1), return_state=True)
+    before = addresses_of(state), state.layers[0].memory.clone()
+    with pytest.raises(ValueError, match=re.escape("expected at most what the open chunks hold, [1, 1]")):
+        state.truncate(2)
+    assert before[0] == addresses_of(state)
+    assert all(map(torch.equal, before[1].tensors(), state.layers[0].memory.tensors()))
+    assert state.position.tolist() == [size + 1] * 2
+
+
+@pytest.mark.parametrize("kind", CONSTANT)
+@torch.no_grad()
+def test_a_models_token_is_one_graph_at_any_position(kind):
+    """Nothing of it depends on a value: the same graph serves every position, through the ends of chunks."""
+    model, graphs = causal(kind, depth=2), []
+
+    def counted(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=counted)
+    text = tokens(2, 20)
+    _, state = model(text[:, :3], return_state=True)
+    expected = model(text)
+    for i in range(3, 20):
+        logits, _ = compiled(text[:, i : i + 1], state=state, return_state=True, inplace=True)
+        torch.testing.assert_close(logits[:, 0], expected[:, i], **TIGHT)
+    assert len(graphs) == 1
