@@ -25,9 +25,11 @@ def interpreting() -> bool:
 
 
 class _Executed(threading.local):
-    """The GPU for which kernels on CPU tensors are compiled and then executed, in this thread (`flashgau.ptx`)."""
+    """The GPU for which kernels are compiled and then executed, in this thread (`flashgau.ptx`); and how many
+    multiprocessors launchers take it to have, where launches are recorded (`flashgau.roof`)."""
 
     target: str | None = None
+    processors: int | None = None
 
 
 executed = _Executed()

@@ -21,7 +21,7 @@ from flashgau.options import takes_fields
 from flashgau.tables.config import FUSED_ADDITION as FUSED_ADDITION  # for every launch of a kernel
 from flashgau.tables.config import Choose, Config
 
-from . import NO_INTERPRETED_BF16, checked, interpreting
+from . import NO_INTERPRETED_BF16, checked, executed, interpreting
 from .interpreted import mend
 
 _TAKES_BF16 = not interpreting() or mend()  # on a CPU
@@ -188,9 +188,13 @@ def launcher(function: Callable[..., Any]) -> Callable[..., Any]:
     return launched
 
 
-@cache
 def processors(device: torch.device) -> int:
-    """The number of streaming multiprocessors; 16 without a GPU."""
+    """The number of streaming multiprocessors; without a GPU 16, or those of the one that launches are recorded for."""
+    return executed.processors or _processors(device)
+
+
+@cache
+def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
 
 

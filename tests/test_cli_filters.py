@@ -86,8 +86,8 @@ def test_show_takes_an_architecture_that_is_not_there(target, capsys):
         ("tune --target sm_90", "tune: --target is 'sm_90' without --show"),
         ("tune --model --target h100", "tune: `target` is 'h100'"),
         ("tune --top 3", "tune: --top is 3 without --model"),
-        ("compile --against loops.json", "compile: --against is given without --loops"),
-        ("compile --out loops.json", "compile: --out is given without --loops"),
+        ("compile --against loops.json", "compile: --against is given without --loops or --operations"),
+        ("compile --out loops.json", "compile: --out is given without --loops or --operations"),
     ],
 )
 def test_what_fits_nothing_is_refused(arguments, words, compiled, capsys):

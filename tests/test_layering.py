@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "sass": set(),
     "tuning": {"kernels", "sass", "tables"},
     "ptx": {"tuning", "kernels", "tables"},
+    "roof": {"ptx", "tuning", "kernels", "sass", "tables"},
     "ops": {"contract", "tables", *FLOORS},
     "nn": OPS,
     "models": {"nn", *OPS},
@@ -31,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"models", "nn", *OPS},
     "testing": {"ops"},
     "verification": {"nn", "ops", "ptx", "sass", "tuning", "tables", "reference", "kernels"},
-    "cli": {"bench", "verification", "training", "convert", "models", "nn", "sass", "tuning", *OPS},
+    "cli": {"bench", "verification", "roof", "training", "convert", "models", "nn", "sass", "tuning", *OPS},
 }
 
 

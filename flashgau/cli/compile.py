@@ -10,6 +10,7 @@ import typer
 
 from flashgau.cli import filters
 from flashgau.cli import loops as loop_reports
+from flashgau.cli import operations as operation_reports
 from flashgau.cli.console import FAILURE, USAGE, counted, dump_json, fail, failing, make_console, make_table
 
 if TYPE_CHECKING:
@@ -42,12 +43,15 @@ def compile(
     loops: Annotated[
         bool, typer.Option("--loops", help="A row for every hot loop: what it holds, and modelled clocks.")
     ] = False,
+    operations: Annotated[
+        bool, typer.Option("--operations", help="A row for every operation: its launches, bytes, and modelled time.")
+    ] = False,
     against: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="With --loops: fail if a loop is worse than this file has recorded."),
+        typer.Option(metavar="FILE", help="With --loops or --operations: fail if worse than this file has recorded."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --loops: record the loops, for --against.")
+        Path | None, typer.Option(metavar="FILE", help="With --loops or --operations: record them, for --against.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> int:
@@ -61,18 +65,31 @@ def compile(
     instructions, iterations of loads ahead, spills, exponentials under a product, clocks by pipe. With --against FILE
     the exit status is 1, too, if a loop is more than 5% longer than recorded, or worse in what it is held to.
 
+    With --operations it tells of calls of stated sizes how many launches they make, the programs of the smallest, what
+    they move and multiply per token, and a modelled time beside the floor; of --op and --dtype (bf16 unless given).
+    With --against FILE the exit status is 1, too, if launches, bytes or time grew by more than 5%.
+
     \b
     Examples:
       flashgau compile
       flashgau compile --target sm_90 --json
       flashgau compile --loops --target sm_90 --op attention --dtype bf16
       flashgau compile --loops --target sm_90 --dtype bf16 --against bench/results/loops/sm_90.json
+      flashgau compile --operations --target sm_90 --op gau_attention
       flashgau compile --target sm_90 --op attention --dtype bf16 --heads 32 --kv-heads 8 --width 80
     """
     from flashgau.ops.dispatch import unfit_triton
 
     if reason := unfit_triton(interpreting=False):
         fail("compile", reason)
+    if loops and operations:
+        fail("compile", "--loops and --operations are given; expected one of them", USAGE)
+    if not (loops or operations) and (against or out):
+        fail("compile", f"--{'against' if against else 'out'} is given without --loops or --operations", USAGE)
+    if operations:
+        names = filters.words("sm_90" if target == TARGETS else target)
+        chosen = filters.operations("compile", op), filters.dtypes("compile", dtype)
+        return operation_reports.operations(names, *chosen, processes, out, against, json)
     from flashgau import tables
     from flashgau.tuning import ahead
     from flashgau.verification.candidates import Wanted
@@ -84,8 +101,6 @@ def compile(
         filters.widths("compile", shapes),
         filters.call_shape("compile", length, batch, heads, kv_heads, width),
     )
-    if not loops and (against or out):
-        fail("compile", f"--{'against' if against else 'out'} is given without --loops", USAGE)
     names = filters.words(target)
     try:
         jobs = [job for job in ahead.jobs(names, wanted.shape) if wanted.compiles(job)]

@@ -24,7 +24,7 @@ BYTES = 128
 _FIELDS = {"global_address": (0, 8), "rank": (8, 4), "elemtype": (12, 4), "box_dim": (16, 4), "global_dim": (36, 4),
            "global_stride": (56, 8), "element_stride": (88, 4), "interleave_layout": (108, 4), "swizzle_mode": (112, 4),
            "fill_mode": (116, 4)}  # fmt: skip
-_SIZES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 8: 4, 9: 8, 10: 2, 11: 4, 12: 4}  # of types, by number
+ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 8: 4, 9: 8, 10: 2, 11: 4, 12: 4}  # of types, by number
 _WIDTHS = {0: 0, 1: 32, 2: 64, 3: 128}  # bytes that are swizzled together, by mode
 
 
@@ -140,7 +140,7 @@ class Bulk:
     def _box(self, number: int, lane: int, address: int, corner: list[int]) -> tuple[int, Array, Array, Array]:
         """Of a copy's elements: bytes of one, whether they lie in the tensor, global addresses, offsets in the tile."""
         fields = self._map(number, lane, address)
-        rank, size = int(fields["rank"][0]) + 1, _SIZES.get(int(fields["elemtype"][0]), 0)
+        rank, size = int(fields["rank"][0]) + 1, ELEMENT_BYTES.get(int(fields["elemtype"][0]), 0)
         plain = int(fields["interleave_layout"][0]) == 0 and int(fields["fill_mode"][0]) == 0
         if not size or not plain or rank != len(corner) or (fields["element_stride"][:rank] != 1).any():
             raise UnknownInstruction(f"ptx: {self.machine.kernel.instructions[number].text}: a tensor map of this form")

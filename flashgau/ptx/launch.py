@@ -26,7 +26,8 @@ from .program import Program
 _FORMATS = {"i1": "i1", "u1": "u1", "i8": "i1", "u8": "u1", "i16": "i2", "u16": "u2", "i32": "i4", "u32": "u4",
             "s32": "i4", "b32": "u4", "i64": "i8", "u64": "u8", "s64": "i8", "b64": "u8", "fp16": "f2", "fp32": "f4",
             "f32": "f4", "fp64": "f8", "f64": "f8"}  # fmt: skip
-_program = lru_cache(maxsize=32)(Program)
+DESCRIPTORS = "(descriptors)"  # the memory that Triton asks for, beside the parameters
+prepared = lru_cache(maxsize=32)(Program)
 
 
 @dataclass
@@ -132,15 +133,24 @@ def executing(
 def _execute(
     kernel: Any, function: Any, args: tuple[Any, ...], keywords: dict[str, Any], freedom: Freedom, budget: int
 ) -> Launch:
+    grid, named = passed(kernel, function, args, keywords)
+    values = [value for values in named.values() for value in values]
+    return _run(kernel.asm["ptx"], grid, values, kernel.metadata.shared, freedom, budget)
+
+
+def passed(
+    kernel: Any, function: Any, args: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[tuple[int, int, int], dict[str, list[tuple[str, Any]]]]:
+    """The grid of a launch, and by the names of its parameters the types and values that the compiled kernel gets."""
     name = function.__name__
     if getattr(kernel.metadata, "num_ctas", 1) != 1:
         raise UnknownInstruction(f"ptx: {name} runs in clusters, which is not executed")
     bound = _bound(function, args, keywords)
     grid = _grid(keywords["grid"], bound)
-    values = [x for key, kind in kernel.src.signature.items() for x in _flat(kind, bound.get(key), name)]
+    values = {key: list(_flat(kind, bound.get(key), name)) for key, kind in kernel.src.signature.items()}
     if scratch := getattr(kernel.metadata, "global_scratch_size", 0):  # where tensor maps are made
-        values.append(("*", torch.zeros(scratch * grid[0] * grid[1] * grid[2], dtype=torch.uint8)))
-    return _run(kernel.asm["ptx"], grid, values, kernel.metadata.shared, freedom, budget)
+        values[DESCRIPTORS] = [("*", torch.zeros(scratch * grid[0] * grid[1] * grid[2], dtype=torch.uint8))]
+    return grid, values
 
 
 def run(
@@ -188,7 +198,7 @@ def run(
         >>> run(ptx, (1,), x).counts.written_bytes, int(x.sum())
         (128, 496)
     """
-    parameters = _program(ptx).kernel.parameters
+    parameters = prepared(ptx).kernel.parameters
     if len(args) > len(parameters):
         raise ValueError(f"run: {len(args)} arguments were given; expected at most the {len(parameters)} of the kernel")
     values = [("*" if isinstance(x, Tensor) else p.kind, x) for p, x in zip(parameters, args, strict=False)]
@@ -199,7 +209,7 @@ def _run(
     ptx: str, grid: tuple[int, int, int], values: list[tuple[str, Any]], shared: int, freedom: Freedom, budget: int
 ) -> Launch:
     """A launch with these types and values of parameters."""
-    program = _program(ptx)
+    program = prepared(ptx)
     memory, parameters = _memory(program, values)
     counts = Counts()
     blocks = np.arange(grid[0] * grid[1] * grid[2])
@@ -213,6 +223,8 @@ def _run(
         machine.run()
         counts += machine.counts()
     counts.read_bytes, counts.written_bytes = memory.read_bytes, memory.written_bytes
+    counts.distinct_read_bytes = memory.distinct_read_bytes
+    counts.distinct_written_bytes = memory.distinct_written_bytes
     _write_back(memory, values)
     return Launch(program.kernel.name, grid, counts)
 
@@ -255,23 +267,28 @@ def _memory(program: Program, values: list[tuple[str, Any]]) -> tuple[Global, Ar
     memory = Global([s.nbytes() for s in storages.values()], program.global_granule)
     starts = dict(zip(storages, memory.starts, strict=True))
     for pointer, storage in storages.items():
-        memory.bytes[starts[pointer] : starts[pointer] + storage.nbytes()] = _bytes(storage).numpy()
+        memory.bytes[starts[pointer] : starts[pointer] + storage.nbytes()] = stored_bytes(storage).numpy()
+
+    def address(x: Tensor) -> int:
+        first = starts[x.untyped_storage().data_ptr()] + int(x.storage_offset()) * x.element_size()
+        memory.allow(first, first + _span(x))
+        return BASE + first
+
+    return memory, parameter_space(program, values, address)
+
+
+def parameter_space(program: Program, values: list[tuple[str, Any]], address: Callable[[Any], int]) -> Array:
+    """The bytes that a kernel reads its parameters from."""
     end = max((p.offset + p.size for p in program.kernel.parameters), default=0)
     parameters = np.zeros(end, np.uint8)
     for parameter, (kind, value) in zip(program.kernel.parameters, values, strict=False):
         if kind.startswith("*"):
-            number = 0
-            if isinstance(value, Tensor):
-                storage = value.untyped_storage().data_ptr()
-                first = starts[storage] + int(value.storage_offset()) * value.element_size()
-                memory.allow(first, first + _span(value))
-                number = BASE + first
-            scalar = np.uint64(number)
+            scalar: Any = np.uint64(0 if value is None else address(value))
         else:
             scalar = np.dtype(_FORMATS[kind]).type(value)
         raw = np.frombuffer(scalar.tobytes(), np.uint8)[: parameter.size]
         parameters[parameter.offset : parameter.offset + len(raw)] = raw
-    return memory, parameters
+    return parameters
 
 
 def _span(x: Tensor) -> int:
@@ -281,11 +298,12 @@ def _span(x: Tensor) -> int:
     return (sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1) * x.element_size()
 
 
-def _bytes(storage: Any) -> Tensor:
+def stored_bytes(storage: Any) -> Tensor:
+    """What a storage holds."""
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 def _write_back(memory: Global, values: list[tuple[str, Any]]) -> None:
     """What the kernel wrote, into the tensors."""
     for start, storage in zip(memory.starts, _storages(values).values(), strict=True):
-        _bytes(storage).copy_(torch.from_numpy(memory.bytes[start : start + storage.nbytes()]))
+        stored_bytes(storage).copy_(torch.from_numpy(memory.bytes[start : start + storage.nbytes()]))

@@ -31,6 +31,9 @@ class Counts:
         written_bytes: to it.
         matrix_flops: of matrix instructions, two for each product.
         blocks: how many there were.
+        distinct_read_bytes: of global memory, each byte once in a launch, unless the launch wrote it before: what must
+            come from behind the caches at least.
+        distinct_written_bytes: likewise, what must go there.
     """
 
     instructions: Counter[str] = field(default_factory=Counter)
@@ -38,6 +41,8 @@ class Counts:
     written_bytes: int = 0
     matrix_flops: int = 0
     blocks: int = 0
+    distinct_read_bytes: int = 0
+    distinct_written_bytes: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
@@ -46,6 +51,8 @@ class Counts:
             self.written_bytes + other.written_bytes,
             self.matrix_flops + other.matrix_flops,
             self.blocks + other.blocks,
+            self.distinct_read_bytes + other.distinct_read_bytes,
+            self.distinct_written_bytes + other.distinct_written_bytes,
         )
 
 
@@ -244,6 +251,10 @@ class Machine:
                 view[place] = values[1][lane] if view[place] == values[0][lane] else view[place]
             else:
                 view[place] = values[0][lane] if how == "exch" else _UFUNCS[how](view[place], values[0][lane])
+        cells = offset[active] // memory.granule
+        for cell in [cells + i for i in range(max(1, size // memory.granule))]:
+            memory.fetched[cell] |= ~memory.stored[cell]
+            memory.stored[cell] = True
         memory.read_bytes += int(active.sum()) * size
         memory.written_bytes += int(active.sum()) * size
         return before

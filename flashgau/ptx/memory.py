@@ -43,6 +43,7 @@ class Global:
         self.allowed = np.zeros(end, bool)
         self.writer = np.full(end // granule, _NOBODY, np.int32)
         self.reader = np.full(end // granule, _NOBODY, np.int32)
+        self.fetched, self.stored = np.zeros(end // granule, bool), np.zeros(end // granule, bool)
         self.read_bytes = self.written_bytes = 0
 
     def allow(self, start: int, stop: int) -> None:
@@ -63,6 +64,16 @@ class Global:
             report("outside", f"{total} bytes outside every tensor", active & ~good, address)
         return offset
 
+    @property
+    def distinct_read_bytes(self) -> int:
+        """Read at least once before the launch itself wrote there."""
+        return int(np.count_nonzero(self.fetched)) * self.granule
+
+    @property
+    def distinct_written_bytes(self) -> int:
+        """Written at least once."""
+        return int(np.count_nonzero(self.stored)) * self.granule
+
     def _cells(self, offset: Array, total: int, active: Array) -> list[Array]:
         first = offset[active] // self.granule
         return [first + i for i in range(max(1, total // self.granule))]
@@ -76,6 +87,7 @@ class Global:
             other = (writer != _NOBODY) & (writer != who)
             if other.any():
                 _report(report, "two blocks", "another block wrote this in the same launch", active, other, address)
+            self.fetched[cell] |= ~self.stored[cell]
             reader = self.reader[cell]
             self.reader[cell] = np.where((reader == _NOBODY) | (reader == who), who, _MANY)
             _mark_many(self.reader, cell, who)
@@ -99,6 +111,7 @@ class Global:
             if other.any():
                 _report(report, "two blocks", "another block read this in the same launch", active, other, address)
             self.writer[cell] = who
+            self.stored[cell] = True
             if not np.array_equal(self.writer[cell], who):
                 other = self.writer[cell] != who
                 _report(report, "two writers", "two blocks write this at once", active, other, address)

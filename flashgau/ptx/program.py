@@ -21,6 +21,7 @@ class Program:
     shared_granule: of that to shared memory.
     classes: of each basic block, how many instructions of each class it has.
     flops: of each basic block's matrix instructions, for one warp.
+    following: of each basic block, those that may come after it.
     together: threads that always run together: a warp, or a warpgroup where such multiply.
     rank: of each basic block: threads of a warp that parted meet again if the lower rank goes first.
     """
@@ -38,7 +39,8 @@ class Program:
         spans = [[self.kernel.instructions[i] for i in self.kernel.span(b)] for b in range(len(self.kernel.starts))]
         self.classes = [Counter(class_of(x.name) for x in span) for span in spans]
         self.together = 128 if any(x.name.startswith("wgmma") for x in self.kernel.instructions) else 32
-        self.rank = _ranks([self._next(block) for block in range(len(spans))])
+        self.following = [self._next(block) for block in range(len(spans))]
+        self.rank = _ranks(self.following)
         self.flops = [sum(_flops(x.name) for x in span) for span in spans]
 
     def function(self, block: int, masked: bool) -> Callable[..., Any]:

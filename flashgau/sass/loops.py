@@ -21,7 +21,7 @@ def hot_loops(code: list[Instruction]) -> list[list[Instruction]]:
     blocks = _blocks(code)
     loops = {
         header: body
-        for header, body in _natural_loops(blocks, code).items()
+        for header, body in natural_loops(_successors(blocks, code)).items()
         if any(i.is_matrix for block in body for i in code[slice(*blocks[block])])
     }
     found = []
@@ -72,10 +72,13 @@ def _successors(blocks: list[tuple[int, int]], code: list[Instruction]) -> list[
     return found
 
 
-def _natural_loops(blocks: list[tuple[int, int]], code: list[Instruction]) -> dict[int, frozenset[int]]:
-    """The blocks of each loop, by its header: those from which the header is reached again without leaving it."""
-    successors = _successors(blocks, code)
-    before: list[list[int]] = [[] for _ in blocks]
+def natural_loops(successors: list[list[int]]) -> dict[int, frozenset[int]]:
+    """The blocks of each loop, by its header: those from which the header is reached again without leaving it.
+
+    Args:
+        successors: of each basic block, those that may come after it; the first is where the code begins.
+    """
+    before: list[list[int]] = [[] for _ in successors]
     for block, after in enumerate(successors):
         for target in after:
             before[target].append(block)

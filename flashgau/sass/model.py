@@ -84,6 +84,8 @@ class Clocks(NamedTuple):
         outside: of the busiest otherwise.
         latency: of loads that are awaited in the iteration that began them.
         total: of an iteration, where as many programs as fit share the SM.
+        alone: of an iteration with the SM to itself.
+        busy: of the busiest of all pipes.
     """
 
     tensor: float
@@ -96,6 +98,8 @@ class Clocks(NamedTuple):
     outside: float
     latency: float
     total: float
+    alone: float
+    busy: float
 
     @property
     def soft(self) -> float:
@@ -239,13 +243,13 @@ def estimate(target: str, body: list[Instruction], program: Program, tiles: Tile
     parts.append(("latency", latency))
     alone = sum(clocks for _, clocks in parts)
     bound = max(parts, key=lambda part: part[1])[0]
-    programs = _programs(machine, program)
+    programs = programs_on(machine, program)
     name, filled = _busiest(machine, body, share, tensor, shared)
     total = alone
     if programs > 1:
         total = max(filled, alone / programs)
         bound = name if filled >= total else bound
-    clocks = Clocks(tensor, shared, *pipes, under, outside, latency, total)
+    clocks = Clocks(tensor, shared, *pipes, under, outside, latency, total, alone, filled)
     macs = tiles.macs if tiles is not None else machine_macs(body, program.warps) or 0
 
     def rate(t: float) -> float:
@@ -254,8 +258,8 @@ def estimate(target: str, body: list[Instruction], program: Program, tiles: Tile
     return Estimate(clocks, programs, bound, rate(tensor + clocks.soft), rate(filled), rate(total))
 
 
-def _programs(machine: Machine, program: Program) -> int:
-    """How many share an SM."""
+def programs_on(machine: Machine, program: Program) -> int:
+    """How many programs share an SM."""
     by_registers = machine.registers // (-(-program.registers // 8) * 8 * 32 * program.warps)
     by_shared = machine.shared_bytes // (program.shared_bytes + _RESERVED)
     return max(1, min(by_registers, by_shared, machine.warps // program.warps))

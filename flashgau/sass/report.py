@@ -81,8 +81,11 @@ def inspect(target: str, disassembly: str, ttgir: str, program: model.Program) -
         ttgir: the kernel in Triton's GPU dialect.
         program: what one program takes.
     """
-    bodies = hot_loops(parse(disassembly))
-    matched = zip(bodies, _matched(bodies, tile_loops(ttgir), program.warps), strict=True)
+    code, tiles = parse(disassembly), tile_loops(ttgir)
+    bodies = hot_loops(code)
+    if not bodies and len(tiles) == 1:
+        bodies = _unrolled_wholly(code, tiles[0], program.warps)
+    matched = zip(bodies, _matched(bodies, tiles, program.warps), strict=True)
     asked = [(body, _as_unrolled(body, tiles)) for body, tiles in matched]
     found = [(tiles, _hot_loop(target, body, tiles, program)) for body, tiles in asked]
     fewest: dict[Any, int] = {}
@@ -90,6 +93,17 @@ def inspect(target: str, disassembly: str, ttgir: str, program: model.Program) -
         products = _products(tiles, loop)
         fewest[products] = min(loop.selects, fewest.get(products, loop.selects))
     return tuple(replace(loop, mask_free=loop.selects == fewest[_products(tiles, loop)]) for tiles, loop in found)
+
+
+def _unrolled_wholly(code: list[Instruction], tiles: TileLoop, warps: int) -> list[list[Instruction]]:
+    """Of a loop whose iterations all stand one behind the other in the machine code, one from the middle."""
+    at = [i for i, instruction in enumerate(code) if instruction.is_matrix]
+    times, rest = divmod(model.machine_macs(code, warps) or 0, tiles.macs)
+    if times < 2 or rest or len(at) % times:
+        return []
+    each = len(at) // times
+    first = times // 2 * each
+    return [code[at[first] : at[first + each] if first + each < len(at) else at[-1] + 1]]
 
 
 def _products(tiles: TileLoop | None, loop: HotLoop) -> Any:

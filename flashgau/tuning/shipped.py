@@ -312,3 +312,12 @@ ENTRIES: dict[str, LaunchEntry] = {
     "mixed_chunk_step": LaunchEntry("step_kernel", _mixed_chunk_step, _STEP, (64, 128, 256)),
     "mixed_chunk_step_close": LaunchEntry("close_kernel", _mixed_chunk_step, _STEP, (64, 128, 256), matrix=_ANY),
 }  # fmt: skip
+
+# The calls of launchers behind them, by operation: (backward, ..., kind, width, operands).
+CALLS: dict[str, Callable[..., None]] = {
+    "attention": _attention,
+    "glu": _glu,
+    "glu_linear": _glu_linear,
+    "gau_attention": _gau,
+    "mixed_chunk_attention": _mixed_chunk,
+}

@@ -1,0 +1,135 @@
+"""What launches touch and how often their loops run, from branches and addresses alone, beside whole executions."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from flashgau.kernels.attention import attention_forward
+from flashgau.kernels.gau import gau_attention_backward, gau_attention_forward
+from flashgau.kernels.mixed_chunk import mixed_chunk_attention_forward
+from strategies import randn
+
+from flashgau import kernels, tables
+from flashgau.ptx import UnknownInstruction, executing, footprint
+from flashgau.roof import examine, launches, tasks
+from flashgau.sass.model import MACHINES
+from flashgau.tables.config import Config
+
+BF16 = torch.bfloat16
+
+
+@triton.jit
+def overlapping_kernel(x, out, n, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    """Each program reads BLOCK numbers, of which its neighbour reads some again, and its own result back."""
+    o = tl.program_id(0) * STEP + tl.arange(0, BLOCK)
+    b_x = tl.load(x + o, o < n, other=0.0) + tl.load(x + o, o < n, other=0.0)
+    o_out = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + o_out, b_x)
+    tl.debug_barrier()
+    tl.store(out + o_out, tl.load(out + o_out) + 1.0)
+
+
+@triton.jit
+def triangle_kernel(x, counts, out, BLOCK: tl.constexpr):
+    """Program i adds up i + counts[0] blocks."""
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, tl.program_id(0) + tl.load(counts)):
+        b_sum += tl.load(x + i * BLOCK + tl.arange(0, BLOCK))
+    tl.store(out + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), b_sum)
+
+
+def recorded(call, target="sm_90"):
+    """The launches of our kernels in a call on tensors without values."""
+    with launches.recording(target) as found:
+        call()
+    return [one for one in found if isinstance(one, launches.Kernel)]
+
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_bytes_of_a_kernel_made_by_hand(target):
+    """4 programs of 64 numbers, 32 apart: 160 numbers of x in all, each read twice or four times, 256 of out written
+    twice and read after that."""
+    x, out = randn(0, 160), torch.zeros(256)
+    with executing(target) as executed:
+        overlapping_kernel[(4,)](x, out, 160, STEP=32, BLOCK=64)
+    counts = executed.counts
+    assert (counts.distinct_read_bytes, counts.distinct_written_bytes) == (160 * 4, 256 * 4)
+    assert counts.read_bytes > counts.distinct_read_bytes
+    (one,) = recorded(lambda: overlapping_kernel[(4,)](empty(160), empty(256), 160, STEP=32, BLOCK=64), target)
+    touched = footprint.footprint(one.ptx, one.grid, one.values)
+    assert touched["x"] == footprint.Touched(640, 0, 640, touched["x"].asked)
+    assert (touched["out"].read, touched["out"].written) == (0, 1024)
+    asked = sum(x.asked for x in touched.values())
+    assert asked == counts.read_bytes + counts.written_bytes
+
+
+def test_iterations_of_every_program():
+    counts = torch.tensor([2], dtype=torch.int32)
+    (one,) = recorded(lambda: triangle_kernel[(5,)](empty(4096), counts, empty(640), BLOCK=128))
+    program, times = footprint.paths(one.ptx, one.grid, one.values)
+    loop = max(range(len(program.following)), key=lambda block: times[block].max())
+    assert times[loop].tolist() == [2, 3, 4, 5, 6]
+    touched = footprint.footprint(one.ptx, one.grid, one.values)
+    assert (touched["x"].read, touched["counts"].read, touched["out"].written) == (6 * 512, 32, 5 * 512)
+    (one,) = recorded(lambda: triangle_kernel[(5,)](empty(4096), empty(1, dtype=torch.int32), empty(640), BLOCK=128))
+    with pytest.raises(UnknownInstruction, match="integers of a tensor without values"):
+        footprint.paths(one.ptx, one.grid, one.values)
+
+
+def small(kernel, x, width, rows=None, options=False):
+    return Config(64, 64 if "gau" in kernel or "mixed" in kernel else 32, block_k=32, asynchronous="forward" in kernel)
+
+
+def calls(make):
+    q, v = make(1, 192, 64), make(1, 192, 128)
+    heads, wide = make(4, 1, 192, 64), make(1, 2, 192, 64)
+    gau = {"score": "relu2", "normalizer": "keys", "causal": True}
+    chunks = {"chunk_size": 64, "causal": True}
+    return {
+        "attention": lambda: attention_forward(wide, make(1, 2, 192, 64), make(1, 2, 192, 64), causal=True),
+        "gau": lambda: gau_attention_forward(q, make(1, 192, 64), v, make(1, 192, 128), **gau, save=True),
+        "gau backward": lambda: gau_attention_backward(
+            make(1, 192, 128), q, make(1, 192, 64), v, make(1, 192, 128), make(1, 192, 128), **gau
+        ),
+        "mixed": lambda: mixed_chunk_attention_forward(heads, v, make(1, 192, 128), **chunks, save=True),
+    }
+
+
+@pytest.mark.parametrize("call", ["attention", "gau", "gau backward", "mixed"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_the_slice_agrees_with_the_whole(call, target, monkeypatch):
+    """Launches, grids, products and bytes of our kernels: executed whole, and their branches and addresses alone."""
+    monkeypatch.setattr(kernels.executed, "processors", MACHINES[target].sms)
+    with executing(target) as executed, tables.configured(small):
+        calls(lambda *shape: randn(0, *shape, dtype=BF16))[call]()
+    with launches.recording(target) as found, tables.configured(small):
+        calls(lambda *shape: empty(*shape, dtype=BF16))[call]()
+    ours = [one for one in found if isinstance(one, launches.Kernel)]
+    assert [(one.name, one.grid) for one in ours] == [(one.kernel, one.grid) for one in executed.launches]
+    for one, whole in zip(ours, executed.launches, strict=True):
+        program, times = footprint.paths(one.ptx, one.grid, one.values)
+        flops = sum(f * n for f, n in zip(program.flops, times.sum(1), strict=True)) * program.kernel.threads // 32
+        assert flops == whole.counts.matrix_flops, one.name
+        touched = footprint.footprint(one.ptx, one.grid, one.values)
+        read, written = (sum(getattr(x, name) for x in touched.values()) for name in ("read", "written"))
+        assert read == pytest.approx(whole.counts.distinct_read_bytes, abs=64), one.name
+        assert written == pytest.approx(whole.counts.distinct_written_bytes, abs=64), one.name
+
+
+def test_one_row_in_earnest():
+    (task,) = [t for t in tasks(["sm_90"], ("bf16",), frozenset({"heads"})) if "backward" in t.case]
+    row = examine(task)
+    assert row.reason is None
+    assert (row.launches, row.own, row.smallest) == (3, 1, "heads_backward_kernel")
+    kernel, *sums = row.details
+    assert kernel["programs"] == row.programs
+    n, s = 16384, 128  # read: four heads, z and the angles; written: dz
+    assert kernel["bytes"] >= n * (6 * s * 2 + s * 4)
+    assert kernel["bytes"] <= 1.05 * n * (6 * s * 2 + s * 4) + 2 * row.programs * 4 * s * 4
+    assert {one["kernel"] for one in sums} == {"PyTorch sum"}
+    assert row.ns == pytest.approx(sum(one["us"] for one in row.details) * 1e3 / n)
+    assert set(row.sources) == {"launches", "programs", "bytes", "flop", "ns", "floor"}
