@@ -134,14 +134,24 @@ def rotary_bias(a: Tensor, b: Tensor, length: int) -> Tensor:
         raise ValueError(f"rotary_bias: `b` has shape {tuple(b.shape)}; expected {tuple(a.shape)}, as `a` has")
     if b.device != a.device:
         raise ValueError(f"rotary_bias: `b` is on {b.device}; expected {a.device}, where `a` is")
+    return rank_form(a, b, rank_turns(a, length))
+
+
+def rank_turns(a: Tensor, length: int) -> Tensor:
+    """What `rank_form` takes: [cos(t theta) | sin(t theta)] of every distance t, (2 * length - 1, S)."""
     half = a.shape[-1] // 2
     # Large angles lose their fraction in fp32, so they are formed in fp64.
     theta = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=a.device) / half)
-    angle = theta[:, None] * _distances(length, a.device)
-    inner = _inner_dtype(a)
+    angle = _distances(length, a.device)[:, None] * theta
+    return torch.cat((angle.cos(), angle.sin()), -1).to(_inner_dtype(a))
+
+
+def rank_form(a: Tensor, b: Tensor, turns: Tensor) -> Tensor:
+    """`rotary_bias` of these distances."""
+    half, inner = a.shape[-1] // 2, _inner_dtype(a)
     (a1, a2), (b1, b2) = a.to(inner).split(half, dim=-1), b.to(inner).split(half, dim=-1)
-    bias = (a1 * b1 + a2 * b2) @ angle.cos().to(inner) + (a2 * b1 - a1 * b2) @ angle.sin().to(inner)
-    return bias.to(a.dtype)
+    both = torch.cat((a1 * b1 + a2 * b2, a2 * b1 - a1 * b2), -1)
+    return (both @ turns.mT).to(a.dtype)
 
 
 def _t5_buckets(distance: Tensor, buckets: int, max_distance: int, causal: bool) -> Tensor:

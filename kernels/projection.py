@@ -21,6 +21,7 @@ from flashgau.options import Angles, ProjectionWeights
 from .common import VARYING, Choose, Config, chosen_by, launcher, products
 from .glu import Matrix, activate, block_of, elementwise, load, places, slope, store
 from .guarded import guarded
+from .sums import summed
 
 
 @guarded
@@ -96,11 +97,11 @@ def heads_kernel(
 @guarded
 @triton.jit(do_not_specialize=VARYING)
 def heads_backward_kernel(
-    douts, z, gamma, cos, sin, dz, dgamma, dbeta, n_rows, n_tokens, angle_batch,
+    douts, z, gamma, cos, sin, dz, shares, n_rows, n_tokens, angle_batch,
     H: tl.constexpr, S: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """dZ of a block of rows, and its share of dGamma and dBeta (programs, H, S). Gradients are rotated back."""
+    """dZ of a block of rows, and its share of dGamma and dBeta (programs, 2, H, S). Gradients are rotated back."""
     o_row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     m_row, o_channel = o_row < n_rows, tl.arange(0, BS)
     m_channel = o_channel < S
@@ -116,9 +117,9 @@ def heads_backward_kernel(
             b_other = tl.load(places(douts[h], o_row, o_partner), mask=mask, other=0.0).to(tl.float32)
             b_d = tl.where(turns, b_d * b_cos - b_other * b_sin, b_d)
         b_dz += b_d * tl.load(gamma + h * S + o_channel, mask=m_channel, other=0.0).to(tl.float32)[None, :]
-        o_sum = (tl.program_id(0).to(tl.int64) * H + h) * S + o_channel
-        tl.store(dgamma + o_sum, tl.sum(products(b_d, activate(b_z, "silu")), 0), mask=m_channel)
-        tl.store(dbeta + o_sum, tl.sum(b_d, 0), mask=m_channel)
+        p_share = shares + (tl.program_id(0).to(tl.int64) * 2 * H + h) * S + o_channel
+        tl.store(p_share, tl.sum(products(b_d, activate(b_z, "silu")), 0), mask=m_channel)
+        tl.store(p_share + H * S, tl.sum(b_d, 0), mask=m_channel)
     b_dz *= slope(b_z, "silu")
     tl.store(places(dz, o_row, o_channel), b_dz.to(dz.pointer.dtype.element_ty), mask=mask)
 
@@ -234,12 +235,13 @@ def heads_backward(
     programs = triton.cdiv(z.shape[0] * z.shape[1], config.block_m)
     if z.numel() == 0:
         return torch.zeros_like(gamma), torch.zeros_like(gamma)
-    dgamma, dbeta = (z.new_empty(programs, *gamma.shape, dtype=torch.float32) for _ in range(2))
+    shares = z.new_empty(programs, 2, *gamma.shape, dtype=torch.float32)
     heads_backward_kernel[(programs,)](
-        tuple(_matrix(d) for d in douts), _matrix(z), gamma.contiguous(), *_angles(angles), _matrix(dz), dgamma,
-        dbeta, *_sizes(z, gamma, angles, config.block_m), **config.launch(),
+        tuple(_matrix(d) for d in douts), _matrix(z), gamma.contiguous(), *_angles(angles), _matrix(dz), shares,
+        *_sizes(z, gamma, angles, config.block_m), **config.launch(),
     )  # fmt: skip
-    return dgamma.sum(0).to(gamma.dtype), dbeta.sum(0).to(gamma.dtype)
+    dgamma, dbeta = summed(shares, gamma.dtype)
+    return dgamma, dbeta
 
 
 def _parts(wide: Tensor, weights: ProjectionWeights) -> list[Tensor]:

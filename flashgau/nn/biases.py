@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..bias import alibi_bias, rotary_bias, t5_bias
+from ..bias import alibi_bias, rank_form, rank_turns, rotary_bias, t5_bias
 from .initialise import STD
+from .kept import Kept
 
+_MOST = 2**15  # tokens of the longest sequence whose cosines and sines are kept, 32 MiB for S = 128
 BIASES = ("none", "toeplitz", "rotary", "t5", "alibi")
 
 
@@ -82,10 +84,17 @@ class RotaryBias(nn.Module):
             raise ValueError(f"RotaryBias: `dim` is {dim}; expected an even number, at least 2")
         self.a = nn.Parameter(torch.empty(dim, device=device, dtype=dtype).normal_(std=STD))
         self.b = nn.Parameter(torch.empty(dim, device=device, dtype=dtype).normal_(std=STD))
+        self._kept = Kept()
 
     def forward(self, length: int) -> Tensor:
         """(2 length - 1,)."""
-        return rotary_bias(self.a, self.b, max(length, 1))
+        a, length = self.a, max(length, 1)
+        key = "rank form", a.shape[0], a.device, a.dtype == torch.float64
+        kept = self._kept.get(key, a, length, _MOST, lambda n: (rank_turns(a.detach(), n),))
+        if kept is None:
+            return rotary_bias(a, self.b, length)
+        longest, (turns,) = kept
+        return rank_form(a, self.b, turns[longest - length : longest + length - 1])
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-from weakref import WeakValueDictionary
-
 import torch
 from torch import Tensor, nn
 
-from .. import pytorch
+from .kept import Kept
 
-_LEAST, _MOST = 2**8, 2**17  # positions whose cosines and sines are kept; beyond them they are made anew
+_MOST = 2**17  # positions whose cosines and sines are kept; beyond them they are made anew
 
 
 def packed_positions(n: int, cu_seqlens: Tensor) -> Tensor:
@@ -47,25 +44,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
     return turned if dim == x.shape[-1] else torch.cat((turned, x[..., dim:]), dim=-1)
 
 
-class _Turns:
-    """cos and sin of every pair's angle at positions 0, 1, 2 ...; longer ones take the place of shorter ones.
-
-    Those stay in memory, because a CUDA graph may read them: together they are shorter than the last.
-    """
-
-    def __init__(self) -> None:
-        self.made: list[tuple[Tensor, Tensor]] = []
-
-    @property
-    def longest(self) -> int:
-        """How many positions there are; -1 before the first call."""
-        return self.made[-1][0].shape[0] if self.made else -1
-
-
-# By frequencies, device and type, for all embeddings alike; they are freed with the last of these.
-_shared: WeakValueDictionary[tuple[Any, ...], _Turns] = WeakValueDictionary()
-
-
 class RotaryEmbedding(nn.Module):
     """RoPE: pairs of channels turn by position * base^(-2i/dim), so that q.k depends on the distance only.
 
@@ -95,11 +73,7 @@ class RotaryEmbedding(nn.Module):
         if dim is not None and (dim < 2 or dim % 2):
             raise ValueError(f"RotaryEmbedding: `dim` is {dim}; expected an even number of channels, at least 2")
         self.dim, self.interleaved, self.base = dim, interleaved, base
-        self._held: dict[tuple[Any, ...], _Turns] = {}  # what it used of those that are shared
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled."""
-        return {**self.__dict__, "_held": {}}
+        self._kept = Kept()
 
     def frequencies(self, dim: int, device: torch.device | str | None = None) -> Tensor:
         """Angle per token of each pair: (dim/2,) fp32."""
@@ -124,36 +98,19 @@ class RotaryEmbedding(nn.Module):
     def turns(self, x: Tensor, start: int | Tensor = 0, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """cos and sin of the angle of every pair at every token of x (..., N, S), to be read only.
 
-        (N, pairs) or (B, N, pairs), fp32 (fp64 for fp64). From an int `start` on they are kept for the next call, but
-        for those of a program that is traced, or of a transform of torch.func: these are its own.
+        (N, pairs) or (B, N, pairs), fp32 (fp64 for fp64). From an int `start` on they are kept for the next call.
         """
-        if not torch.compiler.is_compiling() and positions is None and isinstance(start, int):
+        if positions is None and isinstance(start, int):
+            key = "rotary", self._turning(x), self.base, x.device, x.dtype == torch.float64
             stop = start + x.shape[-2]
-            kept = self._kept(x, stop)
+            kept = self._kept.get(key, x, stop, _MOST, lambda n: self._made(x, torch.arange(n, device=x.device)))
             if kept is not None:
-                return kept[0][start:stop], kept[1][start:stop]
+                cos, sin = kept[1]
+                return cos[start:stop], sin[start:stop]
         if positions is None:
             positions = torch.arange(x.shape[-2], device=x.device)
             positions = positions + (start[:, None] if isinstance(start, Tensor) else start)
         return self._made(x, positions)
-
-    def _kept(self, x: Tensor, stop: int) -> tuple[Tensor, Tensor] | None:
-        """cos and sin of at least the first `stop` positions; None where they cannot be kept."""
-        if stop > _MOST or type(x) not in (Tensor, nn.Parameter) or pytorch.transforms_active():
-            return None
-        key = self._turning(x), self.base, x.device, x.dtype == torch.float64
-        turns = self._held.get(key)
-        if turns is None:
-            turns = self._held[key] = _shared.setdefault(key, _Turns())
-        if turns.longest < stop:
-            if x.is_cuda and torch.cuda.is_current_stream_capturing():
-                return None  # the memory would be the graph's, and filled when that runs
-            with torch.inference_mode(False), torch.no_grad():
-                longer = max(_LEAST, 1 << (stop - 1).bit_length())
-                turns.made.append(self._made(x, torch.arange(longer, device=x.device)))
-            if x.is_cuda:
-                torch.cuda.current_stream(x.device).synchronize()  # other streams will read them
-        return turns.made[-1]
 
     def _made(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32

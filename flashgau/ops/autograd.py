@@ -29,3 +29,8 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (
         any(t is not None and t.requires_grad for t in tensors) or pytorch.transforms_active()
     )
+
+
+def bias_rows(bias: Tensor | None, batch: int) -> Tensor | None:
+    """A bias (..., 2P-1) as (B, 2P-1), a view; a single row's gradient is one too, with nothing to sum."""
+    return None if bias is None else bias.reshape(-1, bias.shape[-1]).expand(batch, -1)

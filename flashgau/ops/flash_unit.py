@@ -42,7 +42,7 @@ def flash_unit(
     args.relative_bias(options.rel_bias, "B", options.chunk_size, "the chunk size")
     inside = residual if residual is not None and residual.dtype == x.dtype else None
     save = autograd.needs_grad(x, *weights[:-1], options.rel_bias)
-    bias = options.rel_bias.expand(x.shape[0], -1) if options.rel_bias is not None else None
+    bias = autograd.bias_rows(options.rel_bias, x.shape[0])
     y, *_ = _flash_unit(
         x, inside, weights=weights, angles=angles, layout=layout._replace(lengths=widened(layout.lengths)),
         options=options._replace(rel_bias=bias), save=save, backend="eager",

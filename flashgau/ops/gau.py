@@ -88,7 +88,7 @@ def gau_attention(
             "gau_attention", name, "gau_attention", q, k, v, gate, gate_activation=gate_activation, score=score,
             normalizer=normalizer, causal=causal, rel_bias=rel_bias, lengths=lengths, cu_seqlens=cu_seqlens,
         )  # fmt: skip
-    bias = rel_bias.expand(q.shape[0], -1) if rel_bias is not None else None
+    bias = autograd.bias_rows(rel_bias, q.shape[0])
     save = autograd.needs_grad(q, k, v, gate, rel_bias)
     layout = Layout(lengths, cu_seqlens)
     options = GatedOptions(score, normalizer, causal, bias, gate_activation)

@@ -123,7 +123,7 @@ def mixed_chunk_attention(
         lin_k = continuation.extend(initial_state.lin_k, lin_k)
         v = continuation.extend(initial_state.v, v)
         lengths, cu_seqlens = continuation.lengths, continuation.cu_seqlens
-    bias = rel_bias.expand(quad_q.shape[0], -1) if rel_bias is not None else None
+    bias = autograd.bias_rows(rel_bias, quad_q.shape[0])
     save = autograd.needs_grad(quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias, kv)
     options = MixedChunkOptions(int(chunk_size), score, causal, quad, lin_normalizer, bias, kv, closed, gate_activation)
     out, kv, _ = _mixed_chunk_attention(
@@ -236,7 +236,7 @@ def mixed_chunk_step(
             causal=True, quad_normalizer=quad, lin_normalizer=lin_normalizer, rel_bias=rel_bias, initial_state=state,
             return_state=True, backend=name,
         )  # type: ignore[return-value] # fmt: skip
-    bias = rel_bias.expand(quad_q.shape[0], -1) if rel_bias is not None else None
+    bias = autograd.bias_rows(rel_bias, quad_q.shape[0])
     heads = MixedChunkHeads(quad_q, quad_k, lin_q, lin_k)
     options = MixedChunkOptions(size, score, True, quad, lin_normalizer, bias, gate_activation=gate_activation)
     if differentiated:  # by PyTorch

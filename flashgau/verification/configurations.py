@@ -17,6 +17,7 @@ from torch import Tensor
 import flashgau
 import flashgau.nn
 from flashgau import tables
+from flashgau.nn.norms import make_norm
 from flashgau.ops import dispatch
 from flashgau.ops.compare import Report, held
 from flashgau.tables.config import Config
@@ -176,9 +177,20 @@ def _run_layer(layer: torch.nn.Module, x: Tensor, backend: str, dtype: torch.dty
     return {"out": out.detach(), **{f"d{name}": g for name, g in zip(names, grads, strict=True)}}
 
 
+class _Norms(torch.nn.Sequential):
+    """Every norm of a layer, one on the other, with weights beside 1."""
+
+    def __init__(self, dim: int) -> None:
+        names = ("layernorm", "rmsnorm", "scalenorm", "scalenorm_clamped", "rms")
+        super().__init__(*(make_norm(name, dim) for name in names))
+        with torch.no_grad():
+            for p in self.parameters():
+                p += torch.linspace(-0.3, 0.4, p.numel()).view_as(p)
+
+
 def _hold_layer(op: str, x: Tensor) -> Report:
     """As `flashgau.compare` holds an operation, with the naive formula of the whole layer."""
-    layer = flashgau.nn.GAU(x.shape[-1]).to(x)  # rounded to x's dtype, which fp64 sees too
+    layer = (_Norms if op == "norm" else flashgau.nn.GAU)(x.shape[-1]).to(x)  # rounded to its dtype, as fp64 sees it
     exact, plain = (_run_layer(layer, x, "reference", dtype) for dtype in (torch.float64, x.dtype))
     ours = _run_layer(layer, x, "triton", x.dtype)
     return Report(op, "triton", x.dtype, held(ours, exact, [plain], x.dtype))
