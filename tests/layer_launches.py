@@ -28,11 +28,11 @@ _NO_KERNEL = ("empty", "detach", "view", "alias", "reshape", "lift", "as_strided
 
 
 class Started(TorchDispatchMode):
-    """Collects PyTorch's operators that would start a kernel."""
+    """Collects PyTorch's operators that would start a kernel, with the function of ours that they are in."""
 
-    def __init__(self, names: list[str]) -> None:
+    def __init__(self, found: list[tuple[str, str]], where: str) -> None:
         super().__init__()
-        self.names = names
+        self.found, self.where = found, where
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -44,18 +44,22 @@ class Started(TorchDispatchMode):
             return parts
         name = func._overloadpacket.__name__
         if not (func.is_view or any(part in name for part in _NO_KERNEL)):
-            self.names.append(name)
+            self.found.append((self.where, name))
         return func(*args, **kwargs)
 
 
-def launches_of(layer: torch.nn.Module, x: torch.Tensor) -> tuple[list[str], list[str]]:
-    """Those of a forward, and of its backward, in order."""
-    names: list[str] = []
-    run = autograd.run
+def launches_of(layer: torch.nn.Module, x: torch.Tensor) -> list[list[tuple[str, str]]]:
+    """Those of a forward, and of its backward, in order: (function of ours, or "", kernel or operator)."""
+    found: list[tuple[str, str]] = []
+    run, where = autograd.run, [""]
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        with Started(names):  # inside an operator the mode around it sees nothing
-            return run(*args, **kwargs)
+    def watched(op: str, backend: str, function: str, *args: Any, **kwargs: Any) -> Any:
+        where.append(function)
+        try:
+            with Started(found, function):  # inside an operator the mode around it sees nothing
+                return run(op, backend, function, *args, **kwargs)
+        finally:
+            where.pop()
 
     with ExitStack() as stack:
         for module in (gau, mixed_chunk, norms):
@@ -66,17 +70,19 @@ def launches_of(layer: torch.nn.Module, x: torch.Tensor) -> tuple[list[str], lis
         stack.enter_context(flashgau.use_backend("triton"))
         stack.enter_context(dispatch.use_backend_in_layers("triton"))
         stack.enter_context(tables.configured(tables.of_architecture("sm_90")))
-        noted = compiler.instead_of_launching("sm_90", target_of("sm_90"), lambda name, _: names.append(name))
+        noted = compiler.instead_of_launching(
+            "sm_90", target_of("sm_90"), lambda name, _: found.append((where[-1], name))
+        )
         stack.enter_context(noted)
         layer(x)  # what is kept from the first call on is made
-        names.clear()
-        with Started(names):
+        found.clear()
+        with Started(found, ""):
             y = layer(x)
-        forward = list(names)
-        names.clear()
-        with Started(names):
+        forward = list(found)
+        found.clear()
+        with Started(found, ""):
             torch.autograd.backward(y, y.detach())
-    return forward, names
+    return [forward, found]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,52 @@
+"""How much a training step of a layer starts on a GPU: what was taken out must not come back."""
+
+import json
+from pathlib import Path
+
+import pytest
+from kernel_calls import compiled
+
+pytest.importorskip("triton")
+
+PROGRAM = Path(__file__).with_name("layer_launches.py")
+
+
+def launches(kind: str, length: int) -> list[list[tuple[str, str]]]:
+    code = f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); sys.argv = ['', {kind!r}, '{length}']\n"
+    printed = compiled(code + f"exec(compile({PROGRAM.read_text()!r}, {str(PROGRAM)!r}, 'exec'))")
+    return [[tuple(x) for x in part] for part in json.loads(printed)]
+
+
+def outside(found: list[tuple[str, str]]) -> list[str]:
+    """What is not attention's."""
+    return [name for where, name in found if not where.startswith(("gau_attention", "mixed_chunk"))]
+
+
+# The way in (two products, silu of v, the heads), the way out (a product, the residual), and the norm.
+FORWARD = ["norm_kernel", "addmm", "addmm", "silu_kernel", "heads_kernel", "addmm", "add_"]
+BACKWARD = [
+    *("mm", "mm", "sum"),  # of the way out: its input, weight and bias
+    *("silu_backward_kernel", "heads_backward_kernel", "sum_kernel"),
+    *("mm", "addmm_", "mm", "sum", "mm", "sum"),  # of the way in: both halves of its input, weight and bias
+    *("norm_backward_kernel", "sum_kernel"),
+    "add",  # of the two gradients of x
+]
+
+
+def test_a_flash_layer_starts_no_more_than_this():
+    forward, backward = launches("FLASH", 16384)
+    assert outside(forward) == FORWARD
+    assert outside(backward) == BACKWARD
+    assert len(forward) <= 11
+    assert len(backward) <= 32
+
+
+def test_a_gau_layer_starts_no_more_than_this_beside_its_attention():
+    """And beside its bias, whose every distance is kept."""
+    forward, backward = launches("GAU", 2048)
+    bias = outside(forward)[5:-2]
+    assert bias == ["_to_copy", "_to_copy", "mul", "mul", "add", "mul", "mul", "sub", "cat", "mm", "_to_copy"]
+    assert [*outside(forward)[:5], *outside(forward)[-2:]] == FORWARD
+    after = outside(backward)
+    assert [*after[:3], *after[-len(BACKWARD) + 3 :]] == BACKWARD
+    assert len(after) - len(BACKWARD) <= 20
