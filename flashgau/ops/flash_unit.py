@@ -65,7 +65,7 @@ def flash_unit_step(
     differentiated = autograd.needs_grad(x, *weights[:-1], *state.tensors(), options.rel_bias)
     check_in_place(Arguments("FLASH"), "state.memory", state, state.to(dtype=x.dtype), differentiated)
     inside = residual if residual is not None and residual.dtype == x.dtype else None
-    bias = options.rel_bias.expand(x.shape[0], -1) if options.rel_bias is not None else None
+    bias = autograd.bias_rows(options.rel_bias, x.shape[0])
     y: Tensor = autograd.run(
         "flash_unit", "eager", "flash_unit_step_", x, weights, inside, angles, OpenChunk(*state.tensors()),
         options._replace(rel_bias=bias),
