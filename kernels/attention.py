@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,15 +35,13 @@ from .common import (
     heads,
     launcher,
     matmul_precision,
+    parts_of,
     processors,
     sequences_of,
 )
 from .descriptors import describable, launched
 from .own_scores import BUILT_IN, OwnScores, check_operands, check_options, check_own, once
 
-_FULL = 0.85  # of the processors' time in use: keys are not split to gain the rest
-_WAVES = 8  # of parts; more would gain less than their merging costs
-_CLOSE = 1.05  # fewer parts are taken for as little more time
 _MERGED = 8192  # numbers of O, of all parts of a row, that one program reads at once
 
 
@@ -105,7 +102,7 @@ def _forward(
     n_blocks = blocks_of(sequences, m, groups, config.block_m)
     per_block = n_kv_heads * (b if layout.cu_seqlens is None else 1)
     working = blocks_of(sequences, m, groups, config.block_m, rest=False) * per_block
-    n_parts = _parts(working, processors(q.device), triton.cdiv(n, config.block_n))
+    n_parts = parts_of(working, processors(q.device), triton.cdiv(n, config.block_n))
     parts, sums = heads(out), lse if softmax else None
     if n_parts is not None:
         every = q.new_empty(n_parts, b, n_heads, m, e, dtype=torch.float32)
@@ -401,27 +398,6 @@ def _plain(rule: AttentionRule, own: OwnScores) -> bool:
 def _widths(d: int, e: int) -> dict[str, int]:
     """Block sizes of the head dimensions: powers of two, at least the 16 of a matrix instruction."""
     return {"BD": max(16, triton.next_power_of_2(d)), "BE": max(16, triton.next_power_of_2(e))}
-
-
-@lru_cache(maxsize=4096)
-def _parts(programs: int, processors: int, blocks: int) -> int | None:
-    """The number of programs that share the keys of a row, if there are too few rows to occupy the device.
-
-    Programs run in waves of as many as there are processors, and a wave takes as long as one part of `blocks` blocks
-    of keys, rounded up to whole blocks, of which a part has two at least. What a part is charged besides, its queries,
-    fp32 results and their merging, is one block.
-    """
-
-    def time(parts: int) -> int:
-        return -(-programs * parts // processors) * (-(-blocks // parts) + (parts > 1))
-
-    if programs * blocks >= _FULL * processors * time(1):
-        return None
-    most = max(1, min(blocks // 2, _WAVES * processors // programs))
-    times = [time(parts) for parts in range(1, most + 1)]
-    near = _CLOSE * min(times)
-    parts = 1 + next(i for i, t in enumerate(times) if t <= near)
-    return parts if parts > 1 else None
 
 
 def _empty_output(q: Tensor, e: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache, lru_cache, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,9 @@ from flashgau.tables.config import Choose, Config
 from . import NO_INTERPRETED_BF16, checked, executed, interpreting
 from .interpreted import mend
 
+_FULL = 0.85  # of the processors' time in use: keys are not split to gain the rest
+_WAVES = 8  # of parts; more would gain less than their merging costs
+_CLOSE = 1.05  # fewer parts are taken for as little more time
 _TAKES_BF16 = not interpreting() or mend()  # on a CPU
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -196,6 +199,27 @@ def processors(device: torch.device) -> int:
 @cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+
+
+@lru_cache(maxsize=4096)
+def parts_of(programs: int, processors: int, blocks: int) -> int | None:
+    """The number of programs that share the keys of a row, if there are too few rows to occupy the device.
+
+    Programs run in waves of as many as there are processors, and a wave takes as long as one part of `blocks` blocks
+    of keys, rounded up to whole blocks, of which a part has two at least. What a part is charged besides, its queries,
+    fp32 results and their merging, is one block.
+    """
+
+    def time(parts: int) -> int:
+        return -(-programs * parts // processors) * (-(-blocks // parts) + (parts > 1))
+
+    if programs * blocks >= _FULL * processors * time(1):
+        return None
+    most = max(1, min(blocks // 2, _WAVES * processors // programs))
+    times = [time(parts) for parts in range(1, most + 1)]
+    near = _CLOSE * min(times)
+    parts = 1 + next(i for i, t in enumerate(times) if t <= near)
+    return parts if parts > 1 else None
 
 
 def matmul_precision(dtype: torch.dtype) -> str:

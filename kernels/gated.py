@@ -22,6 +22,7 @@ from .common import (
     is_visible,
     matmul_precision,
     place,
+    processors,
     products,
     row_pointers,
     toeplitz,
@@ -31,6 +32,7 @@ from .guarded import guarded
 from .own_scores import own_hidden, own_scores
 
 _PANEL_BYTES = 2**25  # of a panel of scores, which should stay in the L2 cache (50 MiB on an H200)
+_MOST_BYTES = 2**30  # of one that must be larger to occupy the device
 
 
 class GatedRule(NamedTuple):
@@ -168,9 +170,21 @@ def rows(x: Tensor | None) -> Heads | None:
     return None if x is None else heads(x.unsqueeze(1))
 
 
-def room_for_panel(like: Tensor, per_block: int, blocks: int) -> tuple[Tensor, int]:
-    """Memory for the scores of as many blocks as `_PANEL_BYTES` hold, at least one, and their number."""
-    step = max(1, min(blocks, _PANEL_BYTES // (per_block * like.element_size())))
+def room_for_panel(like: Tensor, per_block: int, blocks: int, programs: int = 0) -> tuple[Tensor, int]:
+    """Memory for the scores of as many blocks as `_PANEL_BYTES` hold, at least one, and their number.
+
+    `programs`, if given: how many a launch has for each block. Then it is memory for as many as give two programs to
+    each processor, if that is more, as far as `_MOST_BYTES` hold them; what is left for another launch gives one each.
+    """
+    size = per_block * like.element_size()
+    step = _PANEL_BYTES // size
+    if programs:
+        count = processors(like.device)
+        busy = min(blocks, 2 * count // programs)
+        while busy > 1 and 0 < blocks % busy * programs < count:
+            busy -= 1
+        step = max(step, min(busy, _MOST_BYTES // size))
+    step = max(1, min(blocks, step))
     return like.new_empty(step * per_block), step
 
 

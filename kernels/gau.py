@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,10 @@ from .common import (
     Sizes,
     blocks_of,
     chosen_by,
+    heads,
     launcher,
+    parts_of,
+    processors,
     sequences_of,
 )
 from .gated import bias_rule, precisions, prologue, room_for_panel, rows, sums_like
@@ -32,12 +36,15 @@ from .gau_kernels import (
     dq_kernel,
     gradient_kernel,
     lse_kernel,
+    merge_kernel,
     probs_kernel,
     product_kernel,
 )
 from .own_scores import BUILT_IN, OwnScores, check_operands, check_own, check_sequences, once
 
 _FUSED_WIDTH = 512  # of the values; up to it, recomputing scores for each tile is cheaper than storing them
+_PART = 8  # blocks of keys: what handing over a part of a sum is worth
+_SHORT = 1024  # tokens that packed sequences have in the mean; below, that is cheaper than launches for each panel
 
 
 class _GatedCall(NamedTuple):
@@ -49,7 +56,6 @@ class _GatedCall(NamedTuple):
     scaling: str  # of `scales`
     rows: int  # of the batch that have blocks of their own: 1 when packed
     width: int  # S as a block
-    max_seqlens: tuple[int, int]  # queries and keys of the longest sequence
     precision: str  # of products of inputs
     factors: str  # of products of weights, see `factors`
     probs_like: Tensor  # a tensor of their type
@@ -92,40 +98,52 @@ def _forward(
     call = _call(q, k, layout, options, own)
     choose = chosen_by(config)
     lse = _lse(call, q, k, own, choose)
-    panels = e > _FUSED_WIDTH or m <= 16
+    short = call.sequences.cu_seqlens_q is not None and n < _SHORT * call.sequences.n_sequences
+    panels = (e > _FUSED_WIDTH and not short) or m <= 16
     config = choose("gau_product" if panels else "gau_fused", call.probs_like, call.width, rows=m)
     n_blocks = blocks_of(call.sequences, m, 1, config.block_m)
     total = n_blocks * call.rows
     n_tiles = triton.cdiv(e, config.block_n)
+    n_parts = parts_of(total * n_tiles, processors(q.device), triton.cdiv(n, _PART * config.block_k))
+    parts, targets = None, (rows(gate), rows(product), rows(out))
+    if n_parts is not None:
+        parts = heads(q.new_empty(n_parts, b, m, e, dtype=torch.float32).transpose(0, 1))
     scoring = {"SCORE": call.score, "SCALING": call.scaling}
     sizes = {"S": s, "BS": call.width, "BM": config.block_m, "BN": config.block_k}
     sizes |= own.sizes(backward=False)
+    tile = {"E": e, "BE": config.block_n, "GATE": options.gate_activation}
 
     def multiply(first: int, count: int, panel: Tensor | None, panel_width: int) -> None:
-        product_kernel[(count * n_tiles,)](
-            rows(q), rows(k), rows(v), rows(gate), lse, panel, rows(product), rows(out), *call.sequences,
-            *call.rule, n_blocks, first, panel_width,
-            Sizes(
-                **sizes, E=e, BE=config.block_n, GATE=options.gate_activation, PRECISION=call.precision,
-                FACTORS=call.factors,
-            ),
+        gate_in, product_in, out_in = targets if parts is None else (None, None, parts)
+        product_kernel[(count * n_tiles, n_parts or 1)](
+            rows(q), rows(k), rows(v), gate_in, lse, panel, product_in, out_in, *call.sequences, *call.rule,
+            n_blocks, first, panel_width, n_parts,
+            Sizes(**sizes, **tile, PRECISION=call.precision, FACTORS=call.factors),
             **scoring, **config.launch(),
         )  # fmt: skip
 
-    if not panels:
+    if panels:
+        making = choose("gau_weights", call.probs_like, call.width, rows=m)
+        bn = max(making.block_n, config.block_k)  # a block that is read is written whole
+        blocks_across = triton.cdiv(n, bn)
+        panel_width = blocks_across * bn
+        panel, step = room_for_panel(call.probs_like, config.block_m * panel_width, total, n_tiles)
+        for after in range(total, 0, -step):  # what is left comes last, and has the fewest keys in a causal call
+            first = max(0, after - step)
+            count = after - first
+            n_across = _across(blocks_across, count, q.device, 4)
+            probs_kernel[(count * n_across,)](
+                rows(q), rows(k), lse, panel, *call.sequences, *call.rule, n_blocks, first, n_across, panel_width,
+                Sizes(**sizes | {"BN": bn}, PRECISION=call.precision), **scoring, **making.launch(),
+            )  # fmt: skip
+            multiply(first, count, panel, panel_width)
+    else:
         multiply(0, total, None, 0)
-        return out, product
-    n_across = triton.cdiv(call.max_seqlens[1], config.block_k)
-    panel_width = n_across * config.block_k
-    making = choose("gau_weights", call.probs_like, call.width, rows=m)
-    panel, step = room_for_panel(call.probs_like, config.block_m * panel_width, total)
-    for first in range(0, total, step):
-        count = min(step, total - first)
-        probs_kernel[(count * n_across,)](
-            rows(q), rows(k), lse, panel, *call.sequences, *call.rule, n_blocks, first, n_across, panel_width,
-            Sizes(**sizes, PRECISION=call.precision), **scoring, **making.launch(),
+    if parts is not None:
+        n_blocks = blocks_of(call.sequences, m, 1, 1)
+        merge_kernel[(n_blocks * call.rows * n_tiles,)](
+            parts, *targets, *call.sequences, n_blocks, n_parts, Sizes(**tile, PARTS=16), **FUSED_ADDITION,
         )  # fmt: skip
-        multiply(first, count, panel, panel_width)
     return out, product
 
 
@@ -182,41 +200,43 @@ def _backward(
         choose(name, call.probs_like, call.width) for name in ("gau_gradient", "gau_dv", "gau_dq")
     )
     bm, bn = config.block_m, config.block_n
-    n_blocks, n_row_blocks = blocks_of(call.sequences, n, 1, bn), blocks_of(call.sequences, m, 1, bm, rest=False)
-    total, n_across = n_blocks * call.rows, triton.cdiv(call.max_seqlens[0], bm)
-    panel_width = n_across * bm
-    parted = own.score_mod is not None and dbias is not None
-    room, step = room_for_panel(call.probs_like, (3 if parted else 2) * bn * panel_width, total)
+    bq, bs = min(queries.block_m, bm), min(call.width, max(16, values.block_n // 2))
+    n_blocks, n_row_blocks = blocks_of(call.sequences, n, 1, bn), blocks_of(call.sequences, m, 1, bq, rest=False)
+    total, blocks_across = n_blocks * call.rows, triton.cdiv(m, bm)
+    panel_width, tiles = blocks_across * bm, triton.cdiv(e, values.block_n) + triton.cdiv(s, bs)
+    # dS as the bias's gradient needs it: without a function's slope, nor a scale that could not be taken out again.
+    parted = dbias is not None and (own.score_mod is not None or not 1e-20 < call.rule[0] < 1e20)
+    room, step = room_for_panel(call.probs_like, (3 if parted else 2) * bn * panel_width, total, tiles)
     panel, dpanel, *other = room.view(3 if parted else 2, -1)
     dbias_panel = other[0] if parted else None
-    scaling, rule = {"SCALING": call.scaling}, call.rule
-    blocks, slopes = {"BM": bm, "BN": bn}, own.sizes(backward=True)
+    rule, slopes = call.rule, own.sizes(backward=True)
     for first in range(0, total, step):
         count = min(step, total - first)
+        n_across = _across(blocks_across, count, q.device, 16)
         gradient_kernel[(count * n_across,)](
             rows(q), rows(k), rows(v), rows(dx), lse, delta, panel, dpanel, dbias_panel, *call.sequences, *rule,
             n_blocks, first, n_across, panel_width,
-            Sizes(S=s, E=e, BS=call.width, BE=config.block_k, **blocks, PRECISION=call.precision, **slopes),
-            SCORE=call.score, **scaling, **config.launch(),
+            Sizes(S=s, E=e, BS=call.width, BE=config.block_k, BM=bm, BN=bn, PRECISION=call.precision, **slopes),
+            SCORE=call.score, SCALING=call.scaling, **config.launch(),
         )  # fmt: skip
-        dkv_kernel[(count * triton.cdiv(e, values.block_n),)](
-            panel, rows(dx), rows(dv), *call.sequences, *rule[:2], n_blocks, first, panel_width,
-            Sizes(E=e, BE=values.block_n, **blocks, FACTORS=call.factors), SCALING=None, **values.launch(),
-        )  # fmt: skip
-        dkv_kernel[(count * triton.cdiv(s, min(call.width, 64)),)](
-            dpanel, rows(q), rows(dk), *call.sequences, *rule[:2], n_blocks, first, panel_width,
-            Sizes(E=s, BE=min(call.width, 64), **blocks, FACTORS=call.factors), **scaling, **queries.launch(),
+        dkv_kernel[(count * tiles,)](
+            panel, dpanel, rows(dx), rows(q), rows(dv), rows(dk), *call.sequences, rule[1], n_blocks, first, count,
+            panel_width,
+            Sizes(
+                S=s, E=e, BS=bs, BE=values.block_n, BM=bm, BN=bn, BK=min(values.block_k, bm), FACTORS=call.factors
+            ),
+            **values.launch(),
         )  # fmt: skip
         dq_kernel[(n_row_blocks * call.rows,)](
-            dpanel, rows(k), rows(dq), *call.sequences, *rule[:2], n_row_blocks, n_blocks, first, first + count,
-            panel_width, Sizes(S=s, BS=call.width, **blocks, FACTORS=call.factors), **scaling, **queries.launch(),
+            dpanel, rows(k), rows(dq), *call.sequences, rule[1], n_row_blocks, n_blocks, first, first + count,
+            panel_width, Sizes(S=s, BS=call.width, BM=bq, BN=bn, FACTORS=call.factors), **queries.launch(),
         )  # fmt: skip
         if dbias is not None:
             across = triton.cdiv(dbias.shape[-1], 64)
             dbias_kernel[(b * across,)](
-                dbias_panel if parted else dpanel, dbias, *call.sequences, rule[1], rule[4], n_blocks, across, first,
+                dbias_panel if parted else dpanel, dbias, *call.sequences, *rule[:2], rule[4], n_blocks, across, first,
                 first + count, panel_width,
-                BD=64, BN=bn, **FUSED_ADDITION,
+                BD=64, BN=bn, SCALING=None if parted else call.scaling, **FUSED_ADDITION,
             )  # fmt: skip
     return dq.to(q.dtype), dk, dv, dgate, sums_like(dbias, rel_bias)
 
@@ -327,7 +347,7 @@ def _check_call(
         raise ValueError(f"{op}: `score` is {score!r} with `weight_mod`, which takes its place; expected one of them")
     if score is not None and score not in GATED_SCORES:
         raise ValueError(f"{op}: `score` is {score!r}; expected one of {', '.join(GATED_SCORES)}")
-    number = isinstance(normalizer, (int, float)) and not isinstance(normalizer, bool) and normalizer > 0
+    number = isinstance(normalizer, (int, float)) and not isinstance(normalizer, bool) and 0 < normalizer < math.inf
     if normalizer not in ("keys", "row") and not number:
         raise ValueError(f"{op}: `normalizer` is {normalizer!r}; expected 'keys', 'row' or a positive number")
     if str(score).startswith("softmax") and normalizer != "keys":
@@ -376,41 +396,46 @@ class _OwnGated(torch.autograd.Function):
 def _call(q: Tensor, k: Tensor, layout: Layout, options: GatedOptions, own: OwnScores) -> _GatedCall:
     """The options as the kernels take them."""
     score, normalizer, causal, rel_bias, _ = options
-    cu_seqlens = layout.cu_seqlens
     softmax = score.startswith("softmax")
     if softmax:
         scaling, scale = "log" if score == "softmax_plus" else "number", q.shape[-1] ** -0.5
     else:
         scaling, scale = ("number", 1 / float(normalizer)) if not isinstance(normalizer, str) else (normalizer, 1.0)
-    max_seqlens = q.shape[1], k.shape[1]
-    if cu_seqlens is not None:  # the only value read on the host: panels as wide as the packed batch would be many
-        most = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
-        max_seqlens = (min(max(most, 1), k.shape[1]),) * 2
     precision, factors, probs_like = precisions(q)
     return _GatedCall(
         sequences=sequences_of(q.shape[0], q.shape[1], k.shape[1], *layout),
         rule=(scale, 0 if causal else None, *bias_rule(rel_bias), own.aux),
         score="softmax" if softmax else score,
         scaling=scaling,
-        rows=q.shape[0] if cu_seqlens is None else 1,
+        rows=q.shape[0] if layout.cu_seqlens is None else 1,
         width=max(16, triton.next_power_of_2(q.shape[-1])),
-        max_seqlens=max_seqlens,
         precision=precision,
         factors=factors,
         probs_like=probs_like,
     )
 
 
+def _across(blocks: int, slots: int, device: torch.device, each: int) -> int:
+    """How many programs share the blocks of a slot of a panel: `each` for every processor, in all slots together.
+
+    A slot is as wide as the longest sequence may be, which nobody has looked for among packed ones: with a program for
+    every block, those with nothing to do would be most.
+    """
+    return min(blocks, triton.cdiv(each * processors(device), slots))
+
+
 def _lse(call: _GatedCall, q: Tensor, k: Tensor, own: OwnScores, choose: Choose) -> Tensor | None:
     """The LSE (B, M) of a softmax's rows; None for another score."""
     if call.score != "softmax":
         return None
-    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     config: Config = choose("gau_lse", q, call.width)
     n_blocks = blocks_of(call.sequences, q.shape[1], 1, config.block_m, rest=False)
+    n_parts = parts_of(n_blocks * call.rows, processors(q.device), triton.cdiv(k.shape[1], _PART * config.block_n))
+    lse = q.new_empty(n_parts or 1, *q.shape[:2], dtype=torch.float32)
     blocks = {"BS": call.width, "BM": config.block_m, "BN": config.block_n}
     sizes = Sizes(S=q.shape[-1], **blocks, PRECISION=call.precision, **own.sizes(backward=False))
-    lse_kernel[(n_blocks * call.rows,)](
-        rows(q), rows(k), lse, *call.sequences, *call.rule, n_blocks, sizes, SCALING=call.scaling, **config.launch(),
+    lse_kernel[(n_blocks * call.rows, n_parts or 1)](
+        rows(q), rows(k), lse, *call.sequences, *call.rule, n_blocks, lse[0].numel(), n_parts, sizes,
+        SCALING=call.scaling, **config.launch(),
     )  # fmt: skip
-    return lse
+    return lse[0] if n_parts is None else lse.logsumexp(0)

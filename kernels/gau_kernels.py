@@ -4,18 +4,20 @@ One head, and values thousands of columns wide: a row of the result does not fit
 scores is computed once and used for many columns. Two variants:
 
     fused      (narrow values) a program computes A for its rows and multiplies it with a tile of columns of V
-    panels     (wide values) A of some rows against all keys is written to a panel, sized to stay in the L2 cache; the
-               same product, with the gate as its epilogue, reads A from there
+    panels     (wide values) A of some rows against all keys is written to a panel, of as many rows as it takes to
+               occupy the device; the same product, with the gate as its epilogue, reads A from there
 
 The backward has panels only, of keys. A score's derivative is a function of the score, so no statistics of the forward
 are needed but the LSE of a softmax, which is recomputed:
 
     prologue   dX = act(gate) * dO, dGate = X * dO * act'(gate), for a softmax delta = rowsum(dX * X)
-    gradient   for a panel of keys A^T and dS^T: dA = dX V^T, dS = dA * score'(S), or A (dA - delta)
-    dkv        dV = A^T dX and dK = dS^T (scale Q), both complete after the panel
-    dq, dbias  scale dS K and the diagonal sums of dS, added to the sums of the panels before
+    gradient   for a panel of keys A^T and scale dS^T: dA = dX V^T, dS = dA * score'(S), or A (dA - delta)
+    dkv        dV = A^T dX and dK = (scale dS)^T Q, both complete after the panel
+    dq, dbias  (scale dS) K and the diagonal sums of dS, added to the sums of the panels before
 
-Panels are processed in order on one stream and each sum has one writer, so that results are bitwise repeatable.
+The scale of a row is in the panel, where no product has to know of it. Panels are processed in order on one stream and
+each sum has one writer, so that results are bitwise repeatable. Programs of the forward and of dQ begin with the last
+rows, which in a causal call see most keys; blocks of keys begin with the first, which most rows see.
 """
 
 from __future__ import annotations
@@ -106,6 +108,42 @@ def load_lse(lse, row, max_seqlen_q, o_token, m_row, SCORE: tl.constexpr):
     return b_lse
 
 
+@triton.jit
+def store_gated(
+    b_x, gate, product, out, row, i_part, first_m, o_query, m, stored, o_column,
+    SIZES: tl.constexpr,  # E, BE, GATE
+):  # fmt: skip
+    """Write X and act(gate) * X, each if it is asked for; zeros in rows of padding."""
+    m_row, m_stored = o_query < m, o_query < stored
+    b_x = tl.where(m_row[:, None], b_x, 0.0)
+    if product is not None:
+        p_product = row_pointers(product, row, 0, first_m + o_query)
+        store_tile(product, p_product, m_stored, o_column, b_x, SIZES.E, SIZES.BE)
+    if gate is not None:
+        p_gate = row_pointers(gate, row, 0, first_m + o_query)
+        b_x *= load_gate(gate, p_gate, m_row, o_column, SIZES.E, SIZES.BE, SIZES.GATE)
+    p_out = row_pointers(out, row, i_part, first_m + o_query)
+    store_tile(out, p_out, m_stored, o_column, b_x, SIZES.E, SIZES.BE)
+
+
+@triton.jit
+def share_of(stop, n_parts, BLOCK: tl.constexpr):
+    """From and to which of the keys before `stop` a program goes: all, or one of `n_parts` runs of whole blocks."""
+    first = 0
+    if n_parts is not None:
+        run = tl.cdiv(tl.cdiv(stop, BLOCK), n_parts) * BLOCK
+        first = tl.minimum(tl.program_id(1) * run, stop)
+        stop = tl.minimum(first + run, stop)
+    return first, stop
+
+
+@triton.jit
+def heavy_first():
+    """The program's number, backwards: in a causal call later rows see more keys, and what is begun last should be
+    short."""
+    return tl.num_programs(0) - 1 - tl.program_id(0)
+
+
 # ---------------------------------------------------------------- forward
 
 
@@ -113,16 +151,16 @@ def load_lse(lse, row, max_seqlen_q, o_token, m_row, SCORE: tl.constexpr):
 @triton.jit(do_not_specialize=VARYING)
 def lse_kernel(
     q, k, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    scale, right, bias, bias_batch, max_distance, aux, n_blocks,
+    scale, right, bias, bias_batch, max_distance, aux, n_blocks, n_rows, n_parts,
     SIZES: tl.constexpr,  # S, BS, BM, BN, PRECISION, and a user's functions
     SCALING: tl.constexpr,
 ):  # fmt: skip
-    """LSE of a block of rows; -inf for a row that sees nothing."""
+    """LSE of a block of rows, or of a part of its keys; -inf for a row that sees nothing."""
     BM: tl.constexpr = SIZES.BM
     BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = GatedRule(None, right, scale, bias, bias_batch, max_distance, aux)
-    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
+    i_block, _, i_seq = place(heavy_first(), n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     o_query = i_block * BM + tl.arange(0, BM)
     o_position, m_row = o_query + n - m, o_query < m
@@ -131,10 +169,12 @@ def lse_kernel(
     p_k = row_pointers(k, row, 0, first_n)
     last = tl.minimum(i_block * BM + BM, m) - 1
     _, _, full_stop, stop = keys_seen(rule, i_block * BM + n - m, last + n - m, n, BN)
+    first, stop = share_of(stop, n_parts, BN)
+    full_stop = tl.minimum(tl.maximum(full_stop, first), stop)
     b_m = tl.full([BM], -float("inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     for phase in tl.static_range(2):  # unmasked blocks, then masked ones
-        for j in range(0 if phase == 0 else full_stop, full_stop if phase == 0 else stop, BN):
+        for j in range(first if phase == 0 else full_stop, full_stop if phase == 0 else stop, BN):
             o_key = j + tl.arange(0, BN)
             b_k = load_rows(k, p_k + tl.cast(o_key, tl.int64) * k.token, o_key < n, SIZES.S, SIZES.BS, phase == 0)
             b_qk = tl.dot(b_q, b_k.T, input_precision=SIZES.PRECISION)
@@ -147,7 +187,8 @@ def lse_kernel(
             b_l = b_l * tl.exp2((b_m - b_pivot) * LOG2_E) + tl.sum(b_p, 1)
             b_m = b_new
     b_lse = tl.where(b_l == 0, -float("inf"), b_m + tl.log(tl.where(b_l == 0, 1.0, b_l)))
-    tl.store(lse + tl.cast(row, tl.int64) * max_seqlen_q + first_m + o_query, b_lse, mask=m_row)
+    p_lse = lse + tl.cast(tl.program_id(1), tl.int64) * n_rows + tl.cast(row, tl.int64) * max_seqlen_q
+    tl.store(p_lse + first_m + o_query, b_lse, mask=m_row)
 
 
 @guarded
@@ -158,27 +199,27 @@ def probs_kernel(
     SIZES: tl.constexpr,  # S, BS, BM, BN, PRECISION, and a user's functions
     SCORE: tl.constexpr, SCALING: tl.constexpr,
 ):  # fmt: skip
-    """One block of a panel (blocks of rows, BM, keys): A, up to the last key that a row of the block sees."""
+    """Every n_across-th block of keys of a slot of the panel (slots, BM, keys): A, up to the last key that a row
+    sees."""
     BM: tl.constexpr = SIZES.BM
     BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = GatedRule(None, right, scale, bias, bias_batch, max_distance, aux)
-    i_slot = tl.program_id(0) // n_across
+    i_slot = heavy_first() // n_across
     i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     last = tl.minimum(i_block * BM + BM, m) - 1
     _, _, _, stop = keys_seen(rule, i_block * BM + n - m, last + n - m, n, BN)
-    o_key = tl.program_id(0) % n_across * BN + tl.arange(0, BN)
-    if tl.program_id(0) % n_across * BN >= stop:
-        return
     o_query = i_block * BM + tl.arange(0, BM)
     o_position, m_row = o_query + n - m, o_query < m
     b_q = load_rows(q, row_pointers(q, row, 0, first_m + o_query), m_row, SIZES.S, SIZES.BS, False)
     b_lse = load_lse(lse, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
     b_scale, p_bias = scales(rule, o_position, n, SCALING), bias_pointer(rule, row)
     p_k = row_pointers(k, row, 0, first_n)
-    b_a = probs_block(b_q, b_scale, b_lse, k, p_k, rule, p_bias, o_position, o_key, n, SIZES, SCORE, True)
-    tl.store(panel_pointers(panel, i_slot, panel_width, o_key, BM), b_a.to(panel.dtype.element_ty))
+    for j in range(heavy_first() % n_across * BN, stop, n_across * BN):
+        o_key = j + tl.arange(0, BN)
+        b_a = probs_block(b_q, b_scale, b_lse, k, p_k, rule, p_bias, o_position, o_key, n, SIZES, SCORE, True)
+        tl.store(panel_pointers(panel, i_slot, panel_width, o_key, BM), b_a.to(panel.dtype.element_ty))
 
 
 @guarded
@@ -186,18 +227,21 @@ def probs_kernel(
 def product_kernel(
     q, k, v, gate, lse, panel, product, out,
     lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    scale, right, bias, bias_batch, max_distance, aux, n_blocks, first_block, panel_width,
+    scale, right, bias, bias_batch, max_distance, aux, n_blocks, first_block, panel_width, n_parts,
     SIZES: tl.constexpr,  # S, E, BS, BE, BM, BN, GATE, PRECISION, FACTORS
     SCORE: tl.constexpr, SCALING: tl.constexpr,
 ):  # fmt: skip
-    """X = A V and act(gate) * X of a block of rows and a tile of columns; without a panel, A is computed here."""
+    """X = A V and act(gate) * X of a block of rows and a tile of columns; without a panel, A is computed here.
+
+    With parts, those of the second axis of the grid, a program has some of the keys, and their X is all it writes.
+    """
     BM: tl.constexpr = SIZES.BM
     BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = GatedRule(None, right, scale, bias, bias_batch, max_distance, aux)
     n_tiles = tl.cdiv(SIZES.E, SIZES.BE)
-    i_slot = tl.program_id(0) // n_tiles
-    o_column = tl.program_id(0) % n_tiles * SIZES.BE + tl.arange(0, SIZES.BE)
+    i_slot = heavy_first() // n_tiles
+    o_column = heavy_first() % n_tiles * SIZES.BE + tl.arange(0, SIZES.BE)
     i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, stored, first_n, n, _ = bounds(sequences, i_seq)
     if i_block * BM >= stored:
@@ -206,10 +250,11 @@ def product_kernel(
     o_position, m_row = o_query + n - m, o_query < m
     last = tl.minimum(i_block * BM + BM, m) - 1
     _, _, full_stop, stop = keys_seen(rule, i_block * BM + n - m, last + n - m, n, BN)
+    first, stop = share_of(stop, n_parts, BN)
     p_v = row_pointers(v, row, 0, first_n)
     b_acc = tl.zeros([BM, SIZES.BE], tl.float32)
     if panel is not None:
-        for j in range(0, stop, BN):
+        for j in range(first, stop, BN):
             o_key = j + tl.arange(0, BN)
             b_a = tl.load(panel_pointers(panel, i_slot, panel_width, o_key, BM))
             b_v = load_tile(v, p_v + tl.cast(o_key, tl.int64) * v.token, o_key < n, o_column, SIZES.E, SIZES.BE)
@@ -220,8 +265,9 @@ def product_kernel(
         b_lse = load_lse(lse, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
         b_scale, p_bias = scales(rule, o_position, n, SCALING), bias_pointer(rule, row)
         p_k = row_pointers(k, row, 0, first_n)
+        full_stop = tl.minimum(tl.maximum(full_stop, first), stop)
         for phase in tl.static_range(2):  # unmasked blocks, then masked ones
-            for j in range(0 if phase == 0 else full_stop, full_stop if phase == 0 else stop, BN):
+            for j in range(first if phase == 0 else full_stop, full_stop if phase == 0 else stop, BN):
                 o_key = j + tl.arange(0, BN)
                 b_a = probs_block(
                     b_q, b_scale, b_lse, k, p_k, rule, p_bias, o_position, o_key, n, SIZES, SCORE, phase != 0
@@ -229,15 +275,35 @@ def product_kernel(
                 b_v = load_tile(v, p_v + tl.cast(o_key, tl.int64) * v.token, o_key < n, o_column, SIZES.E, SIZES.BE)
                 b_a, b_v = factors(b_a, b_v)
                 b_acc = tl.dot(b_a, b_v, b_acc, input_precision=SIZES.FACTORS)
-    b_acc = tl.where(m_row[:, None], b_acc, 0.0)
-    m_stored = o_query < stored
-    if product is not None:
-        p_product = row_pointers(product, row, 0, first_m + o_query)
-        store_tile(product, p_product, m_stored, o_column, b_acc, SIZES.E, SIZES.BE)
-    if gate is not None:
-        p_gate = row_pointers(gate, row, 0, first_m + o_query)
-        b_acc *= load_gate(gate, p_gate, m_row, o_column, SIZES.E, SIZES.BE, SIZES.GATE)
-    store_tile(out, row_pointers(out, row, 0, first_m + o_query), m_stored, o_column, b_acc, SIZES.E, SIZES.BE)
+    i_part = tl.program_id(1)
+    store_gated(b_acc, gate, product, out, row, i_part, first_m, o_query, m, stored, o_column, SIZES)
+
+
+@guarded
+@triton.jit(do_not_specialize=VARYING)
+def merge_kernel(
+    parts, gate, product, out, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
+    n_blocks, n_parts,
+    SIZES: tl.constexpr,  # E, BE, PARTS, GATE
+):  # fmt: skip
+    """X, the sum of its parts, and act(gate) * X: one row and a tile of columns, PARTS parts at once."""
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
+    n_tiles = tl.cdiv(SIZES.E, SIZES.BE)
+    i_row, _, i_seq = place(
+        tl.program_id(0) // n_tiles, n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, 1
+    )
+    row, first_m, m, stored, _, _, _ = bounds(sequences, i_seq)
+    if i_row >= stored:
+        return
+    o_column = tl.program_id(0) % n_tiles * SIZES.BE + tl.arange(0, SIZES.BE)
+    p_parts = row_pointers(parts, row, 0, first_m + i_row)
+    b_x = tl.zeros([SIZES.BE], tl.float32)
+    for first in range(0, n_parts, SIZES.PARTS):
+        o_part = first + tl.arange(0, SIZES.PARTS)
+        p_part = p_parts + tl.cast(o_part, tl.int64) * parts.head
+        b_x += tl.sum(load_tile(parts, p_part, o_part < n_parts, o_column, SIZES.E, SIZES.BE), 0)
+    o_query = i_row + tl.arange(0, 1)
+    store_gated(b_x[None, :], gate, product, out, row, 0, first_m, o_query, m, stored, o_column, SIZES)
 
 
 # ---------------------------------------------------------------- backward
@@ -252,9 +318,10 @@ def gradient_kernel(
     SIZES: tl.constexpr,  # S, E, BS, BE, BM, BN, PRECISION, and a user's functions
     SCORE: tl.constexpr, SCALING: tl.constexpr,
 ):  # fmt: skip
-    """One block of both panels (blocks of keys, BN, queries): A^T, and dS^T from dA = dX V^T.
+    """Every n_across-th block of queries of a slot of both panels (slots, BN keys, queries): A^T, and scale dS^T from
+    dA = dX V^T.
 
-    A bias is added after a user's function of the scores: its panel, if there is one, is without that function's slope.
+    A bias is added after the scale and a user's function of the scores: its panel, if there is one, is without them.
     """
     BM: tl.constexpr = SIZES.BM
     BN: tl.constexpr = SIZES.BN
@@ -263,91 +330,108 @@ def gradient_kernel(
     i_slot = tl.program_id(0) // n_across
     i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_k, max_seqlen_k, 1, BN)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
-    first_row = tl.program_id(0) % n_across * BM
     start, _, _, stop = rows_seeing(rule, i_block * BN, tl.minimum(i_block * BN + BN, n) - 1, m, n, BM)
-    if (first_row < start) | (first_row >= stop):
-        return
-    o_key, o_query = i_block * BN + tl.arange(0, BN), first_row + tl.arange(0, BM)
-    o_position, m_row, m_key = o_query + n - m, o_query < m, o_key < n
-    p_v, p_dx = row_pointers(v, row, 0, first_n + o_key), row_pointers(dx, row, 0, first_m + o_query)
-    b_da = tl.zeros([BN, BM], tl.float32)
-    for column in range(0, SIZES.E, SIZES.BE):
-        o_column = column + tl.arange(0, SIZES.BE)
-        b_v = load_tile(v, p_v, m_key, o_column, SIZES.E, SIZES.BE)
-        b_dx = load_tile(dx, p_dx, m_row, o_column, SIZES.E, SIZES.BE)
-        b_da = tl.dot(b_v, b_dx.T, b_da, input_precision=SIZES.PRECISION)
-    b_q = load_rows(q, row_pointers(q, row, 0, first_m + o_query), m_row, SIZES.S, SIZES.BS, False)
-    b_k = load_rows(k, row_pointers(k, row, 0, first_n + o_key), m_key, SIZES.S, SIZES.BS, False)
-    b_kq = tl.dot(b_k, b_q.T, input_precision=SIZES.PRECISION)
-    b_scale, p_bias = scales(rule, o_position, n, SCALING), bias_pointer(rule, row)
-    b_s, b_slope = scores(b_kq, b_scale[None, :], rule, p_bias, o_position[None, :], o_key[:, None], n, True, SIZES)
-    b_lse = load_lse(lse, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
-    b_delta = load_lse(delta, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
-    if SIZES.WEIGHT_MOD is not None:
-        b_a = own_weights(b_s, SIZES)
-        b_ds = b_da * own_weight_slopes(b_s, SIZES)
-    else:
-        b_a = probs(b_s, b_lse[None, :], SCORE)
-        b_ds = score_gradient(b_da, b_s, b_a, tl.where(m_row, b_delta, 0.0)[None, :], SCORE)
-    if dbias_panel is not None:
-        p_bias_panel = panel_pointers(dbias_panel, i_slot, panel_width, o_query, BN)
-        tl.store(p_bias_panel, b_ds.to(dbias_panel.dtype.element_ty))
-    if SIZES.SCORE_MOD is not None:
-        b_ds *= b_slope
-    tl.store(panel_pointers(panel, i_slot, panel_width, o_query, BN), b_a.to(panel.dtype.element_ty))
-    tl.store(panel_pointers(dpanel, i_slot, panel_width, o_query, BN), b_ds.to(dpanel.dtype.element_ty))
+    o_key = i_block * BN + tl.arange(0, BN)
+    m_key, p_v, p_bias = o_key < n, row_pointers(v, row, 0, first_n + o_key), bias_pointer(rule, row)
+    for first_row in range(start + tl.program_id(0) % n_across * BM, stop, n_across * BM):
+        o_query = first_row + tl.arange(0, BM)
+        o_position, m_row = o_query + n - m, o_query < m
+        p_dx = row_pointers(dx, row, 0, first_m + o_query)
+        b_da = tl.zeros([BN, BM], tl.float32)
+        for column in range(0, SIZES.E, SIZES.BE):
+            o_column = column + tl.arange(0, SIZES.BE)
+            b_v = load_tile(v, p_v, m_key, o_column, SIZES.E, SIZES.BE)
+            b_dx = load_tile(dx, p_dx, m_row, o_column, SIZES.E, SIZES.BE)
+            b_da = tl.dot(b_v, b_dx.T, b_da, input_precision=SIZES.PRECISION)
+        b_q = load_rows(q, row_pointers(q, row, 0, first_m + o_query), m_row, SIZES.S, SIZES.BS, False)
+        b_k = load_rows(k, row_pointers(k, row, 0, first_n + o_key), m_key, SIZES.S, SIZES.BS, False)
+        b_kq = tl.dot(b_k, b_q.T, input_precision=SIZES.PRECISION)
+        b_scale = scales(rule, o_position, n, SCALING)[None, :]
+        b_s, b_slope = scores(b_kq, b_scale, rule, p_bias, o_position[None, :], o_key[:, None], n, True, SIZES)
+        b_lse = load_lse(lse, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
+        b_delta = load_lse(delta, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
+        if SIZES.WEIGHT_MOD is not None:
+            b_a = own_weights(b_s, SIZES)
+            b_ds = b_da * own_weight_slopes(b_s, SIZES)
+        else:
+            b_a = probs(b_s, b_lse[None, :], SCORE)
+            b_ds = score_gradient(b_da, b_s, b_a, tl.where(m_row, b_delta, 0.0)[None, :], SCORE)
+        if dbias_panel is not None:
+            p_bias_panel = panel_pointers(dbias_panel, i_slot, panel_width, o_query, BN)
+            tl.store(p_bias_panel, b_ds.to(dbias_panel.dtype.element_ty))
+        b_ds *= b_scale
+        if SIZES.SCORE_MOD is not None:
+            b_ds *= b_slope
+        tl.store(panel_pointers(panel, i_slot, panel_width, o_query, BN), b_a.to(panel.dtype.element_ty))
+        tl.store(panel_pointers(dpanel, i_slot, panel_width, o_query, BN), b_ds.to(dpanel.dtype.element_ty))
+
+
+@triton.jit
+def product_of_keys(
+    panel, x, out, rule, sequences, i_slot, i_block, i_seq, panel_width, i_tile,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, SIZES: tl.constexpr,
+):  # fmt: skip
+    """out = P^T X of a block of keys of a panel and a tile of columns."""
+    BM: tl.constexpr = SIZES.BM
+    BN: tl.constexpr = SIZES.BN
+    row, first_m, m, _, first_n, n, stored = bounds(sequences, i_seq)
+    o_key, o_column = i_block * BN + tl.arange(0, BN), i_tile * BLOCK + tl.arange(0, BLOCK)
+    start, _, _, stop = rows_seeing(rule, i_block * BN, tl.minimum(i_block * BN + BN, n) - 1, m, n, BM)
+    p_x = row_pointers(x, row, 0, first_m)
+    b_acc = tl.zeros([BN, BLOCK], tl.float32)
+    for r in range(start, stop, SIZES.BK):
+        o_query = r + tl.arange(0, SIZES.BK)
+        b_p = tl.load(panel_pointers(panel, i_slot, panel_width, o_query, BN))
+        b_x = load_tile(x, p_x + tl.cast(o_query, tl.int64) * x.token, o_query < m, o_column, WIDTH, BLOCK)
+        b_p, b_x = factors(b_p, b_x)
+        b_acc = tl.dot(b_p, b_x, b_acc, input_precision=SIZES.FACTORS)
+    b_acc = tl.where((o_key < n)[:, None], b_acc, 0.0)
+    store_tile(out, row_pointers(out, row, 0, first_n + o_key), o_key < stored, o_column, b_acc, WIDTH, BLOCK)
 
 
 @guarded
 @triton.jit(do_not_specialize=VARYING)
 def dkv_kernel(
-    panel, x, out, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    scale, right, n_blocks, first_block, panel_width,
-    SIZES: tl.constexpr,  # E, BE, BM, BN, FACTORS
-    SCALING: tl.constexpr,
+    panel, dpanel, dx, q, dv, dk, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
+    right, n_blocks, first_block, n_slots, panel_width,
+    SIZES: tl.constexpr,  # S, E, BS, BE, BM, BN, BK, FACTORS
 ):  # fmt: skip
-    """dV = A^T dX, or with SCALING dK = dS^T (scale Q), of a block of keys of a panel and a tile of columns."""
-    BM: tl.constexpr = SIZES.BM
+    """dV = A^T dX or, behind all tiles of it, dK = (scale dS)^T Q: a block of keys of a panel, a tile of columns."""
     BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = GatedRule(None, right, scale, None, 0, 0)
-    n_tiles = tl.cdiv(SIZES.E, SIZES.BE)
-    i_slot = tl.program_id(0) // n_tiles
-    o_column = tl.program_id(0) % n_tiles * SIZES.BE + tl.arange(0, SIZES.BE)
+    rule = GatedRule(None, right, 0.0, None, 0, 0)
+    n_tiles, n_narrow = tl.cdiv(SIZES.E, SIZES.BE), tl.cdiv(SIZES.S, SIZES.BS)
+    wide = tl.program_id(0) < n_slots * n_tiles
+    i_tile = tl.program_id(0) - tl.where(wide, 0, n_slots * n_tiles)
+    i_slot = i_tile // tl.where(wide, n_tiles, n_narrow)
+    i_tile = i_tile % tl.where(wide, n_tiles, n_narrow)
     i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_k, max_seqlen_k, 1, BN)
-    row, first_m, m, _, first_n, n, stored = bounds(sequences, i_seq)
+    _, _, _, _, _, _, stored = bounds(sequences, i_seq)
     if i_block * BN >= stored:
         return
-    o_key = i_block * BN + tl.arange(0, BN)
-    start, _, _, stop = rows_seeing(rule, i_block * BN, tl.minimum(i_block * BN + BN, n) - 1, m, n, BM)
-    p_x = row_pointers(x, row, 0, first_m)
-    b_acc = tl.zeros([BN, SIZES.BE], tl.float32)
-    for r in range(start, stop, BM):
-        o_query = r + tl.arange(0, BM)
-        b_p = tl.load(panel_pointers(panel, i_slot, panel_width, o_query, BN))
-        b_x = load_tile(x, p_x + tl.cast(o_query, tl.int64) * x.token, o_query < m, o_column, SIZES.E, SIZES.BE)
-        if SCALING is not None:
-            b_p = b_p * scales(rule, o_query + n - m, n, SCALING)[None, :]
-        b_p, b_x = factors(b_p, b_x)
-        b_acc = tl.dot(b_p, b_x, b_acc, input_precision=SIZES.FACTORS)
-    b_acc = tl.where((o_key < n)[:, None], b_acc, 0.0)
-    store_tile(out, row_pointers(out, row, 0, first_n + o_key), o_key < stored, o_column, b_acc, SIZES.E, SIZES.BE)
+    if wide:
+        product_of_keys(
+            panel, dx, dv, rule, sequences, i_slot, i_block, i_seq, panel_width, i_tile, SIZES.E, SIZES.BE, SIZES
+        )
+    else:
+        product_of_keys(
+            dpanel, q, dk, rule, sequences, i_slot, i_block, i_seq, panel_width, i_tile, SIZES.S, SIZES.BS, SIZES
+        )
 
 
 @guarded
 @triton.jit(do_not_specialize=VARYING)
 def dq_kernel(
     dpanel, k, dq, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    scale, right, n_blocks, n_key_blocks, first_block, last_block, panel_width,
+    right, n_blocks, n_key_blocks, first_block, last_block, panel_width,
     SIZES: tl.constexpr,  # S, BS, BM, BN, FACTORS
-    SCALING: tl.constexpr,
 ):  # fmt: skip
     """dQ += scale dS K of a block of rows, over the keys of a panel: its blocks first_block..last_block."""
     BM: tl.constexpr = SIZES.BM
     BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = GatedRule(None, right, scale, None, 0, 0)
-    i_block, _, i_seq = place(tl.program_id(0), n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
+    rule = GatedRule(None, right, 0.0, None, 0, 0)
+    i_block, _, i_seq = place(heavy_first(), n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     last = tl.minimum(i_block * BM + BM, m) - 1
     _, _, _, stop = keys_seen(rule, i_block * BM + n - m, last + n - m, n, BN)
@@ -364,7 +448,6 @@ def dq_kernel(
         b_k = load_rows(k, row_pointers(k, row, 0, first_n + o_key), o_key < n, SIZES.S, SIZES.BS, False)
         b_ds, b_k = factors(b_ds, b_k)
         b_acc = tl.dot(b_ds.T, b_k, b_acc, input_precision=SIZES.FACTORS)
-    b_acc *= scales(rule, o_query + n - m, n, SCALING)[:, None]
     o_column = tl.arange(0, SIZES.BS)
     p_dq = row_pointers(dq, row, 0, first_m + o_query)
     b_acc += load_tile(dq, p_dq, o_query < m, o_column, SIZES.S, SIZES.BS)
@@ -375,11 +458,12 @@ def dq_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def dbias_kernel(
     dpanel, dbias, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    right, max_distance, n_blocks, n_across, first_block, last_block, panel_width, BD: tl.constexpr, BN: tl.constexpr,
+    scale, right, max_distance, n_blocks, n_across, first_block, last_block, panel_width,
+    BD: tl.constexpr, BN: tl.constexpr, SCALING: tl.constexpr,
 ):  # fmt: skip
-    """dBias += dS of a panel's keys, summed along a block of BD diagonals j - p."""
+    """dBias += dS of a panel's keys, summed along a block of BD diagonals j - p. The panel has dS with SCALING."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = GatedRule(None, right, 0.0, None, 0, 0)
+    rule = GatedRule(None, right, scale, None, 0, 0)
     i_batch = tl.program_id(0) // n_across
     o_bias = tl.program_id(0) % n_across * BD + tl.arange(0, BD)
     low = first_block
@@ -397,7 +481,10 @@ def dbias_kernel(
         mask = is_visible(rule, o_position, o_key, n) & (o_query >= 0) & (o_query < m)
         o_row = tl.cast(i - first_block, tl.int64) * BN + tl.arange(0, BN)
         b_ds = tl.load(dpanel + o_row[:, None] * panel_width + o_query, mask=mask, other=0.0)
-        b_dbias += tl.sum(b_ds.to(tl.float32), 0)
+        b_ds = b_ds.to(tl.float32)
+        if SCALING is not None:
+            b_ds *= 1.0 / scales(rule, o_position, n, SCALING)
+        b_dbias += tl.sum(b_ds, 0)
     width = 2 * max_distance + 1
     p_dbias = dbias + tl.cast(i_batch, tl.int64) * width + o_bias
     tl.store(p_dbias, b_dbias + tl.load(p_dbias, mask=o_bias < width, other=0.0), mask=o_bias < width)

@@ -36,7 +36,10 @@ if "triton" in [name for name, reason in dispatch.explain("gau_attention", "cpu"
     _mixed_chunk_kernels = importlib.import_module("flashgau.kernels.mixed_chunk")
     PANELS = {
         (_gau_kernels, "_FUSED_WIDTH"): 0,
+        (_gau_kernels, "_SHORT"): 0,
+        (_gau_kernels, "_PART"): 1,
         (_gated_kernels, "_PANEL_BYTES"): 1,
+        (_gated_kernels, "_MOST_BYTES"): 1,
         (_mixed_chunk_kernels, "_FUSED_TILES"): 0,
         (_mixed_chunk_kernels, "processors"): lambda device: 1,
     }

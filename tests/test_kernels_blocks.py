@@ -167,7 +167,7 @@ def test_keys_are_split_where_that_saves_time(programs, processors, n_blocks):
     """Waves of parts, each as long as its blocks, of which it has two, and one more that a part is charged."""
     waves = lambda parts: -(-programs * parts // processors)
     time = lambda parts: waves(parts) * (-(-n_blocks // parts) + (parts > 1))
-    parts = attention_launchers._parts(programs, processors, n_blocks)
+    parts = common.parts_of(programs, processors, n_blocks)
     if programs * n_blocks >= 0.85 * processors * time(1):  # the processors are busy, or there is nothing to do
         assert parts is None
         return
@@ -182,7 +182,7 @@ def test_keys_are_split_where_that_saves_time(programs, processors, n_blocks):
 def test_no_number_of_programs_leaves_a_device_half_idle(programs):
     """Of long rows of keys: also 67 to 112 programs, which are more than half as many as there are processors."""
     n_blocks = 4096
-    parts = attention_launchers._parts(programs, 132, n_blocks) or 1
+    parts = common.parts_of(programs, 132, n_blocks) or 1
     used = programs * n_blocks / (132 * -(-programs * parts // 132) * -(-n_blocks // parts))
     assert used >= 0.85
 

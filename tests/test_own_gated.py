@@ -236,5 +236,5 @@ print(*(c.kernel for c in compiled))
 
 def test_kernels_with_functions_compile(tmp_path):
     printed = kernel_calls.compiled(PROGRAM, tmp_path / "program.py")
-    expected = "probs_kernel product_kernel prologue_kernel gradient_kernel dkv_kernel dkv_kernel dq_kernel\n"
+    expected = "probs_kernel product_kernel prologue_kernel gradient_kernel dkv_kernel dq_kernel\n"
     assert printed == expected
