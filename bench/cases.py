@@ -112,7 +112,10 @@ def ours(backend: str, function: Callable[[BenchCase, dict[str, Tensor], str], T
 
 @dataclass(frozen=True)
 class Operation:
-    """A benchmark. `oracle` runs in fp64 to judge the rest, `plain` in the case's dtype sets tolerances."""
+    """A benchmark. `oracle` runs in fp64 to judge the rest, `plain` in the case's dtype sets tolerances.
+
+    `together`: all cases are timed in the same rounds, in random turns, so that they can be compared with each other.
+    """
 
     name: str
     title: str
@@ -122,6 +125,7 @@ class Operation:
     plain: Build
     providers: tuple[Provider, ...]
     x_label: str = "length (tokens)"
+    together: bool = False
 
 
 OPERATIONS = ("attention", "glu", "feed_forward", "gau", "gau_layer", "mixed_chunk", "flash_layer", "decode")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -102,20 +102,10 @@ def run(
     judge = Judge(operation, settings.device)
     timer = timer or timer_for(settings.device)
     try:
-        for case in cases:
-            entry = _case_entry(case)
-            record["cases"].append(entry)
-            _measure(
-                operation,
-                case,
-                entry,
-                providers,
-                judge,
-                timer,
-                settings,
-                progress,
-                lambda: _save(record, out),
-            )
+        for group in [cases] if operation.together else [[case] for case in cases]:
+            measured = [Measured(case, _case_entry(case)) for case in group]
+            record["cases"] += [one.entry for one in measured]
+            _measure(operation, measured, providers, judge, timer, settings, progress, lambda: _save(record, out))
             if settings.device == "cuda":
                 torch.cuda.empty_cache()  # the next case's blocks have other sizes
         record["complete"] = True
@@ -158,10 +148,18 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}"
 
 
+@dataclass
+class Measured:
+    """A case, its entry in the record, and the passes of the providers that are timed on it."""
+
+    case: BenchCase
+    entry: dict[str, Any]
+    calls: dict[str, dict[str, Callable[[], object]]] = field(default_factory=dict)
+
+
 def _measure(
     operation: Operation,
-    case: BenchCase,
-    entry: dict[str, Any],
+    group: list[Measured],
     providers: Iterable[Provider],
     judge: Judge,
     timer: Timer,
@@ -169,65 +167,25 @@ def _measure(
     progress: Progress,
     save: Callable[[], None],
 ) -> None:
-    """Check all providers, time those that are right in alternating rounds, then probe their memory."""
-    dtype = DTYPES[case.dtype]
-    right: list[Provider] = []
-    for provider in providers:
-        progress(f"{case.name}: check {provider.name}")
-        result: dict[str, Any] = {
-            "status": "ok",
-            "reason": None,
-            "check": None,
-            "stands_for": provider.stands_for,
-            "times": {},
-            "peak_bytes": {},
-        }
-        entry["providers"][provider.name] = result
-        reason = provider.unavailable(case, settings.device)
-        if reason is not None:
-            result |= {"status": "skipped", "reason": reason}
-            continue
-        if provider.other is not None:
-            result["reason"] = provider.other
-            right.append(provider)
-            continue
-        with _failure_noted(entry, provider.name):
-            check = judge.check(case, provider.name, provider.build)
-            result["check"] = check.as_json()
-            if check.ok:
-                right.append(provider)
-            else:
-                row = check.worst
-                why = f"{row.tensor} off by {row.error:.2g} at N={check.length}, allowed {row.allowed:.2g}"
-                result |= {"status": "wrong", "reason": why}
-    save()
-
-    progress(f"{case.name}: time {', '.join(p.name for p in right) or 'nothing'}")
-    calls: dict[str, dict[str, Callable[[], object]]] = {}
-    inputs = draw(operation, case, case.length, settings.device, dtype) if right else {}
-    for provider in right:
-        own = {name: t.clone() for name, t in inputs.items()} if provider.overwrites else inputs
-        with _failure_noted(entry, provider.name):
-            calls[provider.name] = runs(case, prepare(case, provider.build, own))
-    # First calls only now, when all that stays in memory is there: what fits in them fits in the rounds.
-    for who in list(calls):
-        with _failure_noted(entry, who):
-            for call in calls[who].values():
-                call()
-        if entry["providers"][who]["status"] != "ok":
-            del calls[who]
+    """Check all providers, time those that are right, on all cases in the same rounds, then probe their memory."""
+    for one in group:
+        right = _right(one, providers, judge, settings, progress)
+        save()
+        who = ", ".join(p.name for p in right) or "nothing"
+        progress(f"{one.case.name}: time {who}" + (" later, with the other cases" if operation.together else ""))
+        _prepare(operation, one, right, settings)
     for name in PASSES:
         measured = alternate(
-            {who: of[name] for who, of in calls.items() if name in of},
+            {(i, who): of[name] for i, one in enumerate(group) for who, of in one.calls.items() if name in of},
             timer,
             warmup=settings.warmup,
             min_rounds=settings.min_rounds,
             max_rounds=settings.max_rounds,
-            seconds=settings.seconds,
+            seconds=settings.seconds * len(group),
         )
-        for who, seconds in measured.items():
+        for (i, who), seconds in measured.items():
             q1, median, q3 = quartiles(seconds)
-            entry["providers"][who]["times"][name] = {
+            group[i].entry["providers"][who]["times"][name] = {
                 "median_s": median,
                 "q1_s": q1,
                 "q3_s": q3,
@@ -236,22 +194,82 @@ def _measure(
                 "raw_s": seconds,
             }
         save()
+    for one in group:
+        _probe(operation, one, providers, settings, progress)
+        save()
 
+
+def _right(
+    one: Measured, providers: Iterable[Provider], judge: Judge, settings: Settings, progress: Progress
+) -> list[Provider]:
+    """The providers that are to be timed: those that are right, or compute something else."""
+    right: list[Provider] = []
     for provider in providers:
-        progress(f"{case.name}: memory of {provider.name}")
-        result = entry["providers"][provider.name]
+        progress(f"{one.case.name}: check {provider.name}")
+        result: dict[str, Any] = {
+            "status": "ok",
+            "reason": None,
+            "check": None,
+            "stands_for": provider.stands_for,
+            "times": {},
+            "peak_bytes": {},
+        }
+        one.entry["providers"][provider.name] = result
+        reason = provider.unavailable(one.case, settings.device)
+        if reason is not None:
+            result |= {"status": "skipped", "reason": reason}
+            continue
+        if provider.other is not None:
+            result["reason"] = provider.other
+            right.append(provider)
+            continue
+        with _failure_noted(one.entry, provider.name):
+            check = judge.check(one.case, provider.name, provider.build)
+            result["check"] = check.as_json()
+            if check.ok:
+                right.append(provider)
+            else:
+                row = check.worst
+                why = f"{row.tensor} off by {row.error:.2g} at N={check.length}, allowed {row.allowed:.2g}"
+                result |= {"status": "wrong", "reason": why}
+    return right
+
+
+def _prepare(operation: Operation, one: Measured, right: list[Provider], settings: Settings) -> None:
+    """Make the passes of these providers, and call each once."""
+    case = one.case
+    inputs = draw(operation, case, case.length, settings.device, DTYPES[case.dtype]) if right else {}
+    for provider in right:
+        own = {name: t.clone() for name, t in inputs.items()} if provider.overwrites else inputs
+        with _failure_noted(one.entry, provider.name):
+            one.calls[provider.name] = runs(case, prepare(case, provider.build, own))
+    # First calls only now, when all that stays in memory is there: what fits in them fits in the rounds.
+    for who in list(one.calls):
+        with _failure_noted(one.entry, who):
+            for call in one.calls[who].values():
+                call()
+        if one.entry["providers"][who]["status"] != "ok":
+            del one.calls[who]
+
+
+def _probe(
+    operation: Operation, one: Measured, providers: Iterable[Provider], settings: Settings, progress: Progress
+) -> None:
+    """Measure the peak of memory of each provider that was timed."""
+    for provider in providers:
+        progress(f"{one.case.name}: memory of {provider.name}")
+        result = one.entry["providers"][provider.name]
         if result["status"] != "ok" or not settings.memory:
             continue
         try:
             if settings.device == "cuda":
-                result["peak_bytes"] = {n: memory.cuda_peak_growth(c) for n, c in calls[provider.name].items()}
+                result["peak_bytes"] = {n: memory.cuda_peak_growth(c) for n, c in one.calls[provider.name].items()}
             else:
                 result["peak_bytes"] = memory.in_fresh_process(
-                    operation.name, case.name, provider.name, settings.quick, torch.get_num_threads()
+                    operation.name, one.case.name, provider.name, settings.quick, torch.get_num_threads()
                 )
         except RuntimeError as error:
             result["memory_failed"] = _reason(error)
-        save()
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ import contextlib
 import gc
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -85,15 +85,18 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return at(0.25), at(0.5), at(0.75)
 
 
+Name = TypeVar("Name", bound=Hashable)
+
+
 def alternate(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Mapping[Name, Callable[[], object]],
     timer: Timer,
     *,
     warmup: int = 1,
     min_rounds: int = 5,
     max_rounds: int = 200,
     seconds: float = 20.0,
-) -> dict[str, list[float]]:
+) -> dict[Name, list[float]]:
     """Seconds of every call, round by round, in a new random order each: A B C, C A B, ...
 
     Drift of the machine (heat, other programs) then falls on all alike, as does what a call leaves behind for the
@@ -101,7 +104,7 @@ def alternate(
     `seconds` sets the number of rounds, between `min_rounds` and `max_rounds`,
     from the last warm-up.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[Name, list[float]] = {name: [] for name in calls}
     if not calls:
         return times
     with no_garbage_collection():

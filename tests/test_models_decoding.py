@@ -64,6 +64,24 @@ def test_generation_repeats_with_its_seed_and_streams():
     assert model.generate(prompt, 0).shape == (2, 0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lengths", [None, [2, 9, 5]])
+def test_prompts_read_in_pieces_are_the_prompts(kind, lengths):
+    model, prompt, read = causal(kind), tokens(3, 9), []
+    lengths = None if lengths is None else torch.tensor(lengths)
+    options = {"lengths": lengths, "temperature": 0}
+    whole = model.generate(prompt, 7, **options)
+    assert torch.equal(model.generate(prompt, 7, piece=4, progress=lambda *n: read.append(n), **options), whole)
+    at_once = lengths is not None and kind not in ("flash", "mc-tfm++")
+    assert read == ([(9, 9)] if at_once else [(4, 9), (8, 9), (9, 9)])
+
+
+@pytest.mark.parametrize("piece", [0, -1, 2.0, None])
+def test_a_piece_is_a_number_of_tokens(piece):
+    with pytest.raises(ValueError, match=f"generate: `piece` is {piece!r}; expected a number of tokens, at least 1"):
+        causal("flash").generate(tokens(1, 3), 2, piece=piece)
+
+
 @pytest.mark.parametrize("stop", [7, [7, 2]])
 def test_generation_stops(stop):
     model, prompt = causal("transformer++"), tokens(4, 3)

@@ -185,6 +185,33 @@ def counted(items: Iterator[Item], total: int, what: str) -> Iterator[Item]:
             progress.advance(task)
 
 
+@contextlib.contextmanager
+def advancing(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A function (done, in all) that shows a progress bar on standard error until all is done, if that takes a while.
+
+    There is none where standard error is no terminal, or where the first call says that all is done.
+    """
+    from rich.progress import Progress
+
+    console = make_console(stderr=True)
+    progress = Progress(console=console, transient=True, disable=not console.is_terminal)
+    tasks: list[Any] = []
+
+    def advance(done: int, total: int) -> None:
+        if done == total:
+            progress.stop()
+        elif not tasks:
+            progress.start()
+            tasks.append(progress.add_task(what, total=total))
+        if tasks:
+            progress.update(tasks[0], completed=done)
+
+    try:
+        yield advance
+    finally:
+        progress.stop()
+
+
 def fail(command: str, message: str, code: int = FAILURE) -> NoReturn:
     """End `command` with one line on standard error and an exit status (1 failure, 2 wrong use)."""
     print(f"flashgau {command}: {printable(' '.join(message.split()))}", file=sys.stderr)

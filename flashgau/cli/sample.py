@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashgau.cli.console import USAGE, dump_json, fail, failing, output_lost, printable, usable_device
+from flashgau.cli.console import USAGE, advancing, dump_json, fail, failing, output_lost, printable, usable_device
 
 if TYPE_CHECKING:
     import torch
@@ -135,7 +135,7 @@ def sample(
                 raise typer.Exit()  # nobody reads on
 
     began = time.perf_counter()
-    with failing("sample"):
+    with failing("sample"), advancing("reading the prompt") as advance:
         new = model.generate(
             torch.tensor([list(os.fsencode(prompt))], device=where),
             max_new,
@@ -145,6 +145,7 @@ def sample(
             seed=seed,
             stop=stops or None,
             stream=lambda column: show(decoder.decode(bytes(column.tolist()))),
+            progress=advance,
         )
     elapsed = time.perf_counter() - began
     show(decoder.decode(b"", final=True))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+CONSTANT_STATE = ("flash", "mc-tfm++")  # kinds that decode with a state of constant size
 KINDS = ("flash", "flash-quad", "transformer", "transformer++", "mc-tfm++")
 UNIT_KINDS = ("flash", "flash-quad")  # stacks of gated units, two of which replace attention + feed-forward
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..contract.validate import widened
 from ..nn.initialise import STD
-from .config import ModelConfig
+from .config import CONSTANT_STATE, ModelConfig
 from .files import read_model, write_model
 from .sampling import sample, seeded
 from .stack import ModelState, Stack, valid_lengths
@@ -237,11 +237,14 @@ class CausalLM(LanguageModel):
         seed: int | None = None,
         stop: int | Sequence[int] | None = None,
         stream: Callable[[Tensor], None] | None = None,
+        piece: int = 8192,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Continue a batch of prompts, token by token.
 
-        "flash" and "mc-tfm++" decode with a state of constant size, the other kinds with a key/value cache that grows
-        by doubling. The logits are those of the parallel `forward` on the whole text.
+        "flash" and "mc-tfm++" decode with a state of constant size, which is written in place: nothing is allocated
+        that outlives a token. The other kinds have a key/value cache that grows by doubling. The logits are those of
+        the parallel `forward` on the whole text.
 
         Of a model sharded by FSDP2 (`fully_shard`), every process must call it with the same `max_new_tokens`, and
         gets as many tokens of its own prompts as the process that goes on longest.
@@ -256,6 +259,9 @@ class CausalLM(LanguageModel):
             seed: of the drawing, 0 to 2^64 - 1; None takes torch's default generator.
             stop: a row ends with the first of these tokens, and is filled with it from there on.
             stream: called with every new column of tokens (B,), as soon as it is drawn.
+            piece: how many tokens of the prompts are read at a time. (Prompts of unequal length all at once, if the
+                model has caches; and all prompts, if it is sharded.)
+            progress: called with the tokens of the prompts that are read, and their number, after every piece.
 
         Returns:
             The new tokens (B, T), T <= max_new_tokens; T is smaller if every row has stopped.
@@ -268,6 +274,8 @@ class CausalLM(LanguageModel):
         lengths = widened(lengths)
         if lengths is not None and (lengths.shape != (batch,) or bool((lengths < 1).any() | (lengths > n).any())):
             raise ValueError(f"generate: `lengths` is {lengths.tolist()}; expected {batch} numbers from 1 to {n}")
+        if type(piece) is not int or piece < 1:
+            raise ValueError(f"generate: `piece` is {piece!r}; expected a number of tokens, at least 1")
         generator = seeded(seed, prompt.device)
         stops = None if stop is None else torch.tensor([stop] if isinstance(stop, int) else list(stop))
         stops = None if stops is None else stops.to(prompt.device)
@@ -283,7 +291,7 @@ class CausalLM(LanguageModel):
             new: list[Tensor] = []
             done = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
             if max_new_tokens:
-                logits, state = self(prompt, lengths, return_state=True, last_only=True)
+                logits, state = self._read(prompt, lengths, n if others.exist else piece, progress)
             while len(new) < max_new_tokens:
                 token = sample(logits[:, 0], temperature, top_k, top_p, generator)
                 if stops is not None:
@@ -300,6 +308,26 @@ class CausalLM(LanguageModel):
                 module.training = True
         return torch.stack(new, dim=1) if new else prompt.new_zeros(batch, 0, dtype=torch.int64)
 
+    def _read(
+        self, prompt: Tensor, lengths: Tensor | None, piece: int, progress: Callable[[int, int], None] | None
+    ) -> tuple[Tensor, ModelState]:
+        """The logits (B, 1, vocab_size) after each prompt, and the state there."""
+        n = prompt.shape[1]
+        if lengths is not None and self.config.kind not in CONSTANT_STATE:
+            piece = n  # a cache continues all rows, or none
+        logits, state = None, None
+        for start in range(0, n, piece):
+            part = prompt[:, start : start + piece]
+            valid = None if lengths is None else (lengths - start).clamp(0, part.shape[1])
+            new, state = self(part, valid, state=state, return_state=True, last_only=True, inplace=state is not None)
+            # Prompts that ended before keep theirs.
+            logits = new if logits is None or valid is None else torch.where((valid > 0)[:, None, None], new, logits)
+            if progress is not None:
+                progress(min(start + piece, n), n)
+        assert logits is not None
+        assert state is not None
+        return logits, state
+
 
 class _Others:
     """The processes that hold the other parts of a sharded model. Each call of the model takes all of them."""
@@ -308,6 +336,11 @@ class _Others:
         # Not parameters(): between calls they may be whole, while a state dict always holds the parts.
         tensors = model.state_dict().values()
         self._meshes = list(dict.fromkeys(t.device_mesh for t in tensors if hasattr(t, "device_mesh")))
+
+    @property
+    def exist(self) -> bool:
+        """Whether there are any."""
+        return bool(self._meshes)
 
     def agree(self, number: int) -> bool:
         """Whether all have the same number."""
