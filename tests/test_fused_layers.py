@@ -182,3 +182,27 @@ def test_operators_are_what_their_shape_functions_say():
 
 def _trainable(x):
     return x.detach().requires_grad_() if isinstance(x, torch.Tensor) else x
+
+
+@pytest.mark.parametrize("kind", [GAU, FLASH])
+@pytest.mark.skipif("triton" not in backends_of("gau_attention"), reason="no GPU, and not interpreting")
+def test_a_training_step_keeps_what_the_docs_say(kind):
+    """Numbers a token: x, norm(x), u, v twice, what u multiplies, and that product; z and the heads made of it."""
+    d, e, s, n = 12, 20, 8, 64
+    layer = kind(d, key_dim=s, hidden=e, bias="none", **({"chunk_size": 16} if kind is FLASH else {}))
+    x, held = torch.randn(1, n, d, requires_grad=True), {}
+
+    def keep(t):
+        if t.numel() >= n * min(d, s):  # not what is as small as a parameter
+            held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() / 4 / n
+        return t
+
+    with flashgau.use_backend("triton"), dispatch.use_backend_in_layers("triton"):
+        layer(x)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            layer(x)
+    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    angles = {t.untyped_storage().data_ptr() for t in layer.rotary.turns(torch.empty(n, s))}
+    found = sum(size for place, size in held.items() if place not in parameters | angles)
+    count = 2 if kind is GAU else 4
+    assert found == 2 * d + 5 * e + (1 + count) * s
