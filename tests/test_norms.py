@@ -34,7 +34,7 @@ def backend(request):
 
 
 def call(options):
-    return lambda x, weight=None, bias=None: norm("test", x, weight, bias, options)
+    return lambda x, weight=None, bias=None: norm("test", x, weight, bias, *options)
 
 
 def naive(options):

@@ -6,18 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..options import NormOptions
 from .common import accumulator
 
 
-def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: NormOptions) -> Tensor:
+def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float, clamp: bool) -> Tensor:
     """Rows of x (..., d) over their deviation, times `weight` (d,) or (1,), plus `bias` (d,), in x's type."""
-    kind, eps, clamp = options
-    shape = x.shape[-1:]
     if kind == "layernorm":
-        return F.layer_norm(x, shape, weight, bias, eps)
-    if not clamp and (weight is None or weight.shape == shape):
-        return F.rms_norm(x, shape, weight, eps)
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    if not clamp and (weight is None or weight.shape[0] == x.shape[-1]):
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
     wide = x.to(accumulator(x.dtype))
     mean_square = wide.square().mean(-1, keepdim=True)
     if clamp:

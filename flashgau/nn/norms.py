@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.norms import norm
-from ..options import NormOptions
 
 NORMS = ("layernorm", "scalenorm", "scalenorm_clamped", "rmsnorm", "rms", "none")
 
@@ -38,7 +37,7 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> the same shape and dtype."""
         _check("LayerNorm", x, self.normalized_shape[0])
-        return norm("LayerNorm", x, self.weight, self.bias, NormOptions("layernorm", self.eps))
+        return norm("LayerNorm", x, self.weight, self.bias, "layernorm", self.eps)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -74,7 +73,7 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> the same shape and dtype."""
         _check("RMSNorm", x, self.normalized_shape[0])
-        return norm("RMSNorm", x, self.weight, None, NormOptions("rms", self.eps))
+        return norm("RMSNorm", x, self.weight, None, "rms", self.eps)
 
 
 class ScaleNorm(nn.Module):
@@ -115,7 +114,7 @@ class ScaleNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> the same shape and dtype."""
         _check("ScaleNorm", x, self.dim)
-        return norm("ScaleNorm", x, self.g, None, NormOptions("rms", self.eps, self.clamp))
+        return norm("ScaleNorm", x, self.g, None, "rms", self.eps, self.clamp)
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""

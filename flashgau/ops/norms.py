@@ -13,24 +13,26 @@ from . import dispatch
 from .operation import Operation
 
 
-def norm(caller: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, options: NormOptions) -> Tensor:
+def norm(
+    caller: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float, clamp: bool = False
+) -> Tensor:
     """Rows of x (..., d) over their deviation, times `weight` (d,) or (1,), plus `bias` (d,), in x's type.
 
-    Statistics are fp32 (fp64 for fp64). On a CPU, and for rows wider than 8192, it is PyTorch's own or a formula that
-    PyTorch differentiates. What is wrong is refused in the name of `caller`, a layer.
+    Statistics are fp32 (fp64 for fp64); `kind`, `eps` and `clamp` are those of `NormOptions`. On a CPU, and for rows
+    wider than 8192, it is PyTorch's own or a formula that PyTorch differentiates. What is wrong is refused in the name
+    of `caller`, a layer.
     """
-    width = x.shape[-1]
-    name = dispatch.resolve_inner("norm", x.device, x.dtype, width)
+    name = dispatch.resolve_inner("norm", x.device, x.dtype, x.shape[-1])
     if name == "eager":
-        return eager.norm(x, weight, bias, options)
+        return eager.norm(x, weight, bias, kind, eps, clamp)
     if name == "reference":
-        return naive(x, weight, bias, **options._asdict())
+        return naive(x, weight, bias, kind=kind, eps=eps, clamp=clamp)
     args = Arguments(caller)
     args.tensor("x", x, "... d")
     for what, w in (("weight", weight), ("bias", bias)):
         if w is not None:
             args.held(what, w)
-    out: Tensor = _norm(x, weight, bias, options=options, backend=name)[0]
+    out: Tensor = _norm(x, weight, bias, options=NormOptions(kind, eps, clamp), backend=name)[0]
     return out
 
 
