@@ -10,13 +10,14 @@ from checks import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mixed_chunk_inputs import draw_dense
+from safetensors.torch import save_file
 from small_models import TIGHT, VARIANTS, VOCAB, causal, tokens
 from strategies import randn
 from torch import Tensor
 
 import flashgau
 from flashgau import nn
-from flashgau.models import KINDS
+from flashgau.models import KINDS, load_state, save_state
 
 backend = backend_fixture("mixed_chunk_attention")
 CONSTANT = ("flash", "mc-tfm++")
@@ -255,3 +256,66 @@ def test_a_models_token_is_one_graph_at_any_position(kind):
         logits, _ = compiled(text[:, i : i + 1], state=state, return_state=True, inplace=True)
         torch.testing.assert_close(logits[:, 0], expected[:, i], **TIGHT)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("kind", ["transformer++", "flash-quad"])
+@torch.no_grad()
+def test_reserved_room_is_not_left(kind):
+    model, text = causal(kind), tokens(2, 20)
+    _, state = model(text[:, :3], return_state=True)
+    state.reserve(20)
+    memories = [getattr(layer, "memory", layer) for layer in state.layers]
+    places = [(m.keys.data_ptr(), m.values.data_ptr()) for m in memories]
+    for i in range(3, 20):
+        logits, _ = model(text[:, i : i + 1], state=state, return_state=True, inplace=True)
+    assert places == [(m.keys.data_ptr(), m.values.data_ptr()) for m in memories]
+    torch.testing.assert_close(logits[:, 0], model(text)[:, -1], **TIGHT)
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(("kind", "changes"), VARIANTS)
+@pytest.mark.parametrize("lengths", [None, [5, 2]])
+@torch.no_grad()
+def test_a_state_out_of_a_file_continues_as_it_would_have(kind, changes, lengths, tmp_path):
+    model, text = causal(kind, **changes), tokens(2, 9)
+    lengths = None if lengths is None else torch.tensor(lengths)
+    _, state = model(text[:, :5], lengths, return_state=True)
+    save_state(state, tmp_path / "prefix")
+    with pytest.raises(FileExistsError, match=r"save_state: `path` is .*prefix, which exists"):
+        save_state(state, tmp_path / "prefix")
+    save_state(state, tmp_path / "prefix", overwrite=True)
+    expected, _ = model(text[:, 5:6], state=state, return_state=True)
+    logits, _ = model(text[:, 5:6], state=load_state(tmp_path / "prefix"), return_state=True)
+    assert torch.equal(logits, expected)
+
+
+@torch.no_grad()
+def test_what_is_no_state_is_refused(tmp_path):
+    model = causal("flash", depth=1)
+    with pytest.raises(FileNotFoundError, match=r"load_state: `path` is .*none, where no file is"):
+        load_state(tmp_path / "none")
+    model.save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"load_state: .*model holds no state of a model"):
+        load_state(tmp_path / "model")
+    (tmp_path / "noise").write_bytes(b"x" * 99)
+    with pytest.raises(ValueError, match=r"load_state: .*noise is damaged"):
+        load_state(tmp_path / "noise")
+    with pytest.raises(TypeError, match="save_state: `state` is a int; expected a ModelState"):
+        save_state(3, tmp_path / "new")
+    position, described = torch.zeros(1, dtype=torch.int64), '{"layers": [{"unit": false, "memory": "KeyValueCache"}]}'
+    for text, tensors, message in (
+        ("{", {}, "load_state: .*"),
+        ('{"layers": [1]}', {}, "describes no state of this version"),
+        (described, {}, r"lacks 0\.keys, 0\.values"),
+        (described, {"0.keys": position, "0.values": position, "1.keys": position}, r"holds 1\.keys, which no state"),
+        (described, {"0.keys": position, "0.values": position}, "KeyValueCache: `k`"),
+    ):
+        save_file(
+            {"position": position, **{n: x.clone() for n, x in tensors.items()}},
+            tmp_path / "made",
+            {"flashgau_state": text},
+        )
+        with pytest.raises((ValueError, TypeError), match=message):
+            load_state(tmp_path / "made")

@@ -4,6 +4,7 @@ from .config import KINDS, SIZES, ModelConfig
 from .language import CausalLM, Encoder, MaskedLM, load, mask_tokens
 from .sampling import sample
 from .stack import ModelState
+from .states import load_state, save_state
 
 __all__ = [
     "KINDS",
@@ -14,6 +15,8 @@ __all__ = [
     "ModelConfig",
     "ModelState",
     "load",
+    "load_state",
     "mask_tokens",
     "sample",
+    "save_state",
 ]

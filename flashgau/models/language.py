@@ -292,6 +292,7 @@ class CausalLM(LanguageModel):
             done = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
             if max_new_tokens:
                 logits, state = self._read(prompt, lengths, n if others.exist else piece, progress)
+                state.reserve(min(n + max_new_tokens, 2 * n + 4096))  # who asks for a million may stop early
             while len(new) < max_new_tokens:
                 token = sample(logits[:, 0], temperature, top_k, top_p, generator)
                 if stops is not None:

@@ -15,6 +15,7 @@ from ..nn import (
     GAU,
     FeedForward,
     GatedFeedForward,
+    KeyValueCache,
     MultiHeadAttention,
     MultiHeadMixedChunk,
     ScaledSinusoidal,
@@ -52,6 +53,13 @@ class ModelState:
     def clone(self) -> ModelState:
         """A state of its own with the same values: to continue twice from one prefix, in place."""
         return ModelState([layer.clone() for layer in self.layers], self.position.clone())
+
+    def reserve(self, tokens: int) -> None:
+        """Room in the caches for so many tokens of a row in all: until then nothing is copied."""
+        for layer in self.layers:
+            memory = getattr(layer, "memory", layer)
+            if isinstance(memory, KeyValueCache):
+                memory.reserve(tokens)
 
     def reorder(self, index: Tensor) -> None:
         """Let each row continue from row index[b] (B,) instead, in place: for beam search."""
