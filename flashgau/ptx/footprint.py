@@ -3,7 +3,7 @@
 Of the compiled code only what branches and global addresses depend on is executed (a slice, Weiser 1981): no product
 and no sum, and no value is loaded, so that tensors need none and may lie on PyTorch's device "meta". Integers that
 branches or addresses depend on must lie on the CPU. Floating-point values that branches depend on are drawn from the
-normal distribution, and so is what comes from other threads through shared memory.
+normal distribution, and so is what comes of products, or from other threads through shared memory.
 
 Bytes are those of distinct sectors: what the memory behind the caches must move at least, if they catch every repeat
 within the launch.
@@ -30,7 +30,7 @@ from .memory import BASE
 from .numbers import Array, Freedom
 from .operands import WIDTH
 from .program import Program
-from .text import Address, Instruction
+from .text import BITS, Address, Instruction
 from .translate import Translator
 
 SECTOR = 32  # bytes that travel together between the memory and its cache
@@ -101,7 +101,7 @@ class _Space:
                     x, end = BASE + end + int(x.storage_offset()) * x.element_size(), end + -(-size // 256) * 256 + 256
                 self.flat.append((kind, x))
         self.read, self.written = np.zeros(end // SECTOR, bool), np.zeros(end // SECTOR, bool)
-        self.asked = [0] * len(self.places)
+        self.asked, self.changed = [0] * len(self.places), set[int]()  # bytes; who was written to
         self.starts = np.array([start for _, _, start, _ in self.places])
 
     def touched(self) -> dict[str, Touched]:
@@ -129,6 +129,8 @@ def _names(operand: Any) -> set[str]:
 def _results(x: Instruction) -> tuple[Any, ...]:
     """The operands that an instruction writes."""
     head, parts = x.parts[0], x.parts
+    if x.name.startswith("wgmma.mma_async"):
+        return x.operands[:1]
     if head in _NO_RESULT or (head == "mbarrier" and parts[1] not in ("try_wait", "test_wait")):
         return ()
     if head == "setp":
@@ -136,6 +138,11 @@ def _results(x: Instruction) -> tuple[Any, ...]:
     if head == "elect" or (head == "shfl" and len(x.operands) == 6):
         return x.operands[:2]
     return x.operands[:1]
+
+
+def _is_drawn(x: Instruction) -> bool:
+    """Whether its results are not known here: products, and what comes from other threads through shared memory."""
+    return x.parts[0] in ("ldmatrix", "mma", "wgmma") or (x.parts[0] == "ld" and x.name.startswith("ld.shared"))
 
 
 def _is_global(x: Instruction) -> bool:
@@ -197,7 +204,7 @@ class _Slice(Translator):
             self.needed.add(register)
             for number in writers[register]:
                 x = instructions[number]
-                keep(number, () if x.parts[0] == "mbarrier" else x.operands[len(_results(x)) :])
+                keep(number, () if x.parts[0] == "mbarrier" or _is_drawn(x) else x.operands[len(_results(x)) :])
                 self.loads |= _is_global(x)
 
     def function(self, block: int, masked: bool) -> Any:
@@ -207,17 +214,20 @@ class _Slice(Translator):
         return self._functions[key]
 
     def _instruction(self, number: int, x: Instruction, block: int) -> None:
-        if number in self.kept:
+        if number not in self.kept:
+            return
+        if not _is_drawn(x):
             super()._instruction(number, x, block)
+            return
+        self.number, self.x, self.active = number, x, self._active(x)
+        for name in sorted(set().union(*map(_names, _results(x))) & self.needed):
+            if BITS[self.kernel.registers[name]] != 32:
+                raise UnknownInstruction(f"ptx: {self.kernel.name}: a branch or an address depends on {x.text!r}")
+            self._store(name, "m.drawn()", "b32")
 
     def _ld(self, parts: list[str], target: Any, address: Any, *rest: Any) -> None:
         space, kind, count = self._access(parts)
-        if space == "shared":
-            if WIDTH[kind] != 32:
-                raise UnknownInstruction(f"ptx: {self.kernel.name}: a branch or an address depends on shared memory")
-            for one in target if isinstance(target, tuple) else (target,):
-                self._store(one, "m.drawn()", "b32")
-        elif space == "global" and not _names(target) & self.needed:
+        if space == "global" and not _names(target) & self.needed:
             where = self._address(address, space)
             self.lines.append(f"m.reads({where}, {WIDTH[kind] // 8 * count}, {self._threads})")
         else:
@@ -277,7 +287,7 @@ class _Runner:
         self.maps: list[tuple[Array, dict[tuple[str, int], Array]]] = []
 
     def run(self, blocks: Array) -> Array:
-        """How often these programs run each basic block, by their first threads."""
+        """How often these programs run each basic block, unless it is for the addresses."""
         kernel = self.program.kernel
         threads = self.threads
         self.lanes = len(blocks) * threads
@@ -309,7 +319,8 @@ class _Runner:
                     budget -= 1
                     if budget < 0:
                         raise UnknownInstruction(f"ptx: {kernel.name}: branches alone find no end")
-                    counts[step] += active.reshape(-1, threads)[:, :32].any(1)
+                    if not self.addresses:
+                        counts[step] += active.reshape(-1, threads).any(1)
                     then = self.slice.function(step, not whole)(registers, self, active)
                     if isinstance(then, tuple):
                         taken, target, otherwise = then
@@ -374,16 +385,21 @@ class _Runner:
 
     def _sectors(self, address: Array, active: Array) -> Array:
         taken = address if active is self.every else address[active]
-        return (taken.astype(np.uint64) - np.uint64(BASE)) >> np.uint64(5)
+        return (taken.view(np.int64) - BASE) // SECTOR
 
     def _note(self, sectors: Array, size: int, *, reading: bool) -> None:
-        if len(sectors):  # an instruction goes to one argument
-            which = int(np.searchsorted(self.space.starts, int(sectors[0]) * SECTOR, "right")) - 1
-            self.space.asked[max(which, 0)] += len(sectors) * size
-        if reading:
-            self.space.read[sectors] |= ~self.space.written[sectors]
+        if not len(sectors):
+            return
+        space = self.space  # an instruction goes to one argument
+        which = int(np.searchsorted(space.starts, int(sectors[0]) * SECTOR, "right")) - 1
+        space.asked[which] += len(sectors) * size
+        if not reading:
+            space.written[sectors] = True
+            space.changed.add(which)
+        elif which in space.changed:
+            space.read[sectors] |= ~space.written[sectors]
         else:
-            self.space.written[sectors] = True
+            space.read[sectors] = True
 
     # ---- tensor maps
 

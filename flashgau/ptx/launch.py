@@ -149,7 +149,8 @@ def passed(
     grid = _grid(keywords["grid"], bound)
     values = {key: list(_flat(kind, bound.get(key), name)) for key, kind in kernel.src.signature.items()}
     if scratch := getattr(kernel.metadata, "global_scratch_size", 0):  # where tensor maps are made
-        values[DESCRIPTORS] = [("*", torch.zeros(scratch * grid[0] * grid[1] * grid[2], dtype=torch.uint8))]
+        room = np.zeros(scratch * grid[0] * grid[1] * grid[2], np.uint8)
+        values[DESCRIPTORS] = [("*", torch.from_numpy(room))]
     return grid, values
 
 

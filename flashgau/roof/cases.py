@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashgau.kernels import glu, mixed_chunk, projection
-from flashgau.options import Angles, ProjectionWeights
+from flashgau.kernels import glu, mixed_chunk, norms, projection
+from flashgau.options import Angles, NormOptions, ProjectionWeights
 from flashgau.tuning.shipped import CALLS, CallShape, Operands
 
 D_MODEL, E, S, CHUNK, HEADS = 1024, 2048, 128, 256, 16
@@ -82,6 +82,7 @@ def cases() -> Iterator[Case]:
     yield from _glu_linear()
     yield from _heads()
     yield from _projection()
+    yield from _norms()
 
 
 def _shaped(make: Operands, shape: CallShape) -> Operands:
@@ -118,7 +119,7 @@ def _few_queries() -> Case:
     def run(make: Operands) -> None:
         CALLS["gau_attention"](False, 1, E, "relu2 causal", S, _shaped(make, CallShape(n)))
 
-    moved = lambda b: (n * (S + E) + S + 2 * E) * b  # noqa: E731  keys and values; the query, gate and output
+    moved = partial(_rows, n * (S + E) + S + 2 * E)  # keys and values; the query, gate and output
     return Case("gau_attention", "forward", f"B1 M1 N{n} S{S} E{E} causal", 1, 2 * n * (S + E), moved, run)
 
 
@@ -148,9 +149,9 @@ def _step(batch: int) -> Case:
         heads, v = make(4, batch, 1, S), make(batch, 1, E)
         held, kv = make(batch, CHUNK, S), make(batch, S, E, dtype=torch.float32)
         state = (kv, held, held, make(batch, CHUNK, E), make(batch, dtype=torch.int64))
-        mixed_chunk.mixed_chunk_step(heads, v, v, state)
+        mixed_chunk.mixed_chunk_step_(heads, v, v, state)
 
-    # KV in fp32, and keys and values of the open chunk so far; the token's own are small.
+    # KV in fp32, and keys and values of the open chunk so far; the token's own heads, v, gate and output, and its rows.
     flop, moved = 2 * S * E + 2 * POSITION * (S + E), lambda b: 4 * S * E + (POSITION * (S + E) + 6 * S + 4 * E) * b
     shape = f"B{batch} S{S} E{E} C{CHUNK}, {POSITION} tokens open"
     return Case("mixed_chunk_step", "forward", shape, batch, flop, moved, run)
@@ -162,7 +163,7 @@ def _glu(variant: str) -> Iterator[Case]:
         run = partial(CALLS["glu"], backward, f"{variant} separate", 0)
         shape = f"{variant} {n} x {width}"
         yield Case(
-            "glu", "backward" if backward else "forward", shape, n, 0, lambda b, t=tensors: t * width * b,
+            "glu", "backward" if backward else "forward", shape, n, 0, partial(_rows, tensors * width),
             lambda make, run=run: run(_shaped(make, CallShape(n))),
         )  # fmt: skip
 
@@ -180,7 +181,7 @@ def _glu_linear() -> Iterator[Case]:
             glu.glu_linear_forward(x, (w, w, bias, bias), save=save, **options)
 
     def case(direction: str, kept: bool, products: int, moved: int, weights: int) -> Case:
-        bytes_of = lambda b: (moved + weights * k * width / n) * b  # noqa: E731
+        bytes_of = partial(_rows, moved + weights * k * width / n)
         shape = f"geglu M{n} K{k} N{width}" + (", sides kept" if kept else "")
         run_it = partial(run, direction == "backward", kept)
         return Case("glu_linear", direction, shape, n, 2 * products * k * width, bytes_of, run_it)
@@ -213,11 +214,11 @@ def _projection() -> Iterator[Case]:
     def run(backward: bool, make: Operands) -> None:
         x, fp32 = make(1, n, D_MODEL), torch.float32
         gamma = make(heads, S, dtype=fp32)
-        weights = ProjectionWeights(make(wide, D_MODEL), make(wide), gamma, gamma)
+        weights = ProjectionWeights(make(wide, D_MODEL), make(wide), gamma, gamma, raw_gate=True)
         angles = Angles(*(make(1, n, S // 2, dtype=fp32) for _ in range(2)))
         if backward:
             half, z = make(1, n, E), [make(1, n, S) for _ in range(heads)]
-            projection.gated_projection_backward(half, half, z, x, weights, [make(1, n, wide)], angles)
+            projection.gated_projection_backward(half, half, z, x, weights, [make(1, n, wide - E)], angles)
         else:
             projection.gated_projection_forward(x, weights, angles, True)
 
@@ -228,8 +229,30 @@ def _projection() -> Iterator[Case]:
         "projection", "forward", shape, n, product, lambda b: (D_MODEL + outputs + weight) * b + angles,
         partial(run, False),
     )  # fmt: skip
-    # Backward dX and dW; x, the gradients of all outputs, [u | v | z] before silu, and dX.
+    # Backward dX and dW; x, the gradients of all outputs, v and z before silu, and dX.
     yield Case(
         "projection", "backward", shape, n, 2 * product,
-        lambda b: (2 * D_MODEL + outputs + wide + 2 * weight) * b + angles, partial(run, True),
+        lambda b: (2 * D_MODEL + outputs + wide - E + 2 * weight) * b + angles, partial(run, True),
     )  # fmt: skip
+
+
+def _norms() -> Iterator[Case]:
+    n = 16384
+
+    def run(backward: bool, kind: str, make: Operands) -> None:
+        x, options = make(1, n, D_MODEL), NormOptions("layernorm" if kind == "layernorm" else "rms")
+        weight, bias = make(1 if kind == "scalenorm" else D_MODEL), make(D_MODEL) if kind == "layernorm" else None
+        if backward:
+            norms.norm_backward(make(1, n, D_MODEL), x, weight, bias, options)
+        else:
+            norms.norm_forward(x, weight, bias, options)
+
+    for kind in ("scalenorm", "layernorm"):
+        for backward, tensors in ((False, 2), (True, 3)):
+            direction = "backward" if backward else "forward"
+            shape, moved = f"{kind} {n} x {D_MODEL}", partial(_rows, tensors * D_MODEL)
+            yield Case("norm", direction, shape, n, 0, moved, partial(run, backward, kind))
+
+
+def _rows(values: float, itemsize: int) -> float:
+    return values * itemsize

@@ -107,7 +107,7 @@ class _Watched(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        inputs, outputs = list(_tensors((args, kwargs or {}))), list(_tensors(result))
+        inputs, outputs = list(_tensors(args)), list(_tensors(result))
         held = {x.untyped_storage()._cdata for x in inputs}
         fresh = [x for x in outputs if x.untyped_storage()._cdata not in held]
         written = fresh or (outputs if function._schema.is_mutable else [])
@@ -122,7 +122,8 @@ class _Watched(TorchDispatchMode):
 
 
 def _flop(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> int:
-    if name not in ("mm", "addmm", "bmm", "baddbmm"):
+    """Of a product, whose factors are the last two arguments."""
+    if name.rstrip("_") not in ("mm", "addmm", "bmm", "baddbmm"):
         return 0
     return 2 * outputs[0].numel() * inputs[-2].shape[-1]
 

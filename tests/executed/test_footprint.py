@@ -85,22 +85,24 @@ def small(kernel, x, width, rows=None, options=False):
 
 
 def calls(make):
-    q, v = make(1, 192, 64), make(1, 192, 128)
-    heads, wide = make(4, 1, 192, 64), make(1, 2, 192, 64)
+    q, v = make(1, 96, 64), make(1, 96, 128)
+    heads, wide = make(4, 1, 96, 64), make(1, 2, 96, 64)
     gau = {"score": "relu2", "normalizer": "keys", "causal": True}
     chunks = {"chunk_size": 64, "causal": True}
     return {
-        "attention": lambda: attention_forward(wide, make(1, 2, 192, 64), make(1, 2, 192, 64), causal=True),
-        "gau": lambda: gau_attention_forward(q, make(1, 192, 64), v, make(1, 192, 128), **gau, save=True),
+        "attention": lambda: attention_forward(wide, make(1, 2, 96, 64), make(1, 2, 96, 64), causal=True),
+        "gau": lambda: gau_attention_forward(q, make(1, 96, 64), v, make(1, 96, 128), **gau, save=True),
         "gau backward": lambda: gau_attention_backward(
-            make(1, 192, 128), q, make(1, 192, 64), v, make(1, 192, 128), make(1, 192, 128), **gau
+            make(1, 96, 128), q, make(1, 96, 64), v, make(1, 96, 128), make(1, 96, 128), **gau
         ),
-        "mixed": lambda: mixed_chunk_attention_forward(heads, v, make(1, 192, 128), **chunks, save=True),
+        "mixed": lambda: mixed_chunk_attention_forward(heads, v, make(1, 96, 128), **chunks, save=True),
     }
 
 
-@pytest.mark.parametrize("call", ["attention", "gau", "gau backward", "mixed"])
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("call", "target"),
+    [("attention", "sm_80"), ("attention", "sm_90"), ("gau", "sm_80"), ("gau backward", "sm_90"), ("mixed", "sm_90")],
+)
 def test_the_slice_agrees_with_the_whole(call, target, monkeypatch):
     """Launches, grids, products and bytes of our kernels: executed whole, and their branches and addresses alone."""
     monkeypatch.setattr(kernels.executed, "processors", MACHINES[target].sms)
@@ -121,15 +123,28 @@ def test_the_slice_agrees_with_the_whole(call, target, monkeypatch):
 
 
 def test_one_row_in_earnest():
-    (task,) = [t for t in tasks(["sm_90"], ("bf16",), frozenset({"heads"})) if "backward" in t.case]
+    (task,) = [t for t in tasks(["sm_90"], ("bf16",), frozenset({"norm"})) if "forward scalenorm" in t.case]
     row = examine(task)
     assert row.reason is None
-    assert (row.launches, row.own, row.smallest) == (3, 1, "heads_backward_kernel")
-    kernel, *sums = row.details
-    assert kernel["programs"] == row.programs
-    n, s = 16384, 128  # read: four heads, z and the angles; written: dz
-    assert kernel["bytes"] >= n * (6 * s * 2 + s * 4)
-    assert kernel["bytes"] <= 1.05 * n * (6 * s * 2 + s * 4) + 2 * row.programs * 4 * s * 4
-    assert {one["kernel"] for one in sums} == {"PyTorch sum"}
-    assert row.ns == pytest.approx(sum(one["us"] for one in row.details) * 1e3 / n)
+    assert (row.launches, row.own, row.smallest) == (1, 1, "norm_kernel")
+    (kernel,) = row.details
+    assert kernel["bytes"] == 2 * 16384 * 1024 * 2 + 32  # x, the result, and a weight of one number
+    assert row.bytes == kernel["bytes"] / 16384
+    assert row.ns == pytest.approx(kernel["us"] * 1e3 / 16384)
+    assert kernel["us"] == pytest.approx(2 + max(kernel["memory_us"], kernel["processors_us"]))
+    assert 1 < row.ratio == row.ns / row.floor
     assert set(row.sources) == {"launches", "programs", "bytes", "flop", "ns", "floor"}
+
+
+def test_what_pytorch_launches_is_recorded():
+    """Products with their FLOP, also where the result's memory is given; views and new memory launch nothing."""
+    a, b = empty(6, 4), empty(4, 5)
+    with launches.recording("sm_90") as found:
+        out = empty(3, 5).new_empty(6, 5)
+        torch.mm(a, b, out=out)
+        torch.nn.functional.linear(a, b.T, out[0]).T.reshape(-1)[3:]
+        a.zero_()
+    assert [(one.name, one.flop, one.read, one.written) for one in found] == [
+        ("mm", 2 * 6 * 4 * 5, 4 * 44, 4 * 30), ("addmm", 2 * 6 * 4 * 5, 4 * 49, 4 * 30), ("clone", 0, 120, 120),
+        ("zero_", 0, 0, 96),
+    ]  # fmt: skip
