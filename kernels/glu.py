@@ -2,7 +2,7 @@
 
     glu             act(g) * up_act(u): three tensors are read or written
     glu_backward    dG and dU from dO, g and u, recomputing the activations: five tensors are read or written
-    linear          g = x Wg^T + bg and u = x Wu^T + bu in two accumulators, with the unit as the product's epilogue
+    linear          g = x Wg^T + bg and u = x Wu^T + bu in one product, with the unit as its epilogue
     linear_backward the same product, with the unit's backward as its epilogue: for a training step that kept no g and u
 
 Arithmetic is fp32, and a result is rounded once. Tensors of any shape and stride are passed as matrices: axes that are
@@ -222,46 +222,58 @@ def glu_backward_kernel(
 
 @triton.jit
 def tile_of(n_rows, n_columns, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """Rows and columns of this program's tile. Tiles run down GROUP blocks of rows, so neighbours share weights."""
+    """Rows of this program's tile, and its first column. Tiles run down GROUP blocks of rows, so neighbours share
+    weights."""
     i_tile = tl.program_id(0)
     n_across = tl.cdiv(n_columns, BN)
     first = i_tile // (GROUP * n_across) * GROUP
     height = tl.minimum(tl.cdiv(n_rows, BM) - first, GROUP)
     i_in_group = i_tile % (GROUP * n_across)
     o_row = (first + i_in_group % height).to(tl.int64) * BM + tl.arange(0, BM)
-    o_column = (i_in_group // height).to(tl.int64) * BN + tl.arange(0, BN)
-    return o_row, o_column
+    return o_row, (i_in_group // height).to(tl.int64) * BN
 
 
 @triton.jit
-def inner(x, p_rows, o_k, K: tl.constexpr, BK: tl.constexpr):
-    """A block along a product's inner axis; all rows are in range."""
+def inner(x, p_rows, o_k, n_inner, WHOLE: tl.constexpr):
+    """A block along a product's inner axis; all rows are in range, and if WHOLE all of the axis, too."""
     p_x = p_rows[:, None] + (o_k * x.column)[None, :]
-    if K % BK == 0:
+    if WHOLE:
         block = tl.load(p_x)
     else:
-        block = tl.load(p_x, mask=(o_k < K)[None, :], other=0.0)
+        block = tl.load(p_x, mask=(o_k < n_inner)[None, :], other=0.0)
     return block
 
 
 @triton.jit
 def both_sides(
-    x, w_gate, w_up, b_gate, b_up, o_row, o_column, n_rows, n_columns,
-    K: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, w_gate, w_up, o_row, column, n_rows, n_columns, n_inner,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """g = x Wg^T + bg and u = x Wu^T + bu of one tile, in fp32; out-of-range rows and columns repeat the last one."""
+    """x Wg^T and x Wu^T of one tile, in fp32, left and right half; out-of-range rows and columns repeat the last one.
+
+    One product makes both: rows of Wg and of Wu alternate in its second factor, and so columns of g and u in the
+    result, in which each thread holds pairs of neighbours. On Hopper the first factor is then read once for both.
+    """
     p_x = x.pointer + tl.minimum(o_row, n_rows - 1) * x.row
-    o_column = tl.minimum(o_column, n_columns - 1)
-    p_wg, p_wu = w_gate.pointer + o_column * w_gate.row, w_up.pointer + o_column * w_up.row
-    b_g = tl.zeros([BM, BN], tl.float32)
-    b_u = tl.zeros([BM, BN], tl.float32)
-    for start in range(0, K, BK):
+    i_side = tl.arange(0, 2 * BN)
+    o_both = tl.minimum(column + i_side // 2, n_columns - 1)
+    bytes_of: tl.constexpr = x.pointer.dtype.element_ty.primitive_bitwidth // 8
+    gap = (w_up.pointer.to(tl.int64) - w_gate.pointer.to(tl.int64)) // 16 * (16 // bytes_of)  # `_alternating`
+    p_w = w_gate.pointer + tl.where(i_side % 2 == 0, o_both * w_gate.row, gap + o_both * w_up.row)
+    b_both = tl.zeros([BM, 2 * BN], tl.float32)
+    for start in range(0, n_inner, BK):
         o_k = start + tl.arange(0, BK).to(tl.int64)
-        b_x = inner(x, p_x, o_k, K, BK)
-        b_wg = inner(w_gate, p_wg, o_k, K, BK)
-        b_wu = inner(w_up, p_wu, o_k, K, BK)
-        b_g = tl.dot(b_x, b_wg.T, b_g, input_precision=PRECISION)
-        b_u = tl.dot(b_x, b_wu.T, b_u, input_precision=PRECISION)
+        b_x = inner(x, p_x, o_k, n_inner, WHOLE)
+        b_w = inner(w_gate, p_w, o_k, n_inner, WHOLE)
+        b_both = tl.dot(b_x, b_w.T, b_both, input_precision=PRECISION)
+    return tl.split(tl.permute(tl.reshape(b_both, [BM, 2, BN]), (0, 2, 1)))
+
+
+@triton.jit
+def apart(b_both, b_gate, b_up, o_column, n_columns, BM: tl.constexpr, BN: tl.constexpr):
+    """g and u of columns in which they alternate, with their biases."""
+    b_g, b_u = tl.split(tl.reshape(b_both, [BM, BN, 2]))
+    o_column = tl.minimum(o_column, n_columns - 1)
     if b_gate is not None:
         b_g += tl.load(b_gate + o_column).to(tl.float32)[None, :]
     if b_up is not None:
@@ -272,39 +284,45 @@ def both_sides(
 @guarded
 @triton.jit(do_not_specialize=VARYING)
 def linear_kernel(
-    x, w_gate, w_up, b_gate, b_up, out, g, u, n_rows, n_columns,
-    ACTIVATION: tl.constexpr, UP_ACTIVATION: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    x, w_gate, w_up, b_gate, b_up, out, g, u, n_rows, n_columns, n_inner,
+    ACTIVATION: tl.constexpr, UP_ACTIVATION: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of out, and of g and u if the backward needs them."""
-    o_row, o_column = tile_of(n_rows, n_columns, BM, BN, GROUP)
-    b_g, b_u = both_sides(
-        x, w_gate, w_up, b_gate, b_up, o_row, o_column, n_rows, n_columns, K, PRECISION, BM, BN, BK
+    o_row, column = tile_of(n_rows, n_columns, BM, BN, GROUP)
+    b_left, b_right = both_sides(
+        x, w_gate, w_up, o_row, column, n_rows, n_columns, n_inner, WHOLE, PRECISION, BM, BN, BK
     )  # fmt: skip
-    mask = (o_row < n_rows)[:, None] & (o_column < n_columns)[None, :]
-    if g is not None:
-        store(g, o_row, o_column, b_g, mask)
-        store(u, o_row, o_column, b_u, mask)
-    store(out, o_row, o_column, gated(b_g, b_u, ACTIVATION, UP_ACTIVATION), mask)
+    for half in tl.static_range(2):  # in turn, for want of registers
+        o_column = column + half * (BN // 2) + tl.arange(0, BN // 2)
+        b_g, b_u = apart(b_left if half == 0 else b_right, b_gate, b_up, o_column, n_columns, BM, BN // 2)
+        mask = (o_row < n_rows)[:, None] & (o_column < n_columns)[None, :]
+        if g is not None:
+            store(g, o_row, o_column, b_g, mask)
+            store(u, o_row, o_column, b_u, mask)
+        store(out, o_row, o_column, gated(b_g, b_u, ACTIVATION, UP_ACTIVATION), mask)
 
 
 @guarded
 @triton.jit(do_not_specialize=VARYING)
 def linear_backward_kernel(
-    dout, x, w_gate, w_up, b_gate, b_up, dg, du, n_rows, n_columns,
-    ACTIVATION: tl.constexpr, UP_ACTIVATION: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    dout, x, w_gate, w_up, b_gate, b_up, dg, du, n_rows, n_columns, n_inner,
+    ACTIVATION: tl.constexpr, UP_ACTIVATION: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of dG and dU, from recomputed g and u."""
-    o_row, o_column = tile_of(n_rows, n_columns, BM, BN, GROUP)
-    b_g, b_u = both_sides(
-        x, w_gate, w_up, b_gate, b_up, o_row, o_column, n_rows, n_columns, K, PRECISION, BM, BN, BK
+    o_row, column = tile_of(n_rows, n_columns, BM, BN, GROUP)
+    b_left, b_right = both_sides(
+        x, w_gate, w_up, o_row, column, n_rows, n_columns, n_inner, WHOLE, PRECISION, BM, BN, BK
     )  # fmt: skip
-    mask = (o_row < n_rows)[:, None] & (o_column < n_columns)[None, :]
-    b_do = load(dout, o_row, o_column, mask)
-    b_dg, b_du = gated_backward(b_do, b_g, b_u, ACTIVATION, UP_ACTIVATION)
-    store(dg, o_row, o_column, b_dg, mask)
-    store(du, o_row, o_column, b_du, mask)
+    for half in tl.static_range(2):
+        o_column = column + half * (BN // 2) + tl.arange(0, BN // 2)
+        b_g, b_u = apart(b_left if half == 0 else b_right, b_gate, b_up, o_column, n_columns, BM, BN // 2)
+        mask = (o_row < n_rows)[:, None] & (o_column < n_columns)[None, :]
+        b_do = load(dout, o_row, o_column, mask)
+        b_dg, b_du = gated_backward(b_do, b_g, b_u, ACTIVATION, UP_ACTIVATION)
+        store(dg, o_row, o_column, b_dg, mask)
+        store(du, o_row, o_column, b_du, mask)
 
 
 # ---------------------------------------------------------------- launchers
@@ -367,7 +385,7 @@ def glu_linear_forward(
         out = x.new_empty(shape)
         g, u = (x.new_empty(shape) if save else None for _ in range(2))
         flat = (None if t is None else _rows(t) for t in (out, g, u))
-        operands = rows, *weights, *flat
+        operands = rows, *_alternating(weights), *flat
         _product(linear_kernel, "glu_linear", operands, rows, w_gate, options, chosen_by(config))
         return out, g, u
     g, u = (_affine(rows, w, b).view(shape) for w, b in ((w_gate, b_gate), (w_up, b_up)))
@@ -396,7 +414,7 @@ def glu_linear_backward(
     both = x.new_empty(rows.shape[0], 2 * n)
     if g is None or u is None:
         if _is_fused(fused, x, w_gate):
-            operands = d, rows, *weights, *_halves(both, None)
+            operands = d, rows, *_alternating(weights), *_halves(both, None)
             _product(linear_backward_kernel, "glu_linear_backward", operands, rows, w_gate, options, chosen_by(config))
         else:
             g, u = _affine(rows, w_gate, b_gate), _affine(rows, w_up, b_up)
@@ -446,9 +464,18 @@ def _product(
     grid = (triton.cdiv(n_rows, config.block_m) * triton.cdiv(n_columns, config.block_n),)
     taken = (_taken(t) for t in operands)
     kernel[grid](
-        *taken, n_rows, n_columns, *options, k, matmul_precision(rows.dtype),
+        *taken, n_rows, n_columns, k, *options, k % config.block_k == 0, matmul_precision(rows.dtype),
         config.block_m, config.block_n, config.block_k, 8, **config.launch(),
     )  # fmt: skip
+
+
+def _alternating(weights: GluWeights) -> GluWeights:
+    """Weights whose rows a product can read in turn: their columns have one stride, and a multiple of 16 bytes lies
+    between them. Others are copied."""
+    w_gate, w_up, *biases = weights
+    if w_gate.stride(1) != w_up.stride(1) or (w_up.data_ptr() - w_gate.data_ptr()) % 16:
+        w_gate, w_up = (w.clone(memory_format=torch.contiguous_format) for w in (w_gate, w_up))
+    return GluWeights(w_gate, w_up, *biases)
 
 
 def _taken(x: Tensor | None) -> Any:

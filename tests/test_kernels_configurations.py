@@ -71,6 +71,20 @@ def test_products_of_either_maker_agree(fused, recompute, data):
         check_agrees(call, "triton")
 
 
+@pytest.mark.parametrize("k", [24, 5, 1])
+def test_weights_of_a_product_lie_anywhere(k):
+    """Each in strides of its own, an odd number of elements apart, or one before the other in one tensor."""
+    x, (w_gate, w_up) = randn(0, 19, k), (randn(i, 37, k) for i in (1, 2))
+    shifted = torch.empty(w_up.numel() + 1)[1:].view(w_up.shape).copy_(w_up)
+    turned = w_up.mT.contiguous().mT
+    behind, ahead = torch.cat([w_up, w_gate]).split(37)
+    with tables.configured(chosen_by(Config(32, 16, block_k=16)), fuse_glu_linear=True):
+        expected = flashgau.glu_linear(x, w_gate, w_up, backend="triton")
+        for gate, up in ((w_gate, shifted), (w_gate, turned), (ahead, behind)):
+            assert torch.equal(flashgau.glu_linear(x, gate, up, backend="triton"), expected)
+            check_agrees(Call("glu_linear", (x, gate, up), {"recompute": True}), "triton")
+
+
 @pytest.mark.parametrize("config", blocks_of("glu_"), ids=block_name)
 def test_every_shipped_elementwise_block_agrees(config):
     with tables.configured(chosen_by(config)):
