@@ -71,14 +71,16 @@ def test_work_of_a_hot_loop():
     times = {"alone": 100.0, "busy": 40.0}
     loop = HotLoop(9, {}, {"16x8x16": 2}, None, None, None, None, 0, 0, True, 0, 0, 0, times)
     code = clocks.Code(warps=4, resident=1, loops=(loop,), registers=32, shared_bytes=0)
-    done = clocks.work("sm_90", program, counts, code, asked=0)
+    done = clocks.work("sm_90", program, counts, code)
     assert done.flop == 2 * 16 * 8 * 16 * 4 * (3 + 4 + 5 + 6)
     rest = done.alone - 100.0 / 2 * np.array([3, 4, 5, 6])  # the machine code has two iterations in one
     assert len(set(rest.tolist())) == 1
     assert 1 <= rest[0] <= 8
     assert (done.busy - 40.0 / 2 * np.array([3, 4, 5, 6])).tolist() == pytest.approx(rest.tolist())
-    port = clocks.work("sm_90", program, counts, code, asked=4 * 64 * 10_000)
-    assert port.alone.tolist() == port.busy.tolist() == [10_000] * 4
+    longest = done.alone.max() / 1.83e9 / 0.8
+    assert clocks.seconds("sm_90", done, code, 0, 4.32e9) == pytest.approx((longest, 1e-3))
+    through_the_port = clocks.seconds("sm_90", done, code, 4 * 64 * 10_000, 0)
+    assert through_the_port == pytest.approx((10_000 / 1.83e9 / 0.8, 0))
 
 
 def clocks_of(ptx, n, programs):
@@ -204,5 +206,24 @@ def test_panels_count_where_they_leave_the_cache(monkeypatch):
     one = report.Kernel("k", (4, 1, 1), PTX, clocks.Code(4, 1, (), 32, 0), {"n": [("i32", 1)]})
     for size, expected in ((50 * 2**20, (300, 70)), (50 * 2**20 + 1, (370, 0))):
         touched = {"x": Touched(100, 200, 300, 0), "panel": Touched(30, 40, size, 0)}
-        found = report._of_kernel("sm_90", one, (touched, "by hand"))
+        found = report._of_kernel("sm_90", one, report._work("sm_90", one), (touched, "by hand"))
         assert (found["bytes"], found["panel_bytes"]) == expected
+
+
+def test_series_between_whose_ends_work_lies_on_no_line_are_executed(monkeypatch):
+    """Of five launches three are executed, and the others lie between; unless their FLOP do not."""
+    from flashgau.ptx.footprint import Touched
+
+    executed = []
+
+    def footprint(ptx, grid, values):
+        executed.append(grid[0])
+        return {"x": Touched(10 * grid[0], grid[0], 1000, 100 * grid[0])}
+
+    monkeypatch.setattr(report.footprint, "footprint", footprint)
+    series = [report.Kernel("k", (i, 1, 1), "ptx", None, {}) for i in range(1, 6)]
+    for flop, expected in (([1, 2, 3, 4, 5], [1, 3, 5]), ([1, 2, 1, 2, 1], [1, 2, 3, 4, 5])):
+        found = report._touched(series, dict(zip(map(id, series), flop, strict=True)))
+        assert executed == expected
+        assert [found[id(one)][0]["x"] for one in series] == [Touched(10 * i, i, 1000, 100 * i) for i in range(1, 6)]
+        executed.clear()

@@ -110,8 +110,9 @@ def show(rows: list[Row], changes: Changes | None, as_json: bool) -> None:
     console = make_console()
     console.print(table)
     console.print(f"{len(rows)} operations; times are modelled, not measured (docs/tuning.md)")
-    for line in dict.fromkeys(f"{name}: {source}" for row in rows for name, source in row.sources.items()):
-        console.print(line)
+    for name in next((row.sources for row in rows if row.sources), {}):
+        sources = dict.fromkeys(part for row in rows for part in row.sources.get(name, "").split("; ") if part)
+        console.print(f"{name}: {'; '.join(sources)}", soft_wrap=True)
     if changes is not None:
         for line in changes.lines():
             console.print(line)

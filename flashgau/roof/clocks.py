@@ -96,8 +96,8 @@ class Work:
     source: str
 
 
-def work(target: str, program: Program, counts: Array, code: Code, asked: int) -> Work:
-    """From how often each program runs each basic block of the PTX, and the bytes that all ask the caches for."""
+def work(target: str, program: Program, counts: Array, code: Code) -> Work:
+    """From how often each program runs each basic block of the PTX."""
     machine = MACHINES[target]
     flops = np.array(program.flops) * code.warps  # of a program, each time it runs a block
     instructions = np.array([c.total() - c["move"] - c["param load"] for c in program.classes])
@@ -115,8 +115,6 @@ def work(target: str, program: Program, counts: Array, code: Code, asked: int) -
     tensor = (flops * ~hot) @ counts / (2 * machine.macs)
     alone += issue + tensor + (loads & ~hot) @ counts * LATENCY
     busy += np.maximum(issue, tensor)
-    port = asked / PORT / max(1, len(busy))  # as if programs shared them evenly
-    alone, busy = np.maximum(alone, port), np.maximum(busy, port)
     return Work(int((flops @ counts).sum()), alone, busy, in_loops / max(float(alone.sum()), 1e-9), source)
 
 
@@ -158,8 +156,18 @@ def _whole(ratio: float) -> bool:
     return ratio >= 0.999 and abs(ratio - round(ratio)) < 1e-3
 
 
-def seconds(target: str, done: Work, code: Code, bytes_moved: float) -> tuple[float, float]:
-    """Of a launch without its start: on the multiprocessors, and for its bytes; the longer of them is its time."""
+def seconds(target: str, done: Work, code: Code, asked: float, moved: float) -> tuple[float, float]:
+    """Of a launch without its start: on the multiprocessors, and for its bytes; the longer of them is its time.
+
+    Args:
+        target: such as "sm_90".
+        done: what its programs do.
+        code: of its kernel.
+        asked: bytes that all programs together ask the caches for, or write; as if each did as many.
+        moved: bytes to and from HBM.
+    """
     machine = MACHINES[target]
-    clocks = makespan(done.alone.tolist(), done.busy.tolist(), machine.sms, code.resident)
-    return clocks / (1e9 * machine.ghz * SUSTAINED), memory_seconds(target, bytes_moved)
+    port = asked / PORT / max(1, len(done.busy))
+    alone, busy = (np.maximum(x, port).tolist() for x in (done.alone, done.busy))
+    clocks = makespan(alone, busy, machine.sms, code.resident)
+    return clocks / (1e9 * machine.ghz * SUSTAINED), memory_seconds(target, moved)

@@ -117,9 +117,12 @@ def _examined(task: Task) -> Row:
     with recording(target) as found:
         case.run(operands(dtype))
     own = [one for one in found if isinstance(one, Kernel)]
-    touched = _touched(own)
+    done = {id(one): _work(target, one) for one in own}
+    touched = _touched(own, {key: work.flop for key, work in done.items()})
     details = [
-        _of_kernel(target, one, touched[id(one)]) if isinstance(one, Kernel) else _of_pytorch(target, one)
+        _of_kernel(target, one, done[id(one)], touched[id(one)])
+        if isinstance(one, Kernel)
+        else _of_pytorch(target, one)
         for one in found
     ]
     total = {name: sum(d[name] for d in details) for name in ("bytes", "panel_bytes", "flop", "us")}
@@ -136,42 +139,42 @@ def _examined(task: Task) -> Row:
 
 
 def _sources(details: list[dict[str, Any]]) -> dict[str, str]:
-    bytes_from = ", ".join(dict.fromkeys(d["bytes_from"] for d in details))
-    time_from = ", ".join(dict.fromkeys(d["time_from"] for d in details))
+    bytes_from = "; ".join(dict.fromkeys(d["bytes_from"] for d in details))
+    time_from = "; ".join(dict.fromkeys(d["time_from"] for d in details))
     return {
         "launches": "recorded from the launchers",
         "programs": "their grids",
         "bytes": bytes_from,
         "flop": "branches of the compiled code, executed for every program",
-        "ns": f"model: {time_from}, {clocks.START * 1e6:g} us to start each launch",
-        "floor": f"closed formula, {clocks.SUSTAINED:g} of the peak, {clocks.STREAM:g} of the rate of HBM",
+        "ns": f"modelled: {time_from}; {clocks.START * 1e6:g} us to start each launch",
+        "floor": f"closed formula; {clocks.SUSTAINED:g} of the peak, {clocks.STREAM:g} of the rate of HBM",
     }
 
 
 # ---- bytes
 
 
-def _touched(launches: list[Kernel]) -> dict[int, tuple[dict[str, Touched], str]]:
-    """What each launch touches. Of more than three of one kernel the first, the middle and the last are executed: a
-    series over panels covers its sequence step by step, so that what lies between is on a line."""
+def _touched(launches: list[Kernel], flop: dict[int, int]) -> dict[int, tuple[dict[str, Touched], str]]:
+    """What each launch touches. Of more than three of one kernel the first, the middle and the last are executed, if
+    the FLOP of those between lie on a line: a series over panels covers its sequence step by step."""
     series: dict[str, list[Kernel]] = defaultdict(list)
     for one in launches:
         series[one.ptx].append(one)
     found = {}
     for several in series.values():
         last = len(several) - 1
-        chosen = range(last + 1) if last < _SERIES else sorted({0, last // 2, last})
-        known = {i: _footprint(several[i]) for i in chosen}
+        chosen = [0, last // 2, last]
+        work = [flop[id(one)] for one in several]
+        line = np.interp(range(last + 1), chosen, [work[i] for i in chosen])
         source = "addresses of the compiled code, executed"
-        if last >= _SERIES:
+        if last < _SERIES or not np.allclose(work, line, rtol=0, atol=0.02 * max(work)):
+            chosen = list(range(last + 1))
+        else:
             source += f" (of launches {', '.join(str(i + 1) for i in chosen)} of {last + 1}, between them a line)"
+        known = {i: footprint.footprint(several[i].ptx, several[i].grid, several[i].values) for i in chosen}
         for i, one in enumerate(several):
             found[id(one)] = known[i] if i in known else _between(known, i), source
     return found
-
-
-def _footprint(one: Kernel) -> dict[str, Touched]:
-    return footprint.footprint(one.ptx, one.grid, one.values)
 
 
 def _between(known: dict[int, dict[str, Touched]], i: int) -> dict[str, Touched]:
@@ -189,7 +192,12 @@ def _between(known: dict[int, dict[str, Touched]], i: int) -> dict[str, Touched]
 # ---- launches
 
 
-def _of_kernel(target: str, one: Kernel, touched: tuple[dict[str, Touched], str]) -> dict[str, Any]:
+def _work(target: str, one: Kernel) -> clocks.Work:
+    program, counts = footprint.paths(one.ptx, one.grid, one.values)
+    return clocks.work(target, program, counts, one.code)
+
+
+def _of_kernel(target: str, one: Kernel, done: clocks.Work, touched: tuple[dict[str, Touched], str]) -> dict[str, Any]:
     arguments, source = touched
     moved, panels = 0, 0
     for name, x in arguments.items():
@@ -197,10 +205,8 @@ def _of_kernel(target: str, one: Kernel, touched: tuple[dict[str, Touched], str]
             panels += x.read + x.written
         else:
             moved += x.read + x.written
-    program, counts = footprint.paths(one.ptx, one.grid, one.values)
     asked = sum(x.asked for x in arguments.values())
-    done = clocks.work(target, program, counts, one.code, asked)
-    compute, memory = clocks.seconds(target, done, one.code, moved)
+    compute, memory = clocks.seconds(target, done, one.code, asked, moved)
     return {
         "kernel": one.name, "grid": list(one.grid), "programs": one.programs, "resident": one.code.resident,
         "configuration": one.configuration, "registers": one.code.registers, "shared_bytes": one.code.shared_bytes,

@@ -31,14 +31,14 @@ def makespan(alone: Sequence[float], busy: Sequence[float], processors: int, res
 
     Example:
         >>> makespan([10] * 5, [4] * 5, 2, 1), makespan([10] * 5, [4] * 5, 2, 2), makespan([10] * 4, [8] * 4, 2, 2)
-        (30, 20, 16)
+        (30.0, 20.0, 16.0)
     """
     if not len(alone):
         return 0.0
     if min(alone) == max(alone) and min(busy) == max(busy):
         waves, rest = divmod(len(alone), processors * resident)
         last = -(-rest // processors)
-        return waves * max(alone[0], resident * busy[0]) + (max(alone[0], last * busy[0]) if rest else 0.0)
+        return float(waves * max(alone[0], resident * busy[0]) + (max(alone[0], last * busy[0]) if rest else 0))
     machines = [_Multiprocessor() for _ in range(processors)]
     for i in range(min(len(alone), processors * resident)):
         machines[i % processors].left[i] = 1.0
