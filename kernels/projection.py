@@ -161,8 +161,11 @@ def gated_projection_backward(
     angles: Angles = Angles(),
     *,
     config: Config | Choose | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, gamma and beta; those of what was saved are in one tensor, for one product each."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Gradients of x, weight, bias (None without one), gamma and beta.
+
+    Those of what was saved are in one tensor, for one product each.
+    """
     (wide,), (weight, bias, gamma, _, raw_gate) = saved, weights
     dwide = wide.new_empty(wide.shape)
     *halves, z = _parts(wide, weights)
@@ -176,10 +179,11 @@ def gated_projection_backward(
     first, rows = du.shape[-1], x.reshape(-1, x.shape[-1])
     du, dwide = (d.reshape(-1, d.shape[-1]) for d in (du, dwide))
     dx = (dwide @ weight[first:]).addmm_(du, weight[:first])
-    dweight, dbias = weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
+    dweight, dbias = weight.new_empty(weight.shape), None if bias is None else bias.new_empty(bias.shape)
     for d, part in ((du, slice(0, first)), (dwide, slice(first, None))):
         torch.mm(d.T, rows, out=dweight[part])
-        torch.sum(d, 0, out=dbias[part])
+        if dbias is not None:
+            torch.sum(d, 0, out=dbias[part])
     return dx.view(x.shape), dweight, dbias, dgamma, dbeta
 
 
@@ -193,10 +197,11 @@ def projection_forward(
 
 def projection_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *, config: Config | Choose | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of x, weight and bias; None without one."""
     flat = dy.reshape(-1, dy.shape[-1])
-    return (dy @ weight).view(x.shape), flat.T @ x.reshape(-1, x.shape[-1]), flat.sum(0)
+    dbias = None if bias is None else flat.sum(0)
+    return (dy @ weight).view(x.shape), flat.T @ x.reshape(-1, x.shape[-1]), dbias
 
 
 @launcher

@@ -31,7 +31,7 @@ def summed(shares: Tensor, dtype: torch.dtype) -> Tensor:
     """shares (programs, ...), contiguous and in fp32, summed over the programs."""
     out = shares.new_empty(shares.shape[1:], dtype=dtype)
     n_columns = out.numel()
-    columns = min(32, triton.next_power_of_2(n_columns))
+    columns = min(8, triton.next_power_of_2(n_columns))  # 32 bytes, which memory gives at a time
     rows = min(_BLOCK // columns, triton.next_power_of_2(shares.shape[0]))
     sum_kernel[(triton.cdiv(n_columns, columns),)](
         shares, out, shares.shape[0], n_columns, BR=rows, BC=columns, **FUSED_ADDITION

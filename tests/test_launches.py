@@ -25,7 +25,7 @@ def outside(found: list[tuple[str, str]]) -> list[str]:
 # The way in (two products, silu of v, the heads), the way out (a product, the residual), and the norm.
 FORWARD = ["norm_kernel", "addmm", "addmm", "silu_kernel", "heads_kernel", "addmm", "add_"]
 BACKWARD = [
-    *("mm", "mm", "sum"),  # of the way out: its input, weight and bias
+    *("sum", "mm", "mm"),  # of the way out: its bias, input and weight
     *("silu_backward_kernel", "heads_backward_kernel", "sum_kernel"),
     *("mm", "addmm_", "mm", "sum", "mm", "sum"),  # of the way in: both halves of its input, weight and bias
     *("norm_backward_kernel", "sum_kernel"),
