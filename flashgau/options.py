@@ -108,6 +108,19 @@ class MixedChunkOptions(NamedTuple):
         """Of the local scores."""
         return float(self.chunk_size if self.quad_normalizer is None else self.quad_normalizer)
 
+    def kept_states(self, quad_q: Tensor, v: Tensor, layout: Layout) -> Optional[tuple[int, int, int]]:
+        """The shape of the states that kernels keep for the backward; None where these would be larger than v.
+
+        Not causal, a sequence has one, else each of its chunks; what is not kept is summed again.
+        """
+        (batch, n, e), s, ends = v.shape, quad_q.shape[-1], layout.cu_seqlens
+        if not self.causal:
+            return batch if ends is None else ends.shape[0] - 1, s, e
+        if s > self.chunk_size:
+            return None
+        chunks = batch * -(-n // self.chunk_size) if ends is None else n // self.chunk_size + ends.shape[0] + 1
+        return chunks, s, e
+
 
 class OpenChunk(NamedTuple):
     """What causal sequences remember between two tokens: closed chunks as KV, keys and values of the open one."""

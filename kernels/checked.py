@@ -187,7 +187,7 @@ def _mixed_chunk(
 
 def _mixed_chunk_backward(
     args: Arguments, dout: Tensor, dkv: Tensor | None, heads: MixedChunkHeads, v: Tensor, gate: Tensor | None,
-    product: Tensor | None, layout: Layout, options: MixedChunkOptions,
+    product: Tensor | None, layout: Layout, options: MixedChunkOptions, chunk_states: Tensor | None,
 ) -> None:  # fmt: skip
     _mixed_chunk(args, heads, v, gate, layout, options)
     args.tensor("dout", dout, "B N E")
@@ -196,6 +196,9 @@ def _mixed_chunk_backward(
     if dkv is not None:
         args.sizes["G"] = _count(args, layout)
         args.per_head("dkv", dkv, "G S E")
+    kept = options.kept_states(heads[0], v, layout)
+    if chunk_states is not None and tuple(chunk_states.shape) != kept:
+        args.fail("chunk_states", f"has shape {tuple(chunk_states.shape)}", f"{kept}, as the forward kept them")
 
 
 def _mixed_chunk_step(

@@ -27,15 +27,13 @@ from .common import (
 )
 from .gated import bias_rule, precisions, prologue, room_for_panel, rows, sums_like
 from .mixed_chunk_kernels import (
-    States,
     carry_kernel,
     close_kernel,
     dbias_kernel,
     gradient_kernel,
     heads_kernel,
-    linear_kernel,
     probs_kernel,
-    product_kernel,
+    scan_kernel,
     states_kernel,
     step_kernel,
 )
@@ -47,11 +45,13 @@ _EXTENTS = {
     "fused": "CEC",
     "product": "CEC",
     "gradient": "CCE",
-    "linear": "CSE",
     "heads": "CC",
 }
 _PANEL_UNIT = 128  # tokens: blocks of a panel must divide it
+_PANEL_BYTES = 2**28  # of the panels of A; more only where they are no larger than the values
 _FUSED_TILES = 1  # of columns; up to it, recomputing A for each tile is cheaper than storing it
+_MOST_SEGMENTS = 32  # of a sequence
+_SEGMENT_PRICE = 1.25  # what summing segments ahead makes of the time of a scan
 
 
 class _ChunkCall(NamedTuple):
@@ -72,12 +72,28 @@ class _ChunkCall(NamedTuple):
     factors: str  # of products of weights and states, see `factors`
     slots: int
     n_chunks: int  # slots of a row
-    segments: tuple[int, int]  # of a row; and how many chunks a segment has
+    n_segments: int  # slots of a row
+    chunks_per_segment: int
+    n_parts: int  # programs that share the rows of a chunk
     rows: int  # of the batch that have their own slots: 1 when packed
 
     @property
     def causal(self) -> bool:
         return self.rule[1] is not None
+
+    @property
+    def packed(self) -> bool:
+        return self.sequences.cu_seqlens_q is not None
+
+    @property
+    def single(self) -> bool:
+        """Whether a sequence is one segment."""
+        return self.n_segments * self.rows == self.sequences.n_sequences + (2 if self.packed else 0)
+
+    @property
+    def scans_only(self) -> bool:
+        """Whether no sum is needed before a scan."""
+        return self.causal and self.single
 
     @property
     def width(self) -> int:
@@ -94,6 +110,14 @@ class _ChunkCall(NamedTuple):
         """The largest chunk as whole blocks of any size."""
         unit = min(_PANEL_UNIT, max(16, triton.next_power_of_2(self.largest_chunk)))
         return triton.cdiv(self.largest_chunk, unit) * unit
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether A is made where it is multiplied, rather than read from panels."""
+        if triton.cdiv(self.size["E"], self.config("fused").block_n) <= _FUSED_TILES:
+            return True
+        panels = self.slots * self.panel_width**2 * self.probs_like.element_size()
+        return panels > max(_PANEL_BYTES, self.tokens.numel() * self.tokens.element_size())
 
     def config(self, kernel: str) -> Config:
         """How a kernel is launched; no block is larger than its axis."""
@@ -117,45 +141,36 @@ def mixed_chunk_attention_forward(
     save: bool = False,
     *,
     config: Config | Choose | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Output (B, N, E); KV (G, S, E) of closed chunks; the ungated sum of both parts if `save` and there is a gate."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Output (B, N, E); KV (G, S, E) of closed chunks; and with `save` what the backward reads: the ungated sum of both
+    parts if there is a gate, and the states if they are kept."""
     (quad_q, quad_k, lin_q, lin_k), initial_kv = heads, options.initial_kv
     out = v.new_empty(v.shape)
     product = v.new_empty(v.shape) if save and gate is not None else None
     call = _call(quad_q, v, layout, options, chosen_by(config))
+    kept = options.kept_states(quad_q, v, layout) if save else None
+    states = None if kept is None else call.probs_like.new_empty(kept)
     if v.numel() == 0:
-        return out, _untouched(call, initial_kv), product
-    states, kv = _sum_states(call, lin_k, v, initial_kv, backward=False)
-    if triton.cdiv(v.shape[-1], call.config("fused").block_n) <= _FUSED_TILES:
-        _multiply(call, quad_q, quad_k, lin_q, v, None, states, gate, product, out, range(call.slots), backward=False)
-        return out, kv, product
-    config, wide = call.config("weights"), call.panel_width
-    panel, step = room_for_panel(call.probs_like, wide * wide, call.slots)
-    for first in range(0, call.slots, step):
-        count = min(step, call.slots - first)
-        probs_kernel[(count * (wide // config.block_m) * (wide // config.block_n),)](
-            rows(quad_q), rows(quad_k), panel, *call.sequences, *call.rule, call.n_chunks, first,
-            Sizes(
-                C=options.chunk_size, S=call.size["S"], BS=call.width, BM=config.block_m, BN=config.block_n, WIDTH=wide,
-                PRECISION=call.precision,
-            ),
-            SCORE=options.score, **config.launch(),
-        )  # fmt: skip
-        _multiply(
-            call,
-            quad_q,
-            quad_k,
-            lin_q,
-            v,
-            panel,
-            states,
-            gate,
-            product,
-            out,
-            range(first, first + count),
-            backward=False,
-        )
-    return out, kv, product
+        return out, _untouched(call, initial_kv), product, states
+    starts, kv, states = _starts(call, lin_k, v, initial_kv, states, backward=False)
+    panel = _panel(call, quad_q, quad_k)
+    _scan(
+        call,
+        quad_q,
+        quad_k,
+        lin_q,
+        lin_k,
+        v,
+        panel,
+        starts,
+        states if call.causal else None,
+        kv if call.causal else None,
+        gate,
+        product,
+        out,
+        backward=False,
+    )
+    return out, kv, product, states
 
 
 @launcher
@@ -168,10 +183,14 @@ def mixed_chunk_attention_backward(
     product: Tensor | None,
     layout: Layout = Layout(),
     options: MixedChunkOptions = MixedChunkOptions(),
+    chunk_states: Tensor | None = None,
     *,
     config: Config | Choose | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias (B, 2P-1) and initial_kv (None without it)."""
+    """Gradients of quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias (B, 2P-1) and initial_kv (None without it).
+
+    `chunk_states` are those that the forward kept, or None to sum them again.
+    """
     (quad_q, quad_k, lin_q, lin_k), rel_bias, initial_kv = heads, options.rel_bias, options.initial_kv
     call = _call(quad_q, v, layout, options, chosen_by(config))
     dquad_q, dquad_k, dlin_q, dlin_k, dv = (t.new_empty(t.shape) for t in (quad_q, quad_k, lin_q, lin_k, v))
@@ -180,45 +199,68 @@ def mixed_chunk_attention_backward(
         dbias = rel_bias.new_zeros(rel_bias.shape) if rel_bias is not None else None
         dinitial = _untouched(call, dkv) if initial_kv is not None else None
         return dquad_q, dquad_k, dlin_q, dlin_k, dv, dgate, dbias, dinitial
-    product = product if gate is not None else None
-    dx, _ = prologue(call.sequences, dout, gate, product, dgate, options.gate_activation, call.choose)
-    states, _ = _sum_states(call, lin_k, v, initial_kv, backward=False)
-    dstates, dinitial = _sum_states(call, lin_q, dx, dkv, backward=True)
-    _linear(call, dx, states, dlin_q, backward=False)
-    _linear(call, v, dstates, dlin_k, backward=True)
+    gated = None
+    if gate is None or product is None:
+        dx = dout
+    elif call.scans_only:
+        dx, _ = prologue(call.sequences, dout, gate, product, dgate, call.gate_activation, call.choose)
+    else:  # where dX is summed, it is made, too
+        dx, gated = dout.new_empty(dout.shape), (dout, gate, product, dgate)
+    states = chunk_states
+    if states is None:
+        states = _states(call, quad_q, quad_k, lin_q, lin_k, v, initial_kv)
+    dstates = call.probs_like.new_empty(call.slots, call.size["S"], call.size["E"]) if call.causal else None
+    starts, dinitial, dstates = _starts(call, lin_q, dx, dkv, dstates, gated, backward=True)
+    _scan(
+        call,
+        quad_q,
+        quad_k,
+        lin_k,
+        lin_q,
+        dx,
+        _panel(call, quad_q, quad_k),
+        starts,
+        dstates if call.causal else None,
+        dinitial if call.causal and initial_kv is not None else None,
+        None,
+        None,
+        dv,
+        backward=True,
+    )
 
     config, of_heads, wide = call.config("gradient"), call.config("heads"), call.panel_width
-    total = v.new_zeros(v.shape[0], wide, wide, dtype=torch.float32) if rel_bias is not None else None
-    panels, step = room_for_panel(call.probs_like, 2 * wide * wide, call.slots)
-    panel, dpanel = panels.view(2, -1)
+    total, n_parts, block = None, 1, min(64, wide & -wide)
+    if rel_bias is not None:
+        blocks = v.shape[0] * (wide // block) ** 2
+        n_parts = min(call.n_chunks, triton.cdiv(2 * processors(v.device), blocks))
+        total = v.new_zeros(v.shape[0], n_parts, wide, wide, dtype=torch.float32)
+    dpanel, step = room_for_panel(call.probs_like, wide * wide, call.slots)
     sizes: dict[str, Any] = {"C": options.chunk_size, "S": call.size["S"], "BS": call.width, "WIDTH": wide}
-    blocks = {"BM": config.block_m, "BN": config.block_n, "BK": config.block_k}
+    programs = (wide // config.block_m) * (wide // config.block_n)
+    programs += 2 * triton.cdiv(options.chunk_size, config.block_m) * triton.cdiv(call.size["S"], config.block_n)
     for first in range(0, call.slots, step):
         count = min(step, call.slots - first)
-        gradient_kernel[(count * (wide // config.block_m) * (wide // config.block_n),)](
-            rows(quad_q), rows(quad_k), rows(v), rows(dx), panel, dpanel, *call.sequences, *call.rule, call.n_chunks,
-            first, Sizes(**sizes, E=call.size["E"], **blocks, PRECISION=call.precision),
+        gradient_kernel[(count * programs,)](
+            rows(quad_q), rows(quad_k), rows(v), rows(dx), states, dstates, rows(dlin_q), rows(dlin_k), dpanel,
+            *call.sequences, *call.rule, call.n_chunks, first,
+            Sizes(
+                **sizes, E=call.size["E"], BM=config.block_m, BN=config.block_n, BK=config.block_k,
+                PRECISION=call.precision, FACTORS=call.factors,
+            ),
             SCORE=options.score, **config.launch(),
         )  # fmt: skip
-        _multiply(
-            call, quad_q, quad_k, lin_k, dx, panel, dstates, None, None, dv, range(first, first + count), backward=True
-        )
         heads_kernel[(count * triton.cdiv(options.chunk_size, of_heads.block_m),)](
             rows(quad_q), rows(quad_k), rows(dquad_q), rows(dquad_k), dpanel, *call.sequences, *call.rule[:2],
             call.n_chunks, first, Sizes(**sizes, BM=of_heads.block_m, BN=of_heads.block_n, FACTORS=call.factors),
             **of_heads.launch(),
         )  # fmt: skip
         if total is not None:
-            batch = (
-                (0, 0)
-                if layout.cu_seqlens is not None
-                else (first // call.n_chunks, (first + count - 1) // call.n_chunks)
-            )
-            dbias_kernel[((batch[1] - batch[0] + 1) * (wide // 16) ** 2,)](
-                dpanel, total, *call.sequences, call.n_chunks, first, first + count, batch[0],
-                C=options.chunk_size, BLOCK=16, WIDTH=wide, **FUSED_ADDITION,
+            batch = (0, 0) if call.packed else (first // call.n_chunks, (first + count - 1) // call.n_chunks)
+            dbias_kernel[((batch[1] - batch[0] + 1) * n_parts * (wide // block) ** 2,)](
+                dpanel, total, *call.sequences, call.n_chunks, n_parts, first, first + count, batch[0],
+                C=options.chunk_size, BLOCK=block, WIDTH=wide, **FUSED_ADDITION,
             )  # fmt: skip
-    dbias = _along_diagonals(total, rel_bias.shape[-1]) if total is not None and rel_bias is not None else None
+    dbias = _along_diagonals(total.sum(1), rel_bias.shape[-1]) if total is not None and rel_bias is not None else None
     dinitial = dinitial if initial_kv is not None else None
     return dquad_q, dquad_k, dlin_q, dlin_k, dv, dgate, sums_like(dbias, rel_bias), dinitial
 
@@ -280,28 +322,30 @@ def _call(quad_q: Tensor, v: Tensor, layout: Layout, options: MixedChunkOptions,
         factors=factors,
         slots=n_chunks * separate,
         n_chunks=n_chunks,
-        segments=(0, 0),
+        n_segments=0,
+        chunks_per_segment=0,
+        n_parts=1,
         rows=separate,
     )
     if v.numel() == 0:
         return call
-    # As many segments as let every processor have two tiles; one for each sequence, if that is enough.
-    wanted = triton.cdiv(2 * processors(v.device), _tiles(call))
-    chunks_per_segment = triton.cdiv(call.slots, wanted)
-    if chunks_per_segment >= n_chunks:
-        chunks_per_segment = n // chunk_size + 1
-    n_segments = blocks_of(sequences, n, 1, chunk_size * chunks_per_segment, rest=False)
-    return call._replace(segments=(n_segments, chunks_per_segment))
+    config = call.config("product")
+    programs, ready = separate * triton.cdiv(e, config.block_n), processors(v.device)
+
+    def time(segments: int) -> float:
+        """Of a scan through so many segments of each row, in waves of as many programs as run together."""
+        waves = triton.cdiv(programs * segments, ready)
+        return waves * triton.cdiv(n_chunks, segments) * (_SEGMENT_PRICE if segments > 1 else 1)
+
+    segments = min(range(1, min(n_chunks, _MOST_SEGMENTS) + 1), key=time)
+    chunks_per_segment = triton.cdiv(n_chunks, segments) if segments > 1 else n // chunk_size + 1
+    n_segments = blocks_of(sequences, n, 1, chunk_size * chunks_per_segment)
+    parts = min(triton.cdiv(call.largest_chunk, config.block_m), ready // (programs * segments))
+    return call._replace(n_segments=n_segments, chunks_per_segment=chunks_per_segment, n_parts=max(1, parts))
 
 
 def _lin_inv_norm(options: MixedChunkOptions) -> float | None:
     return None if options.lin_normalizer == "tokens" else 1 / float(options.lin_normalizer)
-
-
-def _tiles(call: _ChunkCall) -> int:
-    """How many programs sum one state."""
-    config = call.config("states")
-    return triton.cdiv(call.size["S"], config.block_m) * triton.cdiv(call.size["E"], config.block_n)
 
 
 def _untouched(call: _ChunkCall, start: Tensor | None) -> Tensor:
@@ -310,69 +354,105 @@ def _untouched(call: _ChunkCall, start: Tensor | None) -> Tensor:
     return kv if start is None else kv.copy_(start)
 
 
-def _sum_states(
-    call: _ChunkCall, x: Tensor, y: Tensor, start: Tensor | None, *, backward: bool
-) -> tuple[States, Tensor]:
-    """The sums of x^T y that chunks read, and the sum (G, S, E) of `start` and all of them."""
-    s, e, count = call.size["S"], call.size["E"], call.sequences.n_sequences
-    n_segments, chunks_per_segment = call.segments
+def _starts(
+    call: _ChunkCall,
+    lin: Tensor,
+    x: Tensor,
+    start: Tensor | None,
+    states: Tensor | None,
+    gated: tuple[Tensor | None, ...] | None = None,
+    *,
+    backward: bool,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """What scans start from, where they put the sum (G, S, E) of `start` and all lin^T x, and the states.
+
+    Not causal, there is one state for each sequence, which is summed here. x is written here, and the last of `gated`,
+    if that is given: dO, gate, X and dGate.
+    """
+    (s, e), count = (call.size["S"], call.size["E"]), call.sequences.n_sequences
+    start = None if start is None else start.float().contiguous()
+    result = x.new_empty(count, s, e, dtype=torch.float32)
+    if call.scans_only:
+        return start, result, states
     config = call.config("states")
-    running = call.probs_like.new_empty(call.slots, s, e) if call.causal else None
-    totals = y.new_empty(n_segments * call.rows, s, e, dtype=torch.float32)
-    states_kernel[(totals.shape[0] * _tiles(call),)](
-        rows(x), rows(y), running, totals, call.closed_tokens, *call.sequences, call.lin_inv_norm, call.n_chunks,
-        n_segments, chunks_per_segment,
-        Sizes(**call.size, BS=config.block_m, BE=config.block_n, BK=config.block_k, PRECISION=call.precision),
+    totals = x.new_empty(call.n_segments * call.rows, s, e, dtype=torch.float32)
+    tiles = triton.cdiv(s, config.block_m) * triton.cdiv(e, config.block_n)
+    states_kernel[(totals.shape[0] * tiles,)](
+        rows(lin), rows(x), *map(rows, gated or [None] * 4), totals, call.closed_tokens, *call.sequences,
+        call.lin_inv_norm, call.n_segments, call.chunks_per_segment,
+        Sizes(
+            **call.size, BS=config.block_m, BE=config.block_n, BK=config.block_k, GATE=call.gate_activation,
+            PRECISION=call.precision,
+        ),
         CAUSAL=call.causal, BACKWARD=backward, **config.launch(),
     )  # fmt: skip
-    if start is None and totals.shape[0] == count:  # a sequence's only segment is all of it
-        return States(running, None if call.causal else totals), totals
-    result = totals.new_empty(count, s, e)
+    if not call.causal and states is None:
+        states = call.probs_like.new_empty(count, s, e)
     carry_kernel[(count * triton.cdiv(s * e, 1024),)](
-        totals, None if start is None else start.float().contiguous(), result, *call.sequences, n_segments,
-        call.size["C"] * chunks_per_segment, SIZE=s * e, BLOCK=1024, BACKWARD=backward, **FUSED_ADDITION,
+        totals, start, result, None if call.causal else states, *call.sequences, call.lin_inv_norm, call.n_segments,
+        call.size["C"] * call.chunks_per_segment,
+        SIZE=s * e, BLOCK=1024, CAUSAL=call.causal, BACKWARD=backward, **FUSED_ADDITION,
     )  # fmt: skip
-    return States(running, totals if call.causal else result), result
+    return totals if call.causal else states, result, states
 
 
-def _multiply(
+def _states(
+    call: _ChunkCall, quad_q: Tensor, quad_k: Tensor, lin_q: Tensor, lin_k: Tensor, v: Tensor, initial: Tensor | None
+) -> Tensor | None:
+    """The states that chunks read."""
+    states = call.probs_like.new_empty(call.slots, call.size["S"], call.size["E"]) if call.causal else None
+    starts, _, states = _starts(call, lin_k, v, initial, states, backward=False)
+    if call.causal:
+        none = None
+        _scan(call, quad_q, quad_k, lin_q, lin_k, v, none, starts, states, none, none, none, none, backward=False)
+    return states
+
+
+def _panel(call: _ChunkCall, quad_q: Tensor, quad_k: Tensor) -> Tensor | None:
+    """A of all chunks; None where it is made as it is multiplied."""
+    if call.is_fused:
+        return None
+    config, wide = call.config("weights"), call.panel_width
+    panel = call.probs_like.new_empty(call.slots * wide * wide)
+    probs_kernel[(call.slots * (wide // config.block_m) * (wide // config.block_n),)](
+        rows(quad_q), rows(quad_k), panel, *call.sequences, *call.rule, call.n_chunks,
+        Sizes(
+            C=call.size["C"], S=call.size["S"], BS=call.width, BM=config.block_m, BN=config.block_n, WIDTH=wide,
+            PRECISION=call.precision,
+        ),
+        SCORE=call.score, **config.launch(),
+    )  # fmt: skip
+    return panel
+
+
+def _scan(
     call: _ChunkCall,
     quad_q: Tensor,
     quad_k: Tensor,
-    lin: Tensor,
+    reader: Tensor,
+    summed: Tensor,
     x: Tensor,
     panel: Tensor | None,
-    states: States,
+    starts: Tensor | None,
+    states: Tensor | None,
+    result: Tensor | None,
     gate: Tensor | None,
     product: Tensor | None,
-    out: Tensor,
-    slots: range,
+    out: Tensor | None,
     *,
     backward: bool,
 ) -> None:
-    """Start `product_kernel` for some slots."""
+    """Start `scan_kernel`."""
     config = call.config("fused" if panel is None else "product")
-    across = triton.cdiv(call.size["E"], config.block_n) * triton.cdiv(call.size["C"], config.block_m)
-    product_kernel[(len(slots) * across,)](
-        rows(quad_q), rows(quad_k), rows(lin), rows(x), panel, states, rows(gate), rows(product), rows(out),
-        call.closed_tokens, *call.sequences, *call.rule, call.lin_inv_norm, call.n_chunks, *call.segments, slots.start,
+    scan_kernel[(call.n_segments * call.rows * call.n_parts * triton.cdiv(call.size["E"], config.block_n),)](
+        rows(quad_q), rows(quad_k), rows(reader), rows(summed), rows(x), panel, starts, states, result, rows(gate),
+        rows(product), rows(out), call.closed_tokens, *call.sequences, *call.rule, call.lin_inv_norm, call.n_chunks,
+        call.n_segments, call.chunks_per_segment, call.n_parts,
         Sizes(
             **call.size, BS=call.width, BM=config.block_m, BE=config.block_n, BK=config.block_k,
             WIDTH=call.panel_width, GATE=call.gate_activation, PRECISION=call.precision, FACTORS=call.factors,
         ),
         SCORE=call.score, CONTINUED=call.initial is not None, BACKWARD=backward, **config.launch(),
-    )  # fmt: skip
-
-
-def _linear(call: _ChunkCall, x: Tensor, states: States, out: Tensor, *, backward: bool) -> None:
-    """Start `linear_kernel` for all slots."""
-    config = call.config("linear")
-    across = triton.cdiv(call.size["S"], config.block_n) * triton.cdiv(call.size["C"], config.block_m)
-    linear_kernel[(call.slots * across,)](
-        rows(x), states, rows(out), call.closed_tokens, *call.sequences, call.lin_inv_norm, call.n_chunks,
-        *call.segments,
-        Sizes(**call.size, BM=config.block_m, BN=config.block_n, BK=config.block_k, FACTORS=call.factors),
-        CAUSAL=call.causal, BACKWARD=backward, **config.launch(),
     )  # fmt: skip
 
 

@@ -1,24 +1,24 @@
 """FLASH's mixed chunk attention (Hua et al. 2022, section 3.2): O = act(gate) * (A V + lin_Q KV / n), chunk by chunk.
 
 A is local, C x C for each chunk of C tokens; KV (S, E) is the sum of lin_K^T V over the chunks before (all chunks, if
-not causal). Once each chunk's KV is known, all chunks are independent:
+not causal). A sequence is cut into segments of whole chunks, only as many as it takes to fill the device:
 
-    states    sums of lin_K^T V, over the chunks of a segment, one state stored per chunk (before adding it)
-    carry     the segments' totals, summed over the segments before; none if a sequence is one segment
-    probs     A of some chunks to a panel in the L2 cache (values of one tile of columns: computed in `product`)
-    product   [lin_Q | A] [KV ; V] as one product, with the gate as its epilogue
+    states    a segment's sum of lin_K^T V; none if a sequence is one segment
+    carry     the segments' sums become the sums over all segments before
+    probs     A of all chunks to panels (values of one tile of columns: computed in `scan`)
+    scan      through a segment's chunks with a tile of KV in registers: [lin_Q | A] [KV / n ; V], with the gate as its
+              epilogue, then KV += lin_K^T V
 
-The backward sums in reverse order: dKV is the sum of lin_Q^T dX / n over the chunks after.
+The backward scans in reverse order: dKV is the sum of lin_Q^T dX / n over the chunks after.
 
-    prologue  dX = act(gate) * dO, dGate = X * dO * act'(gate)
-    states, carry   KV again, and dKV
-    linear    dlin_Q = dX KV^T / n and dlin_K = V dKV^T
-    gradient  A^T and dS of some chunks to panels, from dA = dX V^T
-    product   dV = [lin_K | A^T] [dKV ; dX]
-    heads     dquad_Q and dquad_K from dS; the bias's gradient is summed over chunks, and then along diagonals
+    states, carry   dKV between segments; on the way dX = act(gate) * dO and dGate = X * dO * act'(gate)
+    prologue        these two if a sequence is one segment
+    probs, scan     dV = [lin_K | A^T] [dKV ; dX]; each chunk's dKV is stored
+    gradient        dS of some chunks to panels, from dA = dX V^T; beside it dlin_Q = dX KV^T / n, dlin_K = V dKV^T
+    heads           dquad_Q and dquad_K from dS; the bias's gradient is summed over chunks, and then along diagonals
 
 A slot is an index of chunks: a sequence of n tokens has ceil(n / C) consecutive slots; between packed sequences there
-may be an empty one. Each sum has one writer, so that results are bitwise repeatable.
+may be an empty one. Slots of segments likewise. Each sum has one writer, so that results are bitwise repeatable.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ from .gated import (
     scores,
     store_tile,
 )
-from .glu import activate
+from .glu import activate, gated_backward
 from .guarded import guarded
 
-# ---------------------------------------------------------------- chunks
+# ---------------------------------------------------------------- chunks and segments
 
 
 class Chunk(NamedTuple):
@@ -68,11 +68,24 @@ class Chunk(NamedTuple):
     of: Any  # tokens of the sequence
 
 
-class States(NamedTuple):
-    """What chunks read: the sums of their segment before them, and the sums before the segment."""
+class Segment(NamedTuple):
+    """A segment: its sequence with batch row and first token, its ordinal in it, and which of its chunks it has."""
 
-    running: Any  # pointer to (slots, S, E); None if not causal
-    base: Any  # pointer to (segments, S, E), or to (sequences, S, E) if not causal; None: nothing to add
+    sequence: Any
+    row: Any
+    first: Any
+    of: Any  # tokens of the sequence
+    stored: Any  # rows of results to write for the sequence, including padding
+    ordinal: Any
+    first_chunk: Any
+    chunks: Any  # how many, those of padding alone included
+
+
+@triton.jit
+def chunk_of(i_seq, i_chunk, row, first, n, stored, C: tl.constexpr):
+    """A chunk of a sequence."""
+    tokens = tl.minimum(tl.maximum(n - i_chunk * C, 0), C)
+    return Chunk(i_seq, i_chunk, row, first + i_chunk * C, tokens, tl.minimum(stored - i_chunk * C, C), n)
 
 
 @triton.jit
@@ -80,24 +93,57 @@ def chunk_at(i_slot, n_chunks, sequences, C: tl.constexpr):
     """The chunk in a slot."""
     i_chunk, _, i_seq = place(i_slot, n_chunks, 1, sequences, sequences.cu_seqlens_q, sequences.max_seqlen_q, 1, C)
     row, first, n, stored, _, _, _ = bounds(sequences, i_seq)
-    tokens = tl.minimum(tl.maximum(n - i_chunk * C, 0), C)
-    stored = tl.minimum(stored - i_chunk * C, C)
-    return Chunk(i_seq, i_chunk, row, first + i_chunk * C, tokens, stored, n)
+    return chunk_of(i_seq, i_chunk, row, first, n, stored, C)
 
 
 @triton.jit
-def inverse_divisor(inv_norm, closed_tokens, i_seq, i_chunk, n, C: tl.constexpr, CAUSAL: tl.constexpr):
-    """1 / n of a chunk's global part: as given, or 1 over the tokens that were summed."""
+def segment_at(i_slot, n_segments, chunks_per_segment, sequences, C: tl.constexpr):
+    """The segment in a slot."""
+    span = C * chunks_per_segment
+    ordinal, _, i_seq = place(i_slot, n_segments, 1, sequences, sequences.cu_seqlens_q, sequences.max_seqlen_q, 1, span)
+    row, first, n, stored, _, _, _ = bounds(sequences, i_seq)
+    first_chunk = ordinal * chunks_per_segment
+    chunks = tl.maximum(tl.minimum(tl.cdiv(stored, C) - first_chunk, chunks_per_segment), 0)
+    return Segment(i_seq, row, first, n, stored, ordinal, first_chunk, chunks)
+
+
+@triton.jit
+def chunk_in(segment, i, C: tl.constexpr, BACKWARD: tl.constexpr):
+    """The chunk that a scan comes to after i others of its segment."""
+    i_chunk = segment.first_chunk + i
+    if BACKWARD:
+        i_chunk = segment.first_chunk + segment.chunks - 1 - i
+    return chunk_of(segment.sequence, i_chunk, segment.row, segment.first, segment.of, segment.stored, C)
+
+
+@triton.jit
+def is_last(segment, chunks_per_segment, C: tl.constexpr, BACKWARD: tl.constexpr):
+    """Whether scans end with this segment: it is the last that has tokens; BACKWARD the first."""
+    last = 0
+    if not BACKWARD:
+        last = tl.maximum(tl.cdiv(segment.of, C * chunks_per_segment), 1) - 1
+    return segment.ordinal == last
+
+
+@triton.jit
+def inverse_divisor(n, inv_norm):
+    """1 / n of a global part: as given, or 1 over the tokens that were summed."""
     if inv_norm is not None:
         result = inv_norm
-    elif CAUSAL:
-        before = tl.cast(i_chunk * C, tl.int64)
-        if closed_tokens is not None:
-            before += tl.load(closed_tokens + i_seq, mask=n > 0, other=0)
-        result = 1.0 / tl.maximum(before, 1).to(tl.float32)
     else:
         result = 1.0 / tl.maximum(n, 1).to(tl.float32)
     return result
+
+
+@triton.jit
+def chunk_divisor(chunk, inv_norm, closed_tokens, C: tl.constexpr, CAUSAL: tl.constexpr):
+    """1 / n of a chunk."""
+    n = chunk.of
+    if CAUSAL:
+        n = tl.cast(chunk.ordinal * C, tl.int64)
+        if closed_tokens is not None:
+            n += tl.load(closed_tokens + chunk.sequence, mask=chunk.of > 0, other=0)
+    return inverse_divisor(n, inv_norm)
 
 
 @triton.jit
@@ -107,111 +153,132 @@ def state_pointers(states, i_state, o_row, o_column, S: tl.constexpr, E: tl.cons
     return p_row[:, None] + o_column[None, :]
 
 
-@triton.jit
-def load_state(states, i_state, i_base, o_row, o_column, SIZES: tl.constexpr):
-    """A tile of the state that a chunk reads: the sum within its segment plus the sum before the segment."""
-    mask = (o_row < SIZES.S)[:, None] & (o_column < SIZES.E)[None, :]
-    if states.running is None:
-        p_base = state_pointers(states.base, i_base, o_row, o_column, SIZES.S, SIZES.E)
-        b_state = tl.load(p_base, mask=mask, other=0.0)
-    else:
-        p_running = state_pointers(states.running, i_state, o_row, o_column, SIZES.S, SIZES.E)
-        b_state = tl.load(p_running, mask=mask, other=0.0)
-        if states.base is not None:
-            p_base = state_pointers(states.base, i_base, o_row, o_column, SIZES.S, SIZES.E)
-            b_base = tl.load(p_base, mask=mask, other=0.0)
-            b_state = (b_state.to(tl.float32) + b_base).to(states.running.dtype.element_ty)
-    return b_state
-
-
-@triton.jit
-def base_of(chunk, sequences, n_segments, chunks_per_segment, C: tl.constexpr, CAUSAL: tl.constexpr):
-    """Which base a chunk's state adds to: that of its segment, or the sum over its whole sequence."""
-    i_base = chunk.sequence
-    if CAUSAL:
-        i_base = first_slot(sequences, chunk.sequence, n_segments, C * chunks_per_segment)
-        i_base += chunk.ordinal // chunks_per_segment
-    return i_base
-
-
 # ---------------------------------------------------------------- states
+
+
+@triton.jit
+def summed_tokens(chunk, C: tl.constexpr, CAUSAL: tl.constexpr, BACKWARD: tl.constexpr):
+    """How many of a chunk's tokens enter the sum: an incomplete chunk is not added to the state, but dX of it is."""
+    tokens = chunk.tokens
+    if CAUSAL and not BACKWARD:
+        tokens = tl.where(tokens == C, tokens, 0)
+    return tokens
+
+
+@triton.jit
+def chunk_sum(lin, x, chunk, tokens, o_row, o_column, SIZES: tl.constexpr):
+    """A tile of lin^T x over the first tokens of a chunk.
+
+    Tensor cores truncate accumulators: one per chunk, to be added in fp32.
+    """
+    p_lin, p_x = row_pointers(lin, chunk.row, 0, chunk.first), row_pointers(x, chunk.row, 0, chunk.first)
+    b_own = tl.zeros([SIZES.BS, SIZES.BE], tl.float32)
+    for j in range(0, tokens, SIZES.BK):
+        o_token = j + tl.arange(0, SIZES.BK)
+        o_there = tl.cast(o_token, tl.int64)
+        b_lin = load_tile(lin, p_lin + o_there * lin.token, o_token < tokens, o_row, SIZES.S, SIZES.BS)
+        b_x = load_tile(x, p_x + o_there * x.token, o_token < tokens, o_column, SIZES.E, SIZES.BE)
+        b_own = tl.dot(b_lin.T, b_x, b_own, input_precision=SIZES.PRECISION)
+    return b_own
+
+
+@triton.jit
+def gated_chunk_sum(lin, dout, gate, product, dx, dgate, chunk, stores, o_row, o_column, SIZES: tl.constexpr):
+    """A tile of lin^T dX over a chunk; who `stores` writes dX = act(gate) * dO and dGate on the way."""
+    b_own = tl.zeros([SIZES.BS, SIZES.BE], tl.float32)
+    for j in range(0, chunk.stored, SIZES.BK):
+        o_token = j + tl.arange(0, SIZES.BK)
+        o_there = chunk.first + o_token
+        m_there, m_stored = o_token < chunk.tokens, o_token < tl.where(stores, chunk.stored, 0)
+        p_lin, p_do = row_pointers(lin, chunk.row, 0, o_there), row_pointers(dout, chunk.row, 0, o_there)
+        p_gate, p_product = row_pointers(gate, chunk.row, 0, o_there), row_pointers(product, chunk.row, 0, o_there)
+        b_do = load_tile(dout, p_do, m_there, o_column, SIZES.E, SIZES.BE).to(tl.float32)
+        b_gate = load_tile(gate, p_gate, m_there, o_column, SIZES.E, SIZES.BE).to(tl.float32)
+        b_product = load_tile(product, p_product, m_there, o_column, SIZES.E, SIZES.BE).to(tl.float32)
+        b_lin = load_tile(lin, p_lin, m_there, o_row, SIZES.S, SIZES.BS)
+        b_dgate, b_dx = gated_backward(b_do, b_gate, b_product, SIZES.GATE, "identity")
+        b_dx = b_dx.to(dx.pointer.dtype.element_ty)
+        store_tile(dx, row_pointers(dx, chunk.row, 0, o_there), m_stored, o_column, b_dx, SIZES.E, SIZES.BE)
+        p_dgate = row_pointers(dgate, chunk.row, 0, o_there)
+        store_tile(dgate, p_dgate, m_stored, o_column, b_dgate, SIZES.E, SIZES.BE)
+        b_own = tl.dot(b_lin.T, b_dx, b_own, input_precision=SIZES.PRECISION)
+    return b_own
 
 
 @guarded
 @triton.jit(do_not_specialize=VARYING)
 def states_kernel(
-    x, y, states, totals, closed_tokens, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    lin_inv_norm, n_chunks, n_segments, chunks_per_segment,
-    SIZES: tl.constexpr,  # C, S, E, BS, BE, BK, PRECISION
+    lin, x, dout, gate, product, dgate, totals, closed_tokens,
+    lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
+    lin_inv_norm, n_segments, chunks_per_segment,
+    SIZES: tl.constexpr,  # C, S, E, BS, BE, BK, GATE, PRECISION
     CAUSAL: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a segment's sums of x^T y: before each of its chunks (BACKWARD: after it, over n), and over all."""
+    """A tile of a segment's sum of lin^T x (BACKWARD: over n); causal zeros for the last one, which none follows.
+
+    With a gate x is dX, which is written here, and so is dGate; see `gated_chunk_sum`.
+    """
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     n_across = tl.cdiv(SIZES.E, SIZES.BE)
     i_tile = tl.program_id(0) % (n_across * tl.cdiv(SIZES.S, SIZES.BS))
     i_slot = tl.program_id(0) // (n_across * tl.cdiv(SIZES.S, SIZES.BS))
-    span = SIZES.C * chunks_per_segment
-    i_segment, _, i_seq = place(i_slot, n_segments, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, span)
-    row, first, n, _, _, _, _ = bounds(sequences, i_seq)
+    segment = segment_at(i_slot, n_segments, chunks_per_segment, sequences, SIZES.C)
     o_row = i_tile // n_across * SIZES.BS + tl.arange(0, SIZES.BS)
     o_column = i_tile % n_across * SIZES.BE + tl.arange(0, SIZES.BE)
-    m_tile = (o_row < SIZES.S)[:, None] & (o_column < SIZES.E)[None, :]
-    first_chunk = i_segment * chunks_per_segment
-    count = tl.maximum(tl.minimum(tl.cdiv(n, SIZES.C) - first_chunk, chunks_per_segment), 0)
-    slot = first_slot(sequences, i_seq, n_chunks, SIZES.C)
-    p_x, p_y = row_pointers(x, row, 0, first), row_pointers(y, row, 0, first)
+    count = segment.chunks
+    if CAUSAL and gate is None:
+        count = tl.where(is_last(segment, chunks_per_segment, SIZES.C, BACKWARD), 0, count)
     b_sum = tl.zeros([SIZES.BS, SIZES.BE], tl.float32)
     for i in range(0, count):
-        i_chunk = first_chunk + i
+        chunk = chunk_in(segment, i, SIZES.C, BACKWARD)
+        if gate is None:
+            b_own = chunk_sum(lin, x, chunk, summed_tokens(chunk, SIZES.C, CAUSAL, BACKWARD), o_row, o_column, SIZES)
+        else:
+            stores = i_tile < n_across
+            b_own = gated_chunk_sum(lin, dout, gate, product, x, dgate, chunk, stores, o_row, o_column, SIZES)
         if BACKWARD:
-            i_chunk = first_chunk + count - 1 - i
-        if states is not None:
-            p_state = state_pointers(states, slot + i_chunk, o_row, o_column, SIZES.S, SIZES.E)
-            tl.store(p_state, b_sum.to(states.dtype.element_ty), mask=m_tile)
-        tokens = tl.minimum(n - i_chunk * SIZES.C, SIZES.C)
-        if CAUSAL and not BACKWARD:  # an incomplete chunk is not added to the state
-            tokens = tl.where(tokens == SIZES.C, SIZES.C, 0)
-        # Tensor cores truncate accumulators: one per chunk, added in fp32.
-        b_own = tl.zeros([SIZES.BS, SIZES.BE], tl.float32)
-        for j in range(0, tokens, SIZES.BK):
-            o_token = j + tl.arange(0, SIZES.BK)
-            o_there = tl.cast(i_chunk * SIZES.C + o_token, tl.int64)
-            b_x = load_tile(x, p_x + o_there * x.token, o_token < tokens, o_row, SIZES.S, SIZES.BS)
-            b_y = load_tile(y, p_y + o_there * y.token, o_token < tokens, o_column, SIZES.E, SIZES.BE)
-            b_own = tl.dot(b_x.T, b_y, b_own, input_precision=SIZES.PRECISION)
-        if BACKWARD:
-            b_own *= inverse_divisor(lin_inv_norm, closed_tokens, i_seq, i_chunk, n, SIZES.C, CAUSAL)
+            b_own *= chunk_divisor(chunk, lin_inv_norm, closed_tokens, SIZES.C, CAUSAL)
         b_sum += b_own
+    m_tile = (o_row < SIZES.S)[:, None] & (o_column < SIZES.E)[None, :]
     tl.store(state_pointers(totals, i_slot, o_row, o_column, SIZES.S, SIZES.E), b_sum, mask=m_tile)
 
 
 @guarded
 @triton.jit(do_not_specialize=VARYING)
 def carry_kernel(
-    totals, start, result,
-    lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k, n_segments, span,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr,
+    totals, start, result, states,
+    lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k, lin_inv_norm, n_segments, span,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Segments' totals become what came before them (BACKWARD: comes after); `start` and all totals go to `result`."""
+    """Causal, segments' totals become `start` and what came before them (BACKWARD: comes after).
+
+    Else `start` and all totals go to `result`, and what chunks read, over n, to `states`.
+    """
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     i_seq = tl.program_id(0) // tl.cdiv(SIZE, BLOCK)
     o_state = tl.program_id(0) % tl.cdiv(SIZE, BLOCK) * BLOCK + tl.arange(0, BLOCK)
     m_state = o_state < SIZE
     _, _, n, _, _, _, _ = bounds(sequences, i_seq)
     p_first = totals + tl.cast(first_slot(sequences, i_seq, n_segments, span), tl.int64) * SIZE + o_state
-    count = tl.cdiv(n, span)
+    p_own = tl.cast(i_seq, tl.int64) * SIZE + o_state
+    count = tl.maximum(tl.cdiv(n, span), 1)  # a sequence without tokens has a segment, too
     b_sum = tl.zeros([BLOCK], tl.float32)
     if start is not None:
-        b_sum += tl.load(start + tl.cast(i_seq, tl.int64) * SIZE + o_state, mask=m_state, other=0.0)
-    for i in range(0, count):
+        b_sum += tl.load(start + p_own, mask=m_state, other=0.0)
+    for i in tl.range(0, count, num_stages=4):  # several loads in flight
         i_segment = i
         if BACKWARD:
             i_segment = count - 1 - i
         p_total = p_first + tl.cast(i_segment, tl.int64) * SIZE
         b_total = tl.load(p_total, mask=m_state, other=0.0)
-        tl.store(p_total, b_sum, mask=m_state)
+        if CAUSAL:
+            tl.store(p_total, b_sum, mask=m_state)
         b_sum += b_total
-    tl.store(result + tl.cast(i_seq, tl.int64) * SIZE + o_state, b_sum, mask=m_state)
+    if not CAUSAL:
+        tl.store(result + p_own, b_sum, mask=m_state)
+        if not BACKWARD:
+            b_sum *= inverse_divisor(n, lin_inv_norm)
+        tl.store(states + p_own, b_sum.to(states.dtype.element_ty), mask=m_state)
 
 
 # ---------------------------------------------------------------- products
@@ -235,7 +302,7 @@ def local_scores(chunk, rule, p_bias, b_q, k, o_query, o_key, SIZES: tl.constexp
 
 @triton.jit
 def panel_block(panel, i_slot, o_row, o_column, WIDTH: tl.constexpr):
-    """Pointers into a panel (slots, WIDTH, WIDTH)."""
+    """Pointers into a panel (slots, WIDTH, WIDTH), which is written whole for a chunk that has tokens."""
     p_row = panel + (tl.cast(i_slot, tl.int64) * WIDTH + o_row) * WIDTH
     return p_row[:, None] + o_column[None, :]
 
@@ -253,7 +320,7 @@ def is_hidden(chunk, rule, first_query, first_key, BM: tl.constexpr):
 @triton.jit(do_not_specialize=VARYING)
 def probs_kernel(
     q, k, panel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    inv_norm, right, bias, bias_batch, max_distance, n_chunks, first_block,
+    inv_norm, right, bias, bias_batch, max_distance, n_chunks,
     SIZES: tl.constexpr,  # C, S, BS, BM, BN, WIDTH, PRECISION
     SCORE: tl.constexpr,
 ):  # fmt: skip
@@ -264,7 +331,7 @@ def probs_kernel(
     rule = GatedRule(None, right, inv_norm, bias, bias_batch, max_distance)
     BLOCKS: tl.constexpr = (SIZES.WIDTH // BM) * (SIZES.WIDTH // BN)
     i_slot, i_block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
-    chunk = chunk_at(first_block + i_slot, n_chunks, sequences, SIZES.C)
+    chunk = chunk_at(i_slot, n_chunks, sequences, SIZES.C)
     if chunk.tokens == 0:
         return
     first_query, first_key = i_block // (SIZES.WIDTH // BN) * BM, i_block % (SIZES.WIDTH // BN) * BN
@@ -278,153 +345,186 @@ def probs_kernel(
     tl.store(p_panel, probs(b_s, 0.0, SCORE).to(panel.dtype.element_ty))
 
 
-@guarded
-@triton.jit(do_not_specialize=VARYING)
-def product_kernel(
-    q, k, lin, x, panel, states, gate, product, out, closed_tokens,
-    lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    inv_norm, right, bias, bias_batch, max_distance, lin_inv_norm, n_chunks, n_segments, chunks_per_segment,
-    first_block,
-    SIZES: tl.constexpr,  # C, S, E, BS, BM, BE, BK, WIDTH, GATE, PRECISION, FACTORS
-    SCORE: tl.constexpr, CONTINUED: tl.constexpr, BACKWARD: tl.constexpr,
-):  # fmt: skip
-    """[lin | A] [KV ; x] of some rows of a chunk and a tile of columns, and that times act(gate).
-
-    Forward lin is lin_Q / n, and x the values. BACKWARD it gives dV: lin is lin_K, A transposed, KV is dKV, x is dX.
-    """
-    BM: tl.constexpr = SIZES.BM
-    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    rule = GatedRule(None, right, inv_norm, bias, bias_batch, max_distance)
-    CAUSAL: tl.constexpr = right is not None
-    n_tiles = tl.cdiv(SIZES.E, SIZES.BE)
-    BLOCKS: tl.constexpr = (SIZES.C + BM - 1) // BM
-    i_slot = tl.program_id(0) // (n_tiles * BLOCKS)
-    first_row = tl.program_id(0) // n_tiles % BLOCKS * BM
-    o_column = tl.program_id(0) % n_tiles * SIZES.BE + tl.arange(0, SIZES.BE)
-    chunk = chunk_at(first_block + i_slot, n_chunks, sequences, SIZES.C)
-    if first_row >= chunk.stored:
-        return
-    o_row = first_row + tl.arange(0, BM)
-    m_row = o_row < chunk.tokens
-    b_acc = tl.zeros([BM, SIZES.BE], tl.float32)
-
-    # The global part. The first chunk has one only with an initial state; an incomplete one gets no dV from it.
-    reads = chunk.tokens > 0
-    if CAUSAL and BACKWARD:
-        reads = chunk.tokens == SIZES.C
-    elif CAUSAL and not CONTINUED:
-        reads = (chunk.ordinal > 0) & (chunk.tokens > 0)
-    i_base = base_of(chunk, sequences, n_segments, chunks_per_segment, SIZES.C, CAUSAL)
-    p_lin = row_pointers(lin, chunk.row, 0, chunk.first + o_row)
-    KS: tl.constexpr = SIZES.BK if SIZES.BK < SIZES.BS else SIZES.BS
-    for s in range(0, tl.where(reads, SIZES.S, 0), KS):
-        o_s = s + tl.arange(0, KS)
-        b_lin = load_tile(lin, p_lin, m_row, o_s, SIZES.S, KS)
-        b_kv = load_state(states, first_block + i_slot, i_base, o_s, o_column, SIZES)
-        b_kv, b_lin = factors(b_kv, b_lin)
-        b_acc = tl.dot(b_lin, b_kv, b_acc, input_precision=SIZES.FACTORS)
-    if not BACKWARD:
-        b_acc *= inverse_divisor(lin_inv_norm, closed_tokens, chunk.sequence, chunk.ordinal, chunk.of, SIZES.C, CAUSAL)
-
+@triton.jit
+def local_part(chunk, rule, q, k, x, panel, i_slot, first_row, o_column, SIZES: tl.constexpr, SCORE: tl.constexpr,
+               BACKWARD: tl.constexpr):  # fmt: skip
+    """A x of some rows of a chunk and a tile of columns; BACKWARD A^T x. A is read, or made, a block at a time."""
+    o_row = first_row + tl.arange(0, SIZES.BM)
     start, stop = 0, chunk.tokens
-    if CAUSAL and BACKWARD:
+    if rule.right is not None and BACKWARD:
         start = first_row // SIZES.BK * SIZES.BK
-    elif CAUSAL:
-        stop = tl.minimum(first_row + BM, chunk.tokens)
+    elif rule.right is not None:
+        stop = tl.minimum(first_row + SIZES.BM, chunk.tokens)
     p_x = row_pointers(x, chunk.row, 0, chunk.first)
-    if panel is None:
-        b_q, p_bias = chunk_rows(q, chunk, o_row, SIZES), bias_pointer(rule, chunk.row)
+    p_bias = bias_pointer(rule, chunk.row)
+    if panel is None and not BACKWARD:
+        b_q = chunk_rows(q, chunk, o_row, SIZES)
+    b_acc = tl.zeros([SIZES.BM, SIZES.BE], tl.float32)
     for j in range(start, stop, SIZES.BK):
         o_other = j + tl.arange(0, SIZES.BK)
-        if panel is None:
-            b_s = local_scores(chunk, rule, p_bias, b_q, k, o_row, o_other, SIZES)
-            b_a = probs(b_s, 0.0, SCORE)
+        if panel is None and BACKWARD:
+            b_q = chunk_rows(q, chunk, o_other, SIZES)
+            b_a = probs(local_scores(chunk, rule, p_bias, b_q, k, o_other, o_row, SIZES), 0.0, SCORE).T
+        elif panel is None:
+            b_a = probs(local_scores(chunk, rule, p_bias, b_q, k, o_row, o_other, SIZES), 0.0, SCORE)
         elif BACKWARD:
-            b_a = tl.load(panel_block(panel, i_slot, o_other, o_row, SIZES.WIDTH), mask=m_row[None, :], other=0.0).T
+            b_a = tl.load(panel_block(panel, i_slot, o_other, o_row, SIZES.WIDTH)).T
         else:
-            b_a = tl.load(panel_block(panel, i_slot, o_row, o_other, SIZES.WIDTH), mask=m_row[:, None], other=0.0)
+            b_a = tl.load(panel_block(panel, i_slot, o_row, o_other, SIZES.WIDTH))
         p_other = p_x + tl.cast(o_other, tl.int64) * x.token
         b_x = load_tile(x, p_other, o_other < chunk.tokens, o_column, SIZES.E, SIZES.BE)
         b_a, b_x = factors(b_a, b_x)
         b_acc = tl.dot(b_a, b_x, b_acc, input_precision=SIZES.FACTORS)
+    return b_acc
 
-    b_acc = tl.where(m_row[:, None], b_acc, 0.0)
-    m_stored = o_row < chunk.stored
-    if product is not None:
-        p_product = row_pointers(product, chunk.row, 0, chunk.first + o_row)
-        store_tile(product, p_product, m_stored, o_column, b_acc, SIZES.E, SIZES.BE)
-    if gate is not None:
-        p_gate = row_pointers(gate, chunk.row, 0, chunk.first + o_row)
-        b_acc *= load_gate(gate, p_gate, m_row, o_column, SIZES.E, SIZES.BE, SIZES.GATE)
-    store_tile(out, row_pointers(out, chunk.row, 0, chunk.first + o_row), m_stored, o_column, b_acc, SIZES.E, SIZES.BE)
+
+@guarded
+@triton.jit(do_not_specialize=VARYING)
+def scan_kernel(
+    q, k, reader, summed, x, panel, starts, states, result, gate, product, out, closed_tokens,
+    lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
+    inv_norm, right, bias, bias_batch, max_distance, lin_inv_norm, n_chunks, n_segments, chunks_per_segment, n_parts,
+    SIZES: tl.constexpr,  # C, S, E, BS, BM, BE, BK, WIDTH, GATE, PRECISION, FACTORS
+    SCORE: tl.constexpr, CONTINUED: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """[reader | A] [KV ; x] of a segment's chunks and a tile of columns, and that times act(gate), KV at hand.
+
+    Forward KV is the sum of lin_K^T V over the chunks before, over n; `reader` is lin_Q, `summed` lin_K, x the values.
+    BACKWARD it gives dV: KV is dKV, the sum of lin_Q^T dX / n over the chunks after, `reader` lin_K, `summed` lin_Q, A
+    transposed, x is dX. Not causal KV does not change. What chunks read goes to `states`, what is summed in the end to
+    `result`; without `out` these are all. Parts of a segment share its chunks' rows, and each sums KV for itself.
+    """
+    CAUSAL: tl.constexpr = right is not None
+    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
+    rule = GatedRule(None, right, inv_norm, bias, bias_batch, max_distance)
+    n_tiles = tl.cdiv(SIZES.E, SIZES.BE)
+    i_slot, i_part = tl.program_id(0) // (n_tiles * n_parts), tl.program_id(0) // n_tiles % n_parts
+    segment = segment_at(i_slot, n_segments, chunks_per_segment, sequences, SIZES.C)
+    o_s, o_column = tl.arange(0, SIZES.BS), tl.program_id(0) % n_tiles * SIZES.BE + tl.arange(0, SIZES.BE)
+    is_sequence = segment.sequence < n_sequences
+    b_sum = tl.zeros([SIZES.BS, SIZES.BE], tl.float32)
+    if starts is not None:
+        i_start = i_slot if CAUSAL else segment.sequence
+        p_start = state_pointers(starts, i_start, o_s, o_column, SIZES.S, SIZES.E)
+        m_start = (o_s < tl.where(is_sequence, SIZES.S, 0))[:, None] & (o_column < SIZES.E)[None, :]
+        b_sum += tl.load(p_start, mask=m_start, other=0.0)
+    ends = is_last(segment, chunks_per_segment, SIZES.C, BACKWARD) & is_sequence
+    first_of_sequence = first_slot(sequences, segment.sequence, n_chunks, SIZES.C)
+    for i in range(0, segment.chunks):
+        chunk = chunk_in(segment, i, SIZES.C, BACKWARD)
+        inverse = chunk_divisor(chunk, lin_inv_norm, closed_tokens, SIZES.C, CAUSAL)
+        i_chunk = first_of_sequence + chunk.ordinal
+        b_state = b_sum
+        if CAUSAL and not BACKWARD:
+            b_state *= inverse
+        if states is not None:
+            b_state = b_state.to(states.dtype.element_ty)
+            o_stop = tl.where((chunk.tokens > 0) & (i_part == 0), SIZES.S, 0)
+            p_state = state_pointers(states, i_chunk, o_s, o_column, SIZES.S, SIZES.E)
+            tl.store(p_state, b_state, mask=(o_s < o_stop)[:, None] & (o_column < SIZES.E)[None, :])
+        if out is not None:
+            # The first chunk has a global part only with an initial state; an incomplete one gets no dV from it.
+            reads = chunk.tokens > 0
+            if CAUSAL and BACKWARD:
+                reads = chunk.tokens == SIZES.C
+            elif CAUSAL and not CONTINUED:
+                reads = chunk.ordinal > 0
+            for first_row in range(i_part * SIZES.BM, chunk.stored, n_parts * SIZES.BM):
+                o_row = first_row + tl.arange(0, SIZES.BM)
+                m_row, m_stored = o_row < chunk.tokens, o_row < chunk.stored
+                b_acc = local_part(chunk, rule, q, k, x, panel, i_chunk, first_row, o_column, SIZES, SCORE, BACKWARD)
+                p_reader = row_pointers(reader, chunk.row, 0, chunk.first + o_row)
+                m_reader = o_row < tl.where(reads, chunk.tokens, 0)
+                b_reader = load_rows(reader, p_reader, m_reader, SIZES.S, SIZES.BS, False)
+                b_kv, b_reader = factors(b_state, b_reader)
+                b_acc = tl.dot(b_reader, b_kv, b_acc, input_precision=SIZES.FACTORS)
+                b_acc = tl.where(m_row[:, None], b_acc, 0.0)
+                if product is not None:
+                    p_product = row_pointers(product, chunk.row, 0, chunk.first + o_row)
+                    store_tile(product, p_product, m_stored, o_column, b_acc, SIZES.E, SIZES.BE)
+                if gate is not None:
+                    p_gate = row_pointers(gate, chunk.row, 0, chunk.first + o_row)
+                    b_acc *= load_gate(gate, p_gate, m_row, o_column, SIZES.E, SIZES.BE, SIZES.GATE)
+                p_out = row_pointers(out, chunk.row, 0, chunk.first + o_row)
+                store_tile(out, p_out, m_stored, o_column, b_acc, SIZES.E, SIZES.BE)
+        if CAUSAL:
+            wanted = i + 1 < segment.chunks
+            if result is not None:
+                wanted = wanted | ends
+            tokens = tl.where(wanted, summed_tokens(chunk, SIZES.C, CAUSAL, BACKWARD), 0)
+            b_own = chunk_sum(summed, x, chunk, tokens, o_s, o_column, SIZES)
+            if BACKWARD:
+                b_own *= inverse
+            b_sum += b_own
+    if result is not None:
+        p_result = state_pointers(result, segment.sequence, o_s, o_column, SIZES.S, SIZES.E)
+        o_stop = tl.where(ends & (i_part == 0), SIZES.S, 0)
+        tl.store(p_result, b_sum, mask=(o_s < o_stop)[:, None] & (o_column < SIZES.E)[None, :])
 
 
 # ---------------------------------------------------------------- backward
 
 
-@guarded
-@triton.jit(do_not_specialize=VARYING)
-def linear_kernel(
-    x, states, out, closed_tokens, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    lin_inv_norm, n_chunks, n_segments, chunks_per_segment,
-    SIZES: tl.constexpr,  # C, S, E, BM, BN, BK, FACTORS
-    CAUSAL: tl.constexpr, BACKWARD: tl.constexpr,
-):  # fmt: skip
-    """dlin_Q = dX KV^T / n of some rows of a chunk and a tile of columns; BACKWARD dlin_K = V dKV^T."""
-    BM: tl.constexpr = SIZES.BM
-    BN: tl.constexpr = SIZES.BN
-    sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
-    n_tiles = tl.cdiv(SIZES.S, BN)
-    BLOCKS: tl.constexpr = (SIZES.C + BM - 1) // BM
-    i_slot = tl.program_id(0) // (n_tiles * BLOCKS)
-    first_row = tl.program_id(0) // n_tiles % BLOCKS * BM
-    o_s = tl.program_id(0) % n_tiles * BN + tl.arange(0, BN)
-    chunk = chunk_at(i_slot, n_chunks, sequences, SIZES.C)
-    if first_row >= chunk.stored:
-        return
-    o_row = first_row + tl.arange(0, BM)
-    reads = first_row < chunk.tokens
-    if CAUSAL and BACKWARD:
-        reads = chunk.tokens == SIZES.C
-    i_base = base_of(chunk, sequences, n_segments, chunks_per_segment, SIZES.C, CAUSAL)
+@triton.jit
+def linear_part(x, states, out, chunk, i_state, first_row, reads, o_s, SIZES: tl.constexpr):
+    """x KV^T of some rows of a chunk and a tile of columns."""
+    o_row = first_row + tl.arange(0, SIZES.BM)
     p_x = row_pointers(x, chunk.row, 0, chunk.first + o_row)
-    b_acc = tl.zeros([BM, BN], tl.float32)
+    b_acc = tl.zeros([SIZES.BM, SIZES.BN], tl.float32)
     for e in range(0, tl.where(reads, SIZES.E, 0), SIZES.BK):
         o_column = e + tl.arange(0, SIZES.BK)
         b_x = load_tile(x, p_x, o_row < chunk.tokens, o_column, SIZES.E, SIZES.BK)
-        b_state = load_state(states, i_slot, i_base, o_s, o_column, SIZES)
+        p_state = state_pointers(states, i_state, o_s, o_column, SIZES.S, SIZES.E)
+        b_state = tl.load(p_state, mask=(o_s < SIZES.S)[:, None] & (o_column < SIZES.E)[None, :], other=0.0)
         b_state, b_x = factors(b_state, b_x)
         b_acc = tl.dot(b_x, b_state.T, b_acc, input_precision=SIZES.FACTORS)
-    if not BACKWARD:
-        b_acc *= inverse_divisor(lin_inv_norm, closed_tokens, chunk.sequence, chunk.ordinal, chunk.of, SIZES.C, CAUSAL)
     p_out = row_pointers(out, chunk.row, 0, chunk.first + o_row)
-    store_tile(out, p_out, o_row < chunk.stored, o_s, b_acc, SIZES.S, BN)
+    store_tile(out, p_out, o_row < chunk.stored, o_s, b_acc, SIZES.S, SIZES.BN)
 
 
 @guarded
 @triton.jit(do_not_specialize=VARYING)
 def gradient_kernel(
-    q, k, v, dx, panel, dpanel, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
+    q, k, v, dx, states, dstates, dlin_q, dlin_k, dpanel,
+    lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     inv_norm, right, bias, bias_batch, max_distance, n_chunks, first_block,
-    SIZES: tl.constexpr,  # C, S, E, BS, BM, BN, BK, WIDTH, PRECISION
+    SIZES: tl.constexpr,  # C, S, E, BS, BM, BN, BK, WIDTH, PRECISION, FACTORS
     SCORE: tl.constexpr,
 ):  # fmt: skip
-    """A block of a chunk's A, and of dS from dA = dX V^T, to their panels; zeros where no query sees a key."""
+    """What is summed over all columns of dX and V, of which a chunk's programs share every read of memory.
+
+    Some make dS from dA = dX V^T, a block for its panel, zeros where no query sees a key; the others some rows and
+    columns of dlin_Q = dX KV^T / n, in whose states the divisor is, or of dlin_K = V dKV^T.
+    """
     BM: tl.constexpr = SIZES.BM
     BN: tl.constexpr = SIZES.BN
+    CAUSAL: tl.constexpr = right is not None
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = GatedRule(None, right, inv_norm, bias, bias_batch, max_distance)
     BLOCKS: tl.constexpr = (SIZES.WIDTH // BM) * (SIZES.WIDTH // BN)
-    i_slot, i_block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+    ROWS: tl.constexpr = (SIZES.C + BM - 1) // BM
+    TILES: tl.constexpr = ROWS * ((SIZES.S + BN - 1) // BN)
+    i_slot, i_block = tl.program_id(0) // (BLOCKS + 2 * TILES), tl.program_id(0) % (BLOCKS + 2 * TILES)
     chunk = chunk_at(first_block + i_slot, n_chunks, sequences, SIZES.C)
+    if i_block >= BLOCKS:
+        i_tile = (i_block - BLOCKS) // 2
+        first_row, o_s = i_tile % ROWS * BM, i_tile // ROWS * BN + tl.arange(0, BN)
+        i_state = first_block + i_slot if CAUSAL else chunk.sequence
+        if first_row < chunk.stored:
+            reads = first_row < chunk.tokens
+            if (i_block - BLOCKS) % 2 == 0:
+                linear_part(dx, states, dlin_q, chunk, i_state, first_row, reads, o_s, SIZES)
+            else:
+                if CAUSAL:  # an incomplete chunk is in no state
+                    reads = chunk.tokens == SIZES.C
+                linear_part(v, dstates, dlin_k, chunk, i_state, first_row, reads, o_s, SIZES)
+        return
     if chunk.tokens == 0:
         return
     first_query, first_key = i_block // (SIZES.WIDTH // BN) * BM, i_block % (SIZES.WIDTH // BN) * BN
     o_query, o_key = first_query + tl.arange(0, BM), first_key + tl.arange(0, BN)
-    p_panel = panel_block(panel, i_slot, o_query, o_key, SIZES.WIDTH)
     p_dpanel = panel_block(dpanel, i_slot, o_query, o_key, SIZES.WIDTH)
     if is_hidden(chunk, rule, first_query, first_key, BM):
-        tl.store(p_panel, tl.zeros([BM, BN], panel.dtype.element_ty))
         tl.store(p_dpanel, tl.zeros([BM, BN], dpanel.dtype.element_ty))
         return
     p_dx = row_pointers(dx, chunk.row, 0, chunk.first + o_query)
@@ -438,7 +538,6 @@ def gradient_kernel(
     b_q, p_bias = chunk_rows(q, chunk, o_query, SIZES), bias_pointer(rule, chunk.row)
     b_s = local_scores(chunk, rule, p_bias, b_q, k, o_query, o_key, SIZES)
     b_a = probs(b_s, 0.0, SCORE)
-    tl.store(p_panel, b_a.to(panel.dtype.element_ty))
     tl.store(p_dpanel, score_gradient(b_da, b_s, b_a, 0.0, SCORE).to(dpanel.dtype.element_ty))
 
 
@@ -466,16 +565,18 @@ def heads_kernel(
     b_acc = tl.zeros([BM, SIZES.BS], tl.float32)
     for j in range(0, stop, BN):
         o_key = j + tl.arange(0, BN)
-        b_ds = tl.load(panel_block(dpanel, i_slot, o_row, o_key, SIZES.WIDTH), mask=m_row[:, None], other=0.0)
+        b_ds = tl.load(panel_block(dpanel, i_slot, o_row, o_key, SIZES.WIDTH))
         b_ds, b_k = factors(b_ds, chunk_rows(k, chunk, o_key, SIZES))
         b_acc = tl.dot(b_ds, b_k, b_acc, input_precision=SIZES.FACTORS)
+    b_acc = tl.where(m_row[:, None], b_acc, 0.0)
     store_rows(dq, row_pointers(dq, chunk.row, 0, chunk.first + o_row), m_stored, b_acc * inv_norm, SIZES.S, SIZES.BS)
     b_acc = tl.zeros([BM, SIZES.BS], tl.float32)
     for j in range(start, chunk.tokens, BN):
         o_query = j + tl.arange(0, BN)
-        b_ds = tl.load(panel_block(dpanel, i_slot, o_query, o_row, SIZES.WIDTH), mask=m_row[None, :], other=0.0)
+        b_ds = tl.load(panel_block(dpanel, i_slot, o_query, o_row, SIZES.WIDTH))
         b_ds, b_q = factors(b_ds, chunk_rows(q, chunk, o_query, SIZES))
         b_acc = tl.dot(b_ds.T, b_q, b_acc, input_precision=SIZES.FACTORS)
+    b_acc = tl.where(m_row[:, None], b_acc, 0.0)
     store_rows(dk, row_pointers(dk, chunk.row, 0, chunk.first + o_row), m_stored, b_acc * inv_norm, SIZES.S, SIZES.BS)
 
 
@@ -483,26 +584,26 @@ def heads_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def dbias_kernel(
     dpanel, total, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    n_chunks, first_block, last_block, first_row,
+    n_chunks, n_parts, first_block, last_block, first_row,
     C: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A block of the sum of dS (B, WIDTH, WIDTH) over a row's chunks: adds those of a panel."""
+    """A block of sums of dS (B, parts, WIDTH, WIDTH), each of every n_parts-th chunk of a row: adds one panel."""
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     ACROSS: tl.constexpr = WIDTH // BLOCK
-    i_batch, i_block = first_row + tl.program_id(0) // (ACROSS * ACROSS), tl.program_id(0) % (ACROSS * ACROSS)
+    i_batch, i_block = first_row + tl.program_id(0) // (ACROSS * ACROSS * n_parts), tl.program_id(0) % (ACROSS * ACROSS)
+    i_part = tl.program_id(0) // (ACROSS * ACROSS) % n_parts
     o_query = i_block // ACROSS * BLOCK + tl.arange(0, BLOCK)
     o_key = i_block % ACROSS * BLOCK + tl.arange(0, BLOCK)
     low, high = first_block, last_block
     if sequences.cu_seqlens_q is None:  # the chunks of this row of the batch
         low = tl.maximum(first_block, i_batch * n_chunks)
         high = tl.minimum(last_block, i_batch * n_chunks + n_chunks)
-    p_total = panel_block(total, i_batch, o_query, o_key, WIDTH)
+    p_total = panel_block(total, i_batch * n_parts + i_part, o_query, o_key, WIDTH)
     b_total = tl.load(p_total)
-    for i in range(low, high):
+    for i in range(low + i_part, high, n_parts):
         chunk = chunk_at(i, n_chunks, sequences, C)
-        m_there = (o_query < chunk.tokens)[:, None] & (o_key < chunk.tokens)[None, :]
         p_ds = panel_block(dpanel, i - first_block, o_query, o_key, WIDTH)
-        b_total += tl.load(p_ds, mask=m_there, other=0.0).to(tl.float32)
+        b_total += tl.load(p_ds, mask=(o_query < chunk.tokens)[:, None], other=0.0).to(tl.float32)
     tl.store(p_total, b_total)
 
 

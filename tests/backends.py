@@ -29,6 +29,7 @@ _SMALLEST = {
 # Gated attention of any width by panels of one block, which Triton takes for wide values only; and all the chunks of
 # a sequence in one segment, where otherwise 16 processors leave one chunk to each.
 PANELS: dict[tuple[Any, str], Any] = {}
+LEAST: dict[tuple[Any, str], Any] = {}  # panels of chunks that are no larger than the values
 TINY: dict[tuple[Any, str], Any] = {}  # the smallest blocks that kernels may have, so that few rows cross many borders
 if "triton" in [name for name, reason in dispatch.explain("gau_attention", "cpu").items() if reason is None]:
     _gau_kernels = importlib.import_module("flashgau.kernels.gau")
@@ -43,6 +44,7 @@ if "triton" in [name for name, reason in dispatch.explain("gau_attention", "cpu"
         (_mixed_chunk_kernels, "_FUSED_TILES"): 0,
         (_mixed_chunk_kernels, "processors"): lambda device: 1,
     }
+    LEAST = PANELS | {(_mixed_chunk_kernels, "_PANEL_BYTES"): 0}
 
     def _smallest(kernel: str, *args: Any, **traits: Any) -> Config:
         """Of chunks more queries than keys, where both need not be as many."""

@@ -258,10 +258,10 @@ def mixed_chunk_attention_forward(
     layout: Layout = Layout(),
     options: MixedChunkOptions = MixedChunkOptions(),
     save: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, None]:
     """Output (B, N, E); KV (G, S, E) of closed chunks; the ungated sum of both parts if `save` and there is a gate.
 
-    KV is what a causal continuation starts from.
+    KV is what a causal continuation starts from. No chunk's state is kept for the backward.
     """
     _, _, _, lin_k = heads
     together = chunks_together(options.chunk_size, lin_k.shape[-1], v.shape[-1], values_dtype(v))
@@ -283,7 +283,7 @@ def mixed_chunk_attention_forward(
             else:
                 rows = part.view(out, c)
                 torch.mul(x.view(rows.shape), activated(part.view(gate, c), options.gate_activation, x.dtype), out=rows)
-    return out, states, product
+    return out, states, product, None
 
 
 @takes_fields
@@ -296,6 +296,7 @@ def mixed_chunk_attention_backward(
     product: Tensor | None,
     layout: Layout = Layout(),
     options: MixedChunkOptions = MixedChunkOptions(),
+    chunk_states: None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias (B, 2P-1) and initial_kv (None without it)."""
     causal, rel_bias, begin = options.causal, options.rel_bias, blank(layout)

@@ -126,7 +126,7 @@ def mixed_chunk_attention(
     bias = autograd.bias_rows(rel_bias, quad_q.shape[0])
     save = autograd.needs_grad(quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias, kv)
     options = MixedChunkOptions(int(chunk_size), score, causal, quad, lin_normalizer, bias, kv, closed, gate_activation)
-    out, kv, _ = _mixed_chunk_attention(
+    out, kv, *_ = _mixed_chunk_attention(
         v, gate, heads=MixedChunkHeads(quad_q, quad_k, lin_q, lin_k), layout=Layout(lengths, cu_seqlens),
         options=options, save=save, backend=name,
     )  # fmt: skip
@@ -302,12 +302,17 @@ def _own_state(state: Any) -> MixedChunkState:
 
 
 def _results(
-    lin_k: Tensor, v: Tensor, gate: Tensor | None, cu_seqlens: Tensor | None, save: bool, **_: Any
-) -> list[Tensor | None]:
+    lin_k: Tensor, v: Tensor, gate: Tensor | None, cu_seqlens: Tensor | None, save: bool, chunk_size: int,
+    causal: bool, backend: str, **_: Any,
+) -> list[Tensor | None]:  # fmt: skip
     count = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     sums = torch.float64 if v.dtype == torch.float64 else torch.float32
     kv = v.new_empty(count, lin_k.shape[-1], v.shape[-1], dtype=sums)
-    return [v.new_empty(v.shape), kv, v.new_empty(v.shape) if save and gate is not None else None]
+    product = v.new_empty(v.shape) if save and gate is not None else None
+    options, layout = MixedChunkOptions(chunk_size, causal=causal), Layout(cu_seqlens=cu_seqlens)
+    kept = options.kept_states(lin_k, v, layout) if save and backend == "triton" else None
+    factors = torch.float32 if v.dtype == torch.float16 else v.dtype
+    return [v.new_empty(v.shape), kv, product, None if kept is None else v.new_empty(kept, dtype=factors)]
 
 
 _mixed_chunk_attention = Operation(
@@ -315,7 +320,7 @@ _mixed_chunk_attention = Operation(
     inputs="quad_q quad_k lin_q lin_k v gate? rel_bias? initial_kv?",
     data="lengths? cu_seqlens? closed_tokens?",
     results="out kv?",
-    saved="product",
+    saved="product chunk_states",
     tuples={"heads": MixedChunkHeads, "layout": Layout, "options": MixedChunkOptions},
     shapes=_results,
     op="mixed_chunk_attention",

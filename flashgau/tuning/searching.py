@@ -35,7 +35,7 @@ BLOCKS = {
     "gau_lse": "mn", "gau_weights": "n", "gau_product": "mnk", "gau_fused": "mnk",
     "gau_prologue": "mn", "gau_gradient": "mnk", "gau_dv": "nk", "gau_dq": "m",
     "mixed_chunk_states": "mnk", "mixed_chunk_weights": "mn", "mixed_chunk_fused": "mnk", "mixed_chunk_product": "mnk",
-    "mixed_chunk_gradient": "mnk", "mixed_chunk_linear": "mnk", "mixed_chunk_heads": "mn", "mixed_chunk_step": "nk",
+    "mixed_chunk_gradient": "mnk", "mixed_chunk_heads": "mn", "mixed_chunk_step": "nk",
     "mixed_chunk_step_close": "nk",
 }  # fmt: skip
 # Without a loop whose loads could be begun ahead, and so without a pipeline.

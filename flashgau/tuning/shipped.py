@@ -190,9 +190,9 @@ def _mixed_chunk(backward: bool, e: int, kind: str, width: int, make: Operands) 
         mixed_chunk.mixed_chunk_attention_forward(heads, v, v, **options, save=True)
 
 
-def _mixed_chunk_both(kind: str, width: int, make: Operands) -> None:
+def _mixed_chunk_both(kind: str, width: int, make: Operands, e: int = 2048) -> None:
     for backward in (False, True):
-        _mixed_chunk(backward, 2048, kind, width, make)
+        _mixed_chunk(backward, e, kind, width, make)
 
 
 def _mixed_chunk_step(kind: str, width: int, make: Operands) -> None:
@@ -298,16 +298,19 @@ ENTRIES: dict[str, LaunchEntry] = {
     "gau_gradient": LaunchEntry("gradient_kernel", partial(_gau, True, None, 1024), matrix=_LARGE, **_GAU),
     "gau_dv": LaunchEntry("dkv_kernel", partial(_gau, True, None, 1024), matrix=_ANY, **_GAU),
     "gau_dq": LaunchEntry("dq_kernel", partial(_gau, True, None, 1024), matrix=_ANY, **_GAU),
-    "mixed_chunk_states": LaunchEntry("states_kernel", _mixed_chunk_both, widths=(128,), matrix=_LARGE, **_MIXED),
+    "mixed_chunk_states": LaunchEntry(  # of few columns, whose sequences are cut into segments on any device
+        "states_kernel", partial(_mixed_chunk_both, e=512), widths=(128,), matrix=_LARGE, **_MIXED
+    ),
     "mixed_chunk_weights": LaunchEntry("probs_kernel", _mixed_chunk_both, widths=(64, 256), matrix=_LARGE, **_MIXED),
     "mixed_chunk_fused": LaunchEntry(
-        "product_kernel", partial(_mixed_chunk, False, 64), widths=(64, 128, 256), matrix=_LARGE, **_MIXED
+        "scan_kernel", partial(_mixed_chunk, False, 64), widths=(64, 128, 256), matrix=_LARGE, **_MIXED
     ),
-    "mixed_chunk_product": LaunchEntry("product_kernel", _mixed_chunk_both, widths=(128,), matrix=_LARGE, **_MIXED),
+    "mixed_chunk_product": LaunchEntry(
+        "scan_kernel", _mixed_chunk_both, widths=(64, 128, 256), matrix=_LARGE, **_MIXED
+    ),
     "mixed_chunk_gradient": LaunchEntry(
         "gradient_kernel", _mixed_chunk_both, widths=(64, 128, 256), matrix=_LARGE, **_MIXED
     ),
-    "mixed_chunk_linear": LaunchEntry("linear_kernel", _mixed_chunk_both, widths=(64, 128), matrix=_LARGE, **_MIXED),
     "mixed_chunk_heads": LaunchEntry("heads_kernel", _mixed_chunk_both, widths=(64, 128, 256), matrix=_ANY, **_MIXED),
     "mixed_chunk_step": LaunchEntry("step_kernel", _mixed_chunk_step, _STEP, (64, 128, 256)),
     "mixed_chunk_step_close": LaunchEntry("close_kernel", _mixed_chunk_step, _STEP, (64, 128, 256), matrix=_ANY),
