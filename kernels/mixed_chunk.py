@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -331,17 +332,23 @@ def _call(quad_q: Tensor, v: Tensor, layout: Layout, options: MixedChunkOptions,
         return call
     config = call.config("product")
     programs, ready = separate * triton.cdiv(e, config.block_n), processors(v.device)
-
-    def time(segments: int) -> float:
-        """Of a scan through so many segments of each row, in waves of as many programs as run together."""
-        waves = triton.cdiv(programs * segments, ready)
-        return waves * triton.cdiv(n_chunks, segments) * (_SEGMENT_PRICE if segments > 1 else 1)
-
-    segments = min(range(1, min(n_chunks, _MOST_SEGMENTS) + 1), key=time)
+    segments = _segments(programs, n_chunks, ready)
     chunks_per_segment = triton.cdiv(n_chunks, segments) if segments > 1 else n // chunk_size + 1
     n_segments = blocks_of(sequences, n, 1, chunk_size * chunks_per_segment)
     parts = min(triton.cdiv(call.largest_chunk, config.block_m), ready // (programs * segments))
     return call._replace(n_segments=n_segments, chunks_per_segment=chunks_per_segment, n_parts=max(1, parts))
+
+
+@lru_cache
+def _segments(programs: int, n_chunks: int, ready: int) -> int:
+    """Into how many segments each row is cut, if one takes so many programs: that make a scan shortest."""
+
+    def time(segments: int) -> float:
+        """In waves of as many programs as run together."""
+        waves = triton.cdiv(programs * segments, ready)
+        return waves * triton.cdiv(n_chunks, segments) * (_SEGMENT_PRICE if segments > 1 else 1)
+
+    return min(range(1, min(n_chunks, _MOST_SEGMENTS) + 1), key=time)
 
 
 def _lin_inv_norm(options: MixedChunkOptions) -> float | None:

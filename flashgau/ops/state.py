@@ -212,7 +212,7 @@ class Continuation:
 
     lengths: Tensor | None  # of the extended sequences
     cu_seqlens: Tensor | None
-    _rows: Tensor  # of [state rows | token rows], flattened, for every extended row
+    _front: Tensor  # of the extended rows, flattened, for every row of the open chunks; past the last for unused ones
     _back: Tensor  # of the extended rows, flattened, for every token
     _extended: tuple[int, int]
     _tokens: tuple[int, int]
@@ -224,43 +224,37 @@ class Continuation:
         """Extend `batch` rows of n tokens, padded or packed, by the open chunks of `state`."""
         size, opened = state.chunk_size, state.open_tokens
         count, device = opened.shape[0], opened.device
-        held = count * size  # rows of all open chunks
+        held = torch.arange(size, device=device)
         if cu_seqlens is None:
-            t = torch.arange(size + n, device=device)
-            own = torch.arange(count, device=device)[:, None]
-            r = opened[:, None]
-            rows = torch.where(t < r, own * size + t, held + own * n + (t - r).clamp(0, max(n - 1, 0)))
-            rows = rows.clamp(max=held + batch * n - 1)  # without new tokens, what stands for them is unused
-            back = own * (size + n) + r + torch.arange(n, device=device)
-            return cls(opened + (n if lengths is None else lengths), None, rows, back, (batch, size + n), (batch, n))
+            first = torch.arange(count, device=device) * (size + n)
+            back = (first + opened)[:, None] + torch.arange(n, device=device)
+            front = torch.where(held < opened[:, None], first[:, None] + held, batch * (size + n))
+            lengths = opened + (n if lengths is None else lengths)
+            return cls(lengths, None, front.flatten(), back.flatten(), (batch, size + n), (batch, n))
         starts = cu_seqlens.to(torch.int64)
         shift = torch.cat([opened.new_zeros(1), opened.cumsum(0)])
         new_starts = starts + shift
-        t = torch.arange(held + n, device=device)
-        own = (torch.searchsorted(new_starts, t, right=True) - 1).clamp(0, max(count - 1, 0))
-        offset, r = t - new_starts[own], opened[own]
-        token = (starts[own] + offset - r).clamp(0, max(n - 1, 0))
-        rows = torch.where(offset < r, own * size + offset, held + token)
-        rows = rows.clamp(max=held + n - 1)
+        front = torch.where(held < opened[:, None], new_starts[:-1, None] + held, count * size + n)
+        front = front.clamp(0, count * size + n)  # of offsets that nobody looked at
         t = torch.arange(n, device=device)
         begun = torch.searchsorted(starts, t, right=True).clamp(max=count)  # sequences: none in rows before the first
-        return cls(None, new_starts.to(cu_seqlens.dtype), rows, t + shift[begun], (1, held + n), (1, n))
+        back = t + shift[begun]
+        return cls(None, new_starts.to(cu_seqlens.dtype), front.flatten(), back, (1, count * size + n), (1, n))
 
     def extend(self, held: Tensor | None, x: Tensor) -> Tensor:
-        """Rows of the open chunks `held` (G, C, .) (zeros if None: queries), then those of x (B, N, .)."""
-        width = x.shape[-1]
-        source = x.reshape(-1, width)
-        count = int(self._held_rows(source.shape[0]))
-        before = x.new_zeros(count, width) if held is None else held.reshape(-1, width).to(x.dtype)
-        return torch.cat([before, source])[self._rows.flatten()].view(*self._extended, width)
+        """Rows of the open chunks `held` (G, C, .) (zeros if None: queries), then those of x (B, N, .), read once.
+
+        The rows behind both are padding, and hold anything.
+        """
+        (batch, n), width = self._extended, x.shape[-1]
+        before = x.new_zeros(len(self._front), width) if held is None else held.reshape(-1, width).to(x.dtype)
+        rows = x.new_empty(batch * n + 1, width)  # one more, for the rows of `before` that are not used
+        rows.index_copy_(0, self._front, before).index_copy_(0, self._back, x.reshape(-1, width))
+        return rows[:-1].view(batch, n, width)
 
     def restrict(self, x: Tensor) -> Tensor:
         """The tokens' own rows of an extended result."""
-        return x.reshape(-1, x.shape[-1])[self._back.flatten()].view(*self._tokens, x.shape[-1])
-
-    def _held_rows(self, token_rows: int) -> int:
-        batch, length = self._extended
-        return batch * length - token_rows
+        return x.reshape(-1, x.shape[-1]).index_select(0, self._back).view(*self._tokens, x.shape[-1])
 
 
 def open_chunk(x: Tensor, closed: Tensor, total: Tensor, size: int, cu_seqlens: Tensor | None) -> Tensor:
