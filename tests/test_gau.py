@@ -21,7 +21,7 @@ from checks import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import GAU_SCORES, Call, gau_calls, randn, seeds
+from strategies import ACTIVATIONS, GAU_SCORES, Call, gau_calls, randn, seeds
 from torch import Tensor
 
 import flashgau
@@ -50,6 +50,17 @@ def test_every_score_in_every_shape(backend, score, normalizer, causal):
         check_agrees(Call("gau_attention", (q, k, v), options), backend)
         options |= {"rel_bias": randn(4, 2, 81) / 4, "lengths": torch.tensor([n, n // 2])}
         check_agrees(Call("gau_attention", (q, k, v, gate), options), backend)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_of_the_gate(backend, activation):
+    """Applied where the gate is read: a gate that was activated before gives the same, and as large gradients."""
+    shapes = (2, 19, 8), (2, 19, 8), (2, 19, 11), (2, 19, 11)
+    call = Call("gau_attention", tuple(randn(i, *s) for i, s in enumerate(shapes)), {"gate_activation": activation})
+    check_agrees(call, backend)
+    q, k, v, gate = call.args
+    before = flashgau.gau_attention(q, k, v, flashgau.reference.glu(gate, torch.ones_like(gate), activation=activation))
+    close(call(), before)
 
 
 @pytest.mark.parametrize("spare", [0, 1, 6], ids="P = longest + {}".format)

@@ -16,7 +16,7 @@ from checks import (
 from hypothesis import given
 from hypothesis import strategies as st
 from mixed_chunk_inputs import concatenated_state
-from strategies import Call, mixed_chunk_calls, randn, step_calls
+from strategies import ACTIVATIONS, Call, mixed_chunk_calls, randn, step_calls
 from torch import Tensor
 
 import flashgau
@@ -41,6 +41,19 @@ def test_chunks_as_wide_as_they_are_cut(chunk, n, causal):
     bias = randn(6, 2 * chunk - 1)
     options = {"chunk_size": chunk, "causal": causal, "rel_bias": bias}
     check_agrees(Call("mixed_chunk_attention", (*heads, v, gate), options), "eager")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_of_the_gate(backend, activation):
+    """Of a sequence, with gradients, and of one more token without, which has a kernel of its own."""
+    tokens = [randn(i, 2, 20, 11 if i > 3 else 8) for i in range(6)]
+    options = {"chunk_size": 8, "causal": True, "gate_activation": activation}
+    check_agrees(Call("mixed_chunk_attention", tuple(tokens), options), backend)
+    before, token = ([x[:, s] for x in tokens] for s in (slice(0, 19), slice(19, 20)))
+    _, state = flashgau.mixed_chunk_attention(*before, **options, return_state=True)
+    step = Call("mixed_chunk_step", tuple(token), {"state": state, "gate_activation": activation})
+    report = flashgau.compare(flashgau.mixed_chunk_step, *step.args, backend=backend, grad=False, **step.kwargs)
+    assert report.ok, f"\n{report}"
 
 
 @pytest.mark.parametrize("spare", [0, 1, 6], ids="P = chunk + {}".format)
