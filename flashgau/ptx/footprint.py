@@ -83,6 +83,7 @@ def footprint(ptx: str, grid: tuple[int, int, int], values: Values) -> dict[str,
     runner = _Runner(ptx, space, grid, addresses=True)
     for first in range(0, len(blocks), at_once):
         runner.run(blocks[first : first + at_once])
+        space.settle()
     return space.touched()
 
 
@@ -101,8 +102,15 @@ class _Space:
                     x, end = BASE + end + int(x.storage_offset()) * x.element_size(), end + -(-size // 256) * 256 + 256
                 self.flat.append((kind, x))
         self.read, self.written = np.zeros(end // SECTOR, bool), np.zeros(end // SECTOR, bool)
-        self.asked, self.changed = [0] * len(self.places), set[int]()  # bytes; who was written to
+        self.asked = [0] * len(self.places)  # bytes
+        self.changed, self.full = set[int](), set[int]()  # arguments: written to, and read as a whole
         self.starts = np.array([start for _, _, start, _ in self.places])
+
+    def settle(self) -> None:
+        """Note which arguments were read as a whole: no more of them can be."""
+        for which, (_, _, start, size) in enumerate(self.places):
+            if which not in self.full and self.read[start // SECTOR : -(-(start + size) // SECTOR)].all():
+                self.full.add(which)
 
     def touched(self) -> dict[str, Touched]:
         found: dict[str, Touched] = {}
@@ -377,21 +385,29 @@ class _Runner:
 
     def reads(self, address: Array, size: int, active: Array) -> None:
         """A load of global memory of `size` bytes by each thread, within one sector."""
-        self._note(self._sectors(address, active), size, reading=True)
+        if active.any():
+            which = self._argument(int(address[active.argmax()]) - BASE)
+            if which in self.space.full:
+                self.space.asked[which] += int(np.count_nonzero(active)) * size
+            else:
+                self._note(which, self._sectors(address, active), size, reading=True)
 
     def writes(self, address: Array, size: int, active: Array) -> None:
         """A store, likewise."""
-        self._note(self._sectors(address, active), size, reading=False)
+        if active.any():
+            which = self._argument(int(address[active.argmax()]) - BASE)
+            self._note(which, self._sectors(address, active), size, reading=False)
+
+    def _argument(self, offset: int) -> int:
+        """Which one an instruction goes to: the same with all threads."""
+        return int(np.searchsorted(self.space.starts, offset, "right")) - 1
 
     def _sectors(self, address: Array, active: Array) -> Array:
         taken = address if active is self.every else address[active]
         return (taken.view(np.int64) - BASE) // SECTOR
 
-    def _note(self, sectors: Array, size: int, *, reading: bool) -> None:
-        if not len(sectors):
-            return
-        space = self.space  # an instruction goes to one argument
-        which = int(np.searchsorted(space.starts, int(sectors[0]) * SECTOR, "right")) - 1
+    def _note(self, which: int, sectors: Array, size: int, *, reading: bool) -> None:
+        space = self.space
         space.asked[which] += len(sectors) * size
         if not reading:
             space.written[sectors] = True
@@ -440,7 +456,8 @@ class _Runner:
         first, last = (base + low * size)[:, None] + reach, (base + high * size - 1)[:, None] + reach
         inside &= (high > low)[:, None]
         sectors = (first[inside] // SECTOR)[:, None] + np.arange(box[0] * size // SECTOR + 2)
-        self._note(sectors[sectors <= (last[inside] // SECTOR)[:, None]], SECTOR, reading=reading)
+        which = self._argument(int(base[0]))
+        self._note(which, sectors[sectors <= (last[inside] // SECTOR)[:, None]], SECTOR, reading=reading)
 
 
 @lru_cache(maxsize=32)
