@@ -8,7 +8,7 @@ from typing import Any
 
 from flashgau.sass.model import MACHINES
 
-GROWTH = 1.05  # how much of anything a call may grow by
+GROWTH = 1.05  # how much a call may grow by in anything, or its smallest launch fall short by
 
 Row = dict[str, Any]  # as `report.Row` without its details
 _IDENTITY = ("target", "op", "direction", "shape", "dtype")
@@ -69,6 +69,6 @@ def _worse(row: Row, old: Row) -> list[str]:
         for name, words in _HELD.items()
         if row[name] > GROWTH * old[name]
     ]
-    if row["programs"] < min(old["programs"], MACHINES[row["target"]].sms):
+    if GROWTH * row["programs"] < min(old["programs"], MACHINES[row["target"]].sms):
         found.append(f"{row['programs']} programs in the smallest launch, recorded {old['programs']}")
     return found
