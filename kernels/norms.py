@@ -20,8 +20,8 @@ from torch import Tensor
 
 from flashgau.options import NormOptions
 
-from .common import VARYING, Choose, Config, Heads, chosen_by, launcher, processors, products, row_pointers
-from .gated import load_tile, rows, store_tile
+from .common import VARYING, Choose, Config, Heads, chosen_by, heads, launcher, processors, products, row_pointers
+from .gated import load_tile, store_tile
 from .guarded import guarded
 from .sums import summed
 
@@ -183,7 +183,7 @@ def _rows(x: Tensor) -> Heads:
     """x (..., d) as (outer, n, d), in place where up to three axes describe it."""
     while x.dim() < 3:
         x = x[None]
-    return rows(x.reshape(-1, *x.shape[-2:]))
+    return heads(x.reshape(-1, 1, *x.shape[-2:]))
 
 
 def _packed(w: Tensor | None) -> Tensor | None:
@@ -205,5 +205,5 @@ def _block(config: Config, width: int) -> tuple[dict[str, int], dict[str, int]]:
     """Whole rows, as many as a configuration's block has room for; wider ones than that have more warps."""
     columns = triton.next_power_of_2(width)
     size = config.block_m * config.block_n
-    warps = min(32, config.num_warps * max(1, columns // size))
+    warps = min(16, config.num_warps * max(1, columns // size))
     return {"BM": max(1, size // columns), "BD": columns}, {**config.launch(), "num_warps": warps}

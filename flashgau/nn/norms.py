@@ -73,7 +73,8 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> the same shape and dtype."""
         _check("RMSNorm", x, self.normalized_shape[0])
-        return norm("RMSNorm", x, self.weight, None, "rms", self.eps)
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps  # PyTorch's, which ours never has
+        return norm("RMSNorm", x, self.weight, None, "rms", eps)
 
 
 class ScaleNorm(nn.Module):

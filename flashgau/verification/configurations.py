@@ -185,7 +185,7 @@ class _Norms(torch.nn.Sequential):
         super().__init__(*(make_norm(name, dim) for name in names))
         with torch.no_grad():
             for p in self.parameters():
-                p += torch.linspace(-0.3, 0.4, p.numel()).view_as(p)
+                p.add_(torch.linspace(-0.3, 0.4, p.numel()).view_as(p))
 
 
 def _hold_layer(op: str, x: Tensor) -> Report:
