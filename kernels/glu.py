@@ -381,7 +381,7 @@ def glu_linear_forward(
     """
     w_gate, w_up, b_gate, b_up = weights
     rows, shape = _rows(x), (*x.shape[:-1], w_gate.shape[0])
-    if _is_fused(fused, x, w_gate):
+    if _is_fused(fused, x, w_gate, options):
         out = x.new_empty(shape)
         g, u = (x.new_empty(shape) if save else None for _ in range(2))
         flat = (None if t is None else _rows(t) for t in (out, g, u))
@@ -413,7 +413,7 @@ def glu_linear_backward(
     rows, d, n = _rows(x), _rows(dout), w_gate.shape[0]
     both = x.new_empty(rows.shape[0], 2 * n)
     if g is None or u is None:
-        if _is_fused(fused, x, w_gate):
+        if _is_fused(fused, x, w_gate, options):
             operands = d, rows, *_alternating(weights), *_halves(both, None)
             _product(linear_backward_kernel, "glu_linear_backward", operands, rows, w_gate, options, chosen_by(config))
         else:
@@ -427,8 +427,8 @@ def glu_linear_backward(
     return dx.view(x.shape), dw[:n], dw[n:], db[:n], db[n:]
 
 
-def _is_fused(fused: bool | None, x: Tensor, w_gate: Tensor) -> bool:
-    return tables.fuses_glu_linear(x, w_gate) if fused is None else fused
+def _is_fused(fused: bool | None, x: Tensor, w_gate: Tensor, options: GluOptions) -> bool:
+    return tables.fuses_glu_linear(x, w_gate, options) if fused is None else fused
 
 
 def elementwise(kernel: Any, name: str, tensors: tuple[Tensor, ...], choose: Choose, *traits: str) -> None:

@@ -215,18 +215,6 @@ def test_projections_are_those_of_eager(rows):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
 
 
-def test_the_fused_product_is_chosen_where_it_can_win():
-    def chosen(rows: int, k: int, dtype: torch.dtype) -> bool:
-        x, w = (torch.empty(n, k, dtype=dtype, device="meta") for n in (rows, 64))
-        return tables.fuses_glu_linear(x, w)
-
-    assert chosen(4096, 768, torch.bfloat16)
-    assert not chosen(4096, 4096, torch.bfloat16)  # the vendor's product is too good
-    assert not chosen(4096, 768, torch.float32)
-    assert chosen(1, 4096, torch.float32)  # a decoded token
-    assert not chosen(4096, 0, torch.float32)
-
-
 @pytest.mark.parametrize("config", blocks_of("attention"), ids=block_name)
 @pytest.mark.parametrize("options", [{"causal": True}, {"window": (40, 3), "softcap": 3.0}], ids=["causal", "window"])
 def test_every_shipped_configuration_agrees(config, options):

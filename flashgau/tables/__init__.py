@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -20,14 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import table
+from . import products, table
 from .config import Choose, Config
 from .table import FUSED, Key, Table
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "gfx942", "interpreter")
 _SHIPPED = Path(__file__).parent
 FEW_ROWS = 16  # that fit one matrix instruction: a decoded token of a few heads
-_PRODUCT_SPEED = 0.8  # of a Triton product, as a part of the vendor's library's: an assumption until it is measured
 
 
 def choose(kernel: str, x: Tensor, width: int, rows: int | None = None, options: bool = False) -> Config:
@@ -170,27 +169,41 @@ def _widths(arch: str, kernel: str, itemsize: int, few_rows: bool) -> list[int]:
     )
 
 
-def fuses_glu_linear(x: Tensor, w_gate: Tensor) -> bool:
+def fuses_glu_linear(x: Tensor, w_gate: Tensor, activations: Sequence[str] = ("silu", "identity")) -> bool:
     """Whether one kernel that makes both sides of a gated linear unit beats the vendor's products and the unit after.
 
     Inside `configured` what that was given decides, if anything. Else, where a table has a measurement for the inner
-    axis K (rounded up to a power of two) and dtype, that; else a rule. The fused form spares three tensors on their way
-    to memory and back, which is worth 1 + 276 / K to a product over K (on a GPU that does 184 FLOP while a byte
-    travels); and a Triton product is taken to run at 4/5 of the vendor's speed, in half precision. In IEEE fp32
-    arithmetic is so slow that there is nothing to spare. Up to 16 rows reading the weights is all the work, and one
-    kernel reads them both.
+    axis K (rounded up to a power of two) and dtype, that. Else, up to 16 rows, yes: reading the weights is all the
+    work, and one kernel reads them both. Else a model of both forms on this GPU (`flashgau.tables.products`), in half
+    precision; in IEEE fp32 arithmetic is so slow that there is nothing to spare, and of GPUs that the model does not
+    know, nothing is known to be gained.
 
-    On a CPU this is a question for interpreted kernels only: the eager backend has one form, the unit in panels after
-    whole products.
+    On a CPU this is a question for interpreted kernels only, which are taken to be on an H100: the eager backend has
+    one form, the unit in panels after whole products.
     """
     if _configured.fuse_glu_linear is not None:
         return _configured.fuse_glu_linear
-    k = w_gate.shape[1]
-    few_rows = math.prod(x.shape[:-1]) <= FEW_ROWS
+    m, (n, k) = math.prod(x.shape[:-1]), w_gate.shape
+    few_rows = m <= FEW_ROWS
     measured = _fusing_measured(x.device, x.element_size(), 1 << max(0, k - 1).bit_length(), few_rows)
     if measured is not None:
         return measured
-    return few_rows or (x.element_size() == 2 and _PRODUCT_SPEED * (1 + 276 / max(1, k)) >= 1)
+    gpu = _modelled(x.device)
+    if few_rows or gpu is None or x.element_size() != 2:
+        return few_rows
+    arch = architecture(x.device)
+    tile = lookup("sm_90", "glu_linear", 2, 0) if arch == "interpreter" else choose("glu_linear", x, 0, rows=m)
+    return products.fused(gpu, tile, m, k, n, activations) <= products.library(gpu, m, k, n)
+
+
+@cache
+def _modelled(device: torch.device) -> products.Gpu | None:
+    """The numbers of a GPU's architecture, with its own processors and memory where they are known."""
+    gpu = products.GPUS.get(architecture(device))
+    if gpu is None or device.type != "cuda":
+        return gpu
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return gpu._replace(processors=count, memory=products.MEMORY.get(gpu_name(device), gpu.memory))
 
 
 @cache
@@ -316,8 +329,9 @@ def gpu_name(device: torch.device) -> str:
 
 def reload() -> None:
     """Forget what was read, so that the next call reads the tables again."""
-    for cached in (_chosen, _fusing_measured, _widths, shipped_kernels, shipped_table, gpu_name, table.usable):
+    for cached in (_chosen, _fusing_measured, _modelled, _widths, shipped_kernels, shipped_table, gpu_name):
         cached.cache_clear()
+    table.usable.cache_clear()
 
 
 # ---- devices
