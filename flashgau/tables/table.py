@@ -202,6 +202,11 @@ def _entry(read: Fields) -> tuple[Key, TableEntry]:
     return key, entry
 
 
+def _is_register_limit(value: object) -> bool:
+    """A journal has every field, that without a value as null."""
+    return value is None or is_register_count(value)
+
+
 def config_of(row: Fields) -> Config:
     """The configuration in a row of a file, or a complaint."""
     read = Fields(row("config", "an object", lambda x: isinstance(x, dict)), f"{row.where}: config")
@@ -213,7 +218,7 @@ def config_of(row: Fields) -> Config:
         num_warps=read("num_warps", "1, 2, 4, 8, 16 or 32", lambda x: _is_power(x, 32)),
         num_stages=read("num_stages", "1 to 8", lambda x: type(x) is int and 1 <= x <= 8),
         asynchronous=read("asynchronous", "true or false", _is_bool, False),
-        maxnreg=read("maxnreg", "a multiple of 8 from 24 to 256", is_register_count, None),
+        maxnreg=read("maxnreg", "a multiple of 8 from 24 to 256, or null", _is_register_limit, None),
     )
     read.nothing_else()
     return config
