@@ -64,6 +64,13 @@ class AttentionOptions(NamedTuple):
         return self._replace(scale=scale, causal=False, window=window)
 
 
+class Gating(NamedTuple):
+    """What multiplies the result of softmax attention."""
+
+    gate: Tensor  # (B, Hq, M, E), or (B, Hq, M, 1)
+    gate_activation: str = "sigmoid"
+
+
 class AttentionResults(NamedTuple):
     """What the forward gives and the backward reads."""
 

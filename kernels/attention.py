@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from flashgau.options import AttentionOptions, AttentionResults, Layout, Pages, Window
+from flashgau.options import AttentionOptions, AttentionResults, Gating, Layout, Pages, Window
 
 from .attention_kernels import (
     AttentionRule,
@@ -63,7 +63,24 @@ def attention_forward(
     tokens. `lengths` counts the keys alone, also if there are as many queries; of packed ones the differences of
     `cu_seqlens_k` count them. There is no backward of it.
     """
-    return _forward(q, k, v, layout, options, BUILT_IN, config, pages)
+    out, lse, _ = _forward(q, k, v, layout, options, BUILT_IN, config, pages)
+    return AttentionResults(out, lse)
+
+
+@launcher
+def gated_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gating: Gating,
+    layout: Layout = Layout(),
+    options: AttentionOptions = AttentionOptions(),
+    save: bool = False,
+    *,
+    config: Config | Choose | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """act(gate) * O, the log-sum-exp of the scores and, if `save`, O."""
+    return _forward(q, k, v, layout, options, BUILT_IN, config, gating=gating, save=save)
 
 
 def _forward(
@@ -75,7 +92,9 @@ def _forward(
     own: OwnScores,
     config: Config | Choose | None,
     pages: Pages = Pages(),
-) -> AttentionResults:
+    gating: Gating | None = None,
+    save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """With functions of a user. An elementwise weight has no log-sum-exp: an empty tensor stands for it."""
     b, n_heads, m, d = q.shape
     n_kv_heads, n, e = k.shape[1], k.shape[2], v.shape[-1]
@@ -89,8 +108,9 @@ def _forward(
     out = _empty_output(q, e)
     softmax = own.weight_mod is None
     lse = q.new_empty(q.shape[:3] if softmax else 0, dtype=torch.float32)
+    product = torch.empty_like(out) if save and gating is not None else None
     if out.numel() == 0:
-        return AttentionResults(out, lse)
+        return out, lse, product
     groups = n_heads // n_kv_heads
     sequences = sequences_of(b, m, total, *layout)
     rule = _rule(q, n, options, own)
@@ -112,25 +132,35 @@ def _forward(
     copies = _copies(config, k, v)
     if config.asynchronous:
         sizes["ASYNCHRONOUS"] = True
+    gate, extent = None, dict[str, Any]()
+    if gating is not None:
+        gate, extent = heads(gating.gate.expand(out.shape)), {"GATE": gating.gate_activation}
+    inside = gate if n_parts is None else None
     if size.get("PAGE", config.block_n) * max(k.stride(2), v.stride(2)) < 2**31:
         sizes["NEAR"] = True
     launched(
         forward_kernel[(n_blocks * per_block, n_parts or 1)],
         heads(q), heads(k), heads(v), parts, sums, *sequences, *rule, n_blocks, n_kv_heads, n_parts,
-        Sizes(**sizes, **size, **copies, BM=config.block_m, BN=config.block_n, **own.sizes(backward=False)), paged,
+        Sizes(
+            **sizes, **size, **copies, **(extent if inside else {}), BM=config.block_m, BN=config.block_n,
+            **own.sizes(backward=False),
+        ),
+        paged, inside, heads(product) if inside and product is not None else None,
         described=bool(copies), **config.launch(),
     )  # fmt: skip
     if n_parts is not None and not softmax:  # there is nothing to weigh the parts by: they add up
         out.copy_(every.sum(0))
     elif n_parts is not None:
-        whole = out if out.is_contiguous() else q.new_empty(b, n_heads, m, e)
+        whole, kept = (x if x is None or x.is_contiguous() else q.new_empty(b, n_heads, m, e) for x in (out, product))
         merge_kernel[(lse.numel(),)](
-            every, sums, whole, lse, lse.numel(), n_parts,
-            E=e, BE=widths["BE"], PARTS=_MERGED // widths["BE"], PLAIN=_plain(rule, own), **FUSED_ADDITION,
+            every, sums, whole, lse, gate, kept, lse.numel(), n_parts, n_heads, m,
+            E=e, BE=widths["BE"], PARTS=_MERGED // widths["BE"], PLAIN=_plain(rule, own), GATE=extent.get("GATE"),
+            **FUSED_ADDITION,
         )  # fmt: skip
-        if whole is not out:
-            out.copy_(whole)
-    return AttentionResults(out, lse)
+        for x, made in ((out, whole), (product, kept)):
+            if x is not None and made is not x:
+                x.copy_(made)
+    return out, lse, product
 
 
 @launcher
@@ -147,7 +177,31 @@ def attention_backward(
     config: Config | Choose | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, rel_bias (B, Hq, 2P-1) and sinks (Hq,); None where there is no such input."""
-    return _backward((dout, dlse), q, k, v, results, layout, options, BUILT_IN, config)
+    return _backward((dout, dlse), q, k, v, results, layout, options, BUILT_IN, config)[:5]
+
+
+@launcher
+def gated_attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    product: Tensor,
+    gating: Gating,
+    layout: Layout = Layout(),
+    options: AttentionOptions = AttentionOptions(),
+    *,
+    config: Config | Choose | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of q, k, v, gate, rel_bias (B, Hq, 2P-1) and sinks (Hq,); None where there is no such input."""
+    results = AttentionResults(product, lse)
+    dq, dk, dv, dbias, dsinks, dgate = _backward(
+        (dout, dlse), q, k, v, results, layout, options, BUILT_IN, config, gating
+    )
+    assert dgate is not None
+    return dq, dk, dv, dgate, dbias, dsinks
 
 
 def _backward(
@@ -160,8 +214,9 @@ def _backward(
     options: AttentionOptions,
     own: OwnScores,
     config: Config | Choose | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """With functions of a user."""
+    gating: Gating | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """With functions of a user; the last is the gradient of a gate."""
     dout, dlse = dresults
     (out, lse), rel_bias, sinks = results, options.rel_bias, options.sinks
     b, n_heads, m, d = q.shape
@@ -184,13 +239,20 @@ def _backward(
 
     pivot, delta = torch.empty_like(lse), torch.empty_like(lse)  # LSE as the kernels subtract it
     statistics = (pivot, delta) if softmax else (None, None)
+    dgate = None if gating is None else gating.gate.new_empty(gating.gate.shape)
     if dq.numel() and softmax:
-        n_blocks = blocks_of(sequences, m, 1, 64)
+        block = 64 if gating is None else max(16, 4096 // widths["BE"])
+        n_blocks = blocks_of(sequences, m, 1, block)
+        dx = dout if gating is None else _empty_output(q, e)
+        gate = None if gating is None else gating.gate.expand(dout.shape)
         delta_kernel[(n_blocks * n_heads * rows,)](
             heads(dout), heads(out), lse, dlse if dlse is None else dlse.contiguous(), pivot, delta, *sequences,
-            n_blocks, n_heads,
-            E=e, BE=widths["BE"], BM=64, PLAIN=_plain(rule, own), **FUSED_ADDITION,
+            n_blocks, n_heads, *(None if x is None else heads(x) for x in (gate, None if gate is None else dx, dgate)),
+            E=e, BE=widths["BE"], BM=block, PLAIN=_plain(rule, own),
+            GATE=None if gating is None else gating.gate_activation,
+            PER_HEAD=dgate is not None and dgate.shape[-1] < e, **FUSED_ADDITION,
         )  # fmt: skip
+        dout = dx
     sink_deltas = None if sinks is None else torch.zeros_like(lse)
     if dq.numel():
         config = choose("attention_dq", q, width, options=extras or biased)
@@ -232,7 +294,7 @@ def _backward(
         if dlse is not None:
             sink_deltas = sink_deltas - torch.where(alive, dlse, 0)
         dsinks = -(share * sink_deltas).sum((0, 2)).to(sinks.dtype)
-    return dq, dk, dv, dbias, dsinks
+    return dq, dk, dv, dbias, dsinks, dgate
 
 
 def attention_with(
@@ -339,7 +401,7 @@ class _OwnAttention(torch.autograd.Function):
     ) -> Tensor:
         options = options._replace(rel_bias=rel_bias, sinks=sinks)
         with torch.cuda.device_of(q):
-            out, lse = _forward(q, k, v, layout, options, own, config)
+            out, lse, _ = _forward(q, k, v, layout, options, own, config)
         ctx.save_for_backward(q, k, v, rel_bias, sinks, out, lse)
         ctx.rest = layout, options._replace(rel_bias=None, sinks=None), own, config
         return out
@@ -351,7 +413,7 @@ class _OwnAttention(torch.autograd.Function):
         options = options._replace(rel_bias=rel_bias, sinks=sinks)
         results = AttentionResults(out, lse)
         with torch.no_grad(), torch.cuda.device_of(q):
-            grads: tuple[Any, ...] = _backward((dout, None), q, k, v, results, layout, options, own, config)
+            grads: tuple[Any, ...] = _backward((dout, None), q, k, v, results, layout, options, own, config)[:5]
         return *once("attention_with", grads, dout, q, k, v, rel_bias, sinks), None, None, None, None
 
 

@@ -43,6 +43,7 @@ from .common import (
     tanh,
     toeplitz,
 )
+from .glu import activate, gated_backward
 from .guarded import guarded
 from .own_scores import own_hidden, own_scores, own_weight_slopes, own_weights
 
@@ -323,6 +324,7 @@ def forward_kernel(
     sinks, seed, threshold, dropout_scale, aux, n_blocks, n_kv_heads, n_parts,
     SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION; ASYNCHRONOUS, DESCRIBED, NEAR, PAGE with `paged`
     paged=None,  # a PagedKeys
+    gate=None, product=None,  # SIZES.GATE(gate) multiplies O, which itself goes to `product`; not with `n_parts`
 ):  # fmt: skip
     """O and LSE of a block of rows; with `n_parts`, of every n-th part of its keys."""
     BM: tl.constexpr = SIZES.BM
@@ -431,6 +433,13 @@ def forward_kernel(
             # Maximum and sum are stored separately: LSE = m + log l loses low bits of l when m is large.
             tl.store(p_lse + n_parts * all_rows, tl.where(m_row, b_l, 0.0), mask=o_query < stored)
             b_lse = b_m
+    if product is not None:
+        p_product = row_pointers(product, row, o_head, first_m + o_query)
+        store_rows(product, p_product, o_query < stored, b_acc, SIZES.E, SIZES.BE)
+    if gate is not None:
+        p_gate = row_pointers(gate, row, o_head, first_m + o_query)
+        b_gate = load_rows(gate, p_gate, m_row, SIZES.E, SIZES.BE, False)
+        b_acc *= activate(b_gate.to(tl.float32), SIZES.GATE)
     store_rows(out, p_out, o_query < stored, b_acc, SIZES.E, SIZES.BE)
     if SIZES.WEIGHT_MOD is None:
         tl.store(p_lse, b_lse, mask=o_query < stored)
@@ -439,11 +448,13 @@ def forward_kernel(
 @guarded
 @triton.jit(do_not_specialize=VARYING)
 def merge_kernel(
-    parts, sums, out, lse, n_rows, n_parts, E: tl.constexpr, BE: tl.constexpr, PARTS: tl.constexpr, PLAIN: tl.constexpr
-):
+    parts, sums, out, lse, gate, product, n_rows, n_parts, n_heads, n_tokens,
+    E: tl.constexpr, BE: tl.constexpr, PARTS: tl.constexpr, PLAIN: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
     """Parts (n_parts, rows, E), with maxima m and sums l (2, n_parts, rows), combined: O ~ sum of l e^m O_part.
 
-    One program per row reads PARTS parts at once; where there are more, the next ones follow as blocks of keys do.
+    One program per row reads PARTS parts at once; where there are more, the next ones follow as blocks of keys do. A
+    gate multiplies O, which itself goes to `product`.
     """
     i_row = tl.program_id(0).to(tl.int64)
     o_column = tl.arange(0, BE)
@@ -467,7 +478,15 @@ def merge_kernel(
         b_m = b_new
     b_divisor = tl.where(b_l == 0, 1.0, b_l)
     b_lse = tl.where(b_l == 0, -float("inf"), log_sum(b_m, b_divisor, PLAIN))
-    tl.store(out + i_row * E + o_column, (b_acc / b_divisor).to(out.dtype.element_ty), mask=o_column < E)
+    b_out = b_acc / b_divisor
+    if product is not None:
+        tl.store(product + i_row * E + o_column, b_out.to(product.dtype.element_ty), mask=o_column < E)
+    if gate is not None:
+        p_gate = row_pointers(gate, i_row // n_tokens // n_heads, i_row // n_tokens % n_heads, i_row % n_tokens)
+        m_gate = o_column < tl.where(b_l == 0, 0, E)  # that of padding may be anything
+        b_gate = tl.load(p_gate + tl.cast(o_column, tl.int64) * gate.column, mask=m_gate, other=0.0)
+        b_out *= activate(b_gate.to(tl.float32), GATE)
+    tl.store(out + i_row * E + o_column, b_out.to(out.dtype.element_ty), mask=o_column < E)
     tl.store(lse + i_row, b_lse)
 
 
@@ -476,10 +495,16 @@ def merge_kernel(
 def delta_kernel(
     dout, out, lse, dlse, pivot, delta,
     lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k, n_blocks, n_heads,
+    gate, dx, dgate,
     E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, PLAIN: tl.constexpr,
+    GATE: tl.constexpr, PER_HEAD: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dO * O) - dLSE for a block of queries of one head, and the pivot of its exponentials: LSE, in base
-    2 for plain scores, and infinity for a row that sees nothing, whose P is then 0."""
+    2 for plain scores, and infinity for a row that sees nothing, whose P is then 0.
+
+    With a gate, dO is the gradient of GATE(gate) O: that of O, `dx`, and that of the gate, which has a number for each
+    column or PER_HEAD one, are written first.
+    """
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     i_block, i_head, i_seq = place(
         tl.program_id(0), n_blocks, n_heads, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM
@@ -489,6 +514,16 @@ def delta_kernel(
     m_row = o_query < m
     b_dout = load_rows(dout, row_pointers(dout, row, i_head, first_m + o_query), m_row, E, BE, False)
     b_out = load_rows(out, row_pointers(out, row, i_head, first_m + o_query), m_row, E, BE, False)
+    if gate is not None:
+        b_gate = load_rows(gate, row_pointers(gate, row, i_head, first_m + o_query), m_row, E, BE, False).to(tl.float32)
+        b_dgate, b_dx = gated_backward(b_dout.to(tl.float32), b_gate, b_out.to(tl.float32), GATE, "identity")
+        b_dout = b_dx.to(dx.pointer.dtype.element_ty)
+        store_rows(dx, row_pointers(dx, row, i_head, first_m + o_query), o_query < stored, b_dout, E, BE)
+        p_dgate = row_pointers(dgate, row, i_head, first_m + o_query)
+        if PER_HEAD:
+            tl.store(p_dgate, tl.sum(b_dgate + 0.0, 1).to(dgate.pointer.dtype.element_ty), mask=o_query < stored)
+        else:
+            store_rows(dgate, p_dgate, o_query < stored, b_dgate, E, BE)
     b_delta = tl.sum(products(b_dout.to(tl.float32), b_out.to(tl.float32)), 1)
     o_flat = row_offsets(sequences, i_seq, i_head, n_heads, o_query, i_head, first_m, row)
     b_lse = tl.load(lse + o_flat, mask=m_row, other=-float("inf"))

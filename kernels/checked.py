@@ -18,6 +18,7 @@ from flashgau.contract.validate import Arguments
 from flashgau.options import (
     AttentionOptions,
     GatedOptions,
+    Gating,
     GluOptions,
     GluWeights,
     Layout,
@@ -82,6 +83,21 @@ def _attention(
             got = f"is {options.dropout_seed!r}"
             args.fail("dropout_seed", got, "a one-element int64 tensor beside `dropout_p`", TypeError)
         operands.seed(args, options.dropout_seed)
+
+
+def _gated_attention(
+    args: Arguments, q: Tensor, k: Tensor, v: Tensor, gating: Gating, layout: Layout, options: AttentionOptions
+) -> None:
+    _attention(args, q, k, v, layout, options)
+    operands.attention_gate(args, *gating)
+
+
+def _gated_attention_backward(
+    args: Arguments, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, product: Tensor,
+    gating: Gating, **rest: Any,
+) -> None:  # fmt: skip
+    _attention_backward(args, dout, dlse, q, k, v, (product, lse), **rest)
+    operands.attention_gate(args, *gating)
 
 
 def _attention_backward(
@@ -238,6 +254,8 @@ def _count(args: Arguments, layout: Layout) -> int:
 CHECKS: dict[str, Callable[..., None]] = {
     "attention_forward": _attention,
     "attention_backward": _attention_backward,
+    "gated_attention_forward": _gated_attention,
+    "gated_attention_backward": _gated_attention_backward,
     "glu_forward": _glu,
     "glu_backward": _glu_backward,
     "glu_linear_forward": _glu_linear,

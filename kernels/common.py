@@ -42,7 +42,7 @@ VARYING = ("n_sequences", "max_seqlen_q", "max_seqlen_k", "left", "right", "bias
 
 # Sizes that may be absent, which is None in a kernel.
 OPTIONAL = ("SCORE_MOD", "SCORE_SLOPE", "WEIGHT_MOD", "WEIGHT_SLOPE", "PAGE", "NEAR", "ASYNCHRONOUS", "DESCRIBED",
-            "ONLY")  # fmt: skip
+            "ONLY", "GATE")  # fmt: skip
 
 
 def chosen_by(config: Config | Choose | None) -> Choose:
@@ -67,7 +67,8 @@ class Sizes:
     These may be absent, and are None then. A user's own scores bring jitted functions (`own_scores.py`): SCORE_MOD,
     SCORE_SLOPE, WEIGHT_MOD and WEIGHT_SLOPE. PAGE is how many tokens a page of keys and values has. NEAR: it, or a
     block, lies within 2^31 elements. ASYNCHRONOUS: products are begun ahead, as `Config.asynchronous` says. DESCRIBED:
-    keys and values are copied through descriptors. ONLY is "dk" or "dv" where a launch makes one of the two.
+    keys and values are copied through descriptors. ONLY is "dk" or "dv" where a launch makes one of the two. GATE names
+    the activation of a gate.
 
     In a kernel `SIZES.BM` is a `tl.constexpr`, of which the shape of a block can be made. A field of a constexpr
     NamedTuple would be a plain number there, of which it cannot before Triton 3.8.

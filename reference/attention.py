@@ -7,6 +7,7 @@ from einops import repeat
 from torch import Tensor
 
 from .common import assemble, blank, masked_softmax, sequences, toeplitz, upcast, visible_keys
+from .glu import ACTIVATIONS
 
 
 @upcast
@@ -26,10 +27,14 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_activation: str = "sigmoid",
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention, the definition: O = dropout(softmax(S + mask)) v, with S of all M x N pairs.
+
+    With a gate it is act(gate) O.
 
     S = scale q k^T, then softcap tanh(S / softcap), then + rel_bias, then the mask; scale = 1/sqrt(D) unless
     given. Query i stands at position p = i + N - M of its sequence. `sinks` adds one logit per head to the
@@ -50,6 +55,8 @@ def attention(
         cu_seqlens_k: the same for the keys; `cu_seqlens` unless given.
         dropout_p: probability of dropping a weight.
         dropout_seed: which weights are dropped; drawn from torch's default generator unless given.
+        gate: (B, Hq, M, E), or (B, Hq, M, 1) for one number per head.
+        gate_activation: act, from the names of `glu`.
         return_lse: also give the log of the sum of exponentials.
         backend: accepted for the common signature, and ignored.
 
@@ -92,10 +99,13 @@ def attention(
         if dropout_p > 0 and dropout_seed is not None:
             keep = dropout_kept(dropout_seed, dropout_p, place.number, heads, m, n).to(q.device)
             probs = probs * keep.to(probs.dtype) * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0)
-        outs.append(torch.einsum("h m n, h n e -> h m e", probs, v_s))
+        out = torch.einsum("h m n, h n e -> h m e", probs, v_s)
+        if gate is not None:
+            out = ACTIVATIONS[gate_activation](gate[place.row, :, place.queries]) * out
+        outs.append(out)
         lses.append(lse)
 
-    inputs = (q, k, v, rel_bias, sinks)
+    inputs = (q, k, v, rel_bias, sinks, gate)
     out = assemble(blank((batch, heads, n_queries, v.shape[-1]), 0.0, *inputs), places, outs, dim=-2)
     if not return_lse:
         return out

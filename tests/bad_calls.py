@@ -102,6 +102,11 @@ BAD = [
     bad("attention", E, "dropout_seed", r"a one-element int64 tensor", dropout_p=0.1, dropout_seed=T([1, 2])),
     bad("attention", E, "dropout_seed", r"a one-element int64 tensor", dropout_p=0.1, dropout_seed=T([1.0])),
     bad("attention", V, "dropout_seed", r"64 bits", dropout_p=0.1, dropout_seed=2**63),
+    bad("attention", V, "gate", r"(2, 4, 6, 5), or (2, 4, 6, 1)", gate=randn(3, 2, 4, 6, 8)),
+    bad("attention", V, "gate", r"(2, 4, 6, 5), or (2, 4, 6, 1)", gate=randn(3, 2, 2, 6, 5)),
+    bad("attention", E, "gate", r"torch.float32 as `q` has", gate=randn(3, 2, 4, 6, 5).half()),
+    bad("attention", E, "gate", r"a torch.Tensor", gate=1.0),
+    bad("attention", V, "gate_activation", r"'identity', 'sigmoid'", gate_activation="softmax"),
     bad("attention", V, "backend", r"'triton', 'eager', 'reference'", backend="cuda"),
     # its bias and sinks
     bad("attention", V, "rel_bias", r"an odd length 2P-1", rel_bias=torch.zeros(12)),

@@ -181,6 +181,9 @@ def attention_calls(
         )
         if "dropout_p" in options:
             options["dropout_seed"] = draw(st.one_of(st.integers(0, 2**63 - 1), st.integers(-5, 5)))
+        if draw(st.booleans()):
+            options["gate"] = make(batch, heads, m, draw(st.sampled_from([1, value_width])))
+            options["gate_activation"] = draw(st.sampled_from(ACTIVATIONS))
     q = make(batch, heads, m, width)
     k, v = make(batch, heads_k, n, width), make(batch, heads_k, n, value_width)
     return Call("attention", (q, k, v), options)

@@ -43,6 +43,34 @@ def test_without_options_agrees_with_the_reference(backend, data):
     check_agrees(data.draw(attention_calls(backend, plain=True)), backend)
 
 
+def test_a_gate_multiplies_and_padding_of_it_is_nothing(backend):
+    """Queries that are padding give 0, whatever their gates are, and no gradient."""
+    q, k, v, gate = (randn(i, 2, h, 6, w) for i, (h, w) in enumerate(((4, 8), (2, 8), (2, 5), (4, 5))))
+    lengths = torch.tensor([6, 2])
+    plain = flashgau.attention(q, k, v, causal=True, lengths=lengths, backend=backend)
+    spoilt = gate.clone()
+    spoilt[1, :, 2:] = torch.nan
+    spoilt.requires_grad_()
+    out = flashgau.attention(q, k, v, causal=True, lengths=lengths, gate=spoilt, backend=backend)
+    close(out, plain * torch.where(gate.isfinite(), gate, 0).sigmoid())
+    assert (out[1, :, 2:] == 0).all()
+    (dgate,) = torch.autograd.grad(out.square().sum(), spoilt)
+    assert (dgate[1, :, 2:] == 0).all()
+    close(dgate[0], (2 * plain**2 * gate.sigmoid() ** 2 * (1 - gate.sigmoid()))[0])
+
+
+def test_a_gate_per_head_is_one_for_every_column(backend):
+    q, k, v, gate = (randn(i, 2, 3, 7, w) for i, w in enumerate((8, 8, 5, 1)))
+    found = []
+    for wide in (gate, gate.expand(-1, -1, -1, 5)):
+        leaf = gate.clone().requires_grad_()
+        given = leaf if wide is gate else leaf.expand(wide.shape)
+        out = flashgau.attention(q, k, v, gate=given, gate_activation="silu", backend=backend)
+        found.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
+    for a, b in zip(*found, strict=True):
+        close(a, b)
+
+
 @given(data)
 def test_repeats_bitwise(backend, data):
     check_repeats_bitwise(data.draw(attention_calls(backend)))

@@ -596,3 +596,23 @@ def test_errors_say_what_is_wrong(name):
     call, message = ERRORS[name]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(("gate", "width"), [("elementwise", 4), ("headwise", 1)])
+def test_attention_may_be_gated(gate, width):
+    """act(x W_g) multiplies each head's output before the last projection, also token by token."""
+    torch.manual_seed(0)
+    layer = nn.MultiHeadAttention(12, 3, causal=True, gate=gate, gate_activation="silu", dtype=torch.float64)
+    plain = nn.MultiHeadAttention(12, 3, causal=True, dtype=torch.float64)
+    plain.load_state_dict({name: x for name, x in layer.state_dict().items() if not name.startswith("to_gate")})
+    plain.to_out = layer.to_out = torch.nn.Identity()
+    x = torch.randn(2, 9, 12, dtype=torch.float64)
+    gates = F.silu(layer.to_gate(x)).view(2, 9, 3, width).expand(2, 9, 3, 4)
+    torch.testing.assert_close(layer(x), plain(x) * gates.flatten(2), rtol=1e-12, atol=1e-12)
+    _, cache = layer(x[:, :8], return_state=True)
+    torch.testing.assert_close(layer.step(x[:, 8:], cache)[0], layer(x)[:, 8:], rtol=1e-10, atol=1e-12)
+
+
+def test_an_unknown_gate_is_refused():
+    with pytest.raises(ValueError, match="MultiHeadAttention: `gate` is 'yes'; expected one of 'none', 'elementwise'"):
+        nn.MultiHeadAttention(12, 3, gate="yes")

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 import flashgau
 from flashgau import nn
 from flashgau.integrations.flash_attn import flash_attn_with_kvcache
+from flashgau.ops import dispatch
 
 T = torch.tensor
 NOT_DIFFERENTIABLE = ("flashgau::mixed_chunk_step", "flashgau::attention_in_pages")
@@ -45,6 +46,7 @@ CALLS = {
         dropout_p=0.2, dropout_seed=3, return_lse=True,
     ),
     "attention, packed": attention(1, 2, 9, 4, causal=True, cu_seqlens=T([0, 4, 9]), cu_seqlens_k=T([0, 2, 9])),
+    "attention, gated": attention(2, 2, 9, 4, causal=True, gate=randn(3, 2, 2, 9, 4), return_lse=True),
     "glu": Call("glu", (randn(0, 3, 4), randn(1, 3, 4)), {}),
     "glu, packed": Call("glu", (randn(0, 3, 4),), {"activation": "gelu"}),
     "glu_linear": Call("glu_linear", (randn(0, 2, 3, 4), randn(1, 5, 4), randn(2, 5, 4)), {}),
@@ -71,6 +73,11 @@ def layers(form: str) -> None:
     for layer in (nn.GAU(8, key_dim=4), nn.FLASH(8, key_dim=4, chunk_size=4)):
         x = randn(0, 2, 9, 8).requires_grad_(form == "training")
         out = layer(x)
+        if form == "training":
+            out.sum().backward()
+    with dispatch.use_backend_in_layers("triton"):  # elsewhere norms are PyTorch's
+        norm, x = nn.ScaleNorm(8), randn(0, 2, 9, 8).requires_grad_(form == "training")
+        out = norm(x)
         if form == "training":
             out.sum().backward()
     with torch.no_grad(), flashgau.use_backend("triton"):

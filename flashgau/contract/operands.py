@@ -27,6 +27,18 @@ def attention(args: Arguments, q: Any, k: Any, v: Any) -> None:
     _widths_and_groups(args)
 
 
+def attention_gate(args: Arguments, gate: Any, activation: Any) -> None:
+    """The gate of softmax attention, or None, and its activation."""
+    gate_activation(args, activation)
+    if gate is None:
+        return
+    args.tensor("gate", gate, "...")
+    sizes = args.sizes
+    wanted = (sizes["B"], sizes["Hq"], sizes["M"], sizes["E"])
+    if tuple(gate.shape) not in (wanted, (*wanted[:3], 1)):
+        args.fail("gate", f"has shape {tuple(gate.shape)}", f"{wanted}, or {(*wanted[:3], 1)} for a number per head")
+
+
 def attention_in_pages(args: Arguments, q: Any, k: Any, v: Any, pages: Pages, layout: Layout) -> int:
     """Queries, keys and values in pages, and how they are cut into sequences; a length that no sequence exceeds."""
     args.tensor("q", q, "B Hq M D")

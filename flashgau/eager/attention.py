@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..options import AttentionOptions, AttentionResults, Layout, takes_fields
+from ..options import AttentionOptions, AttentionResults, Gating, Layout, takes_fields
 from ..pytorch import cpu_attention, cpu_attention_backward
 from .common import (
     Sequence,
@@ -26,6 +26,7 @@ from .common import (
     toeplitz_sums,
     values_dtype,
 )
+from .glu import activated, gate_gradient
 from .sizes import SIZES
 
 
@@ -90,6 +91,54 @@ def attention_backward(
         dbias.to(rel_bias.dtype) if dbias is not None and rel_bias is not None else None,
         dsinks.to(sinks.dtype) if dsinks is not None and sinks is not None else None,
     )
+
+
+@takes_fields
+def gated_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gating: Gating,
+    layout: Layout = Layout(),
+    options: AttentionOptions = AttentionOptions(),
+    save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """act(gate) * O, the log-sum-exp of the scores and, if `save`, O."""
+    product, lse = attention_forward(q, k, v, layout, options)
+    out = _room_for_output(q, v).zero_()
+    for seq in sequences(q.shape[0], q.shape[2], k.shape[2], layout):
+        rows = seq.batch, slice(None), seq.queries
+        gate = activated(gating.gate[rows], gating.gate_activation, accumulator(q.dtype))
+        out[rows] = product[rows] * gate
+    return out, lse, product if save else None
+
+
+@takes_fields
+def gated_attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    product: Tensor,
+    gating: Gating,
+    layout: Layout = Layout(),
+    options: AttentionOptions = AttentionOptions(),
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of q, k, v, gate, rel_bias (B, Hq, 2P-1) and sinks (Hq,); None where there is no such input."""
+    (gate, activation), acc = gating, accumulator(q.dtype)
+    dx, dgate = torch.zeros_like(product), torch.zeros_like(gate)
+    for seq in sequences(q.shape[0], q.shape[2], k.shape[2], layout):
+        rows = seq.batch, slice(None), seq.queries
+        d, g = dout[rows].to(acc), gate[rows]
+        along = d * product[rows]
+        if gate.shape[-1] < product.shape[-1]:  # a number per head
+            along = along.sum(-1, keepdim=True)
+        dgate[rows] = gate_gradient(along, g, activation).to(gate.dtype)
+        dx[rows] = (d * activated(g, activation, acc)).to(dx.dtype)
+    dq, dk, dv, dbias, dsinks = attention_backward(dx, dlse, q, k, v, AttentionResults(product, lse), layout, options)
+    return dq, dk, dv, dgate, dbias, dsinks
 
 
 class _Gradients(NamedTuple):

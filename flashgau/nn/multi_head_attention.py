@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..contract.operands import ACTIVATIONS
 from ..contract.validate import Arguments
 from ..ops import attention
 from .biases import bias_vector, make_bias
@@ -17,7 +18,7 @@ from .rotary import RotaryEmbedding, packed_positions
 
 
 class MultiHeadAttention(nn.Module):
-    """softmax(q k^T / sqrt D) v in several heads, with grouped queries, RoPE, relative bias and a cache.
+    """softmax(q k^T / sqrt D) v in several heads, with grouped queries, RoPE, relative bias, a gate and a cache.
 
     It has neither norm nor residual sum: a model adds them.
 
@@ -32,8 +33,11 @@ class MultiHeadAttention(nn.Module):
         max_length: longest sequence; needed by `bias="toeplitz"` only.
         linear_bias: whether the projections have biases.
         dropout: dropout of the attention weights while training.
+        gate: what multiplies each head's output, before the last projection: "none", "elementwise" (a linear layer of
+            x, as wide as the heads) or "headwise" (one number per head).
+        gate_activation: of the gate, an activation of `flashgau.glu`.
         attention_fn: called in place of `flashgau.attention`, as that is: q, k, v, and causal, rel_bias, lengths,
-            cu_seqlens and dropout_p by name.
+            cu_seqlens and dropout_p by name; with a gate also gate and gate_activation.
         device: where the parameters live.
         dtype: their type.
 
@@ -60,6 +64,8 @@ class MultiHeadAttention(nn.Module):
         max_length: int | None = None,
         linear_bias: bool = False,
         dropout: float = 0.0,
+        gate: str = "none",
+        gate_activation: str = "sigmoid",
         attention_fn: Callable[..., Tensor] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -71,6 +77,8 @@ class MultiHeadAttention(nn.Module):
         args.flags(causal=causal, linear_bias=linear_bias)
         args.function("attention_fn", attention_fn, "flashgau.attention")
         args.number("dropout", dropout, "a probability in [0, 1]", 0, 1)
+        args.choice("gate", gate, ("none", "elementwise", "headwise"))
+        args.choice("gate_activation", gate_activation, ACTIVATIONS)
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"MultiHeadAttention: `heads` is {heads}; expected a multiple of `kv_heads` = {kv_heads}")
         if head_dim is None and dim % heads:
@@ -79,9 +87,15 @@ class MultiHeadAttention(nn.Module):
             )
         head_dim = dim // heads if head_dim is None else head_dim
         self.dim, self.heads, self.kv_heads, self.head_dim = dim, heads, kv_heads, head_dim
-        self.causal, self.dropout = causal, dropout
+        self.causal, self.dropout, self.gate_activation = causal, dropout, gate_activation
         self.attention_fn: Callable[..., Any] = attention if attention_fn is None else attention_fn
         self.to_qkv = linear(dim, (heads + 2 * kv_heads) * head_dim, linear_bias, device=device, dtype=dtype)
+        gate_widths = {"elementwise": head_dim, "headwise": 1}
+        self.to_gate = (
+            linear(dim, heads * gate_widths[gate], linear_bias, device=device, dtype=dtype)
+            if gate in gate_widths
+            else None
+        )
         self.rotary = None if rotary_dim == 0 else RotaryEmbedding(rotary_dim or head_dim)
         self.rel_bias = make_bias(
             bias,
@@ -147,6 +161,7 @@ class MultiHeadAttention(nn.Module):
             lengths=lengths,
             cu_seqlens=cu_seqlens,
             dropout_p=self.dropout if self.training else 0.0,
+            **self._gate(x),
         )
         y = self.to_out(out.transpose(1, 2).flatten(2))
         return (y, state) if return_state else y
@@ -156,6 +171,13 @@ class MultiHeadAttention(nn.Module):
         check_one_token("MultiHeadAttention", x)
         y, after = self(x, state=state, return_state=True)
         return y, after
+
+    def _gate(self, x: Tensor) -> dict[str, Any]:
+        """The gate (B, Hq, N, D or 1), as an argument of attention; nothing without one."""
+        if self.to_gate is None:
+            return {}
+        gate = self.to_gate(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return {"gate": gate, "gate_activation": self.gate_activation}
 
     def _project(self, x: Tensor, start: int | Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, Hq + Hkv, N, D), turned by RoPE, and values (B, Hkv, N, D)."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashgau.contract import operands
 from flashgau.contract.validate import Arguments, autocast, widened
-from flashgau.options import AttentionOptions, AttentionResults, Layout, Pages, Window
+from flashgau.options import AttentionOptions, AttentionResults, Gating, Layout, Pages, Window
 
 from . import autograd, dispatch
 from .operation import Operation
@@ -31,17 +31,21 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_activation: str = "sigmoid",
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact softmax attention in memory linear in length: softmax(scale q k^T + bias + mask) v.
 
     In this order: S = scale q k^T; S = softcap tanh(S / softcap); S += rel_bias; mask; P = softmax(S);
-    O = dropout(P) v. Query i of M stands at position p = i + N - M among the N keys (bottom-right alignment). A
-    row that sees no key gives 0 and zero gradients, and its log-sum-exp is -inf. Sums are kept in fp32 (fp64 for
-    fp64 input). Gradients flow to q, k, v, rel_bias and sinks, and are bitwise the same in every run.
+    O = dropout(P) v; with a gate O = act(gate) * O. Query i of M stands at position p = i + N - M among the N keys
+    (bottom-right alignment). A row that sees no key gives 0 and zero gradients, and its log-sum-exp is -inf. Sums are
+    kept in fp32 (fp64 for fp64 input). Gradients flow to q, k, v, rel_bias, sinks and gate, and are bitwise the same in
+    every run.
 
-    Source: Dao et al. 2022, "FlashAttention" (arXiv 2205.14135), algorithms 1 and 4; Dao 2023 (arXiv 2307.08691).
+    Source: Dao et al. 2022, "FlashAttention" (arXiv 2205.14135), algorithms 1 and 4; Dao 2023 (arXiv 2307.08691). The
+    gate: Qiu et al. 2025, "Gated Attention for Large Language Models" (arXiv 2505.06708), after the GAU of Hua et al.
 
     Args:
         q: queries (B, Hq, M, D), fp16, bf16, fp32 or fp64.
@@ -61,6 +65,9 @@ def attention(
         dropout_p: probability in [0, 1] that an element of P is dropped; kept ones are scaled by 1/(1-p).
         dropout_seed: int or one-element int64 tensor: element (b, h, i, j) is kept or not by Philox-4x32-10 of
             seed and place, alike on all backends. Drawn from PyTorch's default generator unless given.
+        gate: (B, Hq, M, E), or (B, Hq, M, 1) for one number per head, in the dtype of q and any strides. Where
+            gradients are wanted, O is kept beside the result.
+        gate_activation: act: "identity", "sigmoid", "relu", "relu2", "gelu", "gelu_tanh" or "silu", as in `glu`.
         return_lse: also return the log-sum-exp of every row, (B, Hq, M) fp32, differentiable.
         backend: "triton", "eager", "reference" or None for the best that can run.
 
@@ -80,7 +87,9 @@ def attention(
     """
     options = AttentionOptions(scale, causal, window, softcap, rel_bias, sinks, dropout_p, dropout_seed)  # type: ignore[arg-type]
     layout = Layout(lengths, cu_seqlens, cu_seqlens_k)
-    return attend(Arguments("attention"), q, k, v, options, layout, return_lse, backend)
+    if gate is None and gate_activation == "sigmoid":
+        return attend(Arguments("attention"), q, k, v, options, layout, return_lse, backend)
+    return attend(Arguments("attention"), q, k, v, options, layout, return_lse, backend, gate, gate_activation)
 
 
 def attend(
@@ -92,13 +101,16 @@ def attend(
     layout: Layout,
     return_lse: bool,
     backend: str | None,
+    gate: Tensor | None = None,
+    gate_activation: str = "sigmoid",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` for a function with a name and names of arguments of its own, which `args` has.
 
     The options are as `attention` takes them: not checked, the window None or a pair, the seed perhaps a number.
     """
-    q, k, v = autocast(q, k, v)
+    q, k, v, gate = autocast(q, k, v, gate)
     operands.attention(args, q, k, v)
+    operands.attention_gate(args, gate, gate_activation)
     args.flag("return_lse", return_lse)
     window = operands.attention_options(args, options, layout)
     if layout.lengths is not None:
@@ -109,9 +121,15 @@ def attend(
     name = dispatch.resolve("attention", backend, q.device, q.dtype, width, args.op)
     if name == "reference":
         given = options._replace(dropout_seed=seed)._asdict() | layout._asdict()
-        return autograd.run("attention", name, "attention", q, k, v, **given, return_lse=return_lse)
+        given |= {"gate": gate, "gate_activation": gate_activation, "return_lse": return_lse}
+        return autograd.run("attention", name, "attention", q, k, v, **given)
     options = _plain(options, window, q)._replace(dropout_p=float(options.dropout_p), dropout_seed=seed)
-    out, lse = _attention(q, k, v, options=options, layout=layout, backend=name)
+    if gate is None:
+        out, lse = _attention(q, k, v, options=options, layout=layout, backend=name)
+    else:
+        save = autograd.needs_grad(q, k, v, gate, options.rel_bias, options.sinks)
+        gating = Gating(gate, gate_activation)
+        out, lse, _ = _gated_attention(q, k, v, gating=gating, options=options, layout=layout, save=save, backend=name)
     return (out, lse) if return_lse else out
 
 
@@ -172,6 +190,10 @@ def _gradients(
     return [*like, *(None if t is None else t.new_empty(t.shape) for t in (rel_bias, sinks))]
 
 
+def _with_gate(gradients: list[Tensor | None], gate: Tensor) -> list[Tensor | None]:
+    return [*gradients[:3], gate.new_empty(gate.shape), *gradients[3:]]
+
+
 _attention = Operation(
     "attention",
     inputs="q k v rel_bias? sinks?",
@@ -181,6 +203,18 @@ _attention = Operation(
     tuples={"results": AttentionResults, "layout": Layout, "options": AttentionOptions},
     shapes=_results,
     gradients=_gradients,
+    op="attention",
+)
+_gated_attention = Operation(
+    "gated_attention",
+    inputs="q k v gate rel_bias? sinks?",
+    data="lengths? cu_seqlens? cu_seqlens_k? dropout_seed?",
+    results="out lse?",
+    saved="product",
+    reads="lse",
+    tuples={"gating": Gating, "layout": Layout, "options": AttentionOptions},
+    shapes=lambda save, **named: [*_results(**named), _results(**named)[0] if save else None],
+    gradients=lambda gate, **named: _with_gate(_gradients(**named), gate),
     op="attention",
 )
 _attention_in_pages = Operation(

@@ -105,6 +105,10 @@ def _attention(
     return CheckCase("attention", options, shape, dtype, build)
 
 
+def _gate(b: int, m: int, e: int = 12) -> Callable[[Draw], Tensor]:
+    return lambda draw: draw(b, 2, m, e)
+
+
 def _attention_cases(thorough: bool) -> Iterator[CheckCase]:
     op = _attention
     for n, causal, dtype in product(LENGTHS, (False, True), DTYPES):
@@ -160,6 +164,11 @@ def _attention_cases(thorough: bool) -> Iterator[CheckCase]:
         yield op("dropout, causal, lengths", dtype, n, causal=True, lengths=lengths, dropout_p=0.3, dropout_seed=8)
         yield op("dropout, packed", dtype, n, b=1, cu_seqlens=packed, dropout_p=0.3, dropout_seed=2**40 + 1)
         yield op("dropout of all", dtype, n, dropout_p=1.0, dropout_seed=7)
+        yield op("gate", dtype, n, causal=True, gate=_gate(2, n))
+        yield op("gate per head, silu", dtype, n, gate=_gate(2, n, 1), gate_activation="silu")
+        yield op("gate, lengths, lse", dtype, n, causal=True, gate=_gate(2, n), lengths=lengths, return_lse=True)
+        yield op("gate, packed", dtype, n, b=1, gate=_gate(1, n), cu_seqlens=packed)
+        yield op("gate, one query", dtype, n + 64, m=1, gate=_gate(2, 1), gate_activation="gelu")
         yield op("lse", dtype, n, return_lse=True)
         yield op("lse, causal, sinks", dtype, n, causal=True, sinks=lambda x: x(2), return_lse=True)
         yield op(
