@@ -36,7 +36,7 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
 # plain arguments only, not to fields of a tuple, so kernels take them one by one and build their tuples themselves.
 VARYING = ("n_sequences", "max_seqlen_q", "max_seqlen_k", "left", "right", "bias_batch", "bias_head", "max_distance",
            "threshold", "n_blocks", "n_heads", "n_kv_heads", "n_parts", "n_rows", "first_block", "last_block",
-           "n_key_blocks", "n_across", "n_tokens", "angle_batch", "n_chunks", "n_segments", "chunks_per_segment",
+           "n_slots", "n_across", "n_tokens", "angle_batch", "n_chunks", "n_segments", "chunks_per_segment",
            "span", "first_row")  # fmt: skip
 
 

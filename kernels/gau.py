@@ -180,13 +180,13 @@ def _backward(
     b, m, s = q.shape
     n, e, rel_bias = k.shape[1], v.shape[2], options.rel_bias
     product = None if gate is None else product  # which is empty then
-    dq = q.new_zeros(b, m, s, dtype=torch.float32)
+    dq = q.new_empty(b, m, s)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     dgate = gate.new_empty(gate.shape) if gate is not None else None
     dbias = q.new_zeros(rel_bias.shape, dtype=torch.float32) if rel_bias is not None else None
     if m * e == 0 or n == 0 or b == 0:
         dgate = dgate if dgate is None else dgate.zero_()
-        return dq.to(q.dtype), dk.zero_(), dv.zero_(), dgate, sums_like(dbias, rel_bias)
+        return dq.zero_(), dk.zero_(), dv.zero_(), dgate, sums_like(dbias, rel_bias)
     call = _call(q, k, layout, options, own)
     choose = chosen_by(config)
     lse = _lse(call, q, k, own, choose)
@@ -201,7 +201,7 @@ def _backward(
     )
     bm, bn = config.block_m, config.block_n
     bq, bs = min(queries.block_m, bm), min(call.width, max(16, values.block_n // 2))
-    n_blocks, n_row_blocks = blocks_of(call.sequences, n, 1, bn), blocks_of(call.sequences, m, 1, bq, rest=False)
+    n_blocks, n_row_blocks = blocks_of(call.sequences, n, 1, bn), blocks_of(call.sequences, m, 1, bq)
     total, blocks_across = n_blocks * call.rows, triton.cdiv(m, bm)
     panel_width, tiles = blocks_across * bm, triton.cdiv(e, values.block_n) + triton.cdiv(s, bs)
     # dS as the bias's gradient needs it: without a function's slope, nor a scale that could not be taken out again.
@@ -209,6 +209,7 @@ def _backward(
     room, step = room_for_panel(call.probs_like, (3 if parted else 2) * bn * panel_width, total, tiles)
     panel, dpanel, *other = room.view(3 if parted else 2, -1)
     dbias_panel = other[0] if parted else None
+    sums = q.new_empty(b, m, s, dtype=torch.float32) if step < total else None
     rule, slopes = call.rule, own.sizes(backward=True)
     for first in range(0, total, step):
         count = min(step, total - first)
@@ -228,7 +229,7 @@ def _backward(
             **values.launch(),
         )  # fmt: skip
         dq_kernel[(n_row_blocks * call.rows,)](
-            dpanel, rows(k), rows(dq), *call.sequences, rule[1], n_row_blocks, n_blocks, first, first + count,
+            dpanel, rows(k), rows(sums), rows(dq), *call.sequences, rule[1], n_row_blocks, first, first + count,
             panel_width, Sizes(S=s, BS=call.width, BM=bq, BN=bn, FACTORS=call.factors), **queries.launch(),
         )  # fmt: skip
         if dbias is not None:
@@ -238,7 +239,7 @@ def _backward(
                 first + count, panel_width,
                 BD=64, BN=bn, SCALING=None if parted else call.scaling, **FUSED_ADDITION,
             )  # fmt: skip
-    return dq.to(q.dtype), dk, dv, dgate, sums_like(dbias, rel_bias)
+    return dq, dk, dv, dgate, sums_like(dbias, rel_bias)
 
 
 def gau_with(

@@ -138,6 +138,36 @@ def share_of(stop, n_parts, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def panel_place(i_place, n_blocks, sequences, ends, tokens, BLOCK: tl.constexpr):
+    """(block, sequence) in the order in which panels have them: the first blocks of all rows of the batch, then the
+    second ones. So the blocks of a panel, in a causal call, take about as long as each other."""
+    if sequences.cu_seqlens_q is None:
+        i_block = i_place // sequences.n_sequences
+        i_seq = i_place % sequences.n_sequences
+    else:
+        i_block, _, i_seq = place(i_place, n_blocks, 1, sequences, ends, tokens, 1, BLOCK)
+    return i_block, i_seq
+
+
+@triton.jit
+def places_of_keys(sequences, i_seq, BLOCK: tl.constexpr):
+    """The inverse: where a sequence's first block of keys is, and how far its blocks are apart."""
+    first = i_seq
+    step = sequences.n_sequences
+    if sequences.cu_seqlens_q is not None:
+        first = first_slot(sequences, i_seq, 0, BLOCK)
+        step = 1
+    return first, step
+
+
+@triton.jit
+def blocks_between(first_place, last_place, first, step):
+    """Which blocks of a sequence have places from first_place to last_place."""
+    low = (tl.maximum(first_place - first, 0) + step - 1) // step
+    return low, (tl.maximum(last_place - first, 0) + step - 1) // step
+
+
+@triton.jit
 def heavy_first():
     """The program's number, backwards: in a causal call later rows see more keys, and what is begun last should be
     short."""
@@ -160,7 +190,7 @@ def lse_kernel(
     BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = GatedRule(None, right, scale, bias, bias_batch, max_distance, aux)
-    i_block, _, i_seq = place(heavy_first(), n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
+    i_block, i_seq = panel_place(heavy_first(), n_blocks, sequences, sequences.cu_seqlens_q, max_seqlen_q, BM)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     o_query = i_block * BM + tl.arange(0, BM)
     o_position, m_row = o_query + n - m, o_query < m
@@ -206,7 +236,7 @@ def probs_kernel(
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = GatedRule(None, right, scale, bias, bias_batch, max_distance, aux)
     i_slot = heavy_first() // n_across
-    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
+    i_block, i_seq = panel_place(first_block + i_slot, n_blocks, sequences, sequences.cu_seqlens_q, max_seqlen_q, BM)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     last = tl.minimum(i_block * BM + BM, m) - 1
     _, _, _, stop = keys_seen(rule, i_block * BM + n - m, last + n - m, n, BN)
@@ -242,7 +272,7 @@ def product_kernel(
     n_tiles = tl.cdiv(SIZES.E, SIZES.BE)
     i_slot = heavy_first() // n_tiles
     o_column = heavy_first() % n_tiles * SIZES.BE + tl.arange(0, SIZES.BE)
-    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
+    i_block, i_seq = panel_place(first_block + i_slot, n_blocks, sequences, sequences.cu_seqlens_q, max_seqlen_q, BM)
     row, first_m, m, stored, first_n, n, _ = bounds(sequences, i_seq)
     if i_block * BM >= stored:
         return
@@ -328,7 +358,7 @@ def gradient_kernel(
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = GatedRule(None, right, scale, bias, bias_batch, max_distance, aux)
     i_slot = tl.program_id(0) // n_across
-    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_k, max_seqlen_k, 1, BN)
+    i_block, i_seq = panel_place(first_block + i_slot, n_blocks, sequences, sequences.cu_seqlens_k, max_seqlen_k, BN)
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     start, _, _, stop = rows_seeing(rule, i_block * BN, tl.minimum(i_block * BN + BN, n) - 1, m, n, BM)
     o_key = i_block * BN + tl.arange(0, BN)
@@ -405,7 +435,7 @@ def dkv_kernel(
     i_tile = tl.program_id(0) - tl.where(wide, 0, n_slots * n_tiles)
     i_slot = i_tile // tl.where(wide, n_tiles, n_narrow)
     i_tile = i_tile % tl.where(wide, n_tiles, n_narrow)
-    i_block, _, i_seq = place(first_block + i_slot, n_blocks, 1, sequences, sequences.cu_seqlens_k, max_seqlen_k, 1, BN)
+    i_block, i_seq = panel_place(first_block + i_slot, n_blocks, sequences, sequences.cu_seqlens_k, max_seqlen_k, BN)
     _, _, _, _, _, _, stored = bounds(sequences, i_seq)
     if i_block * BN >= stored:
         return
@@ -422,36 +452,45 @@ def dkv_kernel(
 @guarded
 @triton.jit(do_not_specialize=VARYING)
 def dq_kernel(
-    dpanel, k, dq, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
-    right, n_blocks, n_key_blocks, first_block, last_block, panel_width,
+    dpanel, k, sums, dq, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
+    right, n_blocks, first_block, last_block, panel_width,
     SIZES: tl.constexpr,  # S, BS, BM, BN, FACTORS
 ):  # fmt: skip
-    """dQ += scale dS K of a block of rows, over the keys of a panel: its blocks first_block..last_block."""
+    """dQ = (scale dS) K of a block of rows, over the keys of a panel, the places first_block..last_block. Where another
+    panel has more of the rows' keys, it goes on from `sums`."""
     BM: tl.constexpr = SIZES.BM
     BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = GatedRule(None, right, 0.0, None, 0, 0)
-    i_block, _, i_seq = place(heavy_first(), n_blocks, 1, sequences, sequences.cu_seqlens_q, max_seqlen_q, 1, BM)
-    row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
+    i_block, i_seq = panel_place(heavy_first(), n_blocks, sequences, sequences.cu_seqlens_q, max_seqlen_q, BM)
+    row, first_m, m, stored, first_n, n, _ = bounds(sequences, i_seq)
     last = tl.minimum(i_block * BM + BM, m) - 1
     _, _, _, stop = keys_seen(rule, i_block * BM + n - m, last + n - m, n, BN)
-    first = first_slot(sequences, i_seq, n_key_blocks, BN)
-    low = tl.maximum(first_block - first, 0)
-    high = tl.minimum(last_block - first, tl.cdiv(stop, BN))
-    if low >= high:
+    seen = tl.cdiv(stop, BN)
+    first, step = places_of_keys(sequences, i_seq, BN)
+    low, high = blocks_between(first_block, last_block, first, step)
+    high = tl.minimum(high, seen)
+    if (low >= high) & ((seen > 0) | (first_block > 0)):  # of rows that see nothing the first panel writes zeros
         return
-    o_query = i_block * BM + tl.arange(0, BM)
+    o_query, o_column = i_block * BM + tl.arange(0, BM), tl.arange(0, SIZES.BS)
     b_acc = tl.zeros([BM, SIZES.BS], tl.float32)
     for i in range(low, high):
         o_key = i * BN + tl.arange(0, BN)
-        b_ds = tl.load(panel_pointers(dpanel, first + i - first_block, panel_width, o_query, BN))
+        b_ds = tl.load(panel_pointers(dpanel, first + i * step - first_block, panel_width, o_query, BN))
         b_k = load_rows(k, row_pointers(k, row, 0, first_n + o_key), o_key < n, SIZES.S, SIZES.BS, False)
         b_ds, b_k = factors(b_ds, b_k)
         b_acc = tl.dot(b_ds.T, b_k, b_acc, input_precision=SIZES.FACTORS)
-    o_column = tl.arange(0, SIZES.BS)
+    m_row = o_query < m
+    if sums is not None:
+        p_sums = row_pointers(sums, row, 0, first_m + o_query)
+        if low > 0:
+            b_acc += load_tile(sums, p_sums, m_row, o_column, SIZES.S, SIZES.BS)
+        if high < seen:
+            store_tile(sums, p_sums, m_row, o_column, b_acc, SIZES.S, SIZES.BS)
+            return
+    b_acc = tl.where(m_row[:, None], b_acc, 0.0)
     p_dq = row_pointers(dq, row, 0, first_m + o_query)
-    b_acc += load_tile(dq, p_dq, o_query < m, o_column, SIZES.S, SIZES.BS)
-    store_tile(dq, p_dq, o_query < m, o_column, b_acc, SIZES.S, SIZES.BS)
+    store_tile(dq, p_dq, o_query < stored, o_column, b_acc, SIZES.S, SIZES.BS)
 
 
 @guarded
@@ -466,14 +505,16 @@ def dbias_kernel(
     rule = GatedRule(None, right, scale, None, 0, 0)
     i_batch = tl.program_id(0) // n_across
     o_bias = tl.program_id(0) % n_across * BD + tl.arange(0, BD)
-    low = first_block
-    high = last_block
-    if sequences.cu_seqlens_q is None:  # the blocks of this row of the batch
-        low = tl.maximum(first_block, i_batch * n_blocks)
-        high = tl.minimum(last_block, i_batch * n_blocks + n_blocks)
+    first = i_batch
+    step = n_sequences
+    if sequences.cu_seqlens_q is not None:  # all blocks, of all sequences
+        first = 0
+        step = 1
+    low, high = blocks_between(first_block, last_block, first, step)
     b_dbias = tl.zeros([BD], tl.float32)
-    for i in range(low, high):
-        i_block, _, i_seq = place(i, n_blocks, 1, sequences, sequences.cu_seqlens_k, max_seqlen_k, 1, BN)
+    for j in range(low, high):
+        i = first + j * step
+        i_block, i_seq = panel_place(i, n_blocks, sequences, sequences.cu_seqlens_k, max_seqlen_k, BN)
         _, _, m, _, _, n, _ = bounds(sequences, i_seq)
         o_key = (i_block * BN + tl.arange(0, BN))[:, None]
         o_position = o_key - (o_bias - max_distance)[None, :]
