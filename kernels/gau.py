@@ -224,7 +224,7 @@ def _backward(
             panel, dpanel, rows(dx), rows(q), rows(dv), rows(dk), *call.sequences, rule[1], n_blocks, first, count,
             panel_width,
             Sizes(
-                S=s, E=e, BS=bs, BE=values.block_n, BM=bm, BN=bn, BK=min(values.block_k, bm), FACTORS=call.factors
+                S=s, E=e, BS=bs, BE=values.block_n, BN=bn, BK=min(values.block_k, bm), FACTORS=call.factors
             ),
             **values.launch(),
         )  # fmt: skip

@@ -339,6 +339,36 @@ def merge_kernel(
 # ---------------------------------------------------------------- backward
 
 
+@triton.jit
+def fill_panels(
+    b_da, q, k, lse, delta, panel, dpanel, dbias_panel, rule, row, first_m, m, first_n, n, max_seqlen_q, i_slot,
+    panel_width, o_query, o_key, SIZES: tl.constexpr, SCORE: tl.constexpr, SCALING: tl.constexpr,
+):  # fmt: skip
+    """Write A^T and scale dS^T of a block of keys and a block of queries."""
+    o_position, m_row = o_query + n - m, o_query < m
+    b_q = load_rows(q, row_pointers(q, row, 0, first_m + o_query), m_row, SIZES.S, SIZES.BS, False)
+    b_k = load_rows(k, row_pointers(k, row, 0, first_n + o_key), o_key < n, SIZES.S, SIZES.BS, False)
+    b_kq = tl.dot(b_k, b_q.T, input_precision=SIZES.PRECISION)
+    b_scale, p_bias = scales(rule, o_position, n, SCALING)[None, :], bias_pointer(rule, row)
+    b_s, b_slope = scores(b_kq, b_scale, rule, p_bias, o_position[None, :], o_key[:, None], n, True, SIZES)
+    b_lse = load_lse(lse, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
+    b_delta = load_lse(delta, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
+    if SIZES.WEIGHT_MOD is not None:
+        b_a = own_weights(b_s, SIZES)
+        b_ds = b_da * own_weight_slopes(b_s, SIZES)
+    else:
+        b_a = probs(b_s, b_lse[None, :], SCORE)
+        b_ds = score_gradient(b_da, b_s, b_a, tl.where(m_row, b_delta, 0.0)[None, :], SCORE)
+    if dbias_panel is not None:
+        p_bias_panel = panel_pointers(dbias_panel, i_slot, panel_width, o_query, SIZES.BN)
+        tl.store(p_bias_panel, b_ds.to(dbias_panel.dtype.element_ty))
+    b_ds *= b_scale
+    if SIZES.SCORE_MOD is not None:
+        b_ds *= b_slope
+    tl.store(panel_pointers(panel, i_slot, panel_width, o_query, SIZES.BN), b_a.to(panel.dtype.element_ty))
+    tl.store(panel_pointers(dpanel, i_slot, panel_width, o_query, SIZES.BN), b_ds.to(dpanel.dtype.element_ty))
+
+
 @guarded
 @triton.jit(do_not_specialize=VARYING)
 def gradient_kernel(
@@ -352,9 +382,11 @@ def gradient_kernel(
     dA = dX V^T.
 
     A bias is added after the scale and a user's function of the scores: its panel, if there is one, is without them.
+    More than 128 queries are two products that share V: one that wide would not leave registers for their addresses.
     """
     BM: tl.constexpr = SIZES.BM
     BN: tl.constexpr = SIZES.BN
+    HALF: tl.constexpr = min(BM, 128)
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = GatedRule(None, right, scale, bias, bias_batch, max_distance, aux)
     i_slot = tl.program_id(0) // n_across
@@ -362,38 +394,26 @@ def gradient_kernel(
     row, first_m, m, _, first_n, n, _ = bounds(sequences, i_seq)
     start, _, _, stop = rows_seeing(rule, i_block * BN, tl.minimum(i_block * BN + BN, n) - 1, m, n, BM)
     o_key = i_block * BN + tl.arange(0, BN)
-    m_key, p_v, p_bias = o_key < n, row_pointers(v, row, 0, first_n + o_key), bias_pointer(rule, row)
+    p_v = row_pointers(v, row, 0, first_n + o_key)
     for first_row in range(start + tl.program_id(0) % n_across * BM, stop, n_across * BM):
-        o_query = first_row + tl.arange(0, BM)
-        o_position, m_row = o_query + n - m, o_query < m
+        o_query = first_row + tl.arange(0, HALF)
         p_dx = row_pointers(dx, row, 0, first_m + o_query)
-        b_da = tl.zeros([BN, BM], tl.float32)
+        b_da = tl.zeros([BN, HALF], tl.float32)
+        b_rest = b_da
         for column in range(0, SIZES.E, SIZES.BE):
             o_column = column + tl.arange(0, SIZES.BE)
-            b_v = load_tile(v, p_v, m_key, o_column, SIZES.E, SIZES.BE)
-            b_dx = load_tile(dx, p_dx, m_row, o_column, SIZES.E, SIZES.BE)
+            b_v = load_tile(v, p_v, o_key < n, o_column, SIZES.E, SIZES.BE)
+            b_dx = load_tile(dx, p_dx, o_query < m, o_column, SIZES.E, SIZES.BE)
             b_da = tl.dot(b_v, b_dx.T, b_da, input_precision=SIZES.PRECISION)
-        b_q = load_rows(q, row_pointers(q, row, 0, first_m + o_query), m_row, SIZES.S, SIZES.BS, False)
-        b_k = load_rows(k, row_pointers(k, row, 0, first_n + o_key), m_key, SIZES.S, SIZES.BS, False)
-        b_kq = tl.dot(b_k, b_q.T, input_precision=SIZES.PRECISION)
-        b_scale = scales(rule, o_position, n, SCALING)[None, :]
-        b_s, b_slope = scores(b_kq, b_scale, rule, p_bias, o_position[None, :], o_key[:, None], n, True, SIZES)
-        b_lse = load_lse(lse, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
-        b_delta = load_lse(delta, row, max_seqlen_q, first_m + o_query, m_row, SCORE)
-        if SIZES.WEIGHT_MOD is not None:
-            b_a = own_weights(b_s, SIZES)
-            b_ds = b_da * own_weight_slopes(b_s, SIZES)
-        else:
-            b_a = probs(b_s, b_lse[None, :], SCORE)
-            b_ds = score_gradient(b_da, b_s, b_a, tl.where(m_row, b_delta, 0.0)[None, :], SCORE)
-        if dbias_panel is not None:
-            p_bias_panel = panel_pointers(dbias_panel, i_slot, panel_width, o_query, BN)
-            tl.store(p_bias_panel, b_ds.to(dbias_panel.dtype.element_ty))
-        b_ds *= b_scale
-        if SIZES.SCORE_MOD is not None:
-            b_ds *= b_slope
-        tl.store(panel_pointers(panel, i_slot, panel_width, o_query, BN), b_a.to(panel.dtype.element_ty))
-        tl.store(panel_pointers(dpanel, i_slot, panel_width, o_query, BN), b_ds.to(dpanel.dtype.element_ty))
+            if BM > HALF:
+                p_rest = p_dx + tl.cast(HALF, tl.int64) * dx.token
+                b_dx = load_tile(dx, p_rest, o_query + HALF < m, o_column, SIZES.E, SIZES.BE)
+                b_rest = tl.dot(b_v, b_dx.T, b_rest, input_precision=SIZES.PRECISION)
+        for half in tl.static_range(BM // HALF):
+            fill_panels(
+                b_da if half == 0 else b_rest, q, k, lse, delta, panel, dpanel, dbias_panel, rule, row, first_m, m,
+                first_n, n, max_seqlen_q, i_slot, panel_width, o_query + half * HALF, o_key, SIZES, SCORE, SCALING,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -402,11 +422,10 @@ def product_of_keys(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, SIZES: tl.constexpr,
 ):  # fmt: skip
     """out = P^T X of a block of keys of a panel and a tile of columns."""
-    BM: tl.constexpr = SIZES.BM
     BN: tl.constexpr = SIZES.BN
     row, first_m, m, _, first_n, n, stored = bounds(sequences, i_seq)
     o_key, o_column = i_block * BN + tl.arange(0, BN), i_tile * BLOCK + tl.arange(0, BLOCK)
-    start, _, _, stop = rows_seeing(rule, i_block * BN, tl.minimum(i_block * BN + BN, n) - 1, m, n, BM)
+    start, _, _, stop = rows_seeing(rule, i_block * BN, tl.minimum(i_block * BN + BN, n) - 1, m, n, SIZES.BK)
     p_x = row_pointers(x, row, 0, first_m)
     b_acc = tl.zeros([BN, BLOCK], tl.float32)
     for r in range(start, stop, SIZES.BK):
@@ -424,7 +443,7 @@ def product_of_keys(
 def dkv_kernel(
     panel, dpanel, dx, q, dv, dk, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     right, n_blocks, first_block, n_slots, panel_width,
-    SIZES: tl.constexpr,  # S, E, BS, BE, BM, BN, BK, FACTORS
+    SIZES: tl.constexpr,  # S, E, BS, BE, BN, BK, FACTORS
 ):  # fmt: skip
     """dV = A^T dX or, behind all tiles of it, dK = (scale dS)^T Q: a block of keys of a panel, a tile of columns."""
     BN: tl.constexpr = SIZES.BN
