@@ -288,7 +288,7 @@ class _Runner:
         self.program, self.space, self.grid, self.addresses = prepared(ptx), space, grid, addresses
         self.slice = _sliced(ptx, addresses)
         self.parameters = parameter_space(self.program, space.flat, int)
-        self.freedom, self.pending = Freedom(None, None), {}
+        self.freedom, self.pending = Freedom(None, None), dict[Any, Any]()
         self.generator = np.random.default_rng(0)
         self.threads = self.program.kernel.threads if addresses else 32 if self.slice.loads else 1
         self.fields: dict[tuple[str, int], Array] = {}  # of the tensor map that is being made
