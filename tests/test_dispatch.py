@@ -236,7 +236,7 @@ def test_floors_have_the_same_functions_with_the_same_arguments(file):
     floors = [importlib.import_module(f"flashgau.{floor}.{file}") for floor in ("eager", "kernels")]
     names = [
         f"{op}_{way}" for op in (*dispatch.FILES, "projection", "gated_projection") for way in ("forward", "backward")
-    ] + ["mixed_chunk_step"]
+    ] + ["mixed_chunk_step_"]
     found = [name for name in names if all(hasattr(floor, name) for floor in floors)]
     assert found
     assert [name for name in names if any(hasattr(floor, name) for floor in floors)] == found
