@@ -180,8 +180,8 @@ def room_for_panel(like: Tensor, per_block: int, blocks: int, programs: int = 0)
     step = _PANEL_BYTES // size
     if programs:
         count = processors(like.device)
-        busy = min(blocks, 2 * count // programs)
-        while busy > 1 and 0 < blocks % busy * programs < count:
+        busy = max(1, min(blocks, 2 * count // programs))
+        while (busy - 1) * programs >= count and 0 < blocks % busy * programs < count:
             busy -= 1
         step = max(step, min(busy, _MOST_BYTES // size))
     step = max(1, min(blocks, step))

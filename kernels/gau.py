@@ -100,7 +100,11 @@ def _forward(
     lse = _lse(call, q, k, own, choose)
     short = call.sequences.cu_seqlens_q is not None and n < _SHORT * call.sequences.n_sequences
     panels = (e > _FUSED_WIDTH and not short) or m <= 16
-    config = choose("gau_product" if panels else "gau_fused", call.probs_like, call.width, rows=m)
+    if panels:
+        config = choose("gau_product", call.probs_like, call.width, rows=m)
+    else:  # what is made of a score takes registers beside the product
+        extras = call.score != "relu2" or options.rel_bias is not None or own.given
+        config = choose("gau_fused", call.probs_like, call.width, rows=m, options=extras)
     n_blocks = blocks_of(call.sequences, m, 1, config.block_m)
     total = n_blocks * call.rows
     n_tiles = triton.cdiv(e, config.block_n)

@@ -136,6 +136,39 @@ def test_the_size_of_a_panel_changes_rounding_only(panel_bytes):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@given(blocks=st.integers(1, 2000), programs=st.integers(1, 300), processors=st.integers(1, 200))
+def test_panels_occupy_the_device(blocks, programs, processors):
+    """A launch has a program for each processor at least, if there are as many, and about two at most."""
+    with (
+        mock.patch.object(gated_kernels, "processors", return_value=processors),
+        mock.patch.object(gated_kernels, "_PANEL_BYTES", 1),
+    ):
+        room, step = gated_kernels.room_for_panel(torch.empty(0), 3, blocks, programs)
+        assert room.numel() == 3 * step
+        assert step == blocks or step * programs >= processors
+        assert step == 1 or step * programs <= 2 * processors
+        with mock.patch.object(gated_kernels, "_MOST_BYTES", 12):
+            assert gated_kernels.room_for_panel(torch.empty(0), 3, blocks, programs)[1] == 1
+
+
+@pytest.mark.parametrize(("score", "causal"), [("relu2", True), ("softmax", False), ("softmax_plus", True)])
+@pytest.mark.parametrize("m", [3, 40])
+def test_split_keys_of_few_gated_queries_change_rounding_only(score, causal, m):
+    q, k, v, gate = (randn(i, 2, size, 24) for i, size in enumerate((m, 90, 90, m)))
+    options = {"score": score, "causal": causal, "rel_bias": randn(4, 2, 199) / 4, "lengths": torch.tensor([90, 37])}
+    call, results = Call("gau_attention", (q, k, v, gate), options), []
+    for processors in (1, 400):
+        with (
+            tables.configured(chosen_by(Config(16, 16, block_k=16))),
+            mock.patch.object(gau_kernels, "processors", return_value=processors),
+            mock.patch.object(gau_kernels, "_PART", 1),
+        ):
+            check_agrees(call, "triton")
+            results.append(call(backend="triton"))
+    assert torch.allclose(*results, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(*results)  # they were split
+
+
 @pytest.mark.parametrize("arch", tables.ARCHITECTURES[:-1])
 @pytest.mark.parametrize("head", [256])
 def test_every_shipped_mixed_chunk_agrees(arch, head):

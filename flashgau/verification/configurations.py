@@ -41,7 +41,7 @@ def case_of(key: Key, config: Config, dtype: str, small: bool) -> Configured:
     shape = ", ".join([*([f"D{key.width}"] if key.width else []), *(["few rows"] if key.few_rows else [])])
     options = f"{key.kernel} {config.text()}"
     if key.options:
-        options += ", softcap"
+        options += ", softcap" if op_of(key.kernel) == "attention" else ", laplace"
     length, e = (70, 70) if small else (150, 300)
     return Configured(
         op_of(key.kernel), options, shape, dtype, lambda draw: _arguments(key, draw, length, e), key, config
@@ -143,7 +143,8 @@ def _glu_linear(key: Key, draw: Draw, m: int) -> Arguments:
 
 def _gau(key: Key, draw: Draw, m: int, n: int) -> Arguments:
     e = 70 if key.kernel == "gau_fused" else 520  # narrow values never make a panel
-    keywords = {"score": "softmax" if key.kernel in ("gau_lse", "gau_prologue") else "relu2", "causal": True}
+    score = "softmax" if key.kernel in ("gau_lse", "gau_prologue") else "laplace" if key.options else "relu2"
+    keywords = {"score": score, "causal": True}
     s = key.width or 64
     return (draw(1, m, s), draw(1, n, s), draw(1, n, e), draw(1, m, e)), keywords
 
