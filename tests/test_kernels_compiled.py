@@ -132,6 +132,27 @@ with compiling_for("sm_80"):
     assert all(count <= 4 for count in counts.values()), counts
 
 
+def test_gated_attention_reads_nothing_of_a_packed_batch_on_the_host():
+    """Offsets without values, which could not be read."""
+    printed = compiled(
+        """
+import torch
+from flashgau.kernels import gau
+from flashgau.kernels.common import Config
+from flashgau.tuning.ahead import compiling_for
+
+q, v = (torch.empty(1, 300, width, dtype=torch.bfloat16, device="meta") for width in (16, 528))
+options = {"causal": True, "config": lambda *args, **traits: Config(16, 16, 4, 1, 16)}
+options["cu_seqlens"] = torch.empty(4, dtype=torch.int32, device="meta")
+with compiling_for("sm_80") as found:
+    gau.gau_attention_forward(q, q, v, v, save=True, **options)
+    gau.gau_attention_backward(v, q, q, v, v, v, **options)
+print(*dict.fromkeys(one.kernel for one in found))
+"""
+    )
+    assert printed == "product_kernel prologue_kernel gradient_kernel dkv_kernel dq_kernel\n"
+
+
 def test_rows_of_gated_products_cause_no_compilation():
     printed = compiled(
         """
