@@ -171,25 +171,29 @@ def _glu(variant: str) -> Iterator[Case]:
 def _glu_linear() -> Iterator[Case]:
     n, k, width = 16384, 1024, 4096
 
-    def run(backward: bool, save: bool, make: Operands) -> None:
+    def run(backward: bool, save: bool, fused: bool | None, make: Operands) -> None:
         x, w, bias = make(n, k), make(width, k), make(width)
-        options: dict[str, Any] = {"activation": "gelu"}
+        options: dict[str, Any] = {"activation": "gelu", "fused": fused}
         if backward:
             kept = (make(n, width), make(n, width)) if save else (None, None)
             glu.glu_linear_backward(make(n, width), x, (w, w, bias, bias), *kept, **options)
         else:
             glu.glu_linear_forward(x, (w, w, bias, bias), save=save, **options)
 
-    def case(direction: str, kept: bool, products: int, moved: int, weights: int) -> Case:
+    def case(direction: str, kept: bool, products: int, moved: int, weights: int, fused: bool | None = None) -> Case:
         bytes_of = partial(_rows, moved + weights * k * width / n)
-        shape = f"geglu M{n} K{k} N{width}" + (", sides kept" if kept else "")
-        run_it = partial(run, direction == "backward", kept)
+        shape = f"geglu M{n} K{k} N{width}" + ", sides kept" * kept + ", one kernel" * bool(fused)
+        run_it = partial(run, direction == "backward", kept, fused)
         return Case("glu_linear", direction, shape, n, 2 * products * k * width, bytes_of, run_it)
 
     yield case("forward", False, 2, k + width, 2)  # x and the output, and both weights once
     yield case("forward", True, 2, k + 3 * width, 2)  # and both sides
     yield case("backward", True, 4, 2 * k + 3 * width, 4)  # x, dO, both sides and dX; both weights and their gradients
     yield case("backward", False, 6, 2 * k + width, 4)  # both sides again
+    # The same by our own kernel, even where a call of this size would take the vendor's products.
+    yield case("forward", False, 2, k + width, 2, fused=True)
+    yield case("forward", True, 2, k + 3 * width, 2, fused=True)
+    yield case("backward", False, 6, 2 * k + width, 4, fused=True)
 
 
 def _heads() -> Iterator[Case]:
