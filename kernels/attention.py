@@ -158,7 +158,7 @@ def _forward(
             **FUSED_ADDITION,
         )  # fmt: skip
         for x, made in ((out, whole), (product, kept)):
-            if x is not None and made is not x:
+            if x is not None and made is not None and made is not x:
                 x.copy_(made)
     return out, lse, product
 

@@ -192,7 +192,7 @@ class FLASH(GatedUnit):
             "lin_normalizer": self.lin_normalizer,
             "rel_bias": None if self.rel_bias is None else self.rel_bias(self.chunk_size),
         }
-        memory = None
+        memory: Any = None
         residual = x if self.residual else None
         dropped, own = self.qk_dropout and self.training, self.attention_fn is not None
         whole = not dropped and not own and runs_whole(x)
@@ -233,10 +233,8 @@ class FLASH(GatedUnit):
             attended, memory = result if recurrent else (result, None)
             y = self._output(x, attended)
         y = self.post_norm(y)
-        if state is not None and inplace and memory is not None:
-            after = state.advanced(memory, last_shifted(moving, lengths))
-        else:
-            after = UnitState(memory, last_shifted(moving, lengths)) if return_state else None
+        previous = last_shifted(moving, lengths)
+        after = state.advanced(memory, previous) if state is not None and inplace else UnitState(memory, previous)
         return (y, after) if return_state else y
 
     @property

@@ -192,7 +192,8 @@ class GAU(GatedUnit):
         normed, moving, angles = self._prepare(x, start, cu_seqlens, None if state is None else state.previous)
         raw = self.attention_fn is gau_attention and reads_raw_gate("gau_attention", x, self.key_dim)
         gate, v, (q, k) = self._heads(normed, angles, raw)
-        memory, valid = None, lengths
+        memory: Any = None
+        valid = lengths
         if state is not None:
             memory = state.memory
             memory.append(k.unsqueeze(1), v.unsqueeze(1))
@@ -213,10 +214,7 @@ class GAU(GatedUnit):
             **({"gate_activation": "silu"} if raw else {}),
         )
         y, previous = self.post_norm(self._output(x, out)), last_shifted(moving, lengths)
-        if state is not None and inplace:
-            after = state.advanced(state.memory, previous)
-        else:
-            after = UnitState(memory, previous) if return_state else None
+        after = state.advanced(memory, previous) if state is not None and inplace else UnitState(memory, previous)
         return (y, after) if return_state else y
 
     def _bias(self, length: int, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:

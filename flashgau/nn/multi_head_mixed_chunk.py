@@ -146,7 +146,7 @@ class MultiHeadMixedChunk(nn.Module):
             options |= {"chunk_size": self.chunk_size, "causal": self.causal}
             result = (self.attention_fn or mixed_chunk_attention)(q, k, q, k, v, **options)
         out, after = result if recurrent else (result, None)
-        if state is not None and inplace and after is not state:
+        if state is not None and after is not None and inplace and after is not state:
             after = state.copy_(after)
         y = self._merge(out, batch, n)
         return (y, after) if return_state else y

@@ -157,6 +157,10 @@ def _step(batch: int) -> Case:
     return Case("mixed_chunk_step", "forward", shape, batch, flop, moved, run)
 
 
+def _run_shaped(run: Callable[[Operands], None], shape: CallShape, make: Operands) -> None:
+    run(_shaped(make, shape))
+
+
 def _glu(variant: str) -> Iterator[Case]:
     n, width = 16384, 4096
     for backward, tensors in ((False, 3), (True, 5)):
@@ -164,7 +168,7 @@ def _glu(variant: str) -> Iterator[Case]:
         shape = f"{variant} {n} x {width}"
         yield Case(
             "glu", "backward" if backward else "forward", shape, n, 0, partial(_rows, tensors * width),
-            lambda make, run=run: run(_shaped(make, CallShape(n))),
+            partial(_run_shaped, run, CallShape(n)),
         )  # fmt: skip
 
 
@@ -201,7 +205,8 @@ def _heads() -> Iterator[Case]:
 
     def run(backward: bool, make: Operands) -> None:
         z, gamma = make(1, n, S), make(heads, S, dtype=torch.float32)
-        angles = Angles(*(make(1, n, S // 2, dtype=torch.float32) for _ in range(2)))
+        cos, sin = make(2, n, S // 2, dtype=torch.float32)[:, None]
+        angles = Angles(cos, sin)
         if backward:
             projection.heads_backward([make(1, n, S) for _ in range(heads)], z, gamma, angles, make(1, n, S))
         else:
@@ -219,7 +224,8 @@ def _projection() -> Iterator[Case]:
         x, fp32 = make(1, n, D_MODEL), torch.float32
         gamma = make(heads, S, dtype=fp32)
         weights = ProjectionWeights(make(wide, D_MODEL), make(wide), gamma, gamma, raw_gate=True)
-        angles = Angles(*(make(1, n, S // 2, dtype=fp32) for _ in range(2)))
+        cos, sin = make(2, n, S // 2, dtype=fp32)[:, None]
+        angles = Angles(cos, sin)
         if backward:
             half, z = make(1, n, E), [make(1, n, S) for _ in range(heads)]
             projection.gated_projection_backward(half, half, z, x, weights, [make(1, n, wide - E)], angles)

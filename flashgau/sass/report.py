@@ -87,12 +87,12 @@ def inspect(target: str, disassembly: str, ttgir: str, program: model.Program) -
         bodies = _unrolled_wholly(code, tiles[0], program.warps)
     matched = zip(bodies, _matched(bodies, tiles, program.warps), strict=True)
     asked = [(body, _as_unrolled(body, tiles)) for body, tiles in matched]
-    found = [(tiles, _hot_loop(target, body, tiles, program)) for body, tiles in asked]
+    found = [(one, _hot_loop(target, body, one, program)) for body, one in asked]
     fewest: dict[Any, int] = {}
-    for tiles, loop in found:
-        products = _products(tiles, loop)
+    for one, loop in found:
+        products = _products(one, loop)
         fewest[products] = min(loop.selects, fewest.get(products, loop.selects))
-    return tuple(replace(loop, mask_free=loop.selects == fewest[_products(tiles, loop)]) for tiles, loop in found)
+    return tuple(replace(loop, mask_free=loop.selects == fewest[_products(one, loop)]) for one, loop in found)
 
 
 def _unrolled_wholly(code: list[Instruction], tiles: TileLoop, warps: int) -> list[list[Instruction]]:
