@@ -13,7 +13,7 @@ from torch import Tensor
 from flashgau import tables
 from flashgau.kernels import attention, gau, glu, mixed_chunk, norms, projection
 from flashgau.kernels.glu import elementwise
-from flashgau.options import Angles, NormOptions
+from flashgau.options import Angles, Layout, MixedChunkOptions, NormOptions
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -185,6 +185,9 @@ def _mixed_chunk(backward: bool, e: int, kind: str, width: int, make: Operands) 
     if mask == "continued":
         options |= {"initial_kv": make(1, width, e, dtype=fp32), "closed_tokens": make(1, dtype=torch.int64)}
     if backward:
+        kept = MixedChunkOptions(256, causal=causal).kept_states(heads[0], v, Layout())
+        if kept is not None and mask != "continued":  # whose call sums them again, as wider heads' do
+            options["chunk_states"] = make(*kept, dtype=fp32 if v.dtype == torch.float16 else v.dtype)
         mixed_chunk.mixed_chunk_attention_backward(v, None, heads, v, v, v, **options)
     else:
         mixed_chunk.mixed_chunk_attention_forward(heads, v, v, **options, save=True)
