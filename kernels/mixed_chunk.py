@@ -112,10 +112,9 @@ class _ChunkCall(NamedTuple):
         unit = min(_PANEL_UNIT, max(16, triton.next_power_of_2(self.largest_chunk)))
         return triton.cdiv(self.largest_chunk, unit) * unit
 
-    @property
-    def is_fused(self) -> bool:
-        """Whether A is made where it is multiplied, rather than read from panels."""
-        if triton.cdiv(self.size["E"], self.config("fused").block_n) <= _FUSED_TILES:
+    def is_fused(self, backward: bool) -> bool:
+        """Whether A is made where it is multiplied, rather than read from panels (A^T would take more registers)."""
+        if not backward and triton.cdiv(self.size["E"], self.config("fused").block_n) <= _FUSED_TILES:
             return True
         panels = self.slots * self.panel_width**2 * self.probs_like.element_size()
         return panels > max(_PANEL_BYTES, self.tokens.numel() * self.tokens.element_size())
@@ -154,7 +153,7 @@ def mixed_chunk_attention_forward(
     if v.numel() == 0:
         return out, _untouched(call, initial_kv), product, states
     starts, kv, states = _starts(call, lin_k, v, initial_kv, states, backward=False)
-    panel = _panel(call, quad_q, quad_k)
+    panel = _panel(call, quad_q, quad_k, backward=False)
     _scan(
         call,
         quad_q,
@@ -219,7 +218,7 @@ def mixed_chunk_attention_backward(
         lin_k,
         lin_q,
         dx,
-        _panel(call, quad_q, quad_k),
+        _panel(call, quad_q, quad_k, backward=True),
         starts,
         dstates if call.causal else None,
         dinitial if call.causal and initial_kv is not None else None,
@@ -415,9 +414,9 @@ def _states(
     return states
 
 
-def _panel(call: _ChunkCall, quad_q: Tensor, quad_k: Tensor) -> Tensor | None:
+def _panel(call: _ChunkCall, quad_q: Tensor, quad_k: Tensor, *, backward: bool) -> Tensor | None:
     """A of all chunks; None where it is made as it is multiplied."""
-    if call.is_fused:
+    if call.is_fused(backward):
         return None
     config, wide = call.config("weights"), call.panel_width
     panel = call.probs_like.new_empty(call.slots * wide * wide)
