@@ -141,7 +141,7 @@ load_tile, store_tile, gated_bias_pointer = (
 row_offsets, bias_pointers = attention_kernels.row_offsets, attention_kernels.bias_pointers
 panel_pointers, load_lse, load_matrix = gau_kernels.panel_pointers, gau_kernels.load_lse, glu_kernels.load
 state_pointers, panel_block = mixed_chunk_kernels.state_pointers, mixed_chunk_kernels.panel_block
-join_token, keep_chunk = mixed_chunk_kernels.join_token, mixed_chunk_kernels.keep_chunk
+open_rows, keep_token = mixed_chunk_kernels.open_rows, mixed_chunk_kernels.keep_token
 Heads, Sequences, Matrix = common.Heads, common.Sequences, glu_kernels.Matrix
 AttentionRule, GatedRule = attention_kernels.AttentionRule, gated_kernels.GatedRule
 
@@ -180,11 +180,11 @@ def touch_kernel(x, row, head, many, big, WHAT: tl.constexpr, WIDE: tl.constexpr
         tl.load(panel_block(x, many, o, o, 4096))
     elif WHAT == "state_pointers":
         tl.load(state_pointers(x, row, o, o, 16, WIDE))
-    elif WHAT == "join_token":
-        join_token(far, x, many, 16, o, o, 256, 16)
+    elif WHAT == "open_rows":
+        open_rows(far, x, many, 16, 0, o, 256, 16, 16)
     else:
-        tl.static_assert(WHAT == "keep_chunk")
-        keep_chunk(x, block, many, False, o, o, 256, 16)
+        tl.static_assert(WHAT == "keep_token")
+        keep_token(Heads(x, 0, 0, 0, 1), x, many, 9, o, 256, 16)
 
 
 @contextmanager
@@ -221,8 +221,8 @@ OFFSETS = {
     "panel_pointers": (MANY * 16 + DOWN) * 4096 + ACROSS,
     "panel_block": (MANY * 4096 + DOWN) * 4096 + ACROSS,
     "state_pointers": ROW * 16 * WIDE + DOWN * WIDE + ACROSS,
-    "join_token": (MANY * 256 + DOWN) * 16 + ACROSS,
-    "keep_chunk": (MANY * 256 + DOWN) * 16 + ACROSS,
+    "open_rows": (MANY * 256 + DOWN) * 16 + ACROSS,
+    "keep_token": (MANY * 256 + 9) * 16 + ACROSS[0],
 }
 
 
@@ -232,7 +232,8 @@ def test_every_place_is_computed_in_64_bits(what):
     """Numbers of rows, slots and states, and strides, whose products 32 bits do not hold: no memory is there."""
     with touched() as found:
         touch_kernel[(1,)](torch.zeros(1, dtype=torch.float16), ROW, HEAD, MANY, BIG, WHAT=what, WIDE=WIDE)
-    assert np.array_equal(np.ravel(found[0]), np.ravel(2 * OFFSETS[what]))
+    place = found[-1] if what == "keep_token" else found[0]  # which first reads the token
+    assert np.array_equal(np.ravel(place), np.ravel(2 * OFFSETS[what]))
 
 
 @given(st.data())

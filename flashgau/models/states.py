@@ -80,6 +80,15 @@ def load_state(path: str | os.PathLike[str], device: torch.device | str = "cpu")
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or holds no state.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from flashgau.models import CausalLM, load_state, save_state
+        >>> with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        ...     _, state = CausalLM("flash-tiny")(torch.randint(256, (1, 8)), return_state=True)
+        ...     save_state(state, f"{folder}/prefix.safetensors")
+        ...     load_state(f"{folder}/prefix.safetensors").position.item()
+        8
     """
     path = Path(path)
     if not path.is_file():
