@@ -205,6 +205,33 @@ def test_segments_of_a_sequence_change_rounding_only(causal, packed):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_programs_share_the_rows_of_few_large_chunks(causal):
+    operands = [randn(i, 1, 90, 6) for i in range(6)]
+    call = Call("mixed_chunk_attention", tuple(operands), {"chunk_size": 70, "causal": causal, "return_state": causal})
+    results = []
+    for count in (1, 2, 100):
+        with mock.patch.object(mixed_chunk_launchers, "processors", return_value=count):
+            found = gradients(call, backend="triton")
+            results.append([*found[0], *found[1]])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_states_are_kept_or_summed_again(causal):
+    heads, v = [randn(i, 2, 23, 4) for i in range(4)], randn(4, 2, 23, 6)
+    options: dict[str, Any] = {"chunk_size": 5, "causal": causal}
+    forward, backward = (getattr(mixed_chunk_launchers, f"mixed_chunk_attention_{x}") for x in ("forward", "backward"))
+    *_, kept = forward(heads, v, save=True, **options)
+    assert kept.shape == (10 if causal else 2, 4, 6)
+    found = [backward(v, None, heads, v, None, None, chunk_states=x, **options) for x in (kept, None)]
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
+    wide = [randn(i, 2, 23, 8) for i in range(4)]
+    assert (forward(wide, v, save=True, **options)[3] is None) == causal  # they would be larger than the values
+
+
 @pytest.mark.parametrize("raw_gate", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
 @given(st.data())
