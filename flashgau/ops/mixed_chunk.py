@@ -185,8 +185,9 @@ def mixed_chunk_step(
         lin_normalizer: "tokens" or a number.
         rel_bias: relative bias, (..., 2P-1) with P >= C.
         inplace: write the tensors of `state`, which is then the new state, too: to continue twice from one,
-            `clone()` it first. For decoding: nothing is differentiated. The state must be contiguous and of this
-            call's type already (`MixedChunkState.to`).
+            `clone()` it first. For decoding: nothing is differentiated. The state must be contiguous, of this call's
+            type already (`MixedChunkState.to`), and finite behind its open tokens, as every state is that comes from
+            here.
         backend: "triton", "eager", "reference" or None for the best that can run.
 
     Returns:
@@ -244,7 +245,7 @@ def mixed_chunk_step(
             op, name, op, heads=heads, v=v, gate=gate, state=OpenChunk(*state.tensors()), options=options
         )
         return out, MixedChunkState(*after)
-    state = state if inplace else state.clone()
+    state = state if inplace else state.opened()
     return step_in_place(heads, v, gate, state, options, name), state
 
 

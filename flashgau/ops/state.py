@@ -118,10 +118,8 @@ class MixedChunkState:
                 f"truncate: `tokens` is {tokens.tolist()}; "
                 f"expected at most what the open chunks hold, {self.open_tokens.tolist()}"
             )
-        left = (self.open_tokens - tokens)[:, None, None]
-        kept = torch.arange(self.chunk_size, device=self.position.device)[:, None] < left
-        quad_k, lin_k, v = (torch.where(kept, t, 0) for t in (self.quad_k, self.lin_k, self.v))
-        return MixedChunkState(self.kv, quad_k, lin_k, v, self.position - tokens)
+        kv, *held, position = self.tensors()
+        return MixedChunkState(kv, *self._first(held, self.open_tokens - tokens), position - tokens)
 
     def to(
         self, device: torch.device | str | int | torch.dtype | None = None, dtype: torch.dtype | None = None
@@ -145,6 +143,17 @@ class MixedChunkState:
         before, types = self.tensors(), (sums, dtype, dtype, dtype, None)
         after = [moved(t, device, kind) for t, kind in zip(before, types, strict=True)]
         return self if all(map(operator.is_, after, before)) else MixedChunkState(*after)
+
+    def opened(self) -> MixedChunkState:
+        """A contiguous copy with zeros behind the open tokens, whatever stands there."""
+        kv, *held, position = self.tensors()
+        held = [x.contiguous() for x in self._first(held, self.open_tokens)]
+        return MixedChunkState(kv.clone(memory_format=torch.contiguous_format), *held, position.clone())
+
+    def _first(self, held: list[Tensor], tokens: Tensor) -> list[Tensor]:
+        """Buffers of the open chunk with zeros behind the first `tokens` (B,)."""
+        there = torch.arange(self.chunk_size, device=tokens.device)[:, None] < tokens[:, None, None]
+        return [torch.where(there, x, 0) for x in held]
 
     def copy_(self, other: MixedChunkState) -> MixedChunkState:
         """Take the values of another state of as many rows, in place."""
