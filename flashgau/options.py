@@ -129,6 +129,13 @@ class MixedChunkOptions(NamedTuple):
         return chunks, s, e
 
 
+class MixedChunkSaved(NamedTuple):
+    """What the forward of mixed chunk attention keeps for its backward."""
+
+    product: Optional[Tensor] = None  # (B, N, E) what the gate multiplies; None without one
+    chunk_states: Optional[Tensor] = None  # KV of every chunk, which the backward sums again if there is none
+
+
 class OpenChunk(NamedTuple):
     """What causal sequences remember between two tokens: closed chunks as KV, keys and values of the open one."""
 

@@ -24,6 +24,7 @@ from flashgau.options import (
     Layout,
     MixedChunkHeads,
     MixedChunkOptions,
+    MixedChunkSaved,
     OpenChunk,
     Pages,
 )
@@ -203,9 +204,10 @@ def _mixed_chunk(
 
 def _mixed_chunk_backward(
     args: Arguments, dout: Tensor, dkv: Tensor | None, heads: MixedChunkHeads, v: Tensor, gate: Tensor | None,
-    product: Tensor | None, layout: Layout, options: MixedChunkOptions, chunk_states: Tensor | None,
+    saved: MixedChunkSaved, layout: Layout, options: MixedChunkOptions,
 ) -> None:  # fmt: skip
     _mixed_chunk(args, heads, v, gate, layout, options)
+    product, chunk_states = saved
     args.tensor("dout", dout, "B N E")
     if product is not None:
         args.tensor("product", product, "B N E")

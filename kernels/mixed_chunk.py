@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from flashgau.options import Layout, MixedChunkHeads, MixedChunkOptions, OpenChunk
+from flashgau.options import Layout, MixedChunkHeads, MixedChunkOptions, MixedChunkSaved, OpenChunk
 
 from .common import (
     FUSED_ADDITION,
@@ -180,17 +180,14 @@ def mixed_chunk_attention_backward(
     heads: MixedChunkHeads,
     v: Tensor,
     gate: Tensor | None,
-    product: Tensor | None,
+    saved: MixedChunkSaved = MixedChunkSaved(),
     layout: Layout = Layout(),
     options: MixedChunkOptions = MixedChunkOptions(),
-    chunk_states: Tensor | None = None,
     *,
     config: Config | Choose | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias (B, 2P-1) and initial_kv (None without it).
-
-    `chunk_states` are those that the forward kept, or None to sum them again.
-    """
+    """Gradients of quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias (B, 2P-1) and initial_kv (None without it)."""
+    product, chunk_states = saved
     (quad_q, quad_k, lin_q, lin_k), rel_bias, initial_kv = heads, options.rel_bias, options.initial_kv
     call = _call(quad_q, v, layout, options, chosen_by(config))
     dquad_q, dquad_k, dlin_q, dlin_k, dv = (t.new_empty(t.shape) for t in (quad_q, quad_k, lin_q, lin_k, v))

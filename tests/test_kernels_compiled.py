@@ -84,7 +84,7 @@ with compiling_for("sm_80"):
         heads = torch.empty(4, b, n, 16, dtype=torch.bfloat16, device="meta")
         v = torch.empty(b, n, 64, dtype=torch.bfloat16, device="meta")
         mixed_chunk.mixed_chunk_attention_forward(heads, v, v, **options, config=choose)
-        mixed_chunk.mixed_chunk_attention_backward(v, None, heads, v, v, v, **options, config=choose)
+        mixed_chunk.mixed_chunk_attention_backward(v, None, heads, v, v, product=v, **options, config=choose)
 for name in dir(mixed_chunk_kernels):
     caches = getattr(getattr(mixed_chunk_kernels, name), "device_caches", {})
     if caches:
@@ -184,7 +184,8 @@ import os
 os.environ["TRITON_DEFAULT_FP_FUSION"] = "0"
 from unittest import mock
 import torch, triton
-from flashgau.kernels import attention_kernels, gated, gau_kernels, glu, mixed_chunk_kernels, norms, projection, sums
+from flashgau.kernels import attention_kernels, gated, gau, gau_kernels, glu, mixed_chunk_kernels, norms
+from flashgau.kernels import projection, sums
 from flashgau.options import ProjectionWeights
 from flashgau.tables import configured
 from flashgau.tuning import compiler, lookup
@@ -206,6 +207,8 @@ with mock.patch.object(triton.JITFunction, "__getitem__", launch):
             with configured(choose):
                 entry.call(kind, entry.widths[-1], Operands(torch.bfloat16))
     x, w, gamma = (torch.empty(*shape, device="meta") for shape in ((1, 8, 4), (40, 4), (2, 8)))
+    q, k, v = (torch.empty(1, *shape, device="meta") for shape in ((1, 64), (65536, 64), (65536, 520)))
+    gau.gau_attention_forward(q, k, v, config=choose)  # whose keys are split
     options = {"interleaved": False, "save": False, "config": choose}
     projection.gated_projection_forward(x, ProjectionWeights(w, None, gamma, None), **options)
 for module in (attention_kernels, gated, gau_kernels, glu, mixed_chunk_kernels, norms, projection, sums):

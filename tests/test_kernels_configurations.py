@@ -226,7 +226,7 @@ def test_states_are_kept_or_summed_again(causal):
     forward, backward = (getattr(mixed_chunk_launchers, f"mixed_chunk_attention_{x}") for x in ("forward", "backward"))
     *_, kept = forward(heads, v, save=True, **options)
     assert kept.shape == (10 if causal else 2, 4, 6)
-    found = [backward(v, None, heads, v, None, None, chunk_states=x, **options) for x in (kept, None)]
+    found = [backward(v, None, heads, v, None, chunk_states=x, **options) for x in (kept, None)]
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
     wide = [randn(i, 2, 23, 8) for i in range(4)]
     assert (forward(wide, v, save=True, **options)[3] is None) == causal  # they would be larger than the values

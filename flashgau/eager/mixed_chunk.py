@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..options import Layout, MixedChunkHeads, MixedChunkOptions, OpenChunk, takes_fields
+from ..options import Layout, MixedChunkHeads, MixedChunkOptions, MixedChunkSaved, OpenChunk, takes_fields
 from .common import Sequence, Workspace, accumulator, sequences, toeplitz_block, toeplitz_sums, values_dtype
 from .glu import activated, gate_gradient
 from .scores import score as elementwise_score
@@ -293,12 +293,12 @@ def mixed_chunk_attention_backward(
     heads: MixedChunkHeads,
     v: Tensor,
     gate: Tensor | None,
-    product: Tensor | None,
+    saved: MixedChunkSaved = MixedChunkSaved(),
     layout: Layout = Layout(),
     options: MixedChunkOptions = MixedChunkOptions(),
-    chunk_states: None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of quad_q, quad_k, lin_q, lin_k, v, gate, rel_bias (B, 2P-1) and initial_kv (None without it)."""
+    product, _ = saved
     causal, rel_bias, begin = options.causal, options.rel_bias, blank(layout)
     _, _, lin_q, lin_k = heads
     dheads, dv = Heads(*map(begin, heads)), begin(v)

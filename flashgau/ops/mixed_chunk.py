@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashgau.contract import operands
 from flashgau.contract.validate import FLOATING, Arguments, autocast, readable, widened
-from flashgau.options import Layout, MixedChunkHeads, MixedChunkOptions, OpenChunk
+from flashgau.options import Layout, MixedChunkHeads, MixedChunkOptions, MixedChunkSaved, OpenChunk
 
 from . import autograd, dispatch
 from .operation import Operation
@@ -322,7 +322,12 @@ _mixed_chunk_attention = Operation(
     data="lengths? cu_seqlens? closed_tokens?",
     results="out kv?",
     saved="product chunk_states",
-    tuples={"heads": MixedChunkHeads, "layout": Layout, "options": MixedChunkOptions},
+    tuples={
+        "heads": MixedChunkHeads,
+        "saved": MixedChunkSaved,
+        "layout": Layout,
+        "options": MixedChunkOptions,
+    },
     shapes=_results,
     op="mixed_chunk_attention",
 )

@@ -188,7 +188,7 @@ def _mixed_chunk(backward: bool, e: int, kind: str, width: int, make: Operands) 
         kept = MixedChunkOptions(256, causal=causal).kept_states(heads[0], v, Layout())
         if kept is not None and mask != "continued":  # whose call sums them again, as wider heads' do
             options["chunk_states"] = make(*kept, dtype=fp32 if v.dtype == torch.float16 else v.dtype)
-        mixed_chunk.mixed_chunk_attention_backward(v, None, heads, v, v, v, **options)
+        mixed_chunk.mixed_chunk_attention_backward(v, None, heads, v, v, product=v, **options)
     else:
         mixed_chunk.mixed_chunk_attention_forward(heads, v, v, **options, save=True)
 
