@@ -118,8 +118,8 @@ class MixedChunkState:
                 f"truncate: `tokens` is {tokens.tolist()}; "
                 f"expected at most what the open chunks hold, {self.open_tokens.tolist()}"
             )
-        kv, *held, position = self.tensors()
-        return MixedChunkState(kv, *self._first(held, self.open_tokens - tokens), position - tokens)
+        quad_k, lin_k, v = self._first(self.open_tokens - tokens)
+        return MixedChunkState(self.kv, quad_k, lin_k, v, self.position - tokens)
 
     def to(
         self, device: torch.device | str | int | torch.dtype | None = None, dtype: torch.dtype | None = None
@@ -146,14 +146,15 @@ class MixedChunkState:
 
     def opened(self) -> MixedChunkState:
         """A contiguous copy with zeros behind the open tokens, whatever stands there."""
-        kv, *held, position = self.tensors()
-        held = [x.contiguous() for x in self._first(held, self.open_tokens)]
-        return MixedChunkState(kv.clone(memory_format=torch.contiguous_format), *held, position.clone())
+        quad_k, lin_k, v = (x.contiguous() for x in self._first(self.open_tokens))
+        return MixedChunkState(
+            self.kv.clone(memory_format=torch.contiguous_format), quad_k, lin_k, v, self.position.clone()
+        )
 
-    def _first(self, held: list[Tensor], tokens: Tensor) -> list[Tensor]:
-        """Buffers of the open chunk with zeros behind the first `tokens` (B,)."""
+    def _first(self, tokens: Tensor) -> list[Tensor]:
+        """The buffers of the open chunk, quad_k, lin_k and v, with zeros behind the first `tokens` (B,)."""
         there = torch.arange(self.chunk_size, device=tokens.device)[:, None] < tokens[:, None, None]
-        return [torch.where(there, x, 0) for x in held]
+        return [torch.where(there, x, 0) for x in (self.quad_k, self.lin_k, self.v)]
 
     def copy_(self, other: MixedChunkState) -> MixedChunkState:
         """Take the values of another state of as many rows, in place."""
