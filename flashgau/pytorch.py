@@ -249,6 +249,34 @@ _needed = (_single_level, _allow_single_level, _unwrap_dead, _set_forward_grad, 
 register_autograd = _around_the_dispatcher if any(name is None for name in _needed) else _dispatched
 
 
+# ---------------------------------------------------------------- what operations do
+
+_dispatch_mode = _private("torch.utils._python_dispatch:TorchDispatchMode")
+_storage_of = _private("torch:UntypedStorage._cdata")
+
+# Sees every operation inside of its block; without it none is seen.
+DispatchMode: Any = _dispatch_mode or torch.overrides.TorchFunctionMode
+
+
+def _storage(x: Tensor) -> int:
+    return int(x.untyped_storage()._cdata)
+
+
+def _address(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+# A number that tensors have in common if they share memory; with the second all without values do.
+memory_of = _address if _storage_of is None else _storage
+
+
+def writes(operation: Any) -> bool:
+    """Whether an operation writes an argument."""
+    if hasattr(operation, "_schema"):
+        return bool(operation._schema.is_mutable)
+    return str(operation.__name__).partition(".")[0].endswith("_")
+
+
 # ---------------------------------------------------------------- computations
 
 

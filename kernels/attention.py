@@ -17,6 +17,7 @@ from flashgau.options import AttentionOptions, AttentionResults, Gating, Layout,
 
 from .attention_kernels import (
     AttentionRule,
+    Beside,
     PagedKeys,
     dbias_kernel,
     delta_kernel,
@@ -135,7 +136,9 @@ def _forward(
     gate, extent = None, dict[str, Any]()
     if gating is not None:
         gate, extent = heads(gating.gate.expand(out.shape)), {"GATE": gating.gate_activation}
-    inside = gate if n_parts is None else None
+    inside = n_parts is None and gate is not None
+    kept = heads(product) if inside and product is not None else None
+    beside = Beside(paged, gate if inside else None, kept) if inside or paged is not None else None
     if size.get("PAGE", config.block_n) * max(k.stride(2), v.stride(2)) < 2**31:
         sizes["NEAR"] = True
     launched(
@@ -145,19 +148,19 @@ def _forward(
             **sizes, **size, **copies, **(extent if inside else {}), BM=config.block_m, BN=config.block_n,
             **own.sizes(backward=False),
         ),
-        paged, inside, heads(product) if inside and product is not None else None,
+        beside,
         described=bool(copies), **config.launch(),
     )  # fmt: skip
     if n_parts is not None and not softmax:  # there is nothing to weigh the parts by: they add up
         out.copy_(every.sum(0))
     elif n_parts is not None:
-        whole, kept = (x if x is None or x.is_contiguous() else q.new_empty(b, n_heads, m, e) for x in (out, product))
+        whole, apart = (x if x is None or x.is_contiguous() else q.new_empty(b, n_heads, m, e) for x in (out, product))
         merge_kernel[(lse.numel(),)](
-            every, sums, whole, lse, gate, kept, lse.numel(), n_parts, n_heads, m,
+            every, sums, whole, lse, gate, apart, lse.numel(), n_parts, n_heads, m,
             E=e, BE=widths["BE"], PARTS=_MERGED // widths["BE"], PLAIN=_plain(rule, own), GATE=extent.get("GATE"),
             **FUSED_ADDITION,
         )  # fmt: skip
-        for x, made in ((out, whole), (product, kept)):
+        for x, made in ((out, whole), (product, apart)):
             if x is not None and made is not None and made is not x:
                 x.copy_(made)
     return out, lse, product

@@ -88,6 +88,14 @@ class PagesOfSequence(NamedTuple):
     leftpad: Any  # where its keys begin in its pages
 
 
+class Beside(NamedTuple):
+    """What few calls of the forward have."""
+
+    paged: Any = None  # a PagedKeys
+    gate: Any = None  # SIZES.GATE of it multiplies O,
+    product: Any = None  # which itself goes here, if anywhere
+
+
 @triton.jit
 def is_plain(rule, SIZES: tl.constexpr):
     """Whether a score is no more than the product of its query and key, scaled."""
@@ -322,9 +330,8 @@ def forward_kernel(
     q, k, v, out, lse, lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
     sinks, seed, threshold, dropout_scale, aux, n_blocks, n_kv_heads, n_parts,
-    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION; ASYNCHRONOUS, DESCRIBED, NEAR, PAGE with `paged`
-    paged=None,  # a PagedKeys
-    gate=None, product=None,  # SIZES.GATE(gate) multiplies O, which itself goes to `product`; not with `n_parts`
+    SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION; ASYNCHRONOUS, DESCRIBED, NEAR; PAGE, GATE, `beside`
+    beside=None,  # a Beside; its gate and product are not for `n_parts`
 ):  # fmt: skip
     """O and LSE of a block of rows; with `n_parts`, of every n-th part of its keys."""
     BM: tl.constexpr = SIZES.BM
@@ -339,8 +346,8 @@ def forward_kernel(
         return
     pages, row_k = None, row
     if SIZES.PAGE is not None:
-        p_table, leftpad, m, n = keys_in_pages(paged, sequences, i_seq, m, n, SIZES.PAGE)
-        pages, row_k, first_n = PagesOfSequence(paged, p_table, leftpad), 0, 0
+        p_table, leftpad, m, n = keys_in_pages(beside.paged, sequences, i_seq, m, n, SIZES.PAGE)
+        pages, row_k, first_n = PagesOfSequence(beside.paged, p_table, leftpad), 0, 0
     o_query, o_head, o_position, m_row = rows_of_block(i_block, i_head, m, n, SIZES)
     p_bias = bias_pointers(rule, row, o_head)
     b_q = load_rows(q, row_pointers(q, row, o_head, first_m + o_query), m_row, SIZES.D, SIZES.BD, False)
@@ -433,12 +440,12 @@ def forward_kernel(
             # Maximum and sum are stored separately: LSE = m + log l loses low bits of l when m is large.
             tl.store(p_lse + n_parts * all_rows, tl.where(m_row, b_l, 0.0), mask=o_query < stored)
             b_lse = b_m
-    if product is not None:
-        p_product = row_pointers(product, row, o_head, first_m + o_query)
-        store_rows(product, p_product, o_query < stored, b_acc, SIZES.E, SIZES.BE)
-    if gate is not None:
-        p_gate = row_pointers(gate, row, o_head, first_m + o_query)
-        b_gate = load_rows(gate, p_gate, m_row, SIZES.E, SIZES.BE, False)
+    if SIZES.GATE is not None:
+        if beside.product is not None:
+            p_product = row_pointers(beside.product, row, o_head, first_m + o_query)
+            store_rows(beside.product, p_product, o_query < stored, b_acc, SIZES.E, SIZES.BE)
+        p_gate = row_pointers(beside.gate, row, o_head, first_m + o_query)
+        b_gate = load_rows(beside.gate, p_gate, m_row, SIZES.E, SIZES.BE, False)
         b_acc *= activate(b_gate.to(tl.float32), SIZES.GATE)
     store_rows(out, p_out, o_query < stored, b_acc, SIZES.E, SIZES.BE)
     if SIZES.WEIGHT_MOD is None:

@@ -28,6 +28,7 @@ from .common import (
 )
 from .gated import bias_rule, precisions, prologue, room_for_panel, rows, sums_like
 from .mixed_chunk_kernels import (
+    Carried,
     carry_kernel,
     close_kernel,
     dbias_kernel,
@@ -448,8 +449,9 @@ def _scan(
     """Start `scan_kernel`."""
     config = call.config("fused" if panel is None else "product")
     scan_kernel[(call.n_segments * call.rows * call.n_parts * triton.cdiv(call.size["E"], config.block_n),)](
-        rows(quad_q), rows(quad_k), rows(reader), rows(summed), rows(x), panel, starts, states, result, rows(gate),
-        rows(product), rows(out), call.closed_tokens, *call.sequences, *call.rule, call.lin_inv_norm, call.n_chunks,
+        rows(quad_q), rows(quad_k), rows(reader), rows(summed), rows(x), panel,
+        Carried(starts, states, result, call.closed_tokens), rows(gate), rows(product), rows(out), *call.sequences,
+        *call.rule, call.lin_inv_norm, call.n_chunks,
         call.n_segments, call.chunks_per_segment, call.n_parts,
         Sizes(
             **call.size, BS=call.width, BM=config.block_m, BE=config.block_n, BK=config.block_k,

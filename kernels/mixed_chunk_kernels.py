@@ -378,10 +378,19 @@ def local_part(chunk, rule, q, k, x, panel, i_slot, first_row, o_column, SIZES: 
     return b_acc
 
 
+class Carried(NamedTuple):
+    """What a scan takes from before its segment, and leaves; each is a pointer, or None."""
+
+    starts: Any  # (segments, S, E): sums before the segments
+    states: Any  # (slots, S, E): what chunks read
+    result: Any  # (sequences, S, E): what is summed in the end
+    closed_tokens: Any  # (sequences,): tokens before a sequence
+
+
 @guarded
 @triton.jit(do_not_specialize=VARYING)
 def scan_kernel(
-    q, k, reader, summed, x, panel, starts, states, result, gate, product, out, closed_tokens,
+    q, k, reader, summed, x, panel, carried, gate, product, out,
     lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     inv_norm, right, bias, bias_batch, max_distance, lin_inv_norm, n_chunks, n_segments, chunks_per_segment, n_parts,
     SIZES: tl.constexpr,  # C, S, E, BS, BM, BE, BK, WIDTH, GATE, PRECISION, FACTORS
@@ -395,6 +404,8 @@ def scan_kernel(
     `result`; without `out` these are all. Parts of a segment share its chunks' rows, and each sums KV for itself.
     """
     CAUSAL: tl.constexpr = right is not None
+    starts, states, result = carried.starts, carried.states, carried.result
+    closed_tokens = carried.closed_tokens
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
     rule = GatedRule(None, right, inv_norm, bias, bias_batch, max_distance)
     n_tiles = tl.cdiv(SIZES.E, SIZES.BE)

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashgau import kernels, sass, tables
+from flashgau import kernels, pytorch, sass, tables
 from flashgau.ptx.footprint import Values
 from flashgau.ptx.launch import passed
 from flashgau.sass.model import MACHINES, Program, programs_on
@@ -97,7 +96,7 @@ def _configuration(function: Any, args: tuple[Any, ...], keywords: dict[str, Any
 _NO_LAUNCH = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "lift_fresh")
 
 
-class _Watched(TorchDispatchMode):
+class _Watched(pytorch.DispatchMode):
     """Notes each operation of PyTorch that launches something on a GPU."""
 
     def __init__(self, found: list[Kernel | PyTorch]) -> None:
@@ -108,14 +107,14 @@ class _Watched(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         inputs, outputs = list(_tensors(args)), list(_tensors(result))
-        held = {x.untyped_storage()._cdata for x in inputs}
-        fresh = [x for x in outputs if x.untyped_storage()._cdata not in held]
-        written = fresh or (outputs if function._schema.is_mutable else [])
+        held = set(map(pytorch.memory_of, inputs))
+        fresh = [x for x in outputs if pytorch.memory_of(x) not in held]
+        written = fresh or (outputs if pytorch.writes(function) else [])
         if name in _NO_LAUNCH or not any(x.numel() for x in written):
             return result
         read = sum(x.numel() * x.element_size() for x in inputs)
         stored = sum(x.numel() * x.element_size() for x in written)
-        if function._schema.is_mutable and name.startswith(("zero", "fill")):
+        if pytorch.writes(function) and name.startswith(("zero", "fill")):
             read = 0
         self.found.append(PyTorch(name, _flop(name, inputs, outputs), read, stored))
         return result

@@ -169,7 +169,7 @@ def search(
         >>> found = search(launcher, (torch.randn(40, 16),), reference=lambda x: x + x, kernel="doubled",
         ...                space=[Config(32, 16), Config(64, 16)], write=False)
         >>> found.best, found.rows[1].config.block_m
-        (Config(block_m=32, block_n=16, num_warps=4, num_stages=2, block_k=32, asynchronous=False), 64)
+        (Config(block_m=32, block_n=16, num_warps=4, num_stages=2, block_k=32, asynchronous=False, maxnreg=None), 64)
     """
     call = _Call(launcher, args, dict(kwargs or {}), kernel, width)
     held = args if check_args is None else check_args
