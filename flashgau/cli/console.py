@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 import typer
@@ -168,6 +169,13 @@ def make_table(*columns: str, right: tuple[str, ...] = (), fixed: tuple[str, ...
         number = column in right
         table.add_column(column, justify="right" if number else "left", no_wrap=number or column in fixed)
     return table
+
+
+def write_rows(path: Path, head: dict[str, Any], rows: list[Any]) -> None:
+    """Write `head` and behind it `rows` as JSON, a line for each row, so that a change of one shows as such."""
+    lines = ",\n".join(map(json.dumps, rows))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{json.dumps({**head, 'rows': []}).removesuffix(']}')}\n{lines}\n]}}\n", encoding="utf-8")
 
 
 Item = TypeVar("Item")

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashgau.cli.console import dump_json, make_console, make_table
+from flashgau.cli.console import dump_json, make_console, make_table, write_rows
 from flashgau.sass import against
 
 if TYPE_CHECKING:
@@ -72,10 +72,8 @@ def configuration(row: Row) -> str:
 def record(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write what `--against` needs: a line for each loop, those of fp16 only where they differ from bf16's."""
     kept = against.without_equals([row for row in map(against.recorded, rows) if row is not None])
-    head = json.dumps({**SCHEMA, "versions": {"triton": version("triton")}, "fields": list(against.FIELDS), "rows": []})
-    lines = ",\n".join(json.dumps([row[name] for name in against.FIELDS]) for row in kept)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{head.removesuffix(']}')}\n{lines}\n]}}\n", encoding="utf-8")
+    head = {**SCHEMA, "versions": {"triton": version("triton")}, "fields": list(against.FIELDS)}
+    write_rows(path, head, [[row[name] for name in against.FIELDS] for row in kept])
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashgau.cli.console import FAILURE, USAGE, counted, dump_json, fail, failing, make_console, make_table
+from flashgau.cli.console import FAILURE, USAGE, counted, dump_json, fail, failing, make_console, make_table, write_rows
 
 if TYPE_CHECKING:
     from flashgau.roof import Row
@@ -59,10 +59,8 @@ def recorded(row: Row) -> dict[str, Any]:
 
 def record(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write what `--against` needs: a line for each row that has a result."""
-    head = json.dumps({**SCHEMA, "versions": {"triton": version("triton")}, "rows": []})
-    lines = ",\n".join(json.dumps(row) for row in rows if row["reason"] is None)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{head.removesuffix(']}')}\n{lines}\n]}}\n", encoding="utf-8")
+    kept = [row for row in rows if row["reason"] is None]
+    write_rows(path, {**SCHEMA, "versions": {"triton": version("triton")}}, kept)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

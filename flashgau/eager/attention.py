@@ -105,7 +105,9 @@ def gated_attention_forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """act(gate) * O, the log-sum-exp of the scores and, if `save`, O."""
     product, lse = attention_forward(q, k, v, layout, options)
-    out = _room_for_output(q, v).zero_()
+    out = _room_for_output(q, v)
+    if not layout.is_dense:  # padding
+        out.zero_()
     for seq in sequences(q.shape[0], q.shape[2], k.shape[2], layout):
         rows = seq.batch, slice(None), seq.queries
         gate = activated(gating.gate[rows], gating.gate_activation, accumulator(q.dtype))

@@ -81,7 +81,7 @@ class ModelState:
             ValueError: where a layer cannot: of constant state as many as are in the open chunk are kept, and of a
                 layer with token shift none. Nothing is written then.
         """
-        cut = [layer.truncated(tokens) for layer in self.layers]
+        cut = [layer.truncate(tokens) for layer in self.layers]
         for layer, shorter in zip(self.layers, cut, strict=True):
             layer.copy_(shorter)
         self.position -= tokens

@@ -102,7 +102,7 @@ class KeyValueCache:
             x.copy_(x[index])
         self.lengths = None if self.lengths is None else self.lengths[index]
 
-    def truncated(self, tokens: int) -> KeyValueCache:
+    def truncate(self, tokens: int) -> KeyValueCache:
         """The cache without the last `tokens` tokens of every row, over the same buffers."""
         fewest = self.longest if self.lengths is None else int(self.lengths.min())
         if not 0 <= tokens <= fewest:

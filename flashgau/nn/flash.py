@@ -196,10 +196,10 @@ class FLASH(GatedUnit):
         residual = x if self.residual else None
         dropped, own = self.qk_dropout and self.training, self.attention_fn is not None
         whole = not dropped and not own and runs_whole(x)
+        given = MixedChunkOptions(chunk_size=self.chunk_size, causal=self.causal, **options)
         one = lengths is None and x.shape[1] == 1 and not own
         if whole and state is not None and one and inplace:
             memory = state.memory
-            given = MixedChunkOptions(chunk_size=self.chunk_size, causal=True, **options)
             y = flash_unit_step(normed, self._weights, residual=residual, angles=angles, state=memory, options=given)
         elif whole and not recurrent:
             # All of it as one operator, which keeps nothing wide but x W + b and what u multiplies.
@@ -209,7 +209,7 @@ class FLASH(GatedUnit):
                 residual=residual,
                 angles=angles,
                 layout=Layout(lengths, cu_seqlens),
-                options=MixedChunkOptions(chunk_size=self.chunk_size, causal=self.causal, **options),
+                options=given,
             )
         else:
             raw = not own and reads_raw_gate("mixed_chunk_attention", x, self.key_dim)

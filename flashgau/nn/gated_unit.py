@@ -56,12 +56,12 @@ class UnitState(Generic[Memory]):
         memory: Any = self.memory
         return int(memory.rows)
 
-    def truncated(self, tokens: int) -> UnitState[Memory]:
+    def truncate(self, tokens: int) -> UnitState[Memory]:
         """The state before the last `tokens` tokens of every row; nothing is copied that need not be."""
         if self.previous is not None and tokens:
             raise ValueError("truncate: a layer with token shift does not remember the token before; expected 0 tokens")
         memory: Any = self.memory
-        return UnitState(memory.truncated(tokens), self.previous)
+        return UnitState(memory.truncate(tokens), self.previous)
 
     def copy_(self, other: UnitState[Memory]) -> None:
         """Take another state's values, in place."""

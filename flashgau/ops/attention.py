@@ -87,8 +87,6 @@ def attention(
     """
     options = AttentionOptions(scale, causal, window, softcap, rel_bias, sinks, dropout_p, dropout_seed)  # type: ignore[arg-type]
     layout = Layout(lengths, cu_seqlens, cu_seqlens_k)
-    if gate is None and gate_activation == "sigmoid":
-        return attend(Arguments("attention"), q, k, v, options, layout, return_lse, backend)
     return attend(Arguments("attention"), q, k, v, options, layout, return_lse, backend, gate, gate_activation)
 
 

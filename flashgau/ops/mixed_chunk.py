@@ -246,21 +246,10 @@ def mixed_chunk_step(
         )
         return out, MixedChunkState(*after)
     state = state if inplace else state.opened()
-    return step_in_place(heads, v, gate, state, options, name), state
-
-
-def step_in_place(
-    heads: MixedChunkHeads, v: Tensor, gate: Tensor | None, state: MixedChunkState, options: MixedChunkOptions,
-    backend: str,
-) -> Tensor:  # fmt: skip
-    """The output of one token, by which `state` is advanced; nothing is checked."""
-    held = OpenChunk(*state.tensors())
-    given: dict[str, Any] = {"heads": heads, "state": held, "options": options}
-    if backend == "triton":
-        out: Tensor = _mixed_chunk_step(v, gate, **given, backend=backend)
-    else:
-        out = autograd.run("mixed_chunk_step", backend, "mixed_chunk_step_", v=v, gate=gate, **given)
-    return out
+    taken: dict[str, Any] = {"heads": heads, "state": OpenChunk(*state.tensors()), "options": options}
+    if name == "triton":
+        return _mixed_chunk_step(v, gate, **taken, backend=name), state
+    return autograd.run(op, name, "mixed_chunk_step_", v=v, gate=gate, **taken), state
 
 
 def _state(

@@ -79,10 +79,6 @@ class MixedChunkState:
         """B."""
         return self.position.shape[0]
 
-    def truncated(self, tokens: int) -> MixedChunkState:
-        """`truncate`, by the name that it has in every layer's state."""
-        return self.truncate(tokens)
-
     def select(self, index: Tensor) -> MixedChunkState:
         """The rows `index` (a 1-D integer or boolean tensor) in that order, repeats allowed: for beam search."""
         index = widened(index)  # PyTorch takes uint8 for a mask

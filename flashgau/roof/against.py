@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+from flashgau.sass import against
 from flashgau.sass.model import MACHINES
 
 GROWTH = 1.05  # how much a call may grow by in anything, or its smallest launch fall short by
@@ -15,19 +15,10 @@ _IDENTITY = ("target", "op", "direction", "shape", "dtype")
 _HELD = {"launches": "launches", "bytes": "bytes of HBM per token", "ns": "modelled ns per token"}
 
 
-@dataclass(frozen=True)
-class Changes:
-    """How rows differ from the recorded ones, a line for each; `worse` is a failure."""
+class Changes(against.Changes):
+    """The same of the rows of operations."""
 
-    worse: list[str]
-    new: list[str]
-    gone: list[str]
-
-    def lines(self) -> list[str]:
-        """All of them."""
-        kinds = (("worse", self.worse), ("new", self.new), ("gone", self.gone))
-        found = [f"{kind}: {line}" for kind, lines in kinds for line in lines]
-        return found or ["no operation is worse than recorded"]
+    what: ClassVar[str] = "operation"
 
 
 def place(row: Row) -> tuple[Any, ...]:

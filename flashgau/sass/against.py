@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 GROWTH = 1.05  # how much longer a loop may get
 
@@ -43,12 +43,13 @@ class Changes:
     worse: list[str]
     new: list[str]
     gone: list[str]
+    what: ClassVar[str] = "loop"
 
     def lines(self) -> list[str]:
         """All of them."""
         kinds = (("worse", self.worse), ("new", self.new), ("gone", self.gone))
         found = [f"{kind}: {line}" for kind, lines in kinds for line in lines]
-        return found or ["no loop is worse than recorded"]
+        return found or [f"no {self.what} is worse than recorded"]
 
 
 def compare(now: list[Row], before: list[Row], compiled: Collection[tuple[str, ...]]) -> Changes:
