@@ -15,6 +15,8 @@ from torch import Tensor
 from ..options import Layout
 from .sizes import SIZES
 
+VECTOR_BYTES = 64  # of the widest vectors of processors; PyTorch's allocations begin at a multiple
+
 
 @dataclass(frozen=True)
 class Sequence:

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from ..options import Layout, MixedChunkHeads, MixedChunkOptions, MixedChunkSaved, OpenChunk, takes_fields
-from .common import Sequence, Workspace, accumulator, sequences, toeplitz_block, toeplitz_sums, values_dtype
+from .common import (
+    VECTOR_BYTES,
+    Sequence,
+    Workspace,
+    accumulator,
+    sequences,
+    toeplitz_block,
+    toeplitz_sums,
+    values_dtype,
+)
 from .glu import activated, gate_gradient
 from .scores import score as elementwise_score
 from .scores import score_slope
@@ -157,13 +166,18 @@ class Chunks:
         buffer = torch.empty_like(parts) if keep else self.workspace.like("states", parts)
         return self.running(kv, parts, buffer)
 
+    def _takes_a_product(self, x: Tensor) -> bool:
+        """Whether a product may be written to x: where x begins inside a vector, its last bits could be other ones."""
+        whole_vectors = x.storage_offset() * x.element_size() % VECTOR_BYTES == 0
+        return whole_vectors and x.dtype == self.factor and x.is_contiguous()
+
     def product(self, group: Group, heads: Heads, v: Tensor, states: Tensor, keep: Tensor | None = None) -> Tensor:
         """local + global: A v + lin_q KV / lin_normalizer, also written to `keep` (b, T, E).
 
         It stays until the next call, and is that memory itself where it can be.
         """
         a = self.probs(heads)[1].to(self.factor)
-        there = keep if keep is not None and keep.dtype == self.factor and keep.is_contiguous() else None
+        there = keep if keep is not None and self._takes_a_product(keep) else None
         out = self.workspace.of("product", (*a.shape[:2], v.shape[-1]), v) if there is None else group.split(there)
         x = torch.bmm(a, v, out=out)
         x.baddbmm_(self.scaled(heads.lin_q, group).to(self.factor), self.workspace.held("read", states, self.factor))
