@@ -45,13 +45,31 @@ KINDS = {
         {**BERT, "local_attention": 6, "cls_token_id": 1, "sep_token_id": 2, "eos_token_id": 2},
     ),
 }
+MIXED = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "attention_bias": True,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+GATED = {
+    "qwen3_next": ("Qwen3NextForCausalLM", "Qwen3NextConfig", {**SIZES, **MIXED, **EXPERTS}),
+    "qwen3_5": ("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", {**SIZES, **MIXED}),
+}
 DECODERS = ("llama", "mistral", "gemma2", "gemma3", "gpt_oss")
 IDS = torch.randint(1, 50, (3, 11), generator=torch.Generator().manual_seed(3))
 
 
 @functools.cache
 def _weights(kind):
-    model_class, config_class, options = KINDS[kind]
+    model_class, config_class, options = (KINDS | GATED)[kind]
     torch.manual_seed(0)
     model = getattr(transformers, model_class)(getattr(transformers, config_class)(**options))
     for parameter in model.parameters():  # biases, norms and sinks, too, are something
@@ -60,9 +78,9 @@ def _weights(kind):
 
 
 def build(kind, implementation=NAME, dtype=torch.float64, **more):
-    model_class, config_class, options = KINDS[kind]
+    model_class, config_class, options = (KINDS | GATED)[kind]
     config = getattr(transformers, config_class)(**{**options, **more})
-    if kind == "gpt_oss":
+    if "num_experts_per_tok" in options:
         more = {"experts_implementation": "eager"}  # the others have no fp64
     else:
         more = {}

@@ -8,6 +8,7 @@ a cache are sequences of their own, with keys but without queries, or the revers
 """
 
 from .attention import register_attention
+from .gate import patch_attention_gate
 from .glu import patch_glu
 
-__all__ = ["patch_glu", "register_attention"]
+__all__ = ["patch_attention_gate", "patch_glu", "register_attention"]

@@ -61,7 +61,7 @@ def register_attention(name: str = "FlashGAU") -> str:
             f"register_attention: `name` is {name!r}, which {reason}; expected letters, digits and underscores, "
             "such as 'FlashGAU'"
         )
-    transformers = _transformers()
+    transformers = _transformers("register_attention")
     attention, mask = transformers.AttentionInterface, transformers.AttentionMaskInterface
     if (name in attention() or name in mask()) and attention().get(name) is not _attention_forward:
         raise ValueError(f"register_attention: `name` is {name!r}, which is registered already; expected another name")
@@ -85,6 +85,7 @@ def _attention_forward(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    flashgau_gate: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that `register_attention` registers: called by the layers of a model.
@@ -106,6 +107,7 @@ def _attention_forward(
         sliding_window: the layer's window; it is in the mask already.
         cu_seq_lens_q: (G+1,) sequences packed in one row, as a data collator gives them. They must be the mask's.
         cu_seq_lens_k: the same of the keys.
+        flashgau_gate: (B, Hq, M, E), whose sigmoid multiplies the result. Only patched layers pass it.
         options: what else the model was called with; refused unless it is None or changes nothing here.
 
     Returns:
@@ -139,9 +141,10 @@ def _attention_forward(
     lengths, q_ends, k_ends = _sequences(facts, attention_mask, query, cu_seq_lens_q, cu_seq_lens_k)
     if q_ends is not None:
         query, key, value = _end_to_end(query), _end_to_end(key), _end_to_end(value)
+        flashgau_gate = None if flashgau_gate is None else _end_to_end(flashgau_gate)
     out = flashgau.attention(
         query, key, value, causal=right == 0, window=(left, right), scale=scaling, softcap=softcap, sinks=s_aux,
-        lengths=lengths, cu_seqlens=q_ends, cu_seqlens_k=k_ends, dropout_p=float(dropout),
+        lengths=lengths, cu_seqlens=q_ends, cu_seqlens_k=k_ends, dropout_p=float(dropout), gate=flashgau_gate,
     )  # fmt: skip
     assert isinstance(out, Tensor)
     if q_ends is not None:
@@ -204,14 +207,14 @@ def _sequences(
     return None, *ours
 
 
-def _transformers() -> Any:
+def _transformers(asker: str) -> Any:
     """The package of that name, which is not this module, in a version that has what is needed."""
     expected = f"expected transformers {'.'.join(map(str, _OLDEST))} or later"
     try:
         transformers = importlib.import_module("transformers")
     except ImportError as error:
-        raise ImportError(f"register_attention: transformers cannot be imported ({error}); {expected}") from error
+        raise ImportError(f"{asker}: transformers cannot be imported ({error}); {expected}") from error
     version = re.match(r"(\d+)\.(\d+)", transformers.__version__)
     if version is None or tuple(map(int, version.groups())) < _OLDEST:
-        raise ImportError(f"register_attention: this is transformers {transformers.__version__}; {expected}")
+        raise ImportError(f"{asker}: this is transformers {transformers.__version__}; {expected}")
     return transformers
