@@ -1,4 +1,5 @@
-"""Packages that only some uses need: flashgau alone has operations and kernels, an extra brings what goes beyond."""
+"""Packages that only some uses need: flashgau alone has operations and kernels, an extra brings what goes beyond, and
+flashgau-instruments what executes and counts compiled kernels without a GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 
 
 class MissingExtra(ImportError):
-    """A package that an extra of flashgau brings is not installed; the message is one line that names the extra."""
+    """A package that is needed here is not installed; the message is one line that names what brings it."""
 
 
 @contextmanager
@@ -32,3 +33,26 @@ def extra(name: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         module = (error.name or "a package").partition(".")[0]
         raise MissingExtra(f"{module} is not installed: pip install 'flashgau[{name}]'", name=error.name) from error
+
+
+@contextmanager
+def instruments() -> Iterator[None]:
+    """Inside, a module of flashgau that is not installed is one that flashgau-instruments brings.
+
+    Raises:
+        MissingExtra: it is not installed.
+
+    Example:
+        >>> with instruments():
+        ...     import flashgau.a_module_that_counts
+        Traceback (most recent call last):
+            ...
+        flashgau.extras.MissingExtra: flashgau-instruments is not installed: pip install ./instruments, in a checkout
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("flashgau."):
+            raise
+        what = "flashgau-instruments is not installed: pip install ./instruments, in a checkout"
+        raise MissingExtra(what, name=error.name) from error

@@ -1,19 +1,23 @@
 """`make matrix`: the operator, kernel and model tests against the PyTorch and Triton that GPU machines carry and the
 newest that are supported, each in an environment of its own, and the table of docs/matrix.md.
 
-An environment, `.matrix/NAME`, is made once and used again as long as what it should hold is the same. Standard
-library only: whatever python3 runs it makes the environments.
+An environment, `.matrix/NAME`, is made once and used again as long as what it should hold is the same. Every test file
+runs in a process of its own, whose results are kept: a run that was stopped goes on where it was, on the same commit.
+Standard library only: whatever python3 runs it makes the environments.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
 import xml.etree.ElementTree as ET
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,20 +96,44 @@ print(json.dumps({**found, "python": platform.python_version()}))
     return json.loads(subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
-def run(name: str, python: Path) -> dict[str, int]:
-    """The tests' results: how many passed, failed and were skipped, and the seconds they took."""
-    report = PLACE / f"{name}.xml"
-    report.unlink(missing_ok=True)
-    files = [f"tests/test_{file}.py" for file in FILES]
-    options = ["-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    status = subprocess.run([python, "-m", "pytest", *options, *files], cwd=ROOT, env=os.environ).returncode
-    if status not in (0, 1):  # 1: some failed; the others mean that the tests did not run
-        raise SystemExit(f"make matrix: pytest ended with {status} in {name}; the table is as it was")
+def commit() -> str | None:
+    """The commit that is tested; None if files differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    if subprocess.run([*git, "status", "--porcelain"], check=True, capture_output=True, text=True).stdout:
+        return None
+    return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def results(report: Path) -> Counter[str]:
+    """What a file's report counts: the tests that passed, failed and were skipped, and the seconds they took."""
     suite = next(ET.parse(report).getroot().iter("testsuite"))
     failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
     skipped = int(suite.get("skipped", 0))
     passed = int(suite.get("tests", 0)) - failed - skipped
-    return {"passed": passed, "failed": failed, "skipped": skipped, "seconds": round(float(suite.get("time", 0)))}
+    return Counter(passed=passed, failed=failed, skipped=skipped, seconds=round(float(suite.get("time", 0))))
+
+
+def run(name: str, python: Path, workers: int) -> Counter[str]:
+    """The results of all files together; those that the environment already has from this commit are not run again."""
+    place, mark = PLACE / f"{name}.results", PLACE / f"{name}.commit"
+    tested = commit()
+    if tested is None or not mark.exists() or mark.read_text() != tested:
+        shutil.rmtree(place, ignore_errors=True)
+        mark.write_text(str(tested))
+    total: Counter[str] = Counter()
+    for file in FILES:
+        report, unfinished = place / f"{file}.xml", place / f"{file}.part"
+        if not report.exists():
+            options = ["-n", str(workers), "--dist", "worksteal", "-p", "no:cacheprovider", f"--junitxml={unfinished}"]
+            tests = [python, "-m", "pytest", *options, f"tests/test_{file}.py"]
+            status = subprocess.run(tests, cwd=ROOT, env=os.environ).returncode
+            if status not in (0, 1):  # 1: some failed; the others mean that the tests did not run
+                raise SystemExit(f"make matrix: pytest ended with {status} in {name}; the table is as it was")
+            unfinished.rename(report)
+        found = results(report)
+        print(f"{name}: {file}: " + ", ".join(f"{number} {what}" for what, number in found.items()), flush=True)
+        total += found
+    return total
 
 
 def table(rows: list[dict[str, str | int]]) -> str:
@@ -123,15 +151,19 @@ def replaced(page: str, text: str) -> str:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description="Test other versions of PyTorch and Triton; write docs/matrix.md.")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that test at once (2)")
+    workers = parser.parse_args().workers
     PLACE.mkdir(exist_ok=True)
     pythons = {name: environment(name, pins) for name, pins in PAIRS.items()}
     rows: list[dict[str, str | int]] = []
     for name, python in pythons.items():
         found = versions(python)
         print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in found.items()), flush=True)
-        results = run(name, python)
-        minutes = f"{results['seconds'] / 60:.1f}"
-        rows.append({**found, **results, "minutes": minutes, "date": datetime.date.today().isoformat()})
+        total = run(name, python, workers)
+        counts = {what: total[what] for what in ("passed", "failed", "skipped")}
+        minutes = f"{total['seconds'] / 60:.1f}"
+        rows.append({**found, **counts, "minutes": minutes, "date": datetime.date.today().isoformat()})
     print(table(rows))
     PAGE.write_text(replaced(PAGE.read_text(), table(rows)))
     print(f"written to {PAGE.relative_to(ROOT)}")

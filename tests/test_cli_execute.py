@@ -10,8 +10,8 @@ from cli_runs import runner
 
 from flashgau import tables
 from flashgau.cli import app, main
+from flashgau.cli.instruments import executing
 from flashgau.tuning.shipped import ENTRIES
-from flashgau.verification import executing
 from flashgau.verification.checking import Row
 
 

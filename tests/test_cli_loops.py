@@ -10,10 +10,12 @@ import tuning_tables
 
 pytest.importorskip("triton")
 from flashgau import tables
-from flashgau.cli import loops, main
+from flashgau.cli import main
+from flashgau.cli.instruments import loops
+from flashgau.roof import modelling
 from flashgau.sass import HotLoop
 from flashgau.tables.config import Config
-from flashgau.tuning import ahead, modelling, searching
+from flashgau.tuning import ahead, searching
 from flashgau.verification import candidates
 
 folder = tuning_tables.folder

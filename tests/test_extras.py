@@ -15,13 +15,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 EXTRAS = ("cli", "plots", "models", "testing", "transformers")  # for users
+INSTRUMENTS = {"flashgau.cli.instruments", "flashgau.ptx", "flashgau.roof"}  # in a wheel of their own
 MODULES = {"typer": "cli", "rich": "cli", "matplotlib": "plots", "safetensors": "models", "hypothesis": "testing"}
 
 BLOCKER = """
 import sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {names!r}:
+        if {{name, name.partition(".")[0]}} & {names!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 assert not set({names!r}) & set(sys.modules)
 sys.meta_path.insert(0, Blocker())
@@ -164,6 +165,30 @@ def test_commands_tell_the_extra_in_one_line(module, arguments, tmp_path):
     expected = f"flashgau: {module} is not installed: pip install 'flashgau[{MODULES[module]}]'\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check", "--execute", "sm_90", "--quick"],
+        ["compile", "--loops", "--target", "sm_90"],
+        ["compile", "--operations"],
+        ["tune", "--model", "--target", "sm_90", "--kernel", "attention_dq"],
+    ],
+)
+def test_commands_tell_that_the_instruments_are_missing(arguments):
+    done = run_without(INSTRUMENTS, COMMAND.format(arguments=["flashgau", *arguments], name="flashgau"))
+    expected = "flashgau: flashgau-instruments is not installed: pip install ./instruments, in a checkout\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
+
+
+def test_everything_else_does_without_the_instruments():
+    arguments = ["flashgau", "tune", "--show", "--target", "sm_90", "--op", "glu"]
+    done = run_without(INSTRUMENTS, COMMAND.format(arguments=arguments, name="flashgau"))
+    assert done.returncode == 0, done.stderr
+    compiled = ["flashgau", "compile", "--target", "sm_90", "--kernel", "glu_forward", "--dtype", "bf16"]
+    done = run_without(INSTRUMENTS, COMMAND.format(arguments=compiled, name="flashgau"))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("module", "extra"), [("rich", "bench"), ("matplotlib", "bench"), ("typer", "cli")])

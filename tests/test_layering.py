@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,8 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": {"nn", *OPS},
     "training": {"models", "nn", *OPS},
     "testing": {"ops"},
-    "verification": {"nn", "ops", "ptx", "sass", "tuning", "tables", "reference", "kernels"},
-    "cli": {"bench", "verification", "roof", "training", "convert", "models", "nn", "sass", "tuning", *OPS},
+    "verification": {"nn", "ops", "sass", "tuning", "tables", "reference", "kernels"},
+    "cli": {"bench", "verification", "roof", "ptx", "training", "convert", "models", "nn", "sass", "tuning", *OPS},
 }
 
 
@@ -103,16 +104,47 @@ def test_the_test_sees_imports(tmp_path):
     assert parts_of(PACKAGE / "ops" / "compare.py") == {"reference", "ops"}
 
 
-def test_every_package_is_shipped():
-    """Each directory with Python files is in pyproject's list, which setuptools does not check."""
-    text = (ROOT / "pyproject.toml").read_text()
+def listed(project: Path) -> set[str]:
+    """The packages in the list of a pyproject.toml, which setuptools does not check."""
+    text = project.read_text()
     start = text.index("packages = [")
-    listed = set(ast.literal_eval(text[text.index("[", start) : text.index("]", start) + 1]))
+    return set(ast.literal_eval(text[text.index("[", start) : text.index("]", start) + 1]))
+
+
+def test_every_package_is_shipped():
+    """Each directory with Python files is in the list of one of the two wheels."""
+    ours, instruments = listed(ROOT / "pyproject.toml"), listed(ROOT / "instruments" / "pyproject.toml")
     here = {".".join(module_of(p)) for top in (PACKAGE, *ELSEWHERE.values()) for p in top.rglob("__init__.py")}
-    assert listed == here
+    assert ours | instruments == here
+    assert not ours & instruments
     for top in (PACKAGE, *ELSEWHERE.values()):
         for path in top.rglob("*.py"):
             assert (path.parent / "__init__.py").exists(), f"{path.parent} is no package"
+
+
+def within_instruments(node: ast.AST) -> Iterator[ast.ImportFrom]:
+    """The imports that stand in a block `with instruments()`."""
+    for block in ast.walk(node):
+        if isinstance(block, ast.With) and ast.unparse(block.items[0]) == "instruments()":
+            yield from (one for one in ast.walk(block) if isinstance(one, ast.ImportFrom))
+
+
+def test_what_needs_the_instruments_says_so():
+    """What is in flashgau's wheel takes from the other one only where a missing one is named."""
+    instruments = listed(ROOT / "instruments" / "pyproject.toml")
+    named = 0
+    for top in (PACKAGE, *ELSEWHERE.values()):
+        for path in top.rglob("*.py"):
+            package = ".".join(module_of(path.parent / "__init__.py"))
+            if package in instruments:
+                continue
+            found = {name for name in imports(path) if any(f"{name}.".startswith(f"{one}.") for one in instruments)}
+            within = {one.module for one in within_instruments(ast.parse(path.read_text()))}
+            assert all(any(f"{name}.".startswith(f"{one}.") for one in within) for name in found), path.relative_to(
+                ROOT
+            )
+            named += bool(found)
+    assert named == 3  # the modules of check, compile and tune
 
 
 def test_nothing_is_left_undone():

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 pytest.importorskip("triton")
-from flashgau.cli import main, operations
+from flashgau.cli import main
+from flashgau.cli.instruments import operations
 from flashgau.ptx import Program
 from flashgau.roof import Row, against, clocks, report
 from flashgau.roof.cases import cases

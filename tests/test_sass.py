@@ -11,7 +11,8 @@ from typing import Any
 import kernel_calls
 import pytest
 
-from flashgau.sass import HotLoop, against, inspect, model
+from flashgau.roof import loops as against
+from flashgau.sass import HotLoop, inspect, model
 from flashgau.sass.loops import hot_loops
 from flashgau.sass.text import CLASSES, Instruction, parse
 from flashgau.sass.tiles import Product, TileLoop, tile_loops
@@ -414,7 +415,7 @@ def test_what_a_loop_is_held_to(changes, misses):
 
 
 def test_a_recorded_file_is_compact(tmp_path):
-    from flashgau.cli import loops
+    from flashgau.cli.instruments import loops
 
     (loop,) = inspect("sm_90", *ours(), PROGRAM)
     full = {name: row()[name] for name in ("target", "kernel", "dtype", "shape", "loop", "configuration")}

@@ -156,7 +156,6 @@ for width in range(8):
 
 def test_the_users_table_comes_before_the_shipped_one_before_the_architectures(folder, tmp_path_factory, monkeypatch):
     home = tmp_path_factory.mktemp("shipped")
-    (home / "architectures").symlink_to(Path(tables.__file__).parent / "architectures")
     by_architecture = chosen()
     monkeypatch.setattr(tables, "_SHIPPED", home)
     gpu, own = Config(16, 16, 2, 1), Config(32, 16, 1, 1)
@@ -287,8 +286,7 @@ def test_documented_names_are_those_of_the_tables():
 
 
 def test_shipped_tables_are_valid_and_complete():
-    names = {p.stem for p in (Path(tables.__file__).parent / "architectures").glob("*.json")}
-    assert names == set(tables.ARCHITECTURES)
+    assert tuple(json.loads(Path(tables.__file__).with_name("architectures.json").read_text())) == tables.ARCHITECTURES
     wanted = {ahead.Job("", name, dtype, width, "").key for name, e in shipped.ENTRIES.items() for width in e.widths
               for dtype in e.kinds}  # fmt: skip
     for arch in tables.ARCHITECTURES:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashgau.cli import filters
-from flashgau.cli import loops as loop_reports
-from flashgau.cli import operations as operation_reports
 from flashgau.cli.console import FAILURE, USAGE, counted, dump_json, fail, failing, make_console, make_table
+from flashgau.extras import instruments
 
 if TYPE_CHECKING:
     from flashgau.tuning.ahead import Row
@@ -89,7 +88,12 @@ def compile(
     if operations:
         names = filters.words("sm_90" if target == TARGETS else target)
         chosen = filters.operations("compile", op), filters.dtypes("compile", dtype)
-        return operation_reports.operations(names, *chosen, processes, out, against, json)
+        with instruments():
+            from flashgau.cli.instruments.operations import report
+        return report(names, *chosen, processes, out, against, json)
+    if loops:
+        with instruments():
+            from flashgau.cli.instruments import loops as loop_reports
     from flashgau import tables
     from flashgau.tuning import ahead
     from flashgau.verification.candidates import Wanted
@@ -131,7 +135,7 @@ def compile(
     for row in rows:
         table.add_row(
             row.target, row.kernel, row.dtype, row.shape,
-            loop_reports.configuration(row),
+            configuration(row),
             str(row.registers), str(row.spills), str(row.shared_bytes), "yes" if row.tensor_core else "no",
             "ok" if row.ok else str(row.reason),
         )  # fmt: skip
@@ -139,6 +143,17 @@ def compile(
     console.print(table)
     console.print(f"{len(rows)} kernels compiled, {len(bad)} not ok")
     return FAILURE if bad else 0
+
+
+def configuration(row: Row) -> str:
+    """For the table; a dash for a call that failed before it chose one."""
+    if not row.configuration:
+        return "-"
+    c = row.configuration
+    block = f"{c['block_m']}x{c['block_n']}" + ("" if row.op == "attention" else f"x{c['block_k']}")
+    traits = [name for name, value in c.items() if value is True]
+    traits += [f"{c['maxnreg']} registers"] if c.get("maxnreg") else []
+    return ", ".join([block, f"{c['num_warps']} warps", f"{c['num_stages']} stages", *traits])
 
 
 def _without_loops(row: Row) -> dict[str, Any]:

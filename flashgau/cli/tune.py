@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashgau.cli import filters, merging, ranking
+from flashgau.cli import filters, merging
 from flashgau.cli.console import (
     INTERRUPTED,
     USAGE,
@@ -22,10 +22,12 @@ from flashgau.cli.console import (
     seconds,
     usable_device,
 )
+from flashgau.extras import instruments
 
 if TYPE_CHECKING:
     import torch
 
+    from flashgau.tables.config import Config
     from flashgau.tables.table import Key, TableEntry
     from flashgau.tuning.ahead import Job
     from flashgau.tuning.searching import Search
@@ -212,6 +214,8 @@ def _rank(target: str, wanted: Wanted, top: int, as_json: bool) -> int:
         fail("tune", str(error).removeprefix("compile: "), USAGE)
     if not starts:
         fail("tune", NO_ENTRY, USAGE)
+    with instruments():
+        from flashgau.cli.instruments import ranking
     ranking.show(starts, ranking.rank(starts), top, as_json)
     return 0
 
@@ -246,7 +250,7 @@ def _tune(
 
     if export is not None:
         return _export(where, export)
-    from flashgau.tuning import ahead, modelling
+    from flashgau.tuning import ahead
     from flashgau.tuning.searching import Journal, Search
 
     path, bench = tables.user_path(where), candidates.Bench(where, shape=wanted.shape)
@@ -255,7 +259,7 @@ def _tune(
         fail("tune", NO_ENTRY, USAGE)
     measured = candidates.versions() | candidates.shape_measured(wanted.shape)
     journal = Journal(path.with_suffix(".journal.jsonl"), measured)
-    among = {} if top is None else modelling.best(ranking.rank(before), top)
+    among = {} if top is None else _among(before, top)
     search = Search(before, bench.check, bench.clock, journal, ahead.compile_each, among)
     finished = run_search(search, 60 * minutes, lambda: bench.broken)
     found = search.best()
@@ -267,6 +271,13 @@ def _tune(
     if bench.broken:
         fail("tune", "a candidate left the GPU unusable for this process; the same command goes on without it")
     return 0 if finished else INTERRUPTED
+
+
+def _among(starts: list[Job], top: int) -> dict[Key, frozenset[Config]]:
+    """The few candidates of each entry that the model ranks first."""
+    with instruments():
+        from flashgau.cli.instruments import ranking
+    return ranking.best(starts, top)
 
 
 def _device(name: str) -> torch.device:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, ClassVar
 
-from flashgau.sass import against
 from flashgau.sass.model import MACHINES
+
+from . import loops
 
 GROWTH = 1.05  # how much a call may grow by in anything, or its smallest launch fall short by
 
@@ -15,7 +16,7 @@ _IDENTITY = ("target", "op", "direction", "shape", "dtype")
 _HELD = {"launches": "launches", "bytes": "bytes of HBM per token", "ns": "modelled ns per token"}
 
 
-class Changes(against.Changes):
+class Changes(loops.Changes):
     """The same of the rows of operations."""
 
     what: ClassVar[str] = "operation"

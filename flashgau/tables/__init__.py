@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flashgau.files import parse_json, read_text
+
 from . import products, table
 from .config import Choose, Config
 from .table import FUSED, Key, Table
@@ -287,7 +289,14 @@ def _of_device(path: Path, device: torch.device) -> Table | None:
 @cache
 def shipped_table(arch: str) -> Table:
     """The table of one of `ARCHITECTURES`, which has every kernel."""
-    return table.read(_SHIPPED / "architectures" / f"{arch}.json")
+    return table.of_json(_architectures()[arch], f"{arch} of architectures.json")
+
+
+@cache
+def _architectures() -> Any:
+    """All of them, unread: one file, which packs far smaller than one for each."""
+    path = Path(__file__).with_name("architectures.json")
+    return parse_json(read_text(path), str(path))
 
 
 def shipped_gpus() -> list[Table]:

@@ -111,7 +111,12 @@ def parse(text: str, where: str) -> Table:
             ...
         ValueError: t.json: entry 0: `kernel` is missing; expected a kernel's name
     """
-    read = Fields(parse_json(text, where), where)
+    return of_json(parse_json(text, where), where)
+
+
+def of_json(data: Any, where: str) -> Table:
+    """The same of its value in JSON."""
+    read = Fields(data, where)
     read("format", f"{FORMAT}, which this version reads", lambda x: type(x) is int and x == FORMAT)
     header: dict[str, Any] = {
         "gpu": read("gpu", "a name or null", lambda x: x is None or (isinstance(x, str) and x != "")),

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from flashgau.cli.instruments.executing import Task
     from flashgau.verification.checking import Row
-    from flashgau.verification.executing import Task
 
 LONG = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SCHEMA = "flashgau-check-execute"
@@ -37,7 +37,7 @@ def executed(
     as_json: bool,
 ) -> None:
     """Run every case that is not in `out` yet, and report all."""
-    from flashgau.verification import executing
+    from flashgau.cli.instruments import executing
 
     if dtype is not None and dtype not in LONG and dtype not in LONG.values():
         fail("check", f"no dtype is called {dtype!r}; there are {', '.join(LONG)}", USAGE)

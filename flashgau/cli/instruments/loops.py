@@ -8,8 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashgau.cli.compile import configuration
 from flashgau.cli.console import dump_json, make_console, make_table, write_rows
-from flashgau.sass import against
+from flashgau.roof import loops as against
 
 if TYPE_CHECKING:
     from flashgau.tuning.ahead import Row
@@ -56,17 +57,6 @@ def loop_rows(rows: list[Row]) -> list[dict[str, Any]]:
                 {**first, "loop": number, "registers": row.registers, **numbers, "ok": row.ok, "misses": misses}
             )
     return found
-
-
-def configuration(row: Row) -> str:
-    """For the table; a dash for a call that failed before it chose one."""
-    if not row.configuration:
-        return "-"
-    c = row.configuration
-    block = f"{c['block_m']}x{c['block_n']}" + ("" if row.op == "attention" else f"x{c['block_k']}")
-    traits = [name for name, value in c.items() if value is True]
-    traits += [f"{c['maxnreg']} registers"] if c.get("maxnreg") else []
-    return ", ".join([block, f"{c['num_warps']} warps", f"{c['num_stages']} stages", *traits])
 
 
 def record(path: Path, rows: list[dict[str, Any]]) -> None:

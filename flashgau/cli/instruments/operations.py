@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SCHEMA = {"schema": "flashgau-operations", "schema_version": 1}
 
 
-def operations(
+def report(
     targets: list[str],
     ops: frozenset[str] | None,
     dtypes: tuple[str, ...] | None,

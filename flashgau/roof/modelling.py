@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from flashgau.sass import HotLoop
 from flashgau.tables.config import Config
 from flashgau.tables.table import Key
-
-from .ahead import Job, Row
+from flashgau.tuning.ahead import Job, Row
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 from flashgau.cli.console import counted, dump_json, fail, make_console, make_table
 
 if TYPE_CHECKING:
+    from flashgau.roof.modelling import Modelled
     from flashgau.tables.config import Config
     from flashgau.tables.table import Key
     from flashgau.tuning.ahead import Job
-    from flashgau.tuning.modelling import Modelled
 
 
 def rank(starts: list[Job]) -> dict[Key, list[Modelled]]:
     """Compile the candidates around each entry and rank them; what Ctrl-C interrupts ends at once."""
+    from flashgau.roof import modelling
     from flashgau.sass.model import MACHINES
-    from flashgau.tuning import ahead, modelling, searching
+    from flashgau.tuning import ahead, searching
 
     for target in {job.target for job in starts} - set(MACHINES):
         fail("tune", f"there is no model of {target}; expected one of {', '.join(MACHINES)}")
@@ -26,6 +27,13 @@ def rank(starts: list[Job]) -> dict[Key, list[Modelled]]:
     print(f"{len(jobs)} candidates for {len(starts)} entries are compiled and modelled", file=sys.stderr, flush=True)
     done = counted(ahead.compile_each(jobs), len(jobs), "modelling")
     return modelling.ranking(modelling.modelled(job, row) for job, row in done)
+
+
+def best(starts: list[Job], top: int) -> dict[Key, frozenset[Config]]:
+    """The configurations worth measuring: the first few of each entry."""
+    from flashgau.roof import modelling
+
+    return modelling.best(rank(starts), top)
 
 
 def show(starts: list[Job], ranks: dict[Key, list[Modelled]], top: int, as_json: bool) -> None:
