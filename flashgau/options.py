@@ -78,6 +78,32 @@ class AttentionResults(NamedTuple):
     lse: Tensor  # (B, Hq, M), fp32
 
 
+class AttentionTangents(NamedTuple):
+    """Tangents of what softmax attention is computed from; None is zero."""
+
+    tq: Optional[Tensor] = None
+    tk: Optional[Tensor] = None
+    tv: Optional[Tensor] = None
+    trel_bias: Optional[Tensor] = None
+    tsinks: Optional[Tensor] = None
+
+
+class AttentionAlong(NamedTuple):
+    """Tangents of the results."""
+
+    tout: Tensor  # (B, Hq, M, E)
+    tlse: Tensor  # (B, Hq, M), fp32
+
+
+class GatedTangents(NamedTuple):
+    """Tangents of what gated attention is computed from; None is zero."""
+
+    tq: Optional[Tensor] = None
+    tk: Optional[Tensor] = None
+    tv: Optional[Tensor] = None
+    trel_bias: Optional[Tensor] = None
+
+
 class GatedOptions(NamedTuple):
     """Of quadratic gated attention."""
 

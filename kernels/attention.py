@@ -106,7 +106,7 @@ def _forward(
         size = {"PAGE": max(n, 1)}
         n *= table.shape[1] if k.shape[0] else 0  # the most keys that a sequence may have
         total = n if layout.cu_seqlens is None else n * table.shape[0]
-    out = _empty_output(q, e)
+    out = empty_output(q, e)
     softmax = own.weight_mod is None
     lse = q.new_empty(q.shape[:3] if softmax else 0, dtype=torch.float32)
     product = torch.empty_like(out) if save and gating is not None else None
@@ -114,7 +114,7 @@ def _forward(
         return out, lse, product
     groups = n_heads // n_kv_heads
     sequences = sequences_of(b, m, total, *layout)
-    rule = _rule(q, n, options, own)
+    rule = rule_of(q, n, options, own)
     widths = _widths(d, e)
     width, extras, biased = max(widths["BD"], widths["BE"]), _extras(rule, own), rule.bias is not None
     config = chosen_by(config)("attention_forward", q, width, rows=m * groups, options=extras or biased)
@@ -233,7 +233,7 @@ def _backward(
         else None
     )
     sequences = sequences_of(b, m, n, *layout)
-    rule = _rule(q, n, options, own)
+    rule = rule_of(q, n, options, own)
     widths, lse = _widths(d, e), lse.contiguous()
     width, extras, biased = max(widths["BD"], widths["BE"]), _extras(rule, own), rule.bias is not None
     choose, softmax = chosen_by(config), own.weight_mod is None
@@ -246,7 +246,7 @@ def _backward(
     if dq.numel() and softmax:
         block = 64 if gating is None else max(16, 4096 // widths["BE"])
         n_blocks = blocks_of(sequences, m, 1, block)
-        dx = dout if gating is None else _empty_output(q, e)
+        dx = dout if gating is None else empty_output(q, e)
         gate = None if gating is None else gating.gate.expand(dout.shape)
         delta_kernel[(n_blocks * n_heads * rows,)](
             heads(dout), heads(out), lse, dlse if dlse is None else dlse.contiguous(), pivot, delta, *sequences,
@@ -420,7 +420,7 @@ class _OwnAttention(torch.autograd.Function):
         return *once("attention_with", grads, dout, q, k, v, rel_bias, sinks), None, None, None, None
 
 
-def _rule(q: Tensor, n: int, options: AttentionOptions, own: OwnScores) -> AttentionRule:
+def rule_of(q: Tensor, n: int, options: AttentionOptions, own: OwnScores) -> AttentionRule:
     """The options as the kernels take them."""
     options, p = options.resolved(q.shape[-1]), options.dropout_p
     left, right = (None if side is None else min(side, q.shape[2] + n) for side in options.window)
@@ -465,7 +465,7 @@ def _widths(d: int, e: int) -> dict[str, int]:
     return {"BD": max(16, triton.next_power_of_2(d)), "BE": max(16, triton.next_power_of_2(e))}
 
 
-def _empty_output(q: Tensor, e: int) -> Tensor:
+def empty_output(q: Tensor, e: int) -> Tensor:
     """An uninitialised (B, Hq, M, E), stored as (B, M, Hq, E) if q is, so that concatenating the heads is a view."""
     b, n_heads, m, _ = q.shape
     if q.transpose(1, 2).is_contiguous():

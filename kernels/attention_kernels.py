@@ -709,6 +709,18 @@ def dkv_kernel(
         store_rows(dv, row_pointers(dv, row, i_head, first_n + o_key), o_key < stored, b_dv, SIZES.E, SIZES.BE)
 
 
+@triton.jit
+def queries_at(rule, nearest, m, n, BM: tl.constexpr, BN: tl.constexpr):
+    """The range of queries that have a key at one of BN distances, of which `nearest` is the first."""
+    start = tl.maximum(m - n - nearest - BN + 1, 0) // BM * BM
+    stop = tl.minimum(m - nearest, m)
+    if rule.right is not None:
+        stop = tl.where(nearest > rule.right, 0, stop)
+    if rule.left is not None:
+        stop = tl.where(nearest + BN - 1 < -rule.left, 0, stop)
+    return start, stop
+
+
 @guarded
 @triton.jit(do_not_specialize=VARYING)
 def dbias_kernel(
@@ -738,13 +750,7 @@ def dbias_kernel(
         last_seq = sequences.n_sequences
     for i_seq in range(first_seq, last_seq):
         row, first_m, m, _stored_m, first_n, n, _stored_n = bounds(sequences, i_seq)
-        # The range of queries that have a key at one of these distances.
-        start = tl.maximum(m - n - nearest - BN + 1, 0) // BM * BM
-        stop = tl.minimum(m - nearest, m)
-        if rule.right is not None:
-            stop = tl.where(nearest > rule.right, 0, stop)
-        if rule.left is not None:
-            stop = tl.where(nearest + BN - 1 < -rule.left, 0, stop)
+        start, stop = queries_at(rule, nearest, m, n, BM, BN)
         for i in range(start, stop, BM):
             o_query = i + tl.arange(0, BM)
             o_position = o_query + n - m

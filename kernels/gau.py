@@ -47,7 +47,7 @@ _PART = 8  # blocks of keys: what handing over a part of a sum is worth
 _SHORT = 1024  # tokens that packed sequences have in the mean; below, that is cheaper than launches for each panel
 
 
-class _GatedCall(NamedTuple):
+class GatedCall(NamedTuple):
     """What all kernels of one call share."""
 
     sequences: Sequences
@@ -95,9 +95,9 @@ def _forward(
     product = q.new_empty(b, m, e) if save and gate is not None else None
     if out.numel() == 0 or n == 0:
         return out.zero_(), product if product is None else product.zero_()
-    call = _call(q, k, layout, options, own)
+    call = call_of(q, k, layout, options, own)
     choose = chosen_by(config)
-    lse = _lse(call, q, k, own, choose)
+    lse = row_lse(call, q, k, own, choose)
     short = call.sequences.cu_seqlens_q is not None and n < _SHORT * call.sequences.n_sequences
     panels = (e > _FUSED_WIDTH and not short) or m <= 16
     if panels:
@@ -191,9 +191,9 @@ def _backward(
     if m * e == 0 or n == 0 or b == 0:
         dgate = dgate if dgate is None else dgate.zero_()
         return dq.zero_(), dk.zero_(), dv.zero_(), dgate, sums_like(dbias, rel_bias)
-    call = _call(q, k, layout, options, own)
+    call = call_of(q, k, layout, options, own)
     choose = chosen_by(config)
-    lse = _lse(call, q, k, own, choose)
+    lse = row_lse(call, q, k, own, choose)
     if call.score == "softmax" and product is None:
         product, _ = _forward(q, k, v, None, layout, options, own, False, choose)
     dx, delta = prologue(
@@ -398,7 +398,7 @@ class _OwnGated(torch.autograd.Function):
         return *once("gau_with", grads, dout, q, k, v, gate, rel_bias), None, None, None, None
 
 
-def _call(q: Tensor, k: Tensor, layout: Layout, options: GatedOptions, own: OwnScores) -> _GatedCall:
+def call_of(q: Tensor, k: Tensor, layout: Layout, options: GatedOptions, own: OwnScores) -> GatedCall:
     """The options as the kernels take them."""
     score, normalizer, causal, rel_bias, _ = options
     softmax = score.startswith("softmax")
@@ -407,7 +407,7 @@ def _call(q: Tensor, k: Tensor, layout: Layout, options: GatedOptions, own: OwnS
     else:
         scaling, scale = ("number", 1 / float(normalizer)) if not isinstance(normalizer, str) else (normalizer, 1.0)
     precision, factors, probs_like = precisions(q)
-    return _GatedCall(
+    return GatedCall(
         sequences=sequences_of(q.shape[0], q.shape[1], k.shape[1], *layout),
         rule=(scale, 0 if causal else None, *bias_rule(rel_bias), own.aux),
         score="softmax" if softmax else score,
@@ -429,7 +429,7 @@ def _across(blocks: int, slots: int, device: torch.device, each: int) -> int:
     return min(blocks, triton.cdiv(each * processors(device), slots))
 
 
-def _lse(call: _GatedCall, q: Tensor, k: Tensor, own: OwnScores, choose: Choose) -> Tensor | None:
+def row_lse(call: GatedCall, q: Tensor, k: Tensor, own: OwnScores, choose: Choose) -> Tensor | None:
     """The LSE (B, M) of a softmax's rows; None for another score."""
     if call.score != "softmax":
         return None

@@ -27,14 +27,17 @@ def compiled(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "keeps"),
     [
-        ("--op attention", lambda j: ahead.op_of(j.entry) == "attention"),
+        ("--op attention", lambda j: ahead.op_of(j.entry) in ("attention", "derivatives")),
         ("--op gau_attention", lambda j: ahead.op_of(j.entry) in ("gau_attention", "projection", "heads", "norm")),
         ("--dtype bf16", lambda j: j.dtype == "bf16"),
         ("--dtype fp16,fp32 --op glu", lambda j: j.dtype != "bf16" and ahead.op_of(j.entry) == "glu"),
         ("--kernel attention_dq,glu_linear", lambda j: j.key.kernel in ("attention_dq", "glu_linear")),
         ("--shapes 64,256", lambda j: j.width in (0, 64, 256)),
-        ("--op attention --width 80", lambda j: ahead.op_of(j.entry) == "attention" and j.width == 128),
-        ("--op attention --heads 32 --kv-heads 1", lambda j: j.entry.startswith("attention") and not j.key.few_rows),
+        ("--op glu,attention --width 80 --kernel second_dq", lambda j: j.entry == "second_dq" and j.width == 128),
+        (
+            "--op attention --heads 32 --kv-heads 1",
+            lambda j: ahead.op_of(j.entry) in ("attention", "derivatives") and not j.key.few_rows,
+        ),
     ],
 )
 def test_compile_honours_filters(options, keeps, compiled):

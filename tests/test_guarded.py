@@ -26,6 +26,7 @@ MODULES = [
     "own_scores",
     "projection",
     "sums",
+    "tangent_kernels",
 ]
 
 PROGRAM = """

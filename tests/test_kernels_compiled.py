@@ -185,7 +185,7 @@ os.environ["TRITON_DEFAULT_FP_FUSION"] = "0"
 from unittest import mock
 import torch, triton
 from flashgau.kernels import attention_kernels, gated, gau, gau_kernels, glu, mixed_chunk_kernels, norms
-from flashgau.kernels import projection, sums
+from flashgau.kernels import projection, sums, tangent_kernels
 from flashgau.options import ProjectionWeights
 from flashgau.tables import configured
 from flashgau.tuning import compiler, lookup
@@ -211,7 +211,8 @@ with mock.patch.object(triton.JITFunction, "__getitem__", launch):
     gau.gau_attention_forward(q, k, v, config=choose)  # whose keys are split
     options = {"interleaved": False, "save": False, "config": choose}
     projection.gated_projection_forward(x, ProjectionWeights(w, None, gamma, None), **options)
-for module in (attention_kernels, gated, gau_kernels, glu, mixed_chunk_kernels, norms, projection, sums):
+for module in (attention_kernels, gated, gau_kernels, glu, mixed_chunk_kernels, norms, projection, sums,
+               tangent_kernels):
     for name, kernel in vars(module).items():
         if name.endswith("_kernel") and kernel.fn.__module__ == module.__name__:
             print(name, launched.get(kernel))

@@ -374,7 +374,9 @@ def test_check_covers_every_configuration(folder):
     pairs = check.select("attention", "triton", CPU, False)
     cases = [case for case, _ in pairs if isinstance(case, configurations.Configured)]
     entries = tables.shipped_table("interpreter").entries.items()
-    wanted = {(key, e.choice) for key, e in entries if key.kernel.startswith("attention")} | {(KEY, own)}
+    wanted = {(key, e.choice) for key, e in entries if ahead.op_of(key.kernel) in ("attention", "derivatives")} | {
+        (KEY, own)
+    }
     assert {(case.key_of_table, case.config) for case in cases} == wanted
     assert not [case for case, _ in check.select("attention", "eager", CPU, False) if hasattr(case, "config")]
     rows = check.run_cases([(case, "triton") for case in cases[-2:]], CPU)

@@ -30,15 +30,15 @@ def words(text: str) -> list[str]:
 
 
 def operations(command: str, op: str | None) -> frozenset[str] | None:
-    """The operations of `--op`, a layer's kernels among those of its operation; None for all."""
-    from flashgau.verification.configurations import LAYERS
+    """The operations of `--op`, and what comes with them; None for all."""
+    from flashgau.verification.configurations import with_beside
 
     if op is None:
         return None
     names = set(words(op))
     if unknown := sorted(names - set(OPERATIONS)):
         fail(command, f"no operation is called {unknown[0]!r}; there are {', '.join(OPERATIONS)}", USAGE)
-    return frozenset(names | (set(LAYERS) if "gau_attention" in names else set()))
+    return with_beside(names)
 
 
 def kernels(command: str, kernel: str | None, known: frozenset[str]) -> frozenset[str] | None:

@@ -343,7 +343,8 @@ def _row(job: Job) -> partial[Row]:
 
 
 def op_of(entry: str) -> str:
-    """The operation that an entry's kernel belongs to; "projection", "heads" and "norm" are a layer's.
+    """The operation that an entry's kernel belongs to; "projection", "heads" and "norm" are a layer's, "derivatives"
+    are tangents and second derivatives of any attention.
 
     Example:
         >>> op_of("gau_dq"), op_of("glu_linear_few_rows")
@@ -351,7 +352,8 @@ def op_of(entry: str) -> str:
     """
     ops = {"attention": "attention", "glu_linear": "glu_linear", "glu": "glu", "gau": "gau_attention",
            "mixed_chunk_step": "mixed_chunk_step", "mixed_chunk": "mixed_chunk_attention",
-           "projection": "projection", "heads": "heads", "norm": "norm"}  # fmt: skip
+           "projection": "projection", "heads": "heads", "norm": "norm",
+           "tangent": "derivatives", "second": "derivatives"}  # fmt: skip
     return next(op for prefix, op in ops.items() if entry.startswith(prefix))
 
 

@@ -37,6 +37,8 @@ BLOCKS = {
     "mixed_chunk_states": "mnk", "mixed_chunk_weights": "mn", "mixed_chunk_fused": "mnk", "mixed_chunk_product": "mnk",
     "mixed_chunk_gradient": "mnk", "mixed_chunk_heads": "mn", "mixed_chunk_step": "nk",
     "mixed_chunk_step_close": "nk",
+    "tangent": "mnk", "second_statistics": "mnk", "second_dq": "mnk", "second_dk": "mnk", "second_dv": "mnk",
+    "second_dbias": "=",
 }  # fmt: skip
 # Without a loop whose loads could be begun ahead, and so without a pipeline.
 _PASSES_ONCE = ("glu_forward", "glu_backward", "projection", "heads", "norm_forward", "norm_backward", "gau_prologue")

@@ -11,9 +11,20 @@ import torch
 from torch import Tensor
 
 from flashgau import tables
-from flashgau.kernels import attention, gau, glu, mixed_chunk, norms, projection
+from flashgau.kernels import attention, gau, glu, mixed_chunk, norms, projection, tangents
 from flashgau.kernels.glu import elementwise
-from flashgau.options import Angles, Layout, MixedChunkOptions, NormOptions
+from flashgau.options import (
+    Angles,
+    AttentionAlong,
+    AttentionOptions,
+    AttentionResults,
+    AttentionTangents,
+    GatedOptions,
+    GatedTangents,
+    Layout,
+    MixedChunkOptions,
+    NormOptions,
+)
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -230,6 +241,31 @@ def _norm(backward: bool, kind: str, width: int, make: Operands) -> None:
         norms.norm_forward(x, weight, bias, options)
 
 
+def _derivatives(biased: bool, kind: str, width: int, make: Operands) -> None:
+    """Of softmax attention or, of a kind that begins with a score, of gated attention with wide values."""
+    fp32, n, b, h = torch.float32, make.tokens(2048), make.shape.batch, make.shape.heads
+    if kind == "relu2 causal":
+        q, v = make(b, n, width), make(b, n, 1024)
+        gated = GatedOptions("relu2", "keys", True)
+        tangents.gau_attention_jvp(q, q, v, GatedTangents(q, q, v), options=gated)
+        tangents.gau_attention_second(v, q, q, v, GatedTangents(q, q, v), options=gated)
+        return
+    q, k = make(b, h, n, width), make(b, make.shape.kv_heads or h, n, width)
+    options, layout, bias, sinks = AttentionOptions(causal=True), Layout(), None, None
+    if kind == "all options":
+        sinks, layout = make(h, dtype=fp32), Layout(make(b, dtype=torch.int32))
+        options = AttentionOptions(
+            None, False, (64, 64), 5.0, sinks=sinks, dropout_p=0.1, dropout_seed=make(1, dtype=torch.int64)
+        )
+    if biased or kind == "all options":
+        bias = make(b, h, 2 * n - 1, dtype=fp32)
+        options = options._replace(rel_bias=bias)
+    lse, moving = make(b, h, n, dtype=fp32), AttentionTangents(q, k, k, bias, sinks)
+    results, along = AttentionResults(q, lse), AttentionAlong(q, lse)
+    tangents.attention_jvp(q, k, k, results, moving, layout, options)
+    tangents.attention_second(q, lse, q, k, k, results, moving, along, layout, options)
+
+
 _ATTENTION: dict[str, Any] = {
     "kinds": {"fp16": ("full", "causal"), "bf16": ("full", "causal", "all options"), "fp32": ("causal", "all options")},
     "widths": (64, 128, 256),
@@ -254,6 +290,13 @@ _MIXED: dict[str, Any] = {
         "fp32": ("relu2 causal",),
     },
     "large": ("bf16",),  # weights and states beside fp16 are fp32
+}
+_SOFTMAX_DERIVATIVES: dict[str, Any] = {
+    "kinds": {"fp16": ("causal",), "bf16": ("causal", "all options"), "fp32": ("causal", "all options")},
+    "widths": (64, 128, 256), "matrix": _ANY,
+}  # fmt: skip
+_DERIVATIVES: dict[str, Any] = _SOFTMAX_DERIVATIVES | {
+    "kinds": _SOFTMAX_DERIVATIVES["kinds"] | {"bf16": ("causal", "all options", "relu2 causal")}
 }
 _NORMS: dict[str, tuple[str, ...]] = {
     "fp16": ("layernorm",),
@@ -317,6 +360,12 @@ ENTRIES: dict[str, LaunchEntry] = {
     "mixed_chunk_heads": LaunchEntry("heads_kernel", _mixed_chunk_both, widths=(64, 128, 256), matrix=_ANY, **_MIXED),
     "mixed_chunk_step": LaunchEntry("step_kernel", _mixed_chunk_step, _STEP, (64, 128, 256)),
     "mixed_chunk_step_close": LaunchEntry("close_kernel", _mixed_chunk_step, _STEP, (64, 128, 256), matrix=_ANY),
+    "tangent": LaunchEntry("tangent_kernel", partial(_derivatives, False), **_DERIVATIVES),
+    "second_statistics": LaunchEntry("statistics_kernel", partial(_derivatives, False), **_SOFTMAX_DERIVATIVES),
+    "second_dq": LaunchEntry("second_dq_kernel", partial(_derivatives, False), **_DERIVATIVES),
+    "second_dk": LaunchEntry("second_dk_kernel", partial(_derivatives, False), **_DERIVATIVES),
+    "second_dv": LaunchEntry("second_dv_kernel", partial(_derivatives, False), **_DERIVATIVES),
+    "second_dbias": LaunchEntry("second_dbias_kernel", partial(_derivatives, True), **_SOFTMAX_DERIVATIVES),
 }  # fmt: skip
 
 # The calls of launchers behind them, by operation: (backward, ..., kind, width, operands).

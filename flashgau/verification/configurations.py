@@ -6,7 +6,7 @@ The operands have the widths that `flashgau compile` and `flashgau tune` compile
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +24,17 @@ from flashgau.tables.config import Config
 from flashgau.tables.table import Key, Table
 from flashgau.tuning.ahead import op_of
 from flashgau.verification.cases import Arguments, CheckCase, Draw
+from flashgau.verification.derivatives import hold_derivatives
 
 LAYERS = ("projection", "heads", "norm")  # operations of a layer alone
+# Kernels of no operation of their own, which come with one.
+BESIDE = {"gau_attention": LAYERS, "attention": ("derivatives",)}
+
+
+def with_beside(ops: Iterable[str]) -> frozenset[str]:
+    """Operations, and what comes with them."""
+    ops = set(ops)
+    return frozenset(ops.union(*(BESIDE.get(op, ()) for op in ops)))
 
 
 @dataclass(frozen=True)
@@ -48,14 +57,14 @@ def case_of(key: Key, config: Config, dtype: str, small: bool) -> Configured:
     )
 
 
-def cases_of(device: torch.device, ops: set[str]) -> list[Configured]:
+def cases_of(device: torch.device, ops: Iterable[str]) -> list[Configured]:
     """One case for every configuration that a call on `device` may be launched with, of these operations.
 
     Those of the user's table, of the table of the GPU and of that of its architecture; not those of kernels of the
     user's own, of which no operation is known. "projection", "heads" and "norm" are no operations of their own, but a
-    layer's: they come with "gau_attention".
+    layer's: they come with "gau_attention"; "derivatives" come with "attention".
     """
-    ops = ops | (set(LAYERS) if "gau_attention" in ops else set())
+    ops = with_beside(ops)
     arch = tables.architecture(device)
     interpreted = arch == "interpreter"
     half = "float16" if interpreted and not dispatch.interprets_bf16() else "bfloat16"
@@ -103,6 +112,8 @@ def hold(case: Configured, device: torch.device, seed: int = 0) -> Report:
         torch.manual_seed(seed)  # `compare` draws the weights of the gradients
         if case.op in LAYERS:
             report = _hold_layer(case.op, *arguments)
+        elif case.op == "derivatives":
+            report = hold_derivatives(*arguments)
         else:
             # A step that someone differentiates runs on the kernels of whole sequences.
             keywords["grad"] = case.op != "mixed_chunk_step"
@@ -124,6 +135,7 @@ def _arguments(key: Key, draw: Draw, n: int, e: int) -> Arguments:
         "gau_attention": lambda: _gau(key, draw, m, n),
         "mixed_chunk_attention": lambda: _mixed_chunk(key, draw, n, e),
         "mixed_chunk_step": lambda: _step(key, draw),
+        "derivatives": lambda: _derivatives(key, draw, n),
         **dict.fromkeys(LAYERS, lambda: ((draw(2, n, 64),), {})),
     }
     return makers[op_of(key.kernel)]()
@@ -161,6 +173,11 @@ def _step(key: Key, draw: Draw) -> Arguments:
     options: dict[str, Any] = {"causal": True, "chunk_size": 8, "return_state": True, "backend": "reference"}
     _, state = flashgau.mixed_chunk_attention(*before, **options)
     return tuple(x[:, 15:] for x in tokens), {"state": state}
+
+
+def _derivatives(key: Key, draw: Draw, n: int) -> Arguments:
+    shapes = [(1, heads, n, key.width) for heads in (2, 1, 1)] + [(1, 2, 2 * n - 1)]
+    return (*map(lambda s: draw(*s), shapes * 2), draw(1, 2, n, key.width), draw(1, 2, n).float()), {}
 
 
 # ---- kernels that only a layer starts

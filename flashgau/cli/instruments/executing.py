@@ -17,7 +17,7 @@ from flashgau.tables.config import Choose, Config
 from flashgau.tuning.ahead import in_processes, op_of, table_of, target_of
 from flashgau.verification.cases import CheckCase, all_cases
 from flashgau.verification.checking import Row, held_row
-from flashgau.verification.configurations import LAYERS, Configured, case_of, is_asked
+from flashgau.verification.configurations import Configured, case_of, is_asked, with_beside
 
 DTYPES = ("bfloat16", "float16", "float32")
 _CPU = torch.device("cpu")
@@ -45,13 +45,13 @@ def cases(target: str, op: str | None, dtype: str | None, quick: bool) -> tuple[
 
     Options are tried in blocks that small shapes cross, which compile in a fraction of the time of the shipped ones.
     Quick: every kernel once, in bf16. The operations `projection`, `heads` and `norm` are a layer's and come
-    with `gau_attention`.
+    with `gau_attention`, `derivatives` with `attention`.
     """
     found: list[CheckCase] = []
     kernels: set[tuple[str, bool]] = set()
     table = tables.shipped_table(table_of(target))
     for key in table.entries:
-        if op is not None and op_of(key.kernel) != op and not (op == "gau_attention" and op_of(key.kernel) in LAYERS):
+        if op is not None and op_of(key.kernel) not in with_beside([op]):
             continue
         if quick and (key.itemsize == 4 or (key.kernel, key.few_rows) in kernels):
             continue
@@ -95,7 +95,7 @@ def _small(target: str) -> Choose:
 
     def small(kernel: str, x: Tensor, width: int, rows: int | None = None, options: bool = False) -> Config:
         few = rows is not None and rows <= tables.FEW_ROWS
-        if kernel == "attention_dbias":  # whose blocks are square
+        if kernel.endswith("_dbias"):  # whose blocks are square
             return Config(32, 32, 4, 2)
         columns = 32 if kernel.startswith("attention") else 64
         return Config(16 if few else 64, columns, 4, 2, block_k=32, asynchronous=target == "sm_90" and not few)
