@@ -17,7 +17,9 @@ from flashgau.contract import operands
 from flashgau.contract.validate import Arguments
 from flashgau.options import (
     AttentionOptions,
+    AttentionTangents,
     GatedOptions,
+    GatedTangents,
     Gating,
     GluOptions,
     GluWeights,
@@ -113,6 +115,42 @@ def _attention_backward(
         args.per_head("dlse", dlse, "B Hq M")
 
 
+def _tangents(args: Arguments, tangents: Any, axes: dict[str, str], beside: dict[str, tuple[Any, str]]) -> None:
+    """Tangents of operands, by their axes, and of options, which may be in fp32 beside halves."""
+    given = tangents._asdict()
+    for name, spelled in axes.items():
+        if given[f"t{name}"] is not None:
+            args.tensor(f"t{name}", given[f"t{name}"], spelled)
+    for name, (option, spelled) in beside.items():
+        if given[f"t{name}"] is not None:
+            if option is None:
+                args.fail(f"t{name}", f"was given without `{name}`", "both")
+            args.per_head(f"t{name}", given[f"t{name}"], spelled)
+
+
+def _attention_jvp(
+    args: Arguments, q: Tensor, k: Tensor, v: Tensor, results: Any, tangents: Any, layout: Layout,
+    options: AttentionOptions,
+) -> None:  # fmt: skip
+    _attention(args, q, k, v, layout, options)
+    out, lse = results
+    args.tensor("out", out, "B Hq M E")
+    args.per_head("lse", lse, "B Hq M")
+    axes = {"q": "B Hq M D", "k": "B Hkv N D", "v": "B Hkv N E"}
+    beside = {"rel_bias": (options.rel_bias, "B Hq 2P-1"), "sinks": (options.sinks, "Hq")}
+    _tangents(args, AttentionTangents(*tangents), axes, beside)
+
+
+def _attention_second(args: Arguments, dout: Tensor, dlse: Tensor | None, along: Any, **rest: Any) -> None:
+    _attention_jvp(args, **rest)
+    tout, tlse = along
+    for name, x in (("dout", dout), ("tout", tout)):
+        args.tensor(name, x, "B Hq M E")
+    for name, y in (("dlse", dlse), ("tlse", tlse)):
+        if y is not None:
+            args.per_head(name, y, "B Hq M")
+
+
 # ---- gated linear units
 
 
@@ -174,6 +212,19 @@ def _gau_backward(
     args.tensor("dout", dout, "B M E")
     if product is not None:
         args.tensor("product", product, "B M E")
+
+
+def _gau_jvp(
+    args: Arguments, q: Tensor, k: Tensor, v: Tensor, tangents: Any, layout: Layout, options: GatedOptions
+) -> None:
+    _gau(args, q, k, v, None, layout, options)
+    axes = {"q": "B M S", "k": "B N S", "v": "B N E"}
+    _tangents(args, GatedTangents(*tangents), axes, {"rel_bias": (options.rel_bias, "B 2P-1")})
+
+
+def _gau_second(args: Arguments, dout: Tensor, **rest: Any) -> None:
+    _gau_jvp(args, **rest)
+    args.tensor("dout", dout, "B M E")
 
 
 # ---- mixed chunk attention
@@ -256,6 +307,8 @@ def _count(args: Arguments, layout: Layout) -> int:
 CHECKS: dict[str, Callable[..., None]] = {
     "attention_forward": _attention,
     "attention_backward": _attention_backward,
+    "attention_jvp": _attention_jvp,
+    "attention_second": _attention_second,
     "gated_attention_forward": _gated_attention,
     "gated_attention_backward": _gated_attention_backward,
     "glu_forward": _glu,
@@ -264,6 +317,8 @@ CHECKS: dict[str, Callable[..., None]] = {
     "glu_linear_backward": _glu_linear_backward,
     "gau_attention_forward": _gau,
     "gau_attention_backward": _gau_backward,
+    "gau_attention_jvp": _gau_jvp,
+    "gau_attention_second": _gau_second,
     "mixed_chunk_attention_forward": _mixed_chunk,
     "mixed_chunk_attention_backward": _mixed_chunk_backward,
     "mixed_chunk_step_": _mixed_chunk_step,

@@ -12,10 +12,10 @@ from bad_calls import BAD, GOOD, Bad
 from strategies import randn
 
 pytest.importorskip("triton")
-from flashgau.kernels import attention, common, gau, glu, mixed_chunk
+from flashgau.kernels import attention, common, gau, glu, mixed_chunk, tangents
 
 import flashgau
-from flashgau.options import AttentionResults, OpenChunk
+from flashgau.options import AttentionAlong, AttentionResults, AttentionTangents, GatedTangents, OpenChunk
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels would need a GPU's tensors")
 
@@ -170,6 +170,44 @@ def test_gradients_that_do_not_belong_are_refused(op, changes, words, no_kernel)
 def test_what_kernels_alone_cannot_take_is_refused(op, changes, words, no_kernel):
     with pytest.raises((ValueError, TypeError)) as found:
         LAUNCHERS[op](**{**operands(op), **changes}, check=True)
+    assert words in str(found.value)
+
+
+def second(op: str, **changes: Any) -> Any:
+    """The launcher of second derivatives, on operands that fit but for the changes."""
+    given: dict[str, Any] = {**GOOD[op](), "dout": randn(9, 2, 4, 6, 5)}
+    results = AttentionResults(randn(9, 2, 4, 6, 5), randn(9, 2, 4, 6))
+    if op == "attention":
+        given |= {"dlse": None, "results": results, "along": AttentionAlong(*results), "tangents": AttentionTangents()}
+        return tangents.attention_second(**{**given, **changes}, check=True)
+    given |= {"dout": randn(9, 2, 6, 5), "tangents": GatedTangents()}
+    return tangents.gau_attention_second(
+        **{name: x for name, x in {**given, **changes}.items() if name not in ("gate", "gate_activation")}, check=True
+    )
+
+
+@pytest.mark.parametrize("op", ["attention", "gau_attention"])
+def test_good_second_derivatives_pass(op):
+    given = GOOD[op]()
+    second(op, tangents={"attention": AttentionTangents, "gau_attention": GatedTangents}[op](given["q"]))
+
+
+@pytest.mark.parametrize(
+    ("op", "changes", "words"),
+    [
+        ("attention", {"tq": randn(9, 2, 4, 6, 2)}, "`tq` has shape (2, 4, 6, 2)"),
+        ("attention", {"tv": randn(9, 2, 4, 6, 5).half()}, "`tv` has dtype torch.float16"),
+        ("attention", {"tsinks": randn(9, 4)}, "`tsinks` was given without `sinks`; expected both"),
+        ("attention", {"dlse": randn(9, 4, 6)}, "`dlse` has shape (4, 6)"),
+        ("attention", {"tout": randn(9, 2, 4, 6)}, "`tout` has shape (2, 4, 6)"),
+        ("gau_attention", {"tk": randn(9, 2, 6)}, "`tk` has shape (2, 6)"),
+        ("gau_attention", {"trel_bias": randn(9, 2, 11)}, "`trel_bias` was given without `rel_bias`"),
+        ("gau_attention", {"dout": randn(9, 2, 6, 8)}, "`dout` has shape (2, 6, 8)"),
+    ],
+)
+def test_tangents_that_do_not_belong_are_refused(op, changes, words, no_kernel):
+    with pytest.raises((ValueError, TypeError)) as found:
+        second(op, **changes)
     assert words in str(found.value)
 
 
