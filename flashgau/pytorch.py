@@ -137,6 +137,21 @@ any_autocast = _private("torch._C:_is_any_autocast_enabled") or _ask_each_device
 is_mapped = _refuses_to_be_read if None in (_functorch_wrapped, _batched, _unwrapped) else _is_mapped
 
 
+_version = _private("torch:Tensor._version")
+
+
+def _counted(x: Tensor) -> int | None:
+    return None if x.is_inference() else int(x._version)
+
+
+def _uncounted(x: Tensor) -> None:
+    return None
+
+
+# How often x, or another tensor of its memory, was written; None where that is not counted.
+writes_of: Callable[[Tensor], int | None] = _uncounted if _version is None else _counted
+
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _global_hook = _private("torch.nn.modules.module:_has_any_global_hook")
 

@@ -1,6 +1,10 @@
 """Tokens that write their state: equal to those that leave it, at fixed addresses; operation, layers and models."""
 
+import copy
+import os
+import pickle
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -162,6 +166,82 @@ def test_more_than_a_token_is_written_too():
     assert state.memory.position.tolist() == [20, 20]
 
 
+def replaced(layer: nn.FLASH, changed: dict[str, Tensor], how: str) -> None:
+    if how == "written":
+        for name, p in layer.named_parameters():
+            p.copy_(changed[name])
+    elif how == "other memory":
+        for name, p in layer.named_parameters():
+            p.data = changed[name]
+    else:
+        layer.load_state_dict(changed, assign=True)
+
+
+@pytest.mark.parametrize("how", ["written", "other memory", "other parameters"])
+@pytest.mark.parametrize("options", [{}, {"bias": "t5"}, {"bias": "rotary", "linear_bias": False}])
+@torch.no_grad()
+def test_weights_that_change_between_two_tokens_are_seen(options, how):
+    """What a layer keeps between tokens is views of them, and a transpose that knows when it is old."""
+    layer = nn.FLASH(12, key_dim=4, chunk_size=4, causal=True, dtype=torch.float64, **options)
+    x = randn(0, 2, 9, 12, dtype=torch.float64)
+    _, state = layer(x[:, :5], return_state=True)
+    layer.step(x[:, 5:6], state, inplace=True)
+    before = state.clone()
+    changed = {name: p + randn(1, *p.shape, dtype=p.dtype) for name, p in layer.named_parameters()}
+    replaced(layer, changed, how)
+    y, _ = layer.step(x[:, 6:7], state, inplace=True)
+    torch.testing.assert_close(y, layer.step(x[:, 6:7], before)[0], **TIGHT)
+
+
+@torch.no_grad()
+def test_a_tokens_output_stays_when_the_next_is_computed():
+    layer = nn.FLASH(12, key_dim=4, chunk_size=4, causal=True)
+    x = randn(0, 2, 9, 12)
+    _, state = layer(x[:, :5], return_state=True)
+    first, _ = layer.step(x[:, 5:6], state, inplace=True)
+    kept = first.clone()
+    layer.step(x[:, 6:7], state, inplace=True)
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state)), nn.UnitState.clone])
+@torch.no_grad()
+def test_a_copy_of_a_state_goes_its_own_way(copied):
+    layer = nn.FLASH(12, key_dim=4, chunk_size=4, causal=True, dtype=torch.float64)
+    x = randn(0, 2, 9, 12, dtype=torch.float64)
+    _, state = layer(x[:, :5], return_state=True)
+    layer.step(x[:, 5:6], state, inplace=True)
+    other = copied(state)
+    for each in (state, other):
+        y, _ = layer.step(x[:, 6:7], each, inplace=True)
+        torch.testing.assert_close(y, layer(x)[:, 6:7], **TIGHT)
+
+
+def test_a_state_begun_in_inference_mode_goes_on_outside_it():
+    layer = nn.FLASH(12, key_dim=4, chunk_size=4, causal=True, dtype=torch.float64)
+    x = randn(0, 2, 9, 12, dtype=torch.float64)
+    with torch.no_grad():
+        _, state = layer(x[:, :5], return_state=True)
+        expected = layer(x)
+    with torch.inference_mode():
+        layer.step(x[:, 5:6], state, inplace=True)
+    with torch.no_grad():
+        y, _ = layer.step(x[:, 6:7], state, inplace=True)
+    torch.testing.assert_close(y, expected[:, 6:7], **TIGHT)
+
+
+@torch.no_grad()
+def test_what_a_layer_keeps_of_its_weights_is_in_no_copy_of_it():
+    layer = nn.FLASH(12, key_dim=4, chunk_size=4, causal=True)
+    x = randn(0, 1, 9, 12)
+    _, state = layer(x[:, :5], return_state=True)
+    layer.step(x[:, 5:6], state, inplace=True)
+    other = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    other.to_hidden.weight.data.mul_(2)
+    y, _ = other.step(x[:, 6:7], state.clone(), inplace=True)
+    torch.testing.assert_close(y, other.step(x[:, 6:7], state)[0])
+
+
 @pytest.mark.parametrize("layer", [nn.FLASH(8, key_dim=4, causal=True), nn.MultiHeadMixedChunk(8, 2, causal=True)])
 def test_without_a_state_there_is_nothing_to_write(layer):
     with pytest.raises(ValueError, match=f"{type(layer).__name__}: `inplace` is True without a `state`"):
@@ -256,6 +336,53 @@ def test_a_models_token_is_one_graph_at_any_position(kind):
         logits, _ = compiled(text[:, i : i + 1], state=state, return_state=True, inplace=True)
         torch.testing.assert_close(logits[:, 0], expected[:, i], **TIGHT)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("kind", CONSTANT)
+def test_generate_asks_for_one_program_of_a_token(kind, monkeypatch):
+    """Compiled by Dynamo, once for a number of rows; what PyTorch's compiler makes of its graph is PyTorch's matter."""
+    model, graphs, compile = causal(kind, depth=1), [], torch.compile
+
+    def counted(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda call, **options: compile(call, backend=counted, **options))
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    text, lengths = tokens(3, 6), torch.tensor([6, 4, 1])
+    expected = model.generate(text, 9, lengths=lengths, seed=1)
+    for _ in range(2):
+        assert torch.equal(model.generate(text, 9, lengths=lengths, seed=1, compile=True), expected)
+    assert len(graphs) == 1
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+def test_a_compiled_token_is_the_token():
+    model, text = causal("flash", depth=1), tokens(1, 5)
+    assert torch.equal(model.generate(text, 6, temperature=0, compile=True), model.generate(text, 6, temperature=0))
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch):
+    model, text = causal("flash", depth=1), tokens(1, 5)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.warns(UserWarning, match=r"generate: `compile` is True, but there is no C\+\+ compiler"):
+        compiled = model.generate(text, 6, seed=1, compile=True)
+    assert torch.equal(compiled, model.generate(text, 6, seed=1))
+    with pytest.raises(ValueError, match="`compile` is True for 'transformer', whose caches grow; expected 'fl"):
+        causal("transformer").generate(text, 6, compile=True)
+
+
+@torch.no_grad()
+def test_generating_sees_weights_that_were_written_unnoticed():
+    """By `.data`, of which PyTorch keeps no count. A copy of weights lives as long as a call of `generate`."""
+    model, text = causal("flash"), tokens(1, 6)
+    _, state = model(text, return_state=True)
+    model(text[:, :1], state=state, return_state=True, inplace=True)  # which makes the copies
+    for p in model.parameters():
+        p.data.add_(randn(1, *p.shape, dtype=p.dtype))
+    copied = copy.deepcopy(model)
+    expected = copied.generate(text, 12, seed=1)
+    assert torch.equal(model.generate(text, 12, seed=1), expected)
 
 
 @pytest.mark.parametrize("kind", ["transformer++", "flash-quad"])

@@ -61,6 +61,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in that type; x itself, in a fraction of the time that `to` takes to find out, if it is."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 HALVES = frozenset((torch.float16, torch.bfloat16))
 _INSTRUCTIONS = {torch.bfloat16: {"avx512_bf16", "amx_tile"}, torch.float16: {"avx512_fp16", "amx_fp16"}}
 

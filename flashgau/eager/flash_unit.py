@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..options import Angles, FlashSaved, FlashWeights, Layout, MixedChunkHeads, MixedChunkOptions, OpenChunk
+from ..options import Angles, FlashSaved, FlashWeights, Layout, MixedChunkOptions
 from .common import Workspace, accumulator, add_product, values_dtype
-from .mixed_chunk import Chunks, Group, Heads, add_bias_gradient, blank, chunked, chunks_together, mixed_chunk_step_
+from .mixed_chunk import Chunks, Group, Heads, add_bias_gradient, blank, chunked, chunks_together
 from .projection import turn
 
 
@@ -72,32 +71,6 @@ class _Parameters:
         assert sin is not None
         rows = part.seq.batch if cos.shape[0] > 1 else slice(0, 1)
         return cos[rows, group.tokens], sin[rows, group.tokens]
-
-
-def flash_unit_step_(
-    x: Tensor,
-    weights: FlashWeights,
-    residual: Tensor | None,
-    angles: Angles,
-    state: OpenChunk,
-    options: MixedChunkOptions,
-) -> Tensor:
-    """One token (B, 1, d) through the layer, by which the state is advanced in place; nothing is kept for a backward.
-
-    As few operations as can be: one product for all that is made of x, and one for the output.
-    """
-    w, b, gamma, beta, w_out, b_out, order = weights
-    acc, (cos, sin, interleaved) = accumulator(x.dtype), angles
-    u, v, z = torch.ops.aten.silu_(F.linear(x, w, b)).split((w_out.shape[1], w_out.shape[1], gamma.shape[1]), -1)
-    gamma = gamma.to(acc)
-    heads = z.to(acc) * gamma if beta is None else torch.addcmul(beta.to(acc), z.to(acc), gamma)  # (B, 4, S)
-    if cos is not None and sin is not None:
-        turn(heads, cos, sin, interleaved)
-    heads = heads.to(x.dtype)
-    parts = heads.split(1, dim=1)
-    out = mixed_chunk_step_(MixedChunkHeads(*(parts[i] for i in order)), v, u, state, options)
-    y = F.linear(out, w_out, b_out)
-    return y if residual is None else y.add_(residual)
 
 
 def flash_unit_forward(

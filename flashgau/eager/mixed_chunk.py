@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from .common import (
     Sequence,
     Workspace,
     accumulator,
+    as_type,
     sequences,
     toeplitz_block,
     toeplitz_sums,
@@ -397,7 +399,8 @@ def mixed_chunk_step(
     open_quad_k, open_lin_k, open_v = (
         _with_token(held, new, place) for held, new in ((open_quad_k, quad_k), (open_lin_k, lin_k), (open_v, v))
     )
-    out = _attended(heads, gate, OpenChunk(kv, open_quad_k, open_lin_k, open_v, position), None, options)
+    seen = _seen(OpenChunk(kv, open_quad_k, open_lin_k, open_v, position), options.rel_bias)
+    out = _attended(heads, gate, kv, seen, options)
     full = (place + 1 == size)[:, None, None]
     if torch.compiler.is_compiling() or bool(full.any()):  # the chunk closes: into the sum with it
         kv = torch.where(full, kv + open_lin_k.to(acc).mT @ open_v.to(acc), kv)
@@ -414,26 +417,63 @@ def mixed_chunk_step_(
     options: MixedChunkOptions = MixedChunkOptions(),
 ) -> Tensor:
     """The same in place: one row of the open chunk is written, and all of the state only when that is full."""
-    _, quad_k, _, lin_k = heads
-    kv, *held, position = state
+    return token_(heads, v, gate, Places(state, options.rel_bias), options)
+
+
+class Place(NamedTuple):
+    """Views for the tokens at one place of the open chunk."""
+
+    rows: tuple[Tensor, ...]  # (B, 1, .) of quad_k, lin_k and v: their own
+    keys: Tensor  # (B, S, place + 1) quad_k up to them
+    values: Tensor  # (B, place + 1, E)
+    bias: Tensor | None  # (B, 1, place + 1)
+
+
+class Places:
+    """A state, and views for every place of its open chunk, each made when first needed: C of them at most."""
+
+    def __init__(self, state: OpenChunk, bias: Tensor | None) -> None:
+        self.state, self.bias = state, bias
+        self._made: dict[int, Place] = {}
+
+    def __getitem__(self, place: int) -> Place:
+        made = self._made.get(place)
+        if made is None:
+            _, quad_k, lin_k, v, _ = self.state
+            rows = tuple(x[:, place : place + 1] for x in (quad_k, lin_k, v))
+            keys, values, bias = quad_k[:, : place + 1].mT, v[:, : place + 1], self.bias
+            if bias is not None:
+                middle = bias.shape[-1] // 2
+                bias = bias[:, None, middle - place : middle + 1]
+            made = self._made[place] = Place(rows, keys, values, bias)
+        return made
+
+
+def token_(
+    heads: MixedChunkHeads, v: Tensor, gate: Tensor | None, places: Places, options: MixedChunkOptions
+) -> Tensor:
+    """`mixed_chunk_step_` of a state with its views. `options.rel_bias` is not read, but that of `places`."""
+    kv, *held, position = places.state
     acc, size, compiling = accumulator(v.dtype), held[0].shape[1], torch.compiler.is_compiling()
     at = [] if compiling else position.tolist()
-    together = at[0] if at and at == at[:1] * len(at) else None  # where all rows are, if that is one position
-    if together is not None:
-        for x, new in zip(held, (quad_k, lin_k, v), strict=True):
-            x[:, together % size] = new[:, 0]
-    else:
-        rows = torch.arange(v.shape[0], device=v.device) * size + position % size
-        for x, new in zip(held, (quad_k, lin_k, v), strict=True):
-            x.view(-1, x.shape[-1]).index_copy_(0, rows, new[:, 0].to(x.dtype))
-    out = _attended(heads, gate, state, together, options)
-    position += 1
-    if together is not None:
-        if (together + 1) % size == 0:
-            kv.baddbmm_(held[1].to(acc).mT, held[2].to(acc))
+    if at and at == at[:1] * len(at):  # all rows are at one position: only the tokens so far are read
+        place = at[0] % size
+        rows, keys, values, bias = places[place]
+        for row, new in zip(rows, (heads.quad_k, heads.lin_k, v), strict=True):
+            row.copy_(new)
+        out = _attended(heads, gate, kv, Seen(keys, values, bias, None, max(1, at[0] - place)), options)
+        if place + 1 == size:
+            kv.baddbmm_(as_type(held[1], acc).mT, as_type(held[2], acc))
             for x in held:
                 x.zero_()
-    elif compiling or any((p + 1) % size == 0 for p in at):
+        position += 1
+        return out
+    own = torch.arange(v.shape[0], device=v.device) * size + position % size
+    for x, new in zip(held, (heads.quad_k, heads.lin_k, v), strict=True):
+        x.view(-1, x.shape[-1]).index_copy_(0, own, new[:, 0].to(x.dtype))
+    out = _attended(heads, gate, kv, _seen(places.state, places.bias), options)
+    position += 1
+    if compiling or any((p + 1) % size == 0 for p in at):
         full = (position % size == 0)[:, None, None]
         kv += held[1].to(acc).masked_fill(~full, 0).mT @ held[2].to(acc)
         for x in held:
@@ -441,40 +481,44 @@ def mixed_chunk_step_(
     return out
 
 
-def _attended(
-    heads: MixedChunkHeads, gate: Tensor | None, state: OpenChunk, together: int | None, options: MixedChunkOptions
-) -> Tensor:
-    """The output (B, 1, E) of a token that is in the open chunk already: at its row's position, or `together` at one.
+class Seen(NamedTuple):
+    """What a token in every row attends to inside its chunk, itself included."""
 
-    Together, only the chunk's tokens so far are read.
-    """
-    kv, quad_k, _, v, position = state
-    acc, bias, size = accumulator(v.dtype), options.rel_bias, quad_k.shape[1]
-    closed: Tensor | int
-    if together is not None:
-        place, count = together % size, together % size + 1
-        quad_k, v, closed = quad_k[:, :count], v[:, :count], max(1, together - place)
-        if bias is not None:
-            middle = bias.shape[-1] // 2
-            bias = bias[:, None, middle - place : middle + 1]
+    keys: Tensor  # (B, S, c)
+    values: Tensor  # (B, c, E)
+    bias: Tensor | None  # (B, 1, c)
+    there: Tensor | None  # (B, 1, c) which of them are; None: all
+    closed: Tensor | int  # tokens before the chunk, 1 if there is none: (B, 1, 1), or of all rows
+
+
+def _seen(state: OpenChunk, bias: Tensor | None) -> Seen:
+    """Of tokens whose rows are at positions of their own."""
+    size, position = state.open_v.shape[1], state.position
+    places = (position % size)[:, None]
+    distance = torch.arange(size, device=position.device) - places
+    closed = (position[:, None] - places).clamp_min(1).to(state.kv.dtype)[..., None]
+    if bias is not None:
+        bias = bias.gather(-1, bias.shape[-1] // 2 + distance.clamp(max=0))[:, None]
+    return Seen(state.open_quad_k.mT, state.open_v, bias, distance[:, None] <= 0, closed)
+
+
+def _attended(
+    heads: MixedChunkHeads, gate: Tensor | None, kv: Tensor, seen: Seen, options: MixedChunkOptions
+) -> Tensor:
+    """The output (B, 1, E) of a token that is in the open chunk already."""
+    acc, factor = accumulator(heads.quad_q.dtype), 1 / options.divisor
+    query, keys, values = (as_type(x, acc) for x in (heads.quad_q, seen.keys, seen.values))
+    if seen.bias is None:
+        s = torch.bmm(query, keys) * factor
     else:
-        places = (position % size)[:, None]
-        distance = torch.arange(size, device=v.device) - places
-        closed = (position[:, None] - places).clamp_min(1).to(acc)[..., None]
-        if bias is not None:
-            bias = bias.gather(-1, bias.shape[-1] // 2 + distance.clamp(max=0))[:, None]
-    query, keys, factor = heads.quad_q.to(acc), quad_k.to(acc).mT, 1 / options.divisor
-    if bias is None:
-        s = query @ keys * factor
-    else:
-        s = torch.baddbmm(bias.to(acc), query, keys, alpha=factor)
+        s = torch.baddbmm(as_type(seen.bias, acc), query, keys, alpha=factor)
     weights = elementwise_score(options.score, s)
-    if together is None:
-        weights = torch.where(distance[:, None] <= 0, weights, 0)
-    divisor = closed if options.lin_normalizer == "tokens" else float(options.lin_normalizer)
-    out = torch.baddbmm(weights @ v.to(acc), heads.lin_q.to(acc) / divisor, kv)
+    if seen.there is not None:
+        weights = torch.where(seen.there, weights, 0)
+    before = seen.closed if options.lin_normalizer == "tokens" else float(options.lin_normalizer)
+    out = torch.baddbmm(torch.bmm(weights, values), as_type(heads.lin_q, acc) / before, kv)
     out = out if gate is None else out * activated(gate, options.gate_activation, acc)
-    return out.to(heads.quad_q.dtype)
+    return as_type(out, heads.quad_q.dtype)
 
 
 def _with_token(held: Tensor, new: Tensor, place: Tensor) -> Tensor:

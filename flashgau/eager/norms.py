@@ -16,10 +16,9 @@ def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: 
     if not clamp and (weight is None or weight.shape[0] == x.shape[-1]):
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     wide = x.to(accumulator(x.dtype))
-    mean_square = wide.square().mean(-1, keepdim=True)
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # of one pass, and no square of x in memory
     if clamp:
-        # The tiny term under the root only keeps the gradient of sqrt finite at a row of zeros.
-        inverse = (mean_square + torch.finfo(wide.dtype).tiny).sqrt().clamp(min=eps).reciprocal()
+        inverse = length.mul(x.shape[-1] ** -0.5).clamp(min=eps).reciprocal()
     else:
-        inverse = (mean_square + eps).rsqrt()
+        inverse = length.square().mul_(1 / x.shape[-1]).add_(eps).rsqrt()
     return (wide * (inverse if weight is None else inverse * weight)).to(x.dtype)

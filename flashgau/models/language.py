@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract.validate import widened
+from ..nn import FLASH
 from ..nn.initialise import STD
 from .config import CONSTANT_STATE, ModelConfig
 from .files import read_model, write_model
@@ -239,6 +243,7 @@ class CausalLM(LanguageModel):
         stream: Callable[[Tensor], None] | None = None,
         piece: int = 8192,
         progress: Callable[[int, int], None] | None = None,
+        compile: bool = False,
     ) -> Tensor:
         """Continue a batch of prompts, token by token.
 
@@ -262,6 +267,9 @@ class CausalLM(LanguageModel):
             piece: how many tokens of the prompts are read at a time. (Prompts of unequal length all at once, if the
                 model has caches; and all prompts, if it is sharded.)
             progress: called with the tokens of the prompts that are read, and their number, after every piece.
+            compile: let `torch.compile` make one program of a token, for "flash" and "mc-tfm++". It takes up to minutes
+                at the first call with so many rows, and is kept by PyTorch. Where there is no C++ compiler, which it
+                needs, a warning says so, and nothing is compiled.
 
         Returns:
             The new tokens (B, T), T <= max_new_tokens; T is smaller if every row has stopped.
@@ -276,6 +284,7 @@ class CausalLM(LanguageModel):
             raise ValueError(f"generate: `lengths` is {lengths.tolist()}; expected {batch} numbers from 1 to {n}")
         if type(piece) is not int or piece < 1:
             raise ValueError(f"generate: `piece` is {piece!r}; expected a number of tokens, at least 1")
+        step = self._compiled() if compile else self
         generator = seeded(seed, prompt.device)
         stops = None if stop is None else torch.tensor([stop] if isinstance(stop, int) else list(stop))
         stops = None if stops is None else stops.to(prompt.device)
@@ -287,6 +296,7 @@ class CausalLM(LanguageModel):
             )
         training = [module for module in self.modules() if module.training]
         self.eval()
+        self._forget_copies()
         try:
             new: list[Tensor] = []
             done = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
@@ -303,11 +313,32 @@ class CausalLM(LanguageModel):
                     stream(token)
                 if len(new) == max_new_tokens or others.all(stops is not None and bool(done.all())):
                     break
-                logits, state = self(token[:, None], state=state, return_state=True, inplace=True)
+                logits, state = step(token[:, None], state=state, return_state=True, inplace=True)
         finally:
+            self._forget_copies()
             for module in training:
                 module.training = True
         return torch.stack(new, dim=1) if new else prompt.new_zeros(batch, 0, dtype=torch.int64)
+
+    def _compiled(self) -> Callable[..., Any]:
+        """The model as one program for a token at any position; as it is, where nothing can be compiled."""
+        if self.config.kind not in CONSTANT_STATE:
+            kinds = " or ".join(map(repr, CONSTANT_STATE))
+            raise ValueError(
+                f"generate: `compile` is True for {self.config.kind!r}, whose caches grow; expected {kinds}"
+            )
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        if shutil.which(compiler) is None:
+            warnings.warn(f"generate: `compile` is True, but there is no C++ compiler ({compiler})", stacklevel=3)
+            return self
+        program: Callable[..., Any] = torch.compile(self.forward, fullgraph=True, dynamic=False)
+        return program
+
+    def _forget_copies(self) -> None:
+        """Free what layers keep of their weights, and see what was written to these unnoticed."""
+        for module in self.modules():
+            if isinstance(module, FLASH):
+                module.turned.forget()
 
     def _read(
         self, prompt: Tensor, lengths: Tensor | None, piece: int, progress: Callable[[int, int], None] | None

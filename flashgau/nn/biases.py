@@ -56,6 +56,8 @@ class ToeplitzBias(nn.Module):
             )
         # An empty sequence takes the one entry that every table has.
         length = max(length, 1)
+        if length == self.max_length:
+            return self.weight
         return self.weight[..., self.max_length - length : self.max_length + length - 1]
 
     def extra_repr(self) -> str:

@@ -16,6 +16,7 @@ from ..ops.flash_unit import flash_unit, flash_unit_step, runs_whole
 from ..ops.projection import reads_raw_gate
 from ..options import FlashWeights, Layout, MixedChunkOptions
 from .gated_unit import GatedUnit, UnitOptions, UnitState, chosen, last_shifted, start_of
+from .kept import Turned
 
 HEADS = ("quad_q", "quad_k", "lin_q", "lin_k")
 
@@ -158,6 +159,8 @@ class FLASH(GatedUnit):
         )
         self.chunk_size, self.lin_normalizer, self.head_order = chunk_size, options.lin_normalizer, tuple(order)
         self.attention_fn = attention_fn
+        self.turned = Turned()
+        self._order = [self.head_order.index(name) for name in HEADS]
 
     def forward(
         self,
@@ -185,6 +188,12 @@ class FLASH(GatedUnit):
         """
         self._check(x, cu_seqlens, state, return_state, MixedChunkState, inplace)
         recurrent = return_state or state is not None
+        dropped, own = self.qk_dropout and self.training, self.attention_fn is not None
+        whole = not dropped and not own and runs_whole(x)
+        one = lengths is None and x.shape[1] == 1 and not own
+        if whole and state is not None and one and inplace:
+            y = self._token(x, state)
+            return (y, state) if return_state else y
         start = 0 if state is None else start_of(state.memory.position)
         normed, moving, angles = self._prepare(x, start, cu_seqlens, None if state is None else state.previous)
         options: dict[str, Any] = {
@@ -193,23 +202,15 @@ class FLASH(GatedUnit):
             "rel_bias": None if self.rel_bias is None else self.rel_bias(self.chunk_size),
         }
         memory: Any = None
-        residual = x if self.residual else None
-        dropped, own = self.qk_dropout and self.training, self.attention_fn is not None
-        whole = not dropped and not own and runs_whole(x)
-        given = MixedChunkOptions(chunk_size=self.chunk_size, causal=self.causal, **options)
-        one = lengths is None and x.shape[1] == 1 and not own
-        if whole and state is not None and one and inplace:
-            memory = state.memory
-            y = flash_unit_step(normed, self._weights, residual=residual, angles=angles, state=memory, options=given)
-        elif whole and not recurrent:
+        if whole and not recurrent:
             # All of it as one operator, which keeps nothing wide but x W + b and what u multiplies.
             y = flash_unit(
                 normed,
                 self._weights,
-                residual=residual,
+                residual=x if self.residual else None,
                 angles=angles,
                 layout=Layout(lengths, cu_seqlens),
-                options=given,
+                options=MixedChunkOptions(chunk_size=self.chunk_size, causal=self.causal, **options),
             )
         else:
             raw = not own and reads_raw_gate("mixed_chunk_attention", x, self.key_dim)
@@ -237,8 +238,28 @@ class FLASH(GatedUnit):
         after = state.advanced(memory, previous) if state is not None and inplace else UnitState(memory, previous)
         return (y, after) if return_state else y
 
+    def _token(self, x: Tensor, state: UnitState[MixedChunkState]) -> Tensor:
+        """One more token (B, 1, d) of every row, by which the state is advanced in place."""
+        memory = state.memory
+        normed, moving, angles = self._prepare(x, start_of(memory.position), None, state.previous)
+        bias = None if self.rel_bias is None else self.rel_bias(self.chunk_size)
+        y, steps = flash_unit_step(
+            normed,
+            self._weights,
+            residual=x if self.residual else None,
+            angles=angles,
+            state=memory,
+            options=MixedChunkOptions(self.chunk_size, self.score, True, None, self.lin_normalizer, bias),
+            held=state.steps,
+            turned=self.turned.get(self.to_hidden.weight),
+        )
+        if steps is not None:
+            state.steps = steps
+        if moving is not None:
+            state.advanced(memory, last_shifted(moving, None))
+        return self.post_norm(y)
+
     @property
     def _weights(self) -> FlashWeights:
         hidden, scale, out = self.to_hidden, self.offset_scale, self.to_out
-        order = [self.head_order.index(name) for name in HEADS]
-        return FlashWeights(hidden.weight, hidden.bias, scale.gamma, scale.beta, out.weight, out.bias, order)
+        return FlashWeights(hidden.weight, hidden.bias, scale.gamma, scale.beta, out.weight, out.bias, self._order)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -31,10 +31,12 @@ class UnitState(Generic[Memory]):
     Attributes:
         memory: a `KeyValueCache` (GAU, grows with the prefix) or a `flashgau.MixedChunkState` (FLASH, constant size).
         previous: (B, 1, ceil(d/2)) what token shift takes from the last token; None without token shift.
+        steps: what a layer has made for the tokens that write this state, if any; of no other, nor of a copy.
     """
 
     memory: Memory
     previous: Tensor | None = None
+    steps: Any = field(default=None, init=False, repr=False, compare=False)
 
     def to(
         self, device: torch.device | str | int | torch.dtype | None = None, dtype: torch.dtype | None = None
@@ -118,7 +120,7 @@ def chosen(layer: str, presets: Mapping[str, Options], spec: str, given: Mapping
     """The preset called `spec`, with what `given` has under the name of a field, unless that is None."""
     if spec not in presets:
         raise ValueError(f"{layer}: `spec` is {spec!r}; expected one of {', '.join(map(repr, presets))}")
-    names = [field.name for field in fields(presets[spec])]
+    names = [preset.name for preset in fields(presets[spec])]
     return replace(presets[spec], **{name: given[name] for name in names if given[name] is not None})
 
 

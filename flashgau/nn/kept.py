@@ -1,4 +1,4 @@
-"""Tables over positions that layers make once, for a device and type, and share: no buffers, and in no saved module."""
+"""What layers make once and keep, in no saved module: tables over positions, which they share, and W^T."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ class _Tables:
     def __init__(self) -> None:
         self.longest = -1
         self.made: list[tuple[Tensor, ...]] = []
+        # The rows that were asked for last, which every layer asks for when decoding: their bounds, how many positions
+        # the tables have, and they.
+        self.last: tuple[int, int, int, tuple[Tensor, ...]] = 0, 0, -1, ()
 
 
 # For all layers that ask for the same; with the last of them they are freed.
@@ -74,3 +77,51 @@ class Kept:
                 torch.cuda.current_stream(x.device).synchronize()  # other streams will read them
             tables.longest = longer
         return tables.longest, tables.made[-1]
+
+    def rows(
+        self, key: Any, x: Tensor, start: int, stop: int, most: int, make: Callable[[int], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...] | None:
+        """Rows `start` to `stop` of those tables."""
+        found = self.get(key, x, stop, most, make)
+        if found is None:
+            return None
+        longest, whole = found
+        *known, rows = self._held[key].last
+        if known != [start, stop, longest]:
+            rows = tuple(table[start:stop] for table in whole)
+            self._held[key].last = start, stop, longest, rows
+        return rows
+
+
+class Turned:
+    """A matrix's transpose, contiguous, kept until the matrix is replaced or written. A copy of it holds nothing.
+
+    A write through `.data` counts as none: PyTorch does not tell. Who writes so calls `forget`.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Free it."""
+        self._of: tuple[int, int] | None = None
+        self._held: Tensor | None = None
+
+    def __deepcopy__(self, memo: Any) -> Turned:
+        return Turned()
+
+    def __reduce__(self) -> Any:
+        return Turned, ()
+
+    def get(self, w: Tensor) -> Tensor | None:
+        """The transpose of a matrix on a CPU; None while a program is traced, and where writes are not counted."""
+        if torch.compiler.is_compiling() or type(w) not in (Tensor, nn.Parameter) or w.device.type != "cpu":
+            return None
+        written = pytorch.writes_of(w)
+        if written is None:
+            return None
+        if self._of != (w.data_ptr(), written) or self._held is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._held = w.detach().T.contiguous()
+            self._of = w.data_ptr(), written
+        return self._held

@@ -103,10 +103,12 @@ class RotaryEmbedding(nn.Module):
         if positions is None and isinstance(start, int):
             key = "rotary", self._turning(x), self.base, x.device, x.dtype == torch.float64
             stop = start + x.shape[-2]
-            kept = self._kept.get(key, x, stop, _MOST, lambda n: self._made(x, torch.arange(n, device=x.device)))
+            kept = self._kept.rows(
+                key, x, start, stop, _MOST, lambda n: self._made(x, torch.arange(n, device=x.device))
+            )
             if kept is not None:
-                cos, sin = kept[1]
-                return cos[start:stop], sin[start:stop]
+                cos, sin = kept
+                return cos, sin
         if positions is None:
             positions = torch.arange(x.shape[-2], device=x.device)
             positions = positions + (start[:, None] if isinstance(start, Tensor) else start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,11 @@ from .dispatch import implementation
 
 def run(op: str, backend: str, function: str, *args: Any, **kwargs: Any) -> Any:
     """Call one floor's function with autocast off: operands were cast before, and sums stay in fp32."""
-    call = implementation(op, backend, function)
+    return without_autocast(implementation(op, backend, function), *args, **kwargs)
+
+
+def without_autocast(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function with autocast off."""
     if not pytorch.any_autocast():
         return call(*args, **kwargs)
     device = next(x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from flashgau.contract.validate import Arguments, autocast, widened
 from flashgau.eager import flash_unit as flash_unit_eager
+from flashgau.eager.flash_unit_steps import FlashUnitSteps
 from flashgau.options import Angles, FlashSaved, FlashWeights, Layout, MixedChunkOptions, OpenChunk
 
 from . import autograd, dispatch
@@ -58,19 +60,28 @@ def flash_unit_step(
     angles: Angles,
     state: MixedChunkState,
     options: MixedChunkOptions,
-) -> Tensor:
-    """The same of one token (B, 1, d) of each row, without gradients; `state`, of x's type, is advanced in place."""
-    x, w, b, w_out, b_out = autocast(x, weights.w, weights.b, weights.w_out, weights.b_out)
+    held: FlashUnitSteps | None = None,
+    turned: Tensor | None = None,
+) -> tuple[Tensor, FlashUnitSteps | None]:
+    """The same of one token (B, 1, d) of each row, without gradients; `state`, of x's type, is advanced in place.
+
+    It also gives what it has made for the tokens of this state: to be given back as `held` with the next one. `turned`
+    is weights.w transposed, contiguous, if the caller has it.
+    """
+    x, w, b, w_out, b_out, turned = autocast(x, weights.w, weights.b, weights.w_out, weights.b_out, turned)
     weights = weights._replace(w=w, b=b, w_out=w_out, b_out=b_out)
-    differentiated = autograd.needs_grad(x, *weights[:-1], *state.tensors(), options.rel_bias)
-    check_in_place(Arguments("FLASH"), "state.memory", state, state.to(dtype=x.dtype), differentiated)
     inside = residual if residual is not None and residual.dtype == x.dtype else None
-    bias = autograd.bias_rows(options.rel_bias, x.shape[0])
-    y: Tensor = autograd.run(
-        "flash_unit", "eager", "flash_unit_step_", x, weights, inside, angles, OpenChunk(*state.tensors()),
-        options._replace(rel_bias=bias),
-    )  # fmt: skip
-    return y if residual is None or inside is not None else y + residual
+    buffers, steps = OpenChunk(*state.tensors()), held
+    differentiated = autograd.needs_grad(x, *weights[:-1], *buffers, options.rel_bias)
+    traced = torch.compiler.is_compiling()
+    if steps is None or traced or differentiated or not steps.fit(x, weights, buffers):
+        check_in_place(Arguments("FLASH"), "state.memory", state, state.to(dtype=x.dtype), differentiated)
+        # Not tensors of inference mode, which could not be written outside it.
+        with nullcontext() if traced else torch.inference_mode(False), torch.no_grad():
+            steps = FlashUnitSteps(x, weights, angles, buffers, options)
+    y: Tensor = autograd.without_autocast(steps, x, inside, angles, options.rel_bias, turned)
+    y = y if residual is None or inside is not None else y + residual
+    return y, None if traced else steps
 
 
 def _results(
