@@ -99,7 +99,11 @@ def _run(arguments: list[str] | None) -> int:
         return 2
     console = Console() if sys.stdout.isatty() else Console(width=170)
     report.show(record, console)
-    for path in (out / "results.json", *report.plot(record, out)):
+    drawn = report.plot(record, out)
+    if operation.plot is not None:
+        drawn.append(out / "context.png")
+        operation.plot(record, drawn[-1])
+    for path in (out / "results.json", *drawn):
         console.print(f"wrote {path}", highlight=False)
     if not record["complete"]:
         return 130

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,6 +116,7 @@ class Operation:
     """A benchmark. `oracle` runs in fp64 to judge the rest, `plain` in the case's dtype sets tolerances.
 
     `together`: all cases are timed in the same rounds, in random turns, so that they can be compared with each other.
+    `plot` draws a record as this benchmark's own plot.
     """
 
     name: str
@@ -126,6 +128,7 @@ class Operation:
     providers: tuple[Provider, ...]
     x_label: str = "length (tokens)"
     together: bool = False
+    plot: Callable[[dict[str, Any], Path], None] | None = None
 
 
 OPERATIONS = ("attention", "glu", "feed_forward", "gau", "gau_layer", "mixed_chunk", "flash_layer", "decode")

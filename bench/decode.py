@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashgau
-from bench import transformer
+from bench import report, transformer
 from bench.cases import FORWARD, BenchCase, Build, Goal, Operation, Problem, Provider
-from flashgau.models import CausalLM, ModelConfig
+from flashgau.models import CausalLM, ModelConfig, ModelState
+from flashgau.models.config import CONSTANT_STATE
+from flashgau.nn import KeyValueCache, UnitState
 
 
 def cases(device: str, quick: bool) -> list[BenchCase]:
@@ -102,6 +107,9 @@ def cached(case: BenchCase, tensors: dict[str, Tensor]) -> Problem:
     factory: dict[str, Any] = {"device": embedding.device, "dtype": embedding.dtype}
     dim, narrow, head_dim = config.dim, config.key_dim, config.dim // config.heads
     layers = [transformer.Layer(dim, 2 * dim, narrow, head_dim, **factory) for _ in range(config.depth // 2)]
+    if not embedding.is_cuda:  # in the order that is read fastest for few rows, as FLASH layers keep theirs
+        for p in (p for layer in layers for p in layer.parameters() if p.ndim == 2):
+            p.data = p.data.T.contiguous().T
     tokens = tensors["tokens"]
     context, new = _split(case, tokens)
     caches = [torch.randn(2, len(tokens), config.heads, tokens.shape[1], head_dim, **factory) for _ in layers]
@@ -121,10 +129,113 @@ def cached(case: BenchCase, tensors: dict[str, Tensor]) -> Problem:
     return Problem(call, {})
 
 
+def remembering(kind: str) -> Build:
+    """Our model of that kind, over a state as long as the context, whose contents do not matter to the time."""
+
+    def build(case: BenchCase, tensors: dict[str, Tensor]) -> Problem:
+        context, new = _split(case, tensors["tokens"])
+        model = CausalLM(_of_kind(case, kind), device=context.device).eval()
+        with torch.no_grad():
+            _, short = model(context[:, :1], return_state=True)
+        state = ModelState([_stretched(layer, context.shape[1]) for layer in short.layers], short.position)
+        state.position.fill_(context.shape[1])
+        state.reserve(context.shape[1] + 2 * new.shape[1])
+
+        def call() -> Tensor:
+            logits = []
+            with torch.no_grad():
+                for token in new.split(1, dim=1):
+                    logits.append(model(token, state=state, return_state=True, inplace=True)[0])
+                if kind not in CONSTANT_STATE:
+                    state.truncate(new.shape[1])
+            return torch.cat(logits, dim=1)
+
+        return Problem(call, {})
+
+    return build
+
+
+def _of_kind(case: BenchCase, kind: str) -> ModelConfig:
+    return ModelConfig.named(f"{kind}-{case.options['model'].rpartition('-')[-1]}")
+
+
+def _stretched(layer: Any, n: int) -> Any:
+    """A layer's state as long as if it had seen n tokens."""
+    memory = getattr(layer, "memory", layer)
+    if isinstance(memory, KeyValueCache):
+        sizes = [(*x.shape[:2], n, x.shape[3]) for x in (memory.keys, memory.values)]
+        memory = KeyValueCache(*(torch.randn(size, device=memory.keys.device) for size in sizes))
+    else:
+        memory.position.fill_(n)
+    return UnitState(memory) if isinstance(layer, UnitState) else memory
+
+
+def remembered(config: ModelConfig, tokens: int) -> int:
+    """Bytes of the state of one sequence after so many tokens: counted after one and two chunks, in fp32."""
+    model, counts = CausalLM(config), []
+    for n in (config.chunk_size, 2 * config.chunk_size):
+        with torch.no_grad():
+            _, state = model(torch.zeros(1, n, dtype=torch.int64), return_state=True)
+        memories = [getattr(layer, "memory", layer) for layer in state.layers]
+        tensors = [(m.keys, m.values) if isinstance(m, KeyValueCache) else m.tensors() for m in memories]
+        counts.append(sum(t.numel() * t.element_size() for held in tensors for t in held))
+    return counts[0] + (counts[1] - counts[0]) * (tokens - config.chunk_size) // config.chunk_size
+
+
+# Providers of the plot: what each is called there, and the kind whose state it keeps.
+PLOTTED = {
+    "flashgau-eager": ("FLASH", "flash"),
+    "flashgau-triton": ("FLASH, Triton", "flash"),
+    "mc-tfm++": ("MC-TFM++", "mc-tfm++"),
+    "flash-quad": ("GAU", "flash-quad"),
+    "transformer++": ("Transformer++, plain PyTorch", "transformer++"),
+    "our-transformer++": ("Transformer++", "transformer++"),
+}
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Tokens per second, and bytes that are remembered, against the context, of all kinds; one sequence."""
+    entries = sorted((e for e in record["cases"] if e["shape"]["B"] == 1), key=lambda e: e["length"])
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    speed, memory = figure.subplots(1, 2)
+    lengths = [e["length"] for e in entries]
+    for place, (who, (label, kind)) in enumerate(PLOTTED.items()):
+        times = [(e.get("providers", {}).get(who) or {}).get("times", {}).get(FORWARD) for e in entries]
+        points = [(e["length"], e["work"][FORWARD] / t["median_s"]) for e, t in zip(entries, times, strict=True) if t]
+        if not points:
+            continue
+        style: dict[str, Any] = {"marker": "osD^vP"[place], "markersize": 4, "linewidth": 1.4, "label": label}
+        line = speed.plot(*zip(*points, strict=True), **style)[0]
+        if who == "our-transformer++":
+            continue  # which remembers as much as the other
+        config = ModelConfig.named(f"{kind}-{entries[0]['options']['model'].rpartition('-')[-1]}")
+        counted = [remembered(config, n) / 2**20 for n, _ in points]
+        memory.plot([n for n, _ in points], counted, color=line.get_color(), **style)
+    for axis, label in ((speed, "tokens per second"), (memory, "state of one sequence (MiB)")):
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(lengths, [report.count(n) for n in lengths])
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_xlabel(record["x_label"])
+        axis.set_ylabel(label)
+        axis.grid(True, which="major", linewidth=0.4, alpha=0.6)
+    machine = record["machine"]
+    model = entries[0]["options"]["model"] if entries else ""
+    title = f"{record['title']}: {model} and others of its size, {machine['cpu']}, {machine['date'][:10]}"
+    figure.suptitle(title, fontsize=10)
+    figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
 def _split(case: BenchCase, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """The context, and the tokens whose time is taken."""
     start = tokens.shape[1] - case.shape["steps"]
     return tokens[:, :start], tokens[:, start:]
+
+
+def _short(case: BenchCase, device: str) -> str | None:
+    """GAU's keys and values are 2e + S numbers a token and layer: 340 MiB of 16k tokens in flash-quad-small."""
+    return "its cache would take gigabytes" if case.length * case.shape["B"] > 2**14 else None
 
 
 OPERATION = Operation(
@@ -139,7 +250,11 @@ OPERATION = Operation(
         Provider("flashgau-eager-functional", stepping("eager", inplace=False)),
         Provider("flashgau-triton", stepping("triton", inplace=True), devices=("cuda",)),
         Provider("transformer++", cached, other="Transformer++ of as many parameters, its key/value cache on SDPA"),
+        Provider("our-transformer++", remembering("transformer++"), other="our model of that kind"),
+        Provider("mc-tfm++", remembering("mc-tfm++"), other="our model of that kind"),
+        Provider("flash-quad", remembering("flash-quad"), _short, other="our model of that kind"),
     ),
     x_label="context (tokens)",
     together=True,
+    plot=plot,
 )
