@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -215,7 +215,10 @@ def plot(record: dict[str, Any], path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_xticks(lengths, [report.count(n) for n in lengths])
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(record["x_label"])
         axis.set_ylabel(label)
         axis.grid(True, which="major", linewidth=0.4, alpha=0.6)

@@ -525,12 +525,29 @@ def test_decoding_has_no_backward_and_its_context_ends_a_chunk() -> None:
     inputs = draw(decode.OPERATION, case, case.length, "cpu", torch.float32)
     context = inputs["tokens"].shape[1] - case.shape["steps"]
     assert context < case.length < inputs["tokens"].shape[1]
-    for provider in decode.OPERATION.providers[::2]:
+    for provider in decode.OPERATION.providers:
+        if "cpu" not in provider.devices:
+            continue
         problem = prepare(case, provider.build, inputs)
         assert list(runs(case, problem)) == [FORWARD]
         first = problem.call()
         assert first.shape == (1, case.shape["steps"], 256)
-        torch.testing.assert_close(first, problem.call())  # from the same state again
+        if (
+            provider.name != "mc-tfm++"
+        ):  # which goes on from where it was: what stands there does not matter to the time
+            torch.testing.assert_close(first, problem.call())  # from the same state again
+
+
+def test_what_decoding_remembers_is_counted_and_drawn(tmp_path: Path) -> None:
+    flash, attention = (decode.ModelConfig.named(f"{kind}-tiny") for kind in ("flash", "transformer++"))
+    assert decode.remembered(flash, 2**20) == decode.remembered(flash, 64)
+    assert decode.remembered(attention, 1000) == 1000 * 2 * attention.depth * attention.dim * 4
+    times = {FORWARD: {"median_s": 0.5}}
+    who = {"flashgau-eager": {"times": times}, "transformer++": {"times": times}, "flash-quad": {"times": {}}}
+    entry = {"length": 1024, "shape": {"B": 1}, "work": {FORWARD: 64.0}, "options": {"model": "flash-tiny"}}
+    record = {"title": "Decoding", "x_label": "context", "machine": {"cpu": "some", "date": "2026-11-29"}}
+    decode.plot(record | {"cases": [entry | {"providers": who}]}, tmp_path / "context.png")
+    assert (tmp_path / "context.png").stat().st_size > 1000
 
 
 def test_module_command_measures_time_and_memory(tmp_path: Path) -> None:
