@@ -4,9 +4,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flashgau.cli import demo, doctor
+from flashgau.cli import doctor
+from flashgau.cli.instruments import demo
+from flashgau.cli.instruments import measuring as measure
 from flashgau.verification import checking as check
-from flashgau.verification import measuring as measure
 from flashgau.verification.cases import all_cases
 
 runner = CliRunner()

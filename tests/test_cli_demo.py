@@ -11,8 +11,9 @@ import torch
 from cli_runs import few_cases, runner
 
 import flashgau
-from flashgau.cli import app, demo, main, report
-from flashgau.verification import measuring as measure
+from flashgau.cli import app, main
+from flashgau.cli.instruments import demo, report
+from flashgau.cli.instruments import measuring as measure
 
 facts = cli_runs.facts
 

@@ -11,8 +11,9 @@ import warnings
 import cli_runs
 import pytest
 
-from flashgau.cli import demo, main
+from flashgau.cli import main
 from flashgau.cli.console import with_outputs
+from flashgau.cli.instruments import demo
 
 folder = cli_runs.folder
 small = cli_runs.small

@@ -123,7 +123,7 @@ import flashgau.convert, flashgau.distributed, flashgau.integrations, flashgau.t
         ("rich", "from flashgau.cli import main"),
         ("matplotlib", "from flashgau.training import *; train(TrainConfig())"),
         ("matplotlib", "from flashgau.training.plots import loss_plot; loss_plot([], Path('x.png'), '')"),
-        ("matplotlib", "from flashgau.cli.report import loss_plot; loss_plot([])"),
+        ("matplotlib", "from flashgau.cli.instruments.report import loss_plot; loss_plot([])"),
         ("safetensors", "from flashgau.models import *; CausalLM(ModelConfig(dim=16, depth=1)).save('x')"),
         ("safetensors", "import flashgau.models; flashgau.models.load('pyproject.toml')"),
         ("hypothesis", "from flashgau.testing import sizes"),
@@ -173,6 +173,7 @@ def test_commands_tell_the_extra_in_one_line(module, arguments, tmp_path):
         ["check", "--execute", "sm_90", "--quick"],
         ["compile", "--loops", "--target", "sm_90"],
         ["compile", "--operations"],
+        ["demo", "--out", "nowhere"],
         ["tune", "--model", "--target", "sm_90", "--kernel", "attention_dq"],
     ],
 )

@@ -144,7 +144,7 @@ def test_what_needs_the_instruments_says_so():
                 ROOT
             )
             named += bool(found)
-    assert named == 3  # the modules of check, compile and tune
+    assert named == 4  # the modules of check, compile, demo and tune
 
 
 def test_nothing_is_left_undone():

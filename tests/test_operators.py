@@ -149,6 +149,11 @@ def check_fakes(function: Callable[[], Any]) -> None:
                 assert all(x == y for x, y in strides), f"{operator.name()}: {a.stride()} against {b.stride()}"
 
 
+def test_fakes_are_like_the_real_of_a_transposed_gate():
+    """Its gradient is contiguous, whatever its own strides."""
+    check_fakes(lambda: gradients(attention(1, 2, 9, 4, gate=randn(3, 1, 9, 2, 4).transpose(1, 2))))
+
+
 @pytest.mark.parametrize(
     "calls",
     [attention_calls, partial(attention_calls, plain=True), glu_calls, glu_linear_calls, gau_calls, mixed_chunk_calls],

@@ -130,7 +130,7 @@ def gated_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, gate, rel_bias (B, Hq, 2P-1) and sinks (Hq,); None where there is no such input."""
     (gate, activation), acc = gating, accumulator(q.dtype)
-    dx, dgate = torch.zeros_like(product), torch.zeros_like(gate)
+    dx, dgate = torch.zeros_like(product), gate.new_zeros(gate.shape)
     for seq in sequences(q.shape[0], q.shape[2], k.shape[2], layout):
         rows = seq.batch, slice(None), seq.queries
         d, g = dout[rows].to(acc), gate[rows]
