@@ -100,9 +100,8 @@ def _run(arguments: list[str] | None) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=170)
     report.show(record, console)
     drawn = report.plot(record, out)
-    if operation.plot is not None:
+    if operation.plot is not None and operation.plot(record, out / "context.png"):
         drawn.append(out / "context.png")
-        operation.plot(record, drawn[-1])
     for path in (out / "results.json", *drawn):
         console.print(f"wrote {path}", highlight=False)
     if not record["complete"]:

@@ -116,7 +116,7 @@ class Operation:
     """A benchmark. `oracle` runs in fp64 to judge the rest, `plain` in the case's dtype sets tolerances.
 
     `together`: all cases are timed in the same rounds, in random turns, so that they can be compared with each other.
-    `plot` draws a record as this benchmark's own plot.
+    `plot` draws a record as this benchmark's own plot, and says whether anything was measured.
     """
 
     name: str
@@ -128,7 +128,7 @@ class Operation:
     providers: tuple[Provider, ...]
     x_label: str = "length (tokens)"
     together: bool = False
-    plot: Callable[[dict[str, Any], Path], None] | None = None
+    plot: Callable[[dict[str, Any], Path], bool] | None = None
 
 
 OPERATIONS = ("attention", "glu", "feed_forward", "gau", "gau_layer", "mixed_chunk", "flash_layer", "decode")

@@ -193,8 +193,11 @@ PLOTTED = {
 }
 
 
-def plot(record: dict[str, Any], path: Path) -> None:
-    """Tokens per second, and bytes that are remembered, against the context, of all kinds; one sequence."""
+def plot(record: dict[str, Any], path: Path) -> bool:
+    """Tokens per second, and bytes that are remembered, against the context, of all kinds; one sequence.
+
+    Whether anything was measured, and drawn.
+    """
     entries = sorted((e for e in record["cases"] if e["shape"]["B"] == 1), key=lambda e: e["length"])
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     speed, memory = figure.subplots(1, 2)
@@ -227,7 +230,9 @@ def plot(record: dict[str, Any], path: Path) -> None:
     title = f"{record['title']}: {model} and others of its size, {machine['cpu']}, {machine['date'][:10]}"
     figure.suptitle(title, fontsize=10)
     figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=130)
+    if speed.lines:
+        figure.savefig(path, dpi=130)
+    return bool(speed.lines)
 
 
 def _split(case: BenchCase, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -546,7 +546,9 @@ def test_what_decoding_remembers_is_counted_and_drawn(tmp_path: Path) -> None:
     who = {"flashgau-eager": {"times": times}, "transformer++": {"times": times}, "flash-quad": {"times": {}}}
     entry = {"length": 1024, "shape": {"B": 1}, "work": {FORWARD: 64.0}, "options": {"model": "flash-tiny"}}
     record = {"title": "Decoding", "x_label": "context", "machine": {"cpu": "some", "date": "2026-11-29"}}
-    decode.plot(record | {"cases": [entry | {"providers": who}]}, tmp_path / "context.png")
+    assert decode.plot(record | {"cases": [entry | {"providers": who}]}, tmp_path / "context.png")
+    assert not decode.plot(record | {"cases": [entry | {"providers": {}}]}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
     assert (tmp_path / "context.png").stat().st_size > 1000
 
 
