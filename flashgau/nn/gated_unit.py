@@ -45,12 +45,12 @@ class UnitState(Generic[Memory]):
         device, dtype = destination("UnitState.to", device, dtype)
         memory: Any = self.memory
         previous = None if self.previous is None else moved(self.previous, device, dtype)
-        return UnitState(memory.to(device, dtype), previous)
+        return replace(self, memory=memory.to(device, dtype), previous=previous)
 
     def clone(self) -> UnitState[Memory]:
         """A state of its own with the same values: to continue twice from one prefix, in place."""
         memory: Any = self.memory
-        return UnitState(memory.clone(), None if self.previous is None else self.previous.clone())
+        return replace(self, memory=memory.clone(), previous=None if self.previous is None else self.previous.clone())
 
     @property
     def rows(self) -> int:

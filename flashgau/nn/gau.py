@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..contract.operands import gau_options
 from ..contract.validate import Arguments
 from ..ops import gau_attention
-from ..ops.projection import reads_raw_gate
+from ..ops.projection import projection, reads_raw_gate
 from .biases import bias_vector
-from .cache import KeyValueCache
+from .cache import KeyValueCache, check_memory
 from .gated_unit import GatedUnit, UnitOptions, UnitState, chosen, last_shifted
 
 
@@ -46,6 +47,17 @@ def gau_presets(dim: int, key_dim: int) -> dict[str, GauPreset]:
             linear_bias=False,
         ),
     }
+
+
+class ContextState(UnitState[KeyValueCache]):
+    """The keys and values of a context, made once: what a `GAU` that attends to one keeps while it decodes.
+
+    The layer's own tokens leave nothing behind in it.
+    """
+
+    def truncate(self, tokens: int) -> UnitState[KeyValueCache]:
+        """The state itself: the context is what it is, however many tokens have looked at it."""
+        return self
 
 
 SPECS = tuple(gau_presets(1, 1))
@@ -162,6 +174,8 @@ class GAU(GatedUnit):
         self,
         x: Tensor,
         *,
+        context: Tensor | None = None,
+        context_lengths: Tensor | None = None,
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         state: UnitState[KeyValueCache] | None = None,
@@ -170,17 +184,30 @@ class GAU(GatedUnit):
     ) -> Any:
         """Apply the layer to a batch of sequences, or to the next part of sequences already begun.
 
+        With a context the layer is cross attention: gate and queries come from x, keys and values from the context
+        through the same weights, and every token sees the whole context. Places of two sequences have no distance, so
+        the layer must have been made with `causal=False, bias="none", rotary_dim=0, token_shift=False`.
+
         Args:
             x: (B, N, d). Padding may hold any finite number.
+            context: (B, L, d), what to look at: it is normalised like x. Its padding may hold any finite number.
+            context_lengths: (B,) valid tokens of each right-padded row of the context.
             lengths: (B,) valid tokens of each right-padded row. Without a state only.
             cu_seqlens: (G+1,) bounds of G sequences packed in one row (B = 1).
-            state: of the tokens before (causal layers). Its cache is written in place: use it without gradients.
-            return_state: also give the state after the last valid token.
+            state: of the tokens before (causal layers). Its cache is written in place: use it without gradients. Or
+                that of a context, which then is not given again.
+            return_state: also give the state after the last valid token, or that of the context.
             inplace: let `state` itself be the state after. (Its cache is written in any case.)
 
         Returns:
             (B, N, d), or that and the state. Rows of padding hold x plus the output's bias.
         """
+        if context is not None or isinstance(state, ContextState):
+            seen = self._context(x, context, context_lengths, cu_seqlens, state)
+            y = self._look_at(x, seen.memory, lengths)
+            return (y, seen) if return_state else y
+        if context_lengths is not None:
+            raise ValueError("GAU: `context_lengths` without a `context`")
         self._check(x, cu_seqlens, state, return_state, KeyValueCache, inplace)
         if (return_state or state is not None) and self.normalizer == "keys" and self.score in ("relu2", "laplace"):
             raise ValueError(
@@ -216,6 +243,79 @@ class GAU(GatedUnit):
         y, previous = self.post_norm(self._output(x, out)), last_shifted(moving, lengths)
         after = state.advanced(memory, previous) if state is not None and inplace else UnitState(memory, previous)
         return (y, after) if return_state else y
+
+    def _context(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
+        state: UnitState[KeyValueCache] | None,
+    ) -> ContextState:
+        """The keys and values to look at: those of `state`, or made from `context`. Refuses what has no meaning."""
+        for name in ("causal", "token_shift"):
+            if getattr(self, name):
+                raise ValueError(f"GAU: `context` in a layer made with `{name}=True`; expected False")
+        if self.rel_bias is not None or self.rotary is not None:
+            name, wanted = ("bias", '"none"') if self.rel_bias is not None else ("rotary_dim", "0")
+            raise ValueError(
+                f"GAU: `context` in a layer with positions, which two sequences do not share; expected {name}={wanted}"
+            )
+        if x.ndim != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"GAU: `x` has shape {tuple(x.shape)}; expected (B, N, {self.dim})")
+        if cu_seqlens is not None:
+            raise ValueError("GAU: `cu_seqlens` and a context together; give each sequence a row and `lengths`")
+        if state is not None:
+            if context is not None or lengths is not None:
+                given = "context" if context is not None else "context_lengths"
+                raise ValueError(f"GAU: `{given}` and `state` together; a state has the context's keys and values")
+            check_memory("GAU", "state.memory", state.memory, KeyValueCache, x.shape[0], x)
+            assert isinstance(state, ContextState)
+            return state
+        assert context is not None
+        if context.ndim != 3 or context.shape[::2] != x.shape[::2]:
+            raise ValueError(
+                f"GAU: `context` has shape {tuple(context.shape)}; expected ({x.shape[0]}, L, {self.dim}), as `x` has "
+                f"{x.shape[0]} rows"
+            )
+        if lengths is not None:
+            args = Arguments("GAU")
+            args.tensor("context", context, "B N d")
+            args.counts("context_lengths", lengths)
+        w, b = self.to_hidden.weight[self.hidden :], self.to_hidden.bias
+        v, z = F.silu(projection(self.norm(context), w, None if b is None else b[self.hidden :])).split(
+            (self.hidden, self.key_dim), -1
+        )
+        return ContextState(KeyValueCache(self._head(z, 1)[:, None], v[:, None], lengths))
+
+    def _look_at(self, x: Tensor, context: KeyValueCache, lengths: Tensor | None) -> Tensor:
+        """The layer's output for x (B, M, d), every token of which sees all keys of the context."""
+        k, v, valid = context.keys[:, 0], context.values[:, 0], context.lengths
+        if valid is not None and k.shape[1] == x.shape[1]:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))  # or they would be the queries' lengths as well
+        normed, e = self.norm(x), self.hidden
+        w, b = self.to_hidden.weight, self.to_hidden.bias
+        gate, z = (
+            projection(normed, w[part], None if b is None else b[part]) for part in (slice(e), slice(2 * e, None))
+        )
+        raw = self.attention_fn is gau_attention and reads_raw_gate("gau_attention", x, self.key_dim)
+        gate = gate if raw else F.silu(gate)
+        if lengths is not None:
+            args = Arguments("GAU")
+            args.tensor("x", x, "B N d")
+            args.counts("lengths", lengths)
+            padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+            gate = gate.masked_fill(padding[..., None], 0.0)  # as its silu
+        out = self.attention_fn(
+            self._head(F.silu(z), 0), k, v, gate, score=self.score, normalizer=self.normalizer, causal=False,
+            rel_bias=None, lengths=valid, cu_seqlens=None, **({"gate_activation": "silu"} if raw else {}),
+        )  # fmt: skip
+        return self.post_norm(self._output(x, out))
+
+    def _head(self, z: Tensor, place: int) -> Tensor:
+        """Queries (0) or keys (1) of z (B, N, S)."""
+        head = self.offset_scale(z)[:, place]
+        return F.dropout(head, self.qk_dropout, self.training) if self.qk_dropout else head
 
     def _bias(self, length: int, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
         bias = bias_vector(self.rel_bias, length, cu_seqlens)
