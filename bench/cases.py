@@ -131,7 +131,17 @@ class Operation:
     plot: Callable[[dict[str, Any], Path], bool] | None = None
 
 
-OPERATIONS = ("attention", "glu", "feed_forward", "gau", "gau_layer", "mixed_chunk", "flash_layer", "decode")
+OPERATIONS = (
+    "attention",
+    "gated_attention",
+    "glu",
+    "feed_forward",
+    "gau",
+    "gau_layer",
+    "mixed_chunk",
+    "flash_layer",
+    "decode",
+)
 
 
 def load(name: str) -> Operation:

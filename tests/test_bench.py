@@ -30,6 +30,7 @@ from bench import decode, flash_layer, harness, memory, mixed_chunk, report, tim
 from bench.cases import (  # noqa: E402
     BACKWARD,
     FORWARD,
+    OPERATIONS,
     PASSES,
     TRAINING,
     BenchCase,
@@ -430,7 +431,7 @@ def test_bad_requests_are_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["attention", "glu", "gau", "gau_layer", "mixed_chunk", "flash_layer", "decode"])
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "feed_forward"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("quick", [True, False])
 def test_cases_are_well_formed(name: str, device: str, quick: bool) -> None:
@@ -450,7 +451,7 @@ def test_cases_are_well_formed(name: str, device: str, quick: bool) -> None:
     json.dumps([dict(case.options) for case in cases])
 
 
-@pytest.mark.parametrize("name", ["attention", "glu", "gau", "gau_layer", "mixed_chunk", "flash_layer", "decode"])
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "feed_forward"])
 def test_every_operation_runs_quickly_from_end_to_end(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from ..options import AttentionOptions, AttentionResults, Gating, Layout, takes_
 from ..pytorch import cpu_attention, cpu_attention_backward
 from .common import (
     Sequence,
+    Workspace,
     accumulator,
     factor_dtype,
     power_of_two_below,
@@ -26,7 +27,7 @@ from .common import (
     toeplitz_sums,
     values_dtype,
 )
-from .glu import activated, gate_gradient
+from .glu import activated, gate_gradient, gated, gated_backward, pieces
 from .sizes import SIZES
 
 
@@ -103,15 +104,18 @@ def gated_attention_forward(
     options: AttentionOptions = AttentionOptions(),
     save: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """act(gate) * O, the log-sum-exp of the scores and, if `save`, O."""
+    """act(gate) * O, the log-sum-exp of the scores and, if `save`, O: else the first is written over it."""
     product, lse = attention_forward(q, k, v, layout, options)
-    out = _room_for_output(q, v)
-    if not layout.is_dense:  # padding
+    out = _room_for_output(q, v) if save else product
+    if layout.is_dense:
+        _gate(product, *gating, out)
+        return out, lse, product if save else None
+    if save:
         out.zero_()
-    for seq in sequences(q.shape[0], q.shape[2], k.shape[2], layout):
+    gate, activation = gating
+    for seq in sequences(q.shape[0], q.shape[2], k.shape[2], layout):  # not what padding holds
         rows = seq.batch, slice(None), seq.queries
-        gate = activated(gating.gate[rows], gating.gate_activation, accumulator(q.dtype))
-        out[rows] = product[rows] * gate
+        _gate(product[rows], gate[rows], activation, out[rows])
     return out, lse, product if save else None
 
 
@@ -129,18 +133,44 @@ def gated_attention_backward(
     options: AttentionOptions = AttentionOptions(),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, gate, rel_bias (B, Hq, 2P-1) and sinks (Hq,); None where there is no such input."""
-    (gate, activation), acc = gating, accumulator(q.dtype)
-    dx, dgate = torch.zeros_like(product), gate.new_zeros(gate.shape)
+    gate, activation = gating
+    dx, dgate = _room_for_output(q, v), gate.new_empty(gate.shape)
+    if not layout.is_dense:  # padding
+        dx, dgate = dx.zero_(), dgate.zero_()
+    workspace = Workspace()
     for seq in sequences(q.shape[0], q.shape[2], k.shape[2], layout):
-        rows = seq.batch, slice(None), seq.queries
-        d, g = dout[rows].to(acc), gate[rows]
-        along = d * product[rows]
-        if gate.shape[-1] < product.shape[-1]:  # a number per head
-            along = along.sum(-1, keepdim=True)
-        dgate[rows] = gate_gradient(along, g, activation).to(gate.dtype)
-        dx[rows] = (d * activated(g, activation, acc)).to(dx.dtype)
+        d, x, g, *targets = (_cut(t, seq.batch, seq.queries) for t in (dout, product, gate, dgate, dx))
+        if gate.shape[-1] < v.shape[-1]:
+            _per_head_backward(d, x, g, activation, *targets)
+            continue
+        for d_piece, g_piece, dg, du, x_piece in pieces(*_as_stored(d, g, *targets, x)):
+            gated_backward(d_piece, g_piece, x_piece, activation, "identity", dg, du, workspace)
     dq, dk, dv, dbias, dsinks = attention_backward(dx, dlse, q, k, v, AttentionResults(product, lse), layout, options)
     return dq, dk, dv, dgate, dbias, dsinks
+
+
+def _gate(product: Tensor, gate: Tensor, activation: str, out: Tensor) -> None:
+    """Write act(gate) * product to `out`, which may be `product`."""
+    if gate.shape[-1] < product.shape[-1] or gate.nbytes <= SIZES.glu_bytes:  # for which memory need not be thought of
+        wide = torch.float32 if gate.dtype == torch.float16 else gate.dtype  # squares may leave the range of fp16
+        torch.mul(product, activated(gate, activation, wide), out=out)
+        return
+    workspace = Workspace()
+    for g, x, o in pieces(*_as_stored(gate, product, out)):
+        gated(g, x, activation, "identity", o, workspace)
+
+
+def _per_head_backward(d: Tensor, product: Tensor, gate: Tensor, activation: str, dgate: Tensor, dx: Tensor) -> None:
+    """Write the gradients of gate (b, Hq, m, 1) and product, from that of act(gate) * product."""
+    acc = accumulator(d.dtype)
+    d = d.to(acc)
+    dgate.copy_(gate_gradient((d * product).sum(-1, keepdim=True), gate, activation))
+    dx.copy_(d * activated(gate, activation, acc))
+
+
+def _as_stored(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """(b, Hq, m, E), or (b, m, Hq, E) if the last one is stored so."""
+    return tuple(x.transpose(1, 2) for x in tensors) if _is_by_tokens(tensors[-1]) else tensors
 
 
 class _Gradients(NamedTuple):

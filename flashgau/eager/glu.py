@@ -91,8 +91,8 @@ def glu_forward(
         return torch.mul(activated, up, out=buffer if activated is gate else activated), None
     out = gate.new_empty(gate.shape) if buffer is None else buffer
     workspace = Workspace()
-    for g, u, o in _pieces(gate, up, out):
-        _gated(g, u, activation, up_activation, o, workspace)
+    for g, u, o in pieces(gate, up, out):
+        gated(g, u, activation, up_activation, o, workspace)
     return out, None
 
 
@@ -119,8 +119,8 @@ def glu_backward(
         derivative(torch.mul(dout, up, out=dg), gate, dg)
         return dgate, dup
     workspace = Workspace()
-    for d, g, u, dg_piece, du_piece in _pieces(dout, gate, up, dg, du):
-        _gated_backward(d, g, u, activation, up_activation, dg_piece, du_piece, workspace)
+    for d, g, u, dg_piece, du_piece in pieces(dout, gate, up, dg, du):
+        gated_backward(d, g, u, activation, up_activation, dg_piece, du_piece, workspace)
     return dgate, dup
 
 
@@ -142,7 +142,7 @@ def glu_linear_forward(
         g_r, u_r = _affine(panel, wg, b_gate), _affine(panel, wu, b_up)
         if g is not None and u is not None:
             _rows(g)[r], _rows(u)[r] = g_r, u_r
-        _gated(g_r, u_r, *options, out_rows[r], workspace)
+        gated(g_r, u_r, *options, out_rows[r], workspace)
     return out, g, u
 
 
@@ -173,7 +173,7 @@ def glu_linear_backward(
             g_r, u_r = saved[0][r], saved[1][r]
         d_r, g_r, u_r = (t.to(factor) for t in (d[r], g_r, u_r))
         dg, du = workspace.like("dg", g_r), workspace.like("du", u_r)
-        _gated_backward(d_r, g_r, u_r, *options, dg, du, workspace)
+        gated_backward(d_r, g_r, u_r, *options, dg, du, workspace)
         dbg += dg.sum(0)
         dbu += du.sum(0)
         add_product(dwg, dg.T, x_r, workspace)
@@ -191,18 +191,29 @@ def _at_once(gate: Tensor, activation: str, up_activation: str) -> bool:
     return gate.dtype != torch.float16 and "identity" in (activation, up_activation)
 
 
-def _gated(g: Tensor, u: Tensor, activation: str, up_activation: str, out: Tensor, workspace: Workspace) -> None:
+def gated(g: Tensor, u: Tensor, activation: str, up_activation: str, out: Tensor, workspace: Workspace) -> None:
+    """Write act(g) * up_act(u) to `out`, which may be u."""
+    apart = out.data_ptr() != u.data_ptr()
     g, u = _in_range(g, "g", workspace), _in_range(u, "u", workspace)
-    a = ACTIVATIONS[activation][0](g, out if out.dtype == g.dtype else workspace.like("act(g)", g))
+    a = ACTIVATIONS[activation][0](g, out if apart and out.dtype == g.dtype else workspace.like("act(g)", g))
     if up_activation != "identity":
         u = ACTIVATIONS[up_activation][0](u, workspace.like("act(u)", u))
     torch.mul(a, u, out=out)
 
 
-def _gated_backward(
+def gated_backward(
     d: Tensor, g: Tensor, u: Tensor, activation: str, up_activation: str, dg: Tensor, du: Tensor, workspace: Workspace
 ) -> None:
+    """Write the gradients of g and u, from that of act(g) * up_act(u), to `dg` and `du`."""
     d, g, u = _in_range(d, "d", workspace), _in_range(g, "g", workspace), _in_range(u, "u", workspace)
+    if (activation, up_activation) == ("sigmoid", "identity"):  # whose derivative is one of its value
+        value = torch.sigmoid(g, out=workspace.like("value", g))
+        torch.mul(d, value, out=du)
+        target = dg if dg.dtype == d.dtype else workspace.like("grad", d)
+        _aten.sigmoid_backward.grad_input(torch.mul(d, u, out=target), value, grad_input=target)
+        if target is not dg:
+            dg.copy_(target)
+        return
     sides = (g, activation, dg, u, up_activation), (u, up_activation, du, g, activation)
     for x, act, grad, other, other_act in sides:
         # Each step writes over the one before, in the gradient's own memory where the types agree.
@@ -234,7 +245,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 for the first would be ambiguous at width 0
 
 
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Cut tensors of one shape into matching pieces of whole rows; on a GPU one piece is all."""
     first = tensors[0]
     if first.numel() == 0:
@@ -254,7 +265,7 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield from zip(*(v.split(max(1, step // width)) for v in views if v is not None), strict=True)
     else:
         for parts in zip(*(t.unbind(0) for t in tensors), strict=True):
-            yield from _pieces(*parts)
+            yield from pieces(*parts)
 
 
 def _as_rows(t: Tensor, width: int) -> Tensor | None:
