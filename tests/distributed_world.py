@@ -20,24 +20,29 @@ import pytest
 import torch
 import torch.distributed as dist
 from checks import outputs
-from strategies import Call, randn
+from strategies import Call, randn, run
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
-import flashgau
 from flashgau.distributed import context_parallel_attention, context_parallel_gau, context_parallel_mixed_chunk
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None, **options: Any) -> Any:
+    """Attention with its gate at the place that gates of the others have."""
+    return context_parallel_attention(q, k, v, gate=gate, **options)
+
 
 MEMBERS = {"all": (0, 1, 2), "pair": (0, 2)}
 FUNCTIONS: dict[str, Any] = {
-    "attention": context_parallel_attention,
+    "attention": attend,
     "gau_attention": context_parallel_gau,
     "mixed_chunk_attention": context_parallel_mixed_chunk,
 }
 NAMES = tuple(FUNCTIONS)
 # The token axis of each argument, and whether its tokens are queries or keys.
 AXES = {
-    "attention": (2, "qkk"),
+    "attention": (2, "qkkq"),
     "gau_attention": (1, "qkkq"),
     "mixed_chunk_attention": (1, "qqqqqq"),
 }
@@ -82,13 +87,13 @@ def several(*calls: Any, backwards: str, group: Any, checkpointed: str = "") -> 
 def seeded(*args: Tensor, seed: int, **options: Any) -> Any:
     """Attention in a process whose generator stands anywhere."""
     torch.manual_seed(seed)
-    return context_parallel_attention(*args, **options)
+    return attend(*args, **options)
 
 
 def meshed(*args: Tensor, group: Any, **options: Any) -> Any:
     """Attention over the processes of a device mesh of one dimension."""
     mesh = DeviceMesh.from_group(group or dist.group.WORLD, "cpu", mesh_dim_names=("context",))
-    return context_parallel_attention(*args, group=mesh, **options)
+    return attend(*args, group=mesh, **options)
 
 
 FUNCTIONS |= {"several": several, "seeded": seeded, "meshed": meshed}
@@ -97,7 +102,7 @@ FUNCTIONS |= {"several": several, "seeded": seeded, "meshed": meshed}
 def answer(function: str, args: list[Any], options: dict[str, Any], weights: list[Tensor] | None) -> Outcome:
     """Results, and the gradients of a weighted sum of them for every floating tensor that asks for one."""
     leaves = [x for x in (*args, *options.values()) if isinstance(x, Tensor)]
-    call = FUNCTIONS.get(function) or getattr(flashgau, function.removeprefix("single "))
+    call = FUNCTIONS.get(function) or (lambda *args, **options: run(function.removeprefix("single "), args, options))
     results = outputs(call(*args, **options))
     if weights is not None:
         total = torch.zeros((), dtype=torch.float64)
@@ -287,7 +292,7 @@ def example(name: str, dtype: torch.dtype, **options: Any) -> Call:
         return randn(seed, *shape, dtype=dtype)
 
     if name == "attention":
-        args = [make(0, 2, 6, 16, 8), make(1, 2, 2, 16, 8), make(2, 2, 2, 16, 5)]
+        args = [make(0, 2, 6, 16, 8), make(1, 2, 2, 16, 8), make(2, 2, 2, 16, 5), make(5, 2, 6, 16, 5)]
         own = {
             "causal": True,
             "rel_bias": randn(3, 6, 31),

@@ -6,7 +6,7 @@ hypothesis, so a failing example repeats; sizes, layouts and options shrink.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -45,7 +45,7 @@ class Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, **changes: Any) -> Any:
-        return getattr(flashgau, self.name)(*self.args, **{**self.kwargs, **changes})
+        return run(self.name, self.args, {**self.kwargs, **changes})
 
     def __repr__(self) -> str:
         shown = [_shown(x) for x in self.args] + [f"{key}={_shown(x)}" for key, x in self.kwargs.items()]
@@ -79,6 +79,13 @@ class Call:
     def with_options(self, **changes: Any) -> Call:
         """The same call with other keyword arguments."""
         return Call(self.name, self.args, {**self.kwargs, **changes})
+
+
+def run(name: str, args: Sequence[Any], options: dict[str, Any]) -> Any:
+    """`flashgau.<name>`; a fourth argument of attention is its gate, which it takes by name."""
+    if name == "attention" and len(args) > 3:
+        args, options = args[:3], {**options, "gate": args[3]}
+    return getattr(flashgau, name)(*args, **options)
 
 
 def _shown(x: Any) -> str:

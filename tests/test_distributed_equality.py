@@ -103,8 +103,8 @@ GROUPS = st.sampled_from(sorted(MEMBERS))
 def test_attention_of_slices_is_attention_of_the_whole(world: World, data: Any, group: str) -> None:
     """All options together, slices of any lengths, queries cut elsewhere than keys, any heads on any processes."""
     call = data.draw(attention_calls(dtype=torch.float64)).with_options(dropout_p=0.0)
-    for name in ("gate", "gate_activation"):  # which multiplies each process's rows, and is none of its business
-        call.kwargs.pop(name, None)
+    if (gate := call.kwargs.pop("gate", None)) is not None:
+        call = Call(call.name, (*call.args, gate), call.kwargs)
     parts = len(MEMBERS[group])
     assume(call.args[0].shape[1] >= parts)
     if "lengths" in call.kwargs and data.draw(st.booleans()):
@@ -112,7 +112,7 @@ def test_attention_of_slices_is_attention_of_the_whole(world: World, data: Any, 
     call = call.with_options(backend=data.draw(st.sampled_from([None, "reference"])))
     cuts = {"q": drawn_cuts(data.draw, call.args[0].shape[2], parts)}
     cuts["k"] = drawn_cuts(data.draw, call.args[1].shape[2], parts)
-    check_equal(world, call, cuts, group, drawn_needs(data.draw, 3, parts))
+    check_equal(world, call, cuts, group, drawn_needs(data.draw, len(call.args), parts))
 
 
 @given(data=st.data(), group=GROUPS)
@@ -283,12 +283,13 @@ def dropped(call: Call, common: int) -> Outcome:
     """Results and gradients of attention in one process, each part of its heads with the seed of a process."""
     axis = 1
     weights = [randn(i, *x.shape, dtype=torch.float64) for i, x in enumerate(outputs(call(dropout_seed=0)))]
-    q, k, v = leaves = [x.clone().requires_grad_() for x in call.args]
+    q, k, v, gate = leaves = [x.clone().requires_grad_() for x in call.args]
     shared = {key: call.kwargs[key].clone().requires_grad_() for key in ("rel_bias", "sinks")}
     parts = []
     for rank, ((a, b), (first, last)) in enumerate(zip(*_heads(6, 2, 3), strict=True)):
         options = call.kwargs | {key: x[a:b].contiguous() for key, x in shared.items()}
         options["dropout_seed"] = _of_rank(common, rank)
+        options["gate"] = gate[:, a:b]
         parts.append(outputs(flashgau.attention(q[:, a:b], k[:, first:last], v[:, first:last], **options)))
     results = [torch.cat(own, axis) for own in zip(*parts, strict=True)]
     total = torch.zeros((), dtype=torch.float64)
@@ -305,8 +306,8 @@ def check_dropped(world: World, call: Call, found: Any, common: int) -> None:
     for x, y in zip(results, expected, strict=True):
         close(x, y, 64)
     steepest = max(float(x.abs().max()) for x in expected_grads)
-    shared = [torch.stack([x for x in parts if x is not None]).sum(0) for parts in list(zip(*own, strict=True))[3:5]]
-    for x, y in zip([*grads[:3], *shared], expected_grads, strict=True):
+    shared = [torch.stack([x for x in parts if x is not None]).sum(0) for parts in list(zip(*own, strict=True))[4:6]]
+    for x, y in zip([*grads[:4], *shared], expected_grads, strict=True):
         close(x, y, 256, steepest)
 
 
@@ -372,4 +373,4 @@ def test_compiled_code_calls_them_between_its_graphs(alone: None) -> None:
         assert isinstance(out, Tensor)
         return out + 1
 
-    close(torch.compile(model, backend="eager")(*call.args), model(*call.args), ulps=0)
+    close(torch.compile(model, backend="eager")(*call.args[:3]), model(*call.args[:3]), ulps=0)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from functools import partial
+from functools import partial, wraps
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,8 @@ def context_parallel_attention(
     cu_seqlens_k: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_activation: str = "sigmoid",
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -78,12 +81,15 @@ def context_parallel_attention(
             generator (as all do, so that their generators stay together). Which elements are kept depends on it and on
             the number of processes: each one numbers its heads from 0, so each but the first hashes the seed with its
             rank.
+        gate: this process's gate (B, Hq, m, E), or (B, Hq, m, 1) for a number per head, or None in all processes. It
+            travels as the queries do.
+        gate_activation: as in `flashgau.attention`.
         return_lse: also return the log-sum-exp of this process's rows, (B, Hq, m) fp32, differentiable.
         backend: "triton", "eager", "reference" or None for the best that can run.
 
     Returns:
         This process's slice (B, Hq, m, E) of the result, in the dtype of q, or a pair with the log-sum-exp. Gradients
-        of q, k and v are those of the whole, too.
+        of q, k, v and gate are those of the whole, too.
 
     Raises:
         RuntimeError: torch.distributed is not initialised, a backend that was asked for cannot run the call, or a
@@ -104,14 +110,16 @@ def context_parallel_attention(
         >>> dist.destroy_process_group()
     """
     context = GroupContext.of(_OP, group)
-    q, k, v = autocast(q, k, v)
+    q, k, v, gate = autocast(q, k, v, gate)
+    per_head = isinstance(gate, Tensor) and gate.dim() == 4 and gate.shape[-1] == 1
+    gating = (gate[..., 0], "B Hq M") if per_head else (gate, "B Hq M E")
     call = Call(
         context,
-        attention,
-        slices={"q": (q, "B Hq M D"), "k": (k, "B Hkv N D"), "v": (v, "B Hkv N E")},
+        _attention,
+        slices={"q": (q, "B Hq M D"), "k": (k, "B Hkv N D"), "v": (v, "B Hkv N E"), "gate": gating},
         options={
             "causal": causal, "scale": scale, "window": window, "softcap": softcap, "dropout_p": dropout_p,
-            "return_lse": return_lse, "backend": backend,
+            "gate_activation": gate_activation, "return_lse": return_lse, "backend": backend,
         },
         parameters={"rel_bias": rel_bias, "sinks": sinks},
         sequences={"lengths": lengths, "cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k},
@@ -123,7 +131,8 @@ def context_parallel_attention(
         if heads < context.size:
             args.fail("q", f"has Hq = {heads} heads", f"at least one for each of the {context.size} processes")
         seed, drawn = _seeds(dropout_p, dropout_seed, q.device)
-        return call.note(args, {"dropout_seed": seed}, {"drawn": drawn})
+        kind = digest("none" if gate is None else "per head" if per_head else "whole")
+        return call.note(args, {"gate": kind, "dropout_seed": seed}, {"drawn": drawn})
 
     call, agreed = call.agree(check)
     args = call.whole(agreed)
@@ -137,7 +146,8 @@ def context_parallel_attention(
     sinks = None if sinks is None else sinks[start:stop]
     seed = (agreed["drawn"] if dropout_seed is None else agreed["dropout_seed"])[0]
     queries, keys = agreed["M"], tuple(agreed["N"])
-    turns = [Turn(1, q_heads, 2, tuple(queries)), Turn(1, k_heads, 2, keys), Turn(1, k_heads, 2, keys)]
+    of_queries, of_keys = Turn(1, q_heads, 2, tuple(queries)), Turn(1, k_heads, 2, keys)
+    turns = [of_queries, of_keys, of_keys, of_queries]
     back = Turn(2, ranges(queries), 1, tuple(b - a for a, b in q_heads))
     operate = partial(
         call.operation,
@@ -145,6 +155,12 @@ def context_parallel_attention(
     )  # fmt: skip
     out, *lse = call.exchanged(agreed, turns, back, operate)
     return (out, lse[0]) if lse else out
+
+
+@wraps(attention)  # errors speak of that
+def _attention(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention`, with a number per head as (B, Hq, M)."""
+    return attention(q, k, v, gate=gate[..., None] if gate is not None and gate.dim() == 3 else gate, **options)
 
 
 def _heads(
