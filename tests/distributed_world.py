@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import wraps
 from itertools import pairwise
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from flashgau.distributed import context_parallel_attention, context_parallel_gau, context_parallel_mixed_chunk
 
 
+@wraps(context_parallel_attention)
 def attend(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None, **options: Any) -> Any:
     """Attention with its gate at the place that gates of the others have."""
     return context_parallel_attention(q, k, v, gate=gate, **options)

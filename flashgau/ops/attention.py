@@ -12,6 +12,7 @@ from flashgau.contract.validate import Arguments, autocast, widened
 from flashgau.options import AttentionOptions, AttentionResults, Gating, Layout, Pages, Window
 
 from . import autograd, dispatch
+from .folding import Rows
 from .operation import Operation
 
 
@@ -192,6 +193,7 @@ def _with_gate(gradients: list[Tensor | None], gate: Tensor) -> list[Tensor | No
     return [*gradients[:3], gate.new_empty(gate.shape), *gradients[3:]]
 
 
+_ROWS = Rows(shared="sinks", single="cu_seqlens cu_seqlens_k dropout_seed")  # dropout depends on a row's number
 _attention = Operation(
     "attention",
     inputs="q k v rel_bias? sinks?",
@@ -202,6 +204,7 @@ _attention = Operation(
     shapes=_results,
     gradients=_gradients,
     op="attention",
+    rows=_ROWS,
 )
 _gated_attention = Operation(
     "gated_attention",
@@ -214,6 +217,7 @@ _gated_attention = Operation(
     shapes=lambda save, **named: [*_results(**named), _results(**named)[0] if save else None],
     gradients=lambda gate, **named: _with_gate(_gradients(**named), gate),
     op="attention",
+    rows=_ROWS,
 )
 _attention_in_pages = Operation(
     "attention_in_pages",

@@ -11,6 +11,7 @@ from flashgau.contract.validate import Arguments, autocast, widened
 from flashgau.options import GatedOptions, Layout
 
 from . import autograd, dispatch
+from .folding import Rows
 from .operation import Operation
 
 
@@ -109,4 +110,5 @@ _gau_attention = Operation(
     tuples={"layout": Layout, "options": GatedOptions},
     shapes=_results,
     op="gau_attention",
+    rows=Rows(single="cu_seqlens"),
 )

@@ -13,6 +13,7 @@ from flashgau.eager.sizes import SIZES
 from flashgau.options import GluOptions, GluWeights
 
 from . import autograd, dispatch
+from .folding import Rows
 from .operation import Operation
 
 
@@ -156,6 +157,7 @@ _glu = Operation(
     tuples={"options": GluOptions},
     shapes=_results,
     op="glu",
+    rows=Rows(any_axes=True),
 )
 _glu_linear = Operation(
     "glu_linear",
@@ -165,4 +167,5 @@ _glu_linear = Operation(
     tuples={"weights": GluWeights, "options": GluOptions},
     shapes=_linear_results,
     op="glu_linear",
+    rows=Rows(shared="w_gate w_up b_gate b_up", any_axes=True),
 )

@@ -12,6 +12,7 @@ from flashgau.contract.validate import FLOATING, Arguments, autocast, readable, 
 from flashgau.options import Layout, MixedChunkHeads, MixedChunkOptions, MixedChunkSaved, OpenChunk
 
 from . import autograd, dispatch
+from .folding import Rows
 from .operation import Operation
 from .state import FIELDS, Continuation, MixedChunkState, check_in_place, open_chunk
 
@@ -319,6 +320,7 @@ _mixed_chunk_attention = Operation(
     },
     shapes=_results,
     op="mixed_chunk_attention",
+    rows=Rows(single="cu_seqlens"),
 )
 _mixed_chunk_step = Operation(
     "mixed_chunk_step",

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from . import autograd
+from .folding import Folding, Rows
 from .names import flat, grouped, names
 from .operator import Operator
 from .tuples import Flattening, fields
@@ -41,12 +42,13 @@ class Operation:
         error: what the refusal of a second derivative calls the operation, `op` unless given.
         differentiable: if not, the floors' one function is called NAME.
         function: what the floors' forward is called, if it is another operation's.
+        rows: which tensors have rows, so that torch.vmap makes one call of the operation; without, one for each entry.
     """
 
     def __init__(
         self, name: str, inputs: str, results: str, shapes: Shapes, *, op: str, data: str = "", saved: str = "",
         reads: str = "", tuples: dict[str, Any] | None = None, gradients: Shapes | None = None, error: str = "",
-        differentiable: bool = True, function: str = "",
+        differentiable: bool = True, function: str = "", rows: Rows | None = None,
     ) -> None:  # fmt: skip
         self.name, self.op, self.tuples, self.shapes = name, op, tuples or {}, shapes
         self.inputs, self.results, self.saved = names(inputs), names(results), names(saved)
@@ -67,13 +69,17 @@ class Operation:
         self.function = function or (f"{name}_forward" if differentiable else name)
         self.writes = any(x.mark == "!" for x in self.inputs)
         returns = "Tensor" if self.writes else "Tensor[]"
-        self.forward = Operator(name, f"({', '.join(takes)})", self._forward, self._fake, returns)
+        folding = None if rows is None else Folding(self.arguments, rows)
+        self.forward = Operator(name, f"({', '.join(takes)})", self._forward, self._fake, returns, folding)
         if self.writes:
             return
         if not differentiable:
             self.forward.refuse_derivative(op)
             return
-        self.backward = Operator(f"{name}_backward", f"({', '.join(takes_back)})", self._backward, self._fake_back)
+        folding = None if rows is None else Folding(self.arguments_back, rows.of_backward())
+        self.backward = Operator(
+            f"{name}_backward", f"({', '.join(takes_back)})", self._backward, self._fake_back, folding=folding
+        )
         self.backward.refuse_derivative(error or op)
         self.forward.register_autograd(self._differentiate, self._keep)
 

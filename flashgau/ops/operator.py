@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import pytorch
+from .folding import Folding
 
 _library = torch.library.Library("flashgau", "FRAGMENT")
 
@@ -26,10 +27,17 @@ class Operator:
         function: what it does.
         fake: the same for shapes.
         returns: "Tensor[]", or "Tensor" if it writes arguments: the only result that torch.compile takes then.
+        folding: how torch.vmap makes one call of it; without, it makes one for each entry.
     """
 
     def __init__(
-        self, name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any], returns: str = "Tensor[]"
+        self,
+        name: str,
+        schema: str,
+        function: Callable[..., Any],
+        fake: Callable[..., Any],
+        returns: str = "Tensor[]",
+        folding: Folding | None = None,
     ) -> None:
         self.name = f"flashgau::{name}"
         torch.library.define(self.name, f"{schema} -> {returns}")
@@ -42,6 +50,7 @@ class Operator:
         self.overload = getattr(torch.ops.flashgau, name).default
         self._function = self._differentiable = function
         self._observed: Callable[..., Any] = self.overload
+        self._folding = folding
 
     def __call__(self, *args: Any) -> Any:
         """Call the operator."""
@@ -52,9 +61,13 @@ class Operator:
         return self._function(*args)
 
     def _mapped(self, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        """What torch.vmap gets: a call for each entry of the mapped axis. The results' axis is the first."""
+        """What torch.vmap gets: one call, or one for each entry of the mapped axis. The results' axis is the first."""
         if info.batch_size == 0:
             raise RuntimeError(f"{self.name} cannot be mapped over an axis of size 0")
+        folded = None if self._folding is None else self._folding.folded(info.batch_size, in_dims, args)
+        if self._folding is not None and folded is not None:
+            results = self._folding.unfolded(info.batch_size, self._observed(*folded))
+            return results, [0] * len(results)
         calls = [
             self._observed(*(_entry(x, axis, i) for x, axis in zip(args, in_dims, strict=True)))
             for i in range(info.batch_size)
