@@ -179,24 +179,63 @@ _back_mode = _private("torch._C:DispatchKey.FuncTorchDynamicLayerBackMode")
 Function: Any = _single_level or torch.autograd.Function
 
 
-def refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
-    """Raise an error for dual numbers, whose tangents would be lost without a word."""
-    for x in args:
-        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
-            raise RuntimeError(
-                f"{name} has no forward-mode derivative: the optimised backends are differentiated in reverse; "
-                f'for jvp call the operation with backend="reference"'
-            )
-
-
 @dataclass(frozen=True)
 class Derivative:
-    """How an operator is differentiated in reverse, and mapped by torch.vmap."""
+    """How an operator is differentiated, in reverse and forward, and mapped by torch.vmap."""
 
-    apply: Callable[..., Any]  # (function, *arguments): runs the function, and remembers what `backward` wants
+    # (function, *arguments): runs the function, and remembers what `backward` wants, of the `kept` ones in their place.
+    apply: Callable[..., Any]
     backward: Callable[..., Any]
     setup_context: Callable[..., Any] | None
     mapped: Callable[..., Any]
+    tangents: Callable[..., Any] | None = None  # (arguments, their tangents, results) -> tangents of the results
+    no_tangents: str = ""  # what the error says if there is no such function
+
+
+def has_tangents(args: tuple[Any, ...]) -> bool:
+    """Whether any of the tensors, those in lists too, is a dual number of the level of forward mode that is entered."""
+    return any(
+        forward_ad.unpack_dual(x).tangent is not None
+        if isinstance(x, Tensor)
+        else isinstance(x, (list, tuple)) and has_tangents(tuple(x))
+        for x in args
+    )
+
+
+def _along(derivative: Derivative, name: str, call: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+    """What `call` makes of dual numbers: of their values, and the tangents of that."""
+    if derivative.tangents is None:
+        raise _no_forward_mode(derivative, name)
+    primals, tangents = [list(args), [None] * len(args)]
+    for i, x in enumerate(args):
+        if isinstance(x, Tensor):
+            primals[i], tangents[i] = forward_ad.unpack_dual(x)
+    results = list(call(*primals))
+    found = derivative.tangents(primals, tangents, results)
+    return [x if t is None else forward_ad.make_dual(x, t) for x, t in zip(results, found, strict=True)]
+
+
+def _no_forward_mode(derivative: Derivative, name: str) -> RuntimeError:
+    return RuntimeError(
+        derivative.no_tangents
+        or f'{name} has no forward-mode derivative here; for jvp call the operation with backend="reference"'
+    )
+
+
+def _can_make_a_dual() -> bool:
+    try:
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+    except RuntimeError:
+        return False
+    return True
+
+
+def _has_a_level() -> bool:
+    return forward_ad._current_level >= 0
+
+
+# Whether a level of forward mode is entered, so that tensors may have tangents, those inside of a transform too.
+in_forward_mode = _can_make_a_dual if _forward_level is None else _has_a_level
 
 
 def _dispatched(library: torch.library.Library, overload: Any, derivative: Derivative) -> Callable[..., Any]:
@@ -212,13 +251,15 @@ def _dispatched(library: torch.library.Library, overload: Any, derivative: Deriv
             return below(keyset, *args)
 
     def on_autograd_key(keyset: Any, *args: Any) -> Any:
-        refuse_tangents(overload.name(), args)
+        def values(*primals: Any) -> Any:
+            if not (torch.is_grad_enabled() and any_requires_grad(*primals)):
+                return below(keyset, *primals)
+            function = partial(below_a_transform if keyset.has(_back_mode) else below, keyset)
+            with _allow_single_level():  # what is kept has its tangents, for a backward along them
+                return derivative.apply(function, *primals, kept=args)
+
         args = _unwrap_dead(args)
-        if not (torch.is_grad_enabled() and any_requires_grad(*args)):
-            return below(keyset, *args)
-        transformed = keyset.has(_back_mode)
-        with _allow_single_level():
-            return derivative.apply(partial(below_a_transform if transformed else below, keyset), *args)
+        return _along(derivative, overload.name(), values, args) if has_tangents(args) else values(*args)
 
     library.impl(overload.name(), on_autograd_key, "Autograd", with_keyset=True)
     return overload
@@ -252,7 +293,8 @@ def _around_the_dispatcher(library: torch.library.Library, overload: Any, deriva
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return overload(*args)
-        refuse_tangents(overload.name(), args)
+        if has_tangents(args):  # which what this Node keeps would not have
+            raise _no_forward_mode(derivative, overload.name())
         return list(Node.apply(*args))
 
     return call
@@ -260,8 +302,11 @@ def _around_the_dispatcher(library: torch.library.Library, overload: Any, deriva
 
 _needed = (_single_level, _allow_single_level, _unwrap_dead, _set_forward_grad, _below, _keys_below, _back_mode)
 
+# Whether an operator's derivative is that of one level of torch.func's transforms at a time.
+sees_levels = not any(name is None for name in _needed)
+
 # Give an operator its derivative, and return what an observed call of it should call.
-register_autograd = _around_the_dispatcher if any(name is None for name in _needed) else _dispatched
+register_autograd = _dispatched if sees_levels else _around_the_dispatcher
 
 
 # ---------------------------------------------------------------- what operations do

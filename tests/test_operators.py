@@ -243,18 +243,6 @@ def test_lengths_can_be_mapped():
         close(a, flashgau.attention(x, x, x, lengths=n))
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_nested_transforms_are_refused(name):
-    """A second derivative is an error under torch.func, too, inside of it and outside."""
-    args, total = arguments_and_sum(name)
-    first = torch.func.grad(total)
-    with pytest.raises(RuntimeError, match=r'differentiable once; for second derivatives.*backend="reference"'):
-        torch.func.grad(lambda x: first(x, *args[1:]).sum())(args[0])
-    leaf = args[0].clone().requires_grad_()
-    with pytest.raises(RuntimeError, match=r'differentiable once; for second derivatives.*backend="reference"'):
-        first(leaf, *args[1:]).sum().backward()
-
-
 def test_what_a_transform_leaves_behind_is_a_tensor_like_others():
     """A product made under torch.func.grad is still a function of the weights outside."""
     w, x = randn(0, 3, 4).requires_grad_(), randn(1, 3, 4)
@@ -325,21 +313,6 @@ def test_a_negated_view_is_negated():
     view = torch.view_as_complex(randn(0, 3, 4, 2)).conj().imag
     assert view.is_neg()
     assert torch.equal(flashgau.glu(view), flashgau.glu(view.resolve_neg()))
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_forward_mode_is_refused(requires_grad):
-    """Not answered with a derivative of zero."""
-    x, tangent = randn(0, 3, 4).requires_grad_(requires_grad), randn(1, 3, 4)
-    with pytest.raises(RuntimeError, match=r'flashgau::glu has no forward-mode derivative.*backend="reference"'):
-        torch.func.jvp(flashgau.glu, (x,), (tangent,))
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, tangent)
-        with pytest.raises(RuntimeError, match="flashgau::glu has no forward-mode derivative"):
-            flashgau.glu(dual)
-        with pytest.raises(RuntimeError, match="flashgau::glu has no forward-mode derivative"):
-            torch.func.grad(lambda x: flashgau.glu(x).sum())(dual)
-        flashgau.glu(randn(2, 3, 4))  # which carries no tangent
 
 
 def test_forward_mode_of_the_reference_agrees_with_reverse():

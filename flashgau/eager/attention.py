@@ -46,9 +46,9 @@ def attention_forward(
         if not (q.is_contiguous() and out.is_contiguous()):
             out = _by_tokens(out) if _is_by_tokens(q) else out.contiguous()
         return AttentionResults(out, lse.contiguous())
-    out = _room_for_output(q, v).zero_()
+    out = room_for_output(q, v).zero_()
     lse = q.new_full(q.shape[:3], -math.inf, dtype=accumulator(q.dtype))
-    for part in _parts(options, q, k, v, layout):
+    for part in parts_of(options, q, k, v, layout):
         targets = part.rows(out), part.rows(lse)
         if _is_plain(options, part.q, part.k, part.v):
             for target, result in zip(targets, _forward_fused(options, part.q, part.k, part.v), strict=True):
@@ -75,9 +75,9 @@ def attention_backward(
         dq, dk, dv = _backward_fused(options, q, k, v, dout, *results)
         return _by_tokens(dq), _by_tokens(dk), _by_tokens(dv), None, None
     acc = accumulator(q.dtype)
-    dq, dk, dv = (_room_by_tokens(x, x.shape[-1]).zero_() for x in (q, k, v))
+    dq, dk, dv = (room_by_tokens(x, x.shape[-1]).zero_() for x in (q, k, v))
     dbias, dsinks = (None if x is None else torch.zeros(x.shape, dtype=acc, device=q.device) for x in (rel_bias, sinks))
-    for part in _parts(options, q, k, v, layout):
+    for part in parts_of(options, q, k, v, layout):
         rows = part.rows(dout), part.rows(results[0]), part.rows(results[1])
         into = _Gradients(part.rows(dq), part.keys(dk), part.keys(dv), part.batch(dbias), dsinks)
         if dlse is None and _is_plain(options, part.q, part.k, part.v):
@@ -106,7 +106,7 @@ def gated_attention_forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """act(gate) * O, the log-sum-exp of the scores and, if `save`, O: else the first is written over it."""
     product, lse = attention_forward(q, k, v, layout, options)
-    out = _room_for_output(q, v) if save else product
+    out = room_for_output(q, v) if save else product
     if layout.is_dense:
         _gate(product, *gating, out)
         return out, lse, product if save else None
@@ -134,7 +134,7 @@ def gated_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, gate, rel_bias (B, Hq, 2P-1) and sinks (Hq,); None where there is no such input."""
     gate, activation = gating
-    dx, dgate = _room_for_output(q, v), gate.new_empty(gate.shape)
+    dx, dgate = room_for_output(q, v), gate.new_empty(gate.shape)
     if not layout.is_dense:  # padding
         dx, dgate = dx.zero_(), dgate.zero_()
     workspace = Workspace()
@@ -202,14 +202,14 @@ def _is_plain(options: AttentionOptions, q: Tensor, k: Tensor, v: Tensor) -> boo
     )
 
 
-def _parts(options: AttentionOptions, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> list[_Part]:
+def parts_of(options: AttentionOptions, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> list[Part]:
     """The sequences, none if there are no heads."""
     if q.shape[1] == 0:
         return []
-    return [_Part(seq, options, q, k, v) for seq in sequences(q.shape[0], q.shape[2], k.shape[2], layout)]
+    return [Part(seq, options, q, k, v) for seq in sequences(q.shape[0], q.shape[2], k.shape[2], layout)]
 
 
-class _Part:
+class Part:
     """One sequence's views of the tensors: queries (b, Hq, m, D) against keys (b, Hkv, n, D)."""
 
     def __init__(self, seq: Sequence, options: AttentionOptions, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -220,12 +220,15 @@ class _Part:
         self.groups = q.shape[1] // k.shape[1]
 
     def rows(self, x: Tensor) -> Tensor:
+        """Its queries' part of x (B, Hq, M, ...)."""
         return _cut(x, self.seq.batch, self.seq.queries)
 
     def keys(self, x: Tensor) -> Tensor:
+        """Its keys' part of x (B, Hkv, N, ...)."""
         return _cut(x, self.seq.batch, self.seq.keys)
 
     def batch(self, x: Tensor | None) -> Tensor | None:
+        """Its rows of the batch, of x (B, ...)."""
         return None if x is None else x[self.seq.batch]
 
     def blocks(self) -> Iterator[tuple[slice, list[slice]]]:
@@ -247,14 +250,13 @@ class _Part:
         return lo, hi
 
     def scores(self, q_blk: Tensor, i: slice, j: slice) -> tuple[Tensor, Tensor | None]:
-        """Masked scores (b, Hq, bm, bn) of a block, and the derivative of the softcap where there is one."""
+        """Masked scores (b, Hq, bm, bn) of a block, and where there is a softcap their tanh, before the bias."""
         b, _, bm, _ = q_blk.shape
         k_blk = self.k[:, :, j].to(q_blk.dtype)
         s = (self.fold(q_blk) @ k_blk.mT).view(b, -1, bm, j.stop - j.start).mul_(self.options.factor)
-        slope = None
+        t = None
         if self.options.softcap is not None:
             t = torch.tanh_(s.div_(self.options.softcap))
-            slope = 1 - t * t
             s = t * self.options.softcap
         if self.bias is not None:
             s = s + toeplitz_block(self.bias, self.bias_start(i, j), bm, j.stop - j.start)
@@ -269,7 +271,7 @@ class _Part:
             if right is not None:
                 hidden |= distance > right
             s = s.masked_fill_(hidden, -math.inf)
-        return s, slope
+        return s, t
 
     def bias_start(self, i: slice, j: slice) -> int:
         """Index into the bias vector of the block's first entry: P-1 + (j - p)."""
@@ -299,7 +301,7 @@ class _Part:
         return (words >= int(p * 2**32)).to(accumulator(self.q.dtype)) * factor
 
 
-def _forward_blocked(part: _Part, out: Tensor, lse: Tensor) -> None:
+def _forward_blocked(part: Part, out: Tensor, lse: Tensor) -> None:
     b, heads, _m, _ = part.q.shape
     acc, factor = lse.dtype, values_dtype(part.v)
     for i, key_blocks in part.blocks():
@@ -331,7 +333,7 @@ def _forward_blocked(part: _Part, out: Tensor, lse: Tensor) -> None:
 
 
 def _backward_blocked(
-    part: _Part, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, into: _Gradients
+    part: Part, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, into: _Gradients
 ) -> None:
     acc, factor = lse.dtype, values_dtype(part.v)
     dk_sum, dv_sum = torch.zeros_like(into.k, dtype=acc), torch.zeros_like(into.v, dtype=acc)
@@ -345,7 +347,8 @@ def _backward_blocked(
             j: slice, i: slice = i, q_blk: Tensor = q_blk, d: Tensor = do_factor, lse_blk: Tensor = lse_blk
         ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
             """P and dP of a block, dropout's factor and the softcap's slope."""
-            s, slope = part.scores(q_blk, i, j)
+            s, t = part.scores(q_blk, i, j)
+            slope = None if t is None else 1 - t * t
             p = s.sub_(lse_blk[..., None]).exp_()
             dp = (d @ part.v[:, :, j].to(factor).mT).to(acc).view_as(p)
             kept = part.kept(i, j)
@@ -393,7 +396,7 @@ def _backward_fused(
     masked = _must_mask(options, q)
     if q.dtype == accumulator(q.dtype):
         return _fused_gradients(options, masked, q, k, v, dout, out, lse)
-    dq, dk, dv = (_room_by_tokens(x, x.shape[-1]) for x in (q, k, v))
+    dq, dk, dv = (room_by_tokens(x, x.shape[-1]) for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
     for batch, heads in _pieces(q, k):
         shared = slice(heads.start * groups, heads.stop * groups)
@@ -475,13 +478,13 @@ def _cut(x: Tensor, batch: slice, tokens: slice) -> Tensor:
     return x if is_all else x[batch, :, tokens]
 
 
-def _room_for_output(q: Tensor, v: Tensor) -> Tensor:
+def room_for_output(q: Tensor, v: Tensor) -> Tensor:
     """Unwritten memory (B, Hq, M, E), stored as (B, M, Hq, E) if q is: joining the heads afterwards is then a view."""
     width = v.shape[-1]
-    return _room_by_tokens(q, width) if _is_by_tokens(q) else q.new_empty(*q.shape[:3], width)
+    return room_by_tokens(q, width) if _is_by_tokens(q) else q.new_empty(*q.shape[:3], width)
 
 
-def _room_by_tokens(x: Tensor, width: int) -> Tensor:
+def room_by_tokens(x: Tensor, width: int) -> Tensor:
     """Unwritten memory for as many heads and tokens as x (B, H, N, D), as PyTorch's kernel stores gradients."""
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], width).transpose(1, 2)
 

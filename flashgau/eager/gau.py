@@ -46,7 +46,7 @@ def gau_attention_forward(
     out = q.new_zeros(*q.shape[:2], v.shape[-1])
     product = torch.zeros_like(out) if save and gate is not None else None
     for seq in sequences(q.shape[0], q.shape[1], k.shape[1], layout):
-        part = _Part(seq, options, q, k, v)
+        part = Part(seq, options, q, k, v)
         for i in part.panels():
             _, probs, _ = part.probs(i)
             x = part.times_values(probs)
@@ -77,7 +77,7 @@ def gau_attention_backward(
     dbias = torch.zeros(rel_bias.shape, dtype=acc, device=q.device) if rel_bias is not None else None
     workspace = Workspace()
     for seq in sequences(q.shape[0], q.shape[1], k.shape[1], layout):
-        part = _Part(seq, options, q, k, v)
+        part = Part(seq, options, q, k, v)
         dk_sum = torch.zeros_like(part.k, dtype=acc)
         dv_sum = torch.zeros_like(part.v, dtype=acc)
         for i in part.panels():
@@ -89,23 +89,23 @@ def gau_attention_backward(
                 dx = (dx * activated(g, activation, dx.dtype)).to(part.factor)
             s, a, scale = part.probs(i)
             seen = a.shape[-1]
-            add_product(_keys_seen(dv_sum, seen), a.to(part.factor).mT, dx, workspace)
-            da = _times_transposed(dx, _keys_seen(part.v, seen)).to(acc)
+            add_product(keys_seen(dv_sum, seen), a.to(part.factor).mT, dx, workspace)
+            da = times_transposed(dx, keys_seen(part.v, seen)).to(acc)
             ds = part.score_gradient(da, s, a)
             if dbias is not None:
                 start = part.bias_start(i) - (ds.shape[-2] - 1)
                 sums = toeplitz_sums(ds)
                 dbias[seq.batch, start : start + sums.shape[-1]] += sums
             ds = ds.mul_(scale).to(part.factor)
-            dq[seq.batch, rows] = (ds @ _keys_seen(part.k, seen).to(part.factor)).to(dq.dtype)
-            add_product(_keys_seen(dk_sum, seen), ds.mT, part.q[:, i].to(part.factor), workspace)
+            dq[seq.batch, rows] = (ds @ keys_seen(part.k, seen).to(part.factor)).to(dq.dtype)
+            add_product(keys_seen(dk_sum, seen), ds.mT, part.q[:, i].to(part.factor), workspace)
         dk[seq.batch, seq.keys] = dk_sum.to(dk.dtype)
         dv[seq.batch, seq.keys] = dv_sum.to(dv.dtype)
     dbias = dbias.to(rel_bias.dtype) if dbias is not None and rel_bias is not None else None
     return dq, dk, dv, dgate, dbias
 
 
-class _Part:
+class Part:
     """One sequence: m queries (b, m, S) at the end of n keys (b, n, S)."""
 
     def __init__(self, seq: Sequence, options: GatedOptions, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -170,7 +170,7 @@ class _Part:
         """Scores and weights A (b, rows, keys seen) of a panel, and the scale of its q k^T."""
         offset = self.n - self.m
         seen, scale = self.seen(i), self.scale(i)
-        s = _times_transposed(self.q[:, i], _keys_seen(self.k, seen)).mul_(scale)
+        s = times_transposed(self.q[:, i], keys_seen(self.k, seen)).mul_(scale)
         if self.bias is not None:
             s += self.bias_of(i, seen)
         # Keys before `edge` are seen by every row of the panel.
@@ -186,7 +186,8 @@ class _Part:
         return s, a, scale
 
     def times_values(self, a: Tensor) -> Tensor:
-        return a.to(self.factor) @ _keys_seen(self.v, a.shape[-1])
+        """A v (b, rows, E), of the keys that A has."""
+        return a.to(self.factor) @ keys_seen(self.v, a.shape[-1])
 
     def score_gradient(self, da: Tensor, s: Tensor, a: Tensor) -> Tensor:
         """dS from dA: the slope of an elementwise score, or softmax's a * (da - sum a da)."""
@@ -200,11 +201,11 @@ class _Part:
         return self.bias.shape[-1] // 2 - (i.start + self.n - self.m)
 
 
-def _keys_seen(x: Tensor, seen: int) -> Tensor:
+def keys_seen(x: Tensor, seen: int) -> Tensor:
     """The first rows of keys or values; of a single sequence laid out as a tensor of its own, not to be copied."""
     return x[:, :seen] if x.shape[0] > 1 else x[0, :seen][None]
 
 
-def _times_transposed(a: Tensor, b: Tensor) -> Tensor:
+def times_transposed(a: Tensor, b: Tensor) -> Tensor:
     """a b^T. Of halves PyTorch would copy b^T first, but for a product of two matrices."""
     return a @ b.mT if a.shape[0] > 1 else (a[0] @ b[0].mT)[None]

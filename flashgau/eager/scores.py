@@ -27,3 +27,10 @@ def score_slope(kind: str, x: Tensor) -> Tensor:
         return torch.relu(x).mul_(2)
     # 1 / (2 sigma^2) = 2 pi, and the density's factor 1 / (sigma sqrt(2 pi)) = sqrt 2.
     return (x - _MU).square_().mul_(-2 * math.pi).exp_().mul_(math.sqrt(2))
+
+
+def score_bend(kind: str, x: Tensor) -> Tensor:
+    """The derivative of `score_slope` at x; 0 where x is -inf."""
+    if kind == "relu2":
+        return (x > 0).to(x.dtype).mul_(2)
+    return score_slope(kind, x).mul_((x - _MU).clamp_min(-1e4)).mul_(-4 * math.pi)

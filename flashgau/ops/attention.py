@@ -9,9 +9,18 @@ from torch import Tensor
 
 from flashgau.contract import operands
 from flashgau.contract.validate import Arguments, autocast, widened
-from flashgau.options import AttentionOptions, AttentionResults, Gating, Layout, Pages, Window
+from flashgau.options import (
+    AttentionAlong,
+    AttentionOptions,
+    AttentionResults,
+    AttentionTangents,
+    Gating,
+    Layout,
+    Pages,
+    Window,
+)
 
-from . import autograd, dispatch
+from . import autograd, dispatch, plain
 from .folding import Rows
 from .operation import Operation
 
@@ -200,12 +209,27 @@ _attention = Operation(
     data="lengths? cu_seqlens? cu_seqlens_k? dropout_seed?",
     results="out lse?",
     reads="out lse",
-    tuples={"results": AttentionResults, "layout": Layout, "options": AttentionOptions},
+    tuples={
+        "results": AttentionResults,
+        "tangents": AttentionTangents,
+        "along": AttentionAlong,
+        "layout": Layout,
+        "options": AttentionOptions,
+    },
     shapes=_results,
     gradients=_gradients,
     op="attention",
     rows=_ROWS,
 )
+
+
+def _gated_by_others(
+    q: Tensor, k: Tensor, v: Tensor, gating: Gating, layout: Layout, options: AttentionOptions, backend: str
+) -> list[Tensor]:
+    x, lse = _attention(q, k, v, options=options, layout=layout, backend=backend)
+    return [plain.gated(x, *gating, plain.of_queries(layout, q.shape[2], k.shape[2])), lse]
+
+
 _gated_attention = Operation(
     "gated_attention",
     inputs="q k v gate rel_bias? sinks?",
@@ -218,6 +242,7 @@ _gated_attention = Operation(
     gradients=lambda gate, **named: _with_gate(_gradients(**named), gate),
     op="attention",
     rows=_ROWS,
+    others=_gated_by_others,
 )
 _attention_in_pages = Operation(
     "attention_in_pages",

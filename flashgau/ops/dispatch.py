@@ -20,6 +20,7 @@ from flashgau.eager import glu as eager_glu
 from flashgau.eager import mixed_chunk as eager_mixed_chunk
 from flashgau.eager import norms as eager_norms
 from flashgau.eager import projection as eager_projection
+from flashgau.eager import tangents as eager_tangents
 
 BACKENDS = ("triton", "eager", "reference")
 _CPU = torch.device("cpu")
@@ -35,7 +36,7 @@ FILES = {
 }
 
 # Fused pieces of layers, which no caller asks a backend for.
-_INNER = {"projection": "projection", "flash_unit": "flash_unit", "norm": "norms"}
+_INNER = {"projection": "projection", "flash_unit": "flash_unit", "norm": "norms", "tangents": "tangents"}
 
 
 # The floors' files by name: the reference is one module for all. Loaded here and not at the first call, which
@@ -50,13 +51,14 @@ _FLOORS: dict[str, dict[str, ModuleType]] = {
         "mixed_chunk": eager_mixed_chunk,
         "norms": eager_norms,
         "projection": eager_projection,
+        "tangents": eager_tangents,
     },
 }
 
 
 def _floor(backend: str) -> dict[str, ModuleType]:
     if backend == "triton" and backend not in _FLOORS:  # which nobody wants to load who has no use for it
-        from flashgau.kernels import attention, gau, glu, mixed_chunk, norms, projection
+        from flashgau.kernels import attention, gau, glu, mixed_chunk, norms, projection, tangents
 
         _FLOORS[backend] = {
             "attention": attention,
@@ -65,6 +67,7 @@ def _floor(backend: str) -> dict[str, ModuleType]:
             "mixed_chunk": mixed_chunk,
             "norms": norms,
             "projection": projection,
+            "tangents": tangents,
         }
     return _FLOORS[backend]
 

@@ -6,15 +6,26 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flashgau.contract.validate import Arguments, autocast, widened
 from flashgau.eager import flash_unit as flash_unit_eager
 from flashgau.eager.flash_unit_steps import FlashUnitSteps
-from flashgau.options import Angles, FlashSaved, FlashWeights, Layout, MixedChunkOptions, OpenChunk
+from flashgau.options import (
+    Angles,
+    FlashSaved,
+    FlashWeights,
+    Layout,
+    MixedChunkHeads,
+    MixedChunkOptions,
+    OpenChunk,
+    ProjectionWeights,
+)
 
-from . import autograd, dispatch
+from . import autograd, chunks, dispatch, plain
 from .operation import Operation
+from .projection import written_projection
 from .state import MixedChunkState, check_in_place
 
 
@@ -97,6 +108,23 @@ def _results(
     return [y, x.new_empty(*x.shape[:2], w.shape[0]), x.new_empty(*x.shape[:2], wide), starts]
 
 
+def _by_others(
+    x: Tensor,
+    residual: Tensor | None,
+    weights: FlashWeights,
+    angles: Angles,
+    layout: Layout,
+    options: MixedChunkOptions,
+    backend: str,
+) -> list[Tensor]:
+    to_heads = ProjectionWeights(weights.w, weights.b, weights.gamma, weights.beta)
+    u, v, heads = written_projection(x, to_heads, angles)
+    options = options._replace(gate_activation="identity")
+    ordered = MixedChunkHeads(*(heads[i] for i in weights.order))
+    product = chunks.mixed_chunk_attention(v, u, ordered, layout, options, backend)[0]
+    return [plain.added(F.linear(product, weights.w_out, weights.b_out), residual)]
+
+
 _flash_unit = Operation(
     "flash_unit",
     inputs="x w b? gamma beta? w_out b_out? residual+ rel_bias?",
@@ -113,4 +141,5 @@ _flash_unit = Operation(
     shapes=_results,
     op="flash_unit",
     error="FLASH",
+    others=_by_others,
 )

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from flashgau.contract import operands
 from flashgau.contract.validate import Arguments, autocast, widened
-from flashgau.options import GatedOptions, Layout
+from flashgau.options import GatedOptions, GatedTangents, Layout
 
-from . import autograd, dispatch
+from . import autograd, dispatch, plain
 from .folding import Rows
 from .operation import Operation
 
@@ -101,14 +101,31 @@ def _results(q: Tensor, v: Tensor, gate: Tensor | None, save: bool, **_: Any) ->
     return [q.new_empty(shape), q.new_empty(shape) if save and gate is not None else None]
 
 
+def attend_ungated(
+    q: Tensor, k: Tensor, v: Tensor, options: GatedOptions, backend: str, layout: Layout = Layout()
+) -> Tensor:
+    """A v (B, M, E), of options as floors take them. For operations that are written in it."""
+    product: Tensor = _gau_attention(q, k, v, None, layout=layout, options=options, backend=backend)[0]
+    return product
+
+
+def _by_others(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, layout: Layout, options: GatedOptions, backend: str
+) -> list[Tensor]:
+    product = attend_ungated(q, k, v, options, backend, layout)
+    layout = plain.of_queries(layout, q.shape[1], k.shape[1])
+    return [plain.gated(product, gate, options.gate_activation, layout)]
+
+
 _gau_attention = Operation(
     "gau_attention",
     inputs="q k v gate? rel_bias?",
     data="lengths? cu_seqlens?",
     results="out",
     saved="product",
-    tuples={"layout": Layout, "options": GatedOptions},
+    tuples={"tangents": GatedTangents, "layout": Layout, "options": GatedOptions},
     shapes=_results,
     op="gau_attention",
     rows=Rows(single="cu_seqlens"),
+    others=_by_others,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flashgau.contract import operands
@@ -12,7 +13,7 @@ from flashgau.contract.validate import Arguments, autocast
 from flashgau.eager.sizes import SIZES
 from flashgau.options import GluOptions, GluWeights
 
-from . import autograd, dispatch
+from . import autograd, dispatch, plain
 from .folding import Rows
 from .operation import Operation
 
@@ -149,6 +150,11 @@ def _linear_results(x: Tensor, w_gate: Tensor, save: bool, **_: Any) -> list[Ten
     return [x.new_empty(shape), *(x.new_empty(shape) if save else None for _ in range(2))]
 
 
+def _linear_by_others(x: Tensor, weights: GluWeights, options: GluOptions, backend: str) -> list[Tensor]:
+    g, u = F.linear(x, weights.w_gate, weights.b_gate), F.linear(x, weights.w_up, weights.b_up)
+    return [plain.glu(g, u, *options)]
+
+
 _glu = Operation(
     "glu",
     inputs="gate up?",
@@ -158,6 +164,7 @@ _glu = Operation(
     shapes=_results,
     op="glu",
     rows=Rows(any_axes=True),
+    others=lambda gate, up, options, backend: [plain.glu(gate, up, *options)],
 )
 _glu_linear = Operation(
     "glu_linear",
@@ -168,4 +175,5 @@ _glu_linear = Operation(
     shapes=_linear_results,
     op="glu_linear",
     rows=Rows(shared="w_gate w_up b_gate b_up", any_axes=True),
+    others=_linear_by_others,
 )

@@ -11,7 +11,7 @@ from flashgau.contract import operands
 from flashgau.contract.validate import FLOATING, Arguments, autocast, readable, widened
 from flashgau.options import Layout, MixedChunkHeads, MixedChunkOptions, MixedChunkSaved, OpenChunk
 
-from . import autograd, dispatch
+from . import autograd, chunks, dispatch
 from .folding import Rows
 from .operation import Operation
 from .state import FIELDS, Continuation, MixedChunkState, check_in_place, open_chunk
@@ -321,6 +321,7 @@ _mixed_chunk_attention = Operation(
     shapes=_results,
     op="mixed_chunk_attention",
     rows=Rows(single="cu_seqlens"),
+    others=chunks.mixed_chunk_attention,
 )
 _mixed_chunk_step = Operation(
     "mixed_chunk_step",

@@ -9,6 +9,7 @@ from flashgau.eager import norms as eager
 from flashgau.options import NormOptions
 from flashgau.reference import norm as naive
 
+from .. import pytorch
 from . import dispatch
 from .operation import Operation
 
@@ -23,10 +24,11 @@ def norm(
     of `caller`, a layer.
     """
     name = dispatch.resolve_inner("norm", x.device, x.dtype, x.shape[-1])
+    # PyTorch's forward mode of layer_norm takes mean and deviation for constants where it is differentiated.
+    if name == "reference" or (kind == "layernorm" and pytorch.in_forward_mode()):
+        return naive(x, weight, bias, kind=kind, eps=eps, clamp=clamp)
     if name == "eager":
         return eager.norm(x, weight, bias, kind, eps, clamp)
-    if name == "reference":
-        return naive(x, weight, bias, kind=kind, eps=eps, clamp=clamp)
     args = Arguments(caller)
     args.tensor("x", x, "... d")
     for what, w in (("weight", weight), ("bias", bias)):
@@ -44,4 +46,5 @@ _norm = Operation(
     tuples={"options": NormOptions},
     op="norm",
     error="norm",
+    others=lambda x, weight, bias, options, backend: [eager.norm(x, weight, bias, *options)],
 )

@@ -9,12 +9,16 @@ How a declaration is written: `names.py`. The tuples: `flashgau/options.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .. import pytorch
 from . import autograd
 from .folding import Folding, Rows
+from .higher import Higher, by_others
 from .names import flat, grouped, names
 from .operator import Operator
 from .tuples import Flattening, fields
@@ -39,7 +43,9 @@ class Operation:
         tuples: kinds of tuples by name, in which the floors' functions get tensors named above, and everything that is
             no tensor. A function gets those of which it has a field.
         gradients: like `shapes`, for the backward; unless given, they are like the inputs and contiguous.
-        error: what the refusal of a second derivative calls the operation, `op` unless given.
+        error: what the refusal of a derivative calls the operation, `op` unless given.
+        others: (all arguments but `save`, as the floors' functions get them, and `backend`) -> the results, by
+            operations that are differentiated forward and twice; unless `tuples` has `tangents` (`higher.py`).
         differentiable: if not, the floors' one function is called NAME.
         function: what the floors' forward is called, if it is another operation's.
         rows: which tensors have rows, so that torch.vmap makes one call of the operation; without, one for each entry.
@@ -49,6 +55,7 @@ class Operation:
         self, name: str, inputs: str, results: str, shapes: Shapes, *, op: str, data: str = "", saved: str = "",
         reads: str = "", tuples: dict[str, Any] | None = None, gradients: Shapes | None = None, error: str = "",
         differentiable: bool = True, function: str = "", rows: Rows | None = None,
+        others: Callable[..., Any] | None = None,
     ) -> None:  # fmt: skip
         self.name, self.op, self.tuples, self.shapes = name, op, tuples or {}, shapes
         self.inputs, self.results, self.saved = names(inputs), names(results), names(saved)
@@ -67,6 +74,7 @@ class Operation:
         )
         self.gradients = gradients or self._like_inputs
         self.function = function or (f"{name}_forward" if differentiable else name)
+        self.others = others
         self.writes = any(x.mark == "!" for x in self.inputs)
         returns = "Tensor" if self.writes else "Tensor[]"
         folding = None if rows is None else Folding(self.arguments, rows)
@@ -80,13 +88,30 @@ class Operation:
         self.backward = Operator(
             f"{name}_backward", f"({', '.join(takes_back)})", self._backward, self._fake_back, folding=folding
         )
-        self.backward.refuse_derivative(error or op)
-        self.forward.register_autograd(self._differentiate, self._keep)
+        self.higher = Higher(self, fixed, error or op) if "tangents" in self.tuples else None
+        rules = (None, None) if self.higher is None else (self.higher.tangents_forward, self.higher.tangents_backward)
+        self.forward.register_autograd(self._differentiate, self._keep, rules[0])
+        if self.higher is None and others is None:
+            self.backward.refuse_derivative(error or op)
+        else:
+            self.backward.register_autograd(self._differentiate_back, self._keep_back, rules[1])
 
     def __call__(self, *tensors: Any, save: bool = False, backend: str, **tuples: Any) -> Any:
         """The results, and what was saved, in a list; the only result of what writes its inputs."""
         plain = [*tensors, *([save] if self.saved else []), backend]
-        return self.forward(*self.flattening.flat(plain, tuples))
+        args = self.flattening.flat(plain, tuples)
+        if self.others is not None and not torch.compiler.is_compiling() and pytorch.in_forward_mode():
+            named = dict(zip(self.arguments, args, strict=True))
+            if self.higher is None or not self.higher.applies(named):
+                return [*flat(self.by_others(args)), *(None for _ in self.saved)]
+        return self.forward(*args)
+
+    def by_others(self, args: list[Any]) -> Any:
+        """The results of these arguments by operations that are differentiated forward and twice."""
+        named = self.flattening.named(args)
+        named.pop("save", None)
+        assert self.others is not None
+        return self.others(**named)
 
     def _forward(self, *args: Any) -> Any:
         named = self.flattening.named(args)
@@ -136,3 +161,40 @@ class Operation:
         found |= {x.name: given[self.results[0].name] for x in self.inputs if x.mark == "+"}
         needed = zip(self.arguments, ctx.needs_input_grad, strict=False)  # which has one more: the function that ran
         return tuple(found.get(name) if need else None for name, need in needed)
+
+    def backward_by_name(self, named: dict[str, Any]) -> dict[str, Any]:
+        """The gradients of the inputs by name, of everything by name."""
+        found = self.backward(*(named[name] for name in self.arguments_back))
+        return dict(zip((x.name for x in self.differentiated), found, strict=True))
+
+    def _keep_back(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep for the second derivative all that the backward was given."""
+        count = len(self.arguments_back) - len(self.fixed)
+        ctx.lists = [len(x) if isinstance(x, (list, tuple)) else None for x in inputs[:count]]
+        ctx.save_for_backward(*flat(inputs[:count]))
+        ctx.fixed = inputs[count:]
+        ctx.set_materialize_grads(False)
+
+    def _differentiate_back(self, ctx: Any, gradients: list[Any]) -> tuple[Any, ...]:
+        """The gradients of the backward's arguments, from those of the gradients that it gave."""
+        rest = iter(ctx.saved_tensors)
+        kept = [next(rest) if size is None else list(islice(rest, size)) for size in ctx.lists]
+        named = dict(zip(self.arguments_back, [*kept, *ctx.fixed], strict=True))
+        named |= {f"t{x.name}": t for x, t in zip(self.differentiated, gradients, strict=True)}
+        needs, sizes = iter(ctx.needs_input_grad), [*ctx.lists, *(None for _ in ctx.fixed)]
+        needed = {
+            name
+            for name, size in zip(self.arguments_back, sizes, strict=True)
+            if any(list(islice(needs, 1 if size is None else size)))
+        }
+        found: dict[str, Any] = {}
+        if all(x is None for x in gradients):
+            needed.clear()
+        elif self.higher is not None and self.higher.applies(named):
+            found = self.higher.differentiate_backward(named, needed)
+        else:
+            found = by_others(self, named)
+        return tuple(
+            found[name] if name in needed and name in found else None if size is None else [None] * size
+            for name, size in zip(self.arguments_back, sizes, strict=True)
+        )

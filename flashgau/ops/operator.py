@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
+from itertools import chain, islice
 from typing import Any, NoReturn
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .. import pytorch
 from .folding import Folding
+from .names import flat
 
 _library = torch.library.Library("flashgau", "FRAGMENT")
 
@@ -48,6 +50,7 @@ class Operator:
         if returns == "Tensor[]":
             torch.library.register_vmap(self.name, self._mapped)
         self.overload = getattr(torch.ops.flashgau, name).default
+        self._lists = {i for i, x in enumerate(schema.strip("()").split(", ")) if x.startswith("Tensor[]")}
         self._function = self._differentiable = function
         self._observed: Callable[..., Any] = self.overload
         self._folding = folding
@@ -75,40 +78,86 @@ class Operator:
         results = [torch.stack(parts) for parts in zip(*calls, strict=True)]
         return results, [0] * len(results)
 
-    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
-        """The derivative, `backward(ctx, list of gradients)`, and what to keep for it."""
+    def register_autograd(
+        self,
+        backward: Callable[..., Any],
+        setup_context: Callable[..., Any] | None = None,
+        tangents: Callable[..., Any] | None = None,
+        no_tangents: str = "",
+        refused: Collection[int] = (),
+    ) -> None:
+        """The derivative, `backward(ctx, list of gradients)`, and what to keep for it; and that in forward mode,
+        `tangents(arguments, their tangents or None, results)`, or what is said where there is none.
+
+        The same is said to who wants the derivatives by the arguments with the `refused` numbers. PyTorch does not tell
+        `backward` which are wanted; it gives zeros for these.
+        """
+        if refused and not pytorch.sees_levels:  # where a Function before this one, as below, could not be told apart
+            backward = self._refuse(no_tangents)
+
+        class Refused(pytorch.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                return x.view_as(x)
+
+            @staticmethod
+            def backward(ctx: Any, grad: Tensor) -> NoReturn:
+                raise RuntimeError(no_tangents)
 
         class Node(pytorch.Function):
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
-                *inputs, function = args
+                *inputs, kept, sizes, function = args
+                if sizes is not None:
+                    rest = iter(inputs)
+                    inputs = [next(rest) if size is None else list(islice(rest, size)) for size in sizes]
                 result = function(*inputs)
                 if setup_context is not None:
-                    setup_context(ctx, tuple(inputs), result)
+                    setup_context(ctx, kept or tuple(inputs), result)
                 return tuple(result)
 
             @staticmethod
             def backward(ctx: Any, *grads: Any) -> Any:
-                return *backward(ctx, list(grads)), None
+                found = backward(ctx, list(grads))
+                return *(flat(found) if self._lists else found), None, None, None
 
-        def differentiable(function: Callable[..., Any], *args: Any) -> Any:
-            return list(Node.apply(*args, function))
+        def differentiable(function: Callable[..., Any], *args: Any, kept: tuple[Any, ...] = ()) -> Any:
+            if refused:
+                args = tuple(
+                    Refused.apply(x) if i in refused and isinstance(x, Tensor) and x.requires_grad else x
+                    for i, x in enumerate(args)
+                )
+            if not self._lists:
+                return list(Node.apply(*args, kept, None, function))
+            # A Function sees no tensor in a list.
+            sizes = [len(x) if i in self._lists else None for i, x in enumerate(args)]
+            parts = (x if size is not None else [x] for x, size in zip(args, sizes, strict=True))
+            return list(Node.apply(*chain.from_iterable(parts), kept, sizes, function))
 
         Node.__name__ = Node.__qualname__ = self.name.replace("::", "_")
         self._differentiable = partial(differentiable, self._function)
-        derivative = pytorch.Derivative(differentiable, backward, setup_context, self._mapped)
+        derivative = pytorch.Derivative(differentiable, backward, setup_context, self._mapped, tangents, no_tangents)
         self._observed = pytorch.register_autograd(_library, self.overload, derivative)
 
-    def refuse_derivative(self, op: str) -> None:
+    def refuse_derivative(self, op: str, times: str = "once") -> None:
         """Let differentiating it raise an error that says what to do, in the name of the operation `op`."""
+        error = refusal(op, times)
+        self.register_autograd(self._refuse(error), no_tangents=error)
 
+    @staticmethod
+    def _refuse(error: str) -> Callable[..., Any]:
         def backward(ctx: Any, grads: list[Tensor]) -> NoReturn:
-            raise RuntimeError(
-                f"{op}: the optimised backends are differentiable once; "
-                f'for second derivatives call it with backend="reference"'
-            )
+            raise RuntimeError(error)
 
-        self.register_autograd(backward)
+        return backward
+
+
+def refusal(op: str, times: str) -> str:
+    """What is said to who asks for one derivative more."""
+    return (
+        f"{op}: the optimised backends are differentiable {times}; "
+        f'for more derivatives call it with backend="reference"'
+    )
 
 
 def _entry(x: Any, axis: Any, i: int) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from flashgau.contract.validate import autocast
 from flashgau.options import Angles, ProjectionWeights
 
-from . import autograd, dispatch
+from . import autograd, dispatch, plain
 from .operation import Operation
 
 
@@ -35,12 +35,22 @@ def gated_projection(
     """
     x, weight, bias = autocast(x, weight, bias)
     name = dispatch.resolve_inner("projection", x.device, x.dtype)
-    count, narrow = gamma.shape
+    count = gamma.shape[0]
     if name != "reference":
         save = autograd.needs_grad(x, weight, bias, gamma, beta)
         weights = ProjectionWeights(weight, bias, gamma, beta, raw_gate)
         u, v, *rest = _gated_projection(x, weights=weights, angles=angles, save=save, backend=name)
         return u, v, rest[:count]
+    u, v, heads = written_projection(x, ProjectionWeights(weight, bias, gamma, beta, raw_gate), angles)
+    return u, v, heads
+
+
+def written_projection(
+    x: Tensor, weights: ProjectionWeights, angles: Angles, backend: str = "reference"
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """`gated_projection` in PyTorch's own operations."""
+    weight, bias, gamma, beta, raw_gate = weights
+    narrow = gamma.shape[1]
     wide = (weight.shape[0] - narrow) // 2
     u, v, z = F.linear(x, weight, bias).split((wide, wide, narrow), -1)
     u, v, z = u if raw_gate else F.silu(u), F.silu(v), F.silu(z)
@@ -97,6 +107,7 @@ _gated_projection = Operation(
     shapes=_gated_results,
     op="projection",
     error="gated_projection",
+    others=written_projection,
 )
 _projection = Operation(
     "projection",
@@ -104,4 +115,5 @@ _projection = Operation(
     results="y",
     shapes=lambda x, weight, **_: [x.new_empty(*x.shape[:-1], weight.shape[0])],
     op="projection",
+    others=lambda x, weight, bias, residual, backend: [plain.added(F.linear(x, weight, bias), residual)],
 )

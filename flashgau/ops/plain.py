@@ -1,0 +1,65 @@
+"""Formulas that PyTorch differentiates as often as asked: what operations are written in where they are (`others`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashgau.options import Layout
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "relu2": lambda x: torch.relu(x).square(),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def sums_dtype(x: Tensor) -> torch.dtype:
+    """The type that x's sums are kept in: fp32, or fp64 of fp64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def activated(x: Tensor, activation: str) -> Tensor:
+    """An activation of `glu`, in the type of sums."""
+    return _ACTIVATIONS[activation](x.to(sums_dtype(x)))
+
+
+def glu(gate: Tensor, up: Tensor | None, activation: str, up_activation: str) -> Tensor:
+    """act(gate) * up_act(up), or of the halves of `gate`."""
+    gate, up = gate.chunk(2, -1) if up is None else (gate, up)
+    return (activated(gate, activation) * activated(up, up_activation)).to(gate.dtype)
+
+
+def gated(x: Tensor, gate: Tensor, activation: str, layout: Layout) -> Tensor:
+    """act(gate) * x, both (B, ..., N, E), in x's type; 0 at padding, whatever that holds."""
+    real = real_tokens(layout, gate.shape[-2], gate)
+    if real is not None:
+        real = real.view(real.shape[0], *[1] * (gate.dim() - 3), real.shape[1], 1)
+        gate = torch.where(real, gate, 0)
+    return (activated(gate, activation) * x).to(x.dtype)
+
+
+def of_queries(layout: Layout, m: int, n: int) -> Layout:
+    """The layout of m queries against n keys: lengths are those of keys, and of queries too if m is n."""
+    return layout if layout.lengths is None or m == n else Layout()
+
+
+def added(x: Tensor, residual: Tensor | None) -> Tensor:
+    """x + residual, where there is one."""
+    return x if residual is None else x + residual
+
+
+def real_tokens(layout: Layout, n: int, like: Tensor) -> Tensor | None:
+    """Which of n tokens belong to a sequence, (B or 1, n); None if all do."""
+    ends = layout.lengths if layout.lengths is not None else layout.cu_seqlens
+    if ends is None:
+        return None
+    ends = ends[-1:] if layout.lengths is None else ends
+    return torch.arange(n, device=like.device) < ends[:, None]
