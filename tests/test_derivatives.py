@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import flashgau
+from flashgau.nn.norms import LayerNorm
 
 backend = backend_fixture("attention")
 data = st.data()
@@ -235,7 +236,7 @@ def test_a_layer_differentiates_twice_and_forward(name):
 
 def test_the_gradient_of_a_tangent_of_a_norm():
     """PyTorch's own of layer_norm takes the mean and the deviation for constants."""
-    layer = flashgau.nn.LayerNorm(5).double()
+    layer = LayerNorm(5).double()
     x, t = randn(0, 3, 5, **DOUBLE).requires_grad_(), randn(1, 3, 5, **DOUBLE)
     assert gradcheck(lambda x: torch.func.jvp(layer, (x,), (t,))[1], x)
 

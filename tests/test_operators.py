@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from backends import backends_of
-from checks import close, gradients, outputs
+from checks import close, gradients, outputs, weighted
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Call, attention_calls, gau_calls, glu_calls, glu_linear_calls, mixed_chunk_calls, randn
@@ -106,7 +106,15 @@ def samples() -> list[tuple[str, str]]:
 
 
 def calls_of(name: str) -> dict[str, tuple[Any, tuple]]:
-    return recorded((lambda: layers("training")) if name == "layers" else lambda: gradients(CALLS[name]))
+    return recorded((lambda: layers("training")) if name == "layers" else lambda: second_gradients(CALLS[name]))
+
+
+def second_gradients(call: Call) -> None:
+    """The gradients of a function of the gradients."""
+    call = call.leaves()
+    leaves = [x for x in call.tensors() if x.requires_grad]
+    grads = torch.autograd.grad(weighted(outputs(call())), leaves, create_graph=True, materialize_grads=True)
+    weighted(list(grads)).backward()
 
 
 def registered() -> set[str]:
@@ -125,7 +133,9 @@ def test_operators_are_well_formed(name):
     """Schema true (nothing written, no result shares memory with an operand), autograd and shape function in order."""
     for operator, args in calls_of(name).values():
         detached = tree_map_only(Tensor, Tensor.detach, args)
-        differentiable = "backward" not in operator.name() and operator.name() not in NOT_DIFFERENTIABLE
+        differentiable = (
+            not operator.name().endswith(("backward", "second")) and operator.name() not in NOT_DIFFERENTIABLE
+        )
         if differentiable:
             tree_map_only(Tensor, lambda x: x.requires_grad_(x.is_floating_point()), detached)
         # The others' own derivative is an error on purpose, and needs no tracing.
