@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+INSTALL = "pip install ./instruments, in a checkout"  # flashgau-instruments
+
 
 class MissingExtra(ImportError):
     """A package that is needed here is not installed; the message is one line that names what brings it."""
@@ -54,5 +56,4 @@ def instruments() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("flashgau."):
             raise
-        what = "flashgau-instruments is not installed: pip install ./instruments, in a checkout"
-        raise MissingExtra(what, name=error.name) from error
+        raise MissingExtra(f"flashgau-instruments is not installed: {INSTALL}", name=error.name) from error

@@ -285,6 +285,8 @@ def loop(spills: int) -> HotLoop:
         ({"spills": 3}, "3 spill instructions"),
         ({"shared_bytes": 166_913}, "166913 bytes of shared memory, the device has 166912"),
         ({"spills": 3, "loops": (loop(0), loop(0))}, None),
+        ({"spills": 3, "loops": None}, None),  # nobody knows where they are
+        ({"spills": 3, "loops": None, "matrix": frozenset()}, "3 spill instructions"),
         ({"spills": 3, "loops": (loop(0), loop(1), loop(1))}, "2 spill instructions in a hot loop"),
         ({"matrix": frozenset()}, "no matrix instruction HMMA"),
         ({"vectors": False}, "no loads or stores of 16 bytes"),

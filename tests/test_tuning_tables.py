@@ -286,7 +286,12 @@ def test_documented_names_are_those_of_the_tables():
 
 
 def test_shipped_tables_are_valid_and_complete():
-    assert tuple(json.loads(Path(tables.__file__).with_name("architectures.json").read_text())) == tables.ARCHITECTURES
+    shipped_file = json.loads(Path(tables.__file__).with_name("architectures.json").read_text())
+    assert tuple(shipped_file["architectures"]) == tables.ARCHITECTURES
+    assert set(shipped_file["config"]) == {field.name for field in dataclasses.fields(Config)}
+    for row in shipped_file["rows"]:
+        configs = [values for values in row[len(shipped_file["key"]) :] if values is not None]
+        assert all(5 <= len(values) <= len(shipped_file["config"]) for values in configs), row
     wanted = {ahead.Job("", name, dtype, width, "").key for name, e in shipped.ENTRIES.items() for width in e.widths
               for dtype in e.kinds}  # fmt: skip
     for arch in tables.ARCHITECTURES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,7 @@ import typer
 
 from flashgau.cli import filters
 from flashgau.cli.console import FAILURE, USAGE, counted, dump_json, fail, failing, make_console, make_table
-from flashgau.extras import instruments
+from flashgau.extras import INSTALL, instruments
 
 if TYPE_CHECKING:
     from flashgau.tuning.ahead import Row
@@ -58,7 +59,8 @@ def compile(
 
     Tells registers, spills, shared memory and whether the matrix units are used. The exit status is 1 if a row is
     not ok: it takes more shared memory than the device has, or, in half precision, spills inside a hot loop or does its
-    products without the matrix units. (With all options at once it may spill.)
+    products without the matrix units. (With all options at once it may spill.) Where flashgau-instruments, which finds
+    loops, is not installed, spills beside matrix products are told and fail nothing.
 
     With --loops it tells what every loop of products holds, and how long a model takes it to run: instructions, matrix
     instructions, iterations of loads ahead, spills, exponentials under a product, clocks by pipe. With --against FILE
@@ -117,6 +119,11 @@ def compile(
     rows = list(counted(ahead.compile_all(jobs, processes or None), len(jobs), "compiling"))
     rows.sort(key=lambda r: (names.index(r.target), r.kernel, r.dtype, r.shape))
     bad = [row for row in rows if not row.ok]
+    if unknown := sum(row.loops is None and row.ok and row.spills > 0 for row in rows):
+        print(
+            f"{unknown} kernels spill; whether inside a hot loop, flashgau-instruments tells: {INSTALL}",
+            file=sys.stderr,
+        )
     if loops:
         with failing("compile"):
             worse = loop_reports.report(rows, before, out, json)

@@ -29,10 +29,11 @@ def modelled(job: Job, row: Row) -> Modelled:
     """What the model says of a compiled candidate."""
     if not row.ok:
         return Modelled(job, reason=row.reason)
-    rate = combined_rate(row.loops)
+    loops = row.loops or ()
+    rate = combined_rate(loops)
     if rate is None:
         return Modelled(job, reason="no loop of matrix products to model")
-    bounds = dict.fromkeys(loop.bound for loop in row.loops if loop.mask_free)
+    bounds = dict.fromkeys(loop.bound for loop in loops if loop.mask_free)
     return Modelled(job, rate, ", ".join(bounds))
 
 

@@ -5,6 +5,7 @@
 needs a GPU or Triton, and a model's number is never a measured one.
 """
 
+from .model import Program
 from .report import HotLoop, inspect
 
-__all__ = ["HotLoop", "inspect"]
+__all__ = ["HotLoop", "Program", "inspect"]

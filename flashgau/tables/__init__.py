@@ -293,10 +293,20 @@ def shipped_table(arch: str) -> Table:
 
 
 @cache
-def _architectures() -> Any:
-    """All of them, unread: one file, which packs far smaller than one for each."""
+def _architectures() -> dict[str, Any]:
+    """Each as JSON has a table. The file has a row for each key, and in it every architecture's configuration."""
     path = Path(__file__).with_name("architectures.json")
-    return parse_json(read_text(path), str(path))
+    read = parse_json(read_text(path), str(path))
+    found: dict[str, Any] = {
+        arch: {"format": table.FORMAT, "gpu": None, "architecture": arch, "measured": False, "entries": []}
+        for arch in read["architectures"]
+    }
+    for row in read["rows"]:
+        key = dict(zip(read["key"], row, strict=False))
+        for arch, values in zip(found, row[len(key) :], strict=True):
+            if values is not None:  # which are as many as differ from the defaults
+                found[arch]["entries"].append({**key, "config": dict(zip(read["config"], values, strict=False))})
+    return found
 
 
 def shipped_gpus() -> list[Table]:

@@ -17,19 +17,22 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from multiprocessing import active_children, get_context
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from flashgau import sass, tables
+from flashgau import tables
+from flashgau.extras import MissingExtra, instruments
 from flashgau.kernels import common
-from flashgau.sass.model import Program
 from flashgau.tables.config import Config
 from flashgau.tables.table import Key
 
 from . import compiler
 from .shipped import DTYPES, ENTRIES, CallShape, Operands
+
+if TYPE_CHECKING:
+    from flashgau.sass import HotLoop
 
 # Shared memory that one program may take, in bytes, by compute capability (CUDA programming guide).
 SHARED_BYTES = {75: 65_536, 80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448,
@@ -74,11 +77,17 @@ class Compiled:
     shared_bytes: int
     matrix: frozenset[str]  # its matrix instructions
     vectors: bool  # whether it loads and stores 16 bytes at a time
-    loops: tuple[sass.HotLoop, ...] = ()  # those that hold its products
+    loops: tuple[HotLoop, ...] | None = ()  # those that hold its products; None if flashgau-instruments is missing
 
     @property
     def hot_spills(self) -> int:
-        """Spills that are paid for in every iteration: those inside hot loops; of a kernel without any, all."""
+        """Spills that are paid for in every iteration: those inside hot loops; of a kernel without any, all.
+
+        Where nothing that finds loops is installed, none of a kernel with matrix instructions: nobody knows which of
+        `spills` they are.
+        """
+        if self.loops is None and self.matrix:
+            return 0
         return sum(loop.spills for loop in self.loops if loop.mask_free) if self.loops else self.spills
 
     def problem(self, wanted: str | None, *, spills: bool = True, vectors: bool = False) -> str | None:
@@ -145,9 +154,18 @@ def _inspect(name: str, target: str, kernel: Any) -> Compiled:
     needs = compiler.needs(kernel)
     matrix = frozenset(re.findall(MATRIX_INSTRUCTIONS, needs.assembly))
     vectors = bool(re.search(VECTOR_LOADS, needs.assembly) and re.search(VECTOR_STORES, needs.assembly))
-    program = Program(needs.warps, needs.registers, needs.shared_bytes)
-    loops = sass.inspect(target, needs.assembly, needs.ttgir, program)
+    loops = _loops(target, needs)
     return Compiled(name, target, needs.registers, needs.spills, needs.shared_bytes, matrix, vectors, loops)
+
+
+def _loops(target: str, needs: compiler.Needs) -> tuple[HotLoop, ...] | None:
+    """A kernel's hot loops; None without flashgau-instruments, which finds them."""
+    try:
+        with instruments():
+            from flashgau.sass import Program, inspect
+    except MissingExtra:
+        return None
+    return inspect(target, needs.assembly, needs.ttgir, Program(needs.warps, needs.registers, needs.shared_bytes))
 
 
 # ---- everything that is shipped ----
@@ -170,7 +188,7 @@ class Row:
     ok: bool = False
     reason: str | None = None
     entry: str = ""  # of the tables, without "_few_rows"
-    loops: tuple[sass.HotLoop, ...] = ()  # the hot ones of each way in which the call compiles the kernel
+    loops: tuple[HotLoop, ...] | None = ()  # the hot ones of each way in which the call compiles the kernel, or None
 
 
 @dataclass(frozen=True)
@@ -255,7 +273,8 @@ def compile_one(job: Job) -> Row:
     return row(
         registers=needs.registers, spills=needs.spills, shared_bytes=needs.shared_bytes,
         tensor_core=bool(needs.matrix), ok=reason is None, reason=reason,
-        loops=tuple(loop for one in {id(c): c for c in found}.values() for loop in one.loops),
+        loops=None if needs.loops is None
+        else tuple(loop for one in {id(c): c for c in found}.values() for loop in one.loops or ()),
     )  # fmt: skip
 
 

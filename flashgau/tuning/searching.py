@@ -1,9 +1,9 @@
 """Finding faster configurations: which are tried, in what order, and what became of each.
 
 Around the table's entry a space of neighbours: each block that the kernel has, halved or doubled; 4 or 8 warps; 1 to 4
-stages. Candidates are compiled first, in parallel, and those that take too much shared memory, or spill in a hot loop,
-never run. The rest are held to the reference, then timed. Near neighbours of every kernel come before distant ones of
-any, so that a search cut short has looked at all of them.
+stages. Candidates are compiled first, in parallel, and those that take too much shared memory, or are known to spill
+in a hot loop, never run. The rest are held to the reference, then timed. Near neighbours of every kernel come before
+distant ones of any, so that a search cut short has looked at all of them.
 """
 
 from __future__ import annotations

@@ -131,9 +131,10 @@ def search(
     """Find the fastest configuration of a kernel of yours, and put it into your table, where `choose` finds it.
 
     Every candidate is compiled ahead, if there is a compiler for the GPU: what takes more shared memory than it has,
-    or spills registers in a hot loop (in half precision), does not run. The rest is held to the reference by the rule
-    of `flashgau.compare`, and what is within tolerance is timed. A candidate that fails in any way is out, with the
-    reason, and the next is tried.
+    or spills registers in a hot loop (in half precision, where flashgau-instruments is
+    installed, which finds loops), does not run. The rest is held to the reference by the rule of `flashgau.compare`,
+    and what is within tolerance is timed. A candidate that fails in any way is out, with the reason, and the next is
+    tried.
 
     Args:
         launcher: called as `launcher(*args, **kwargs, config=candidate)`. The candidate is a `Config` that may also be

@@ -50,7 +50,7 @@ def loop_rows(rows: list[Row]) -> list[dict[str, Any]]:
             found.append({**first, "loop": None, "ok": False, "misses": [row.reason]})
         entry = ENTRIES.get(row.entry)
         skewed = entry is not None and entry.skewed and row.target == "sm_90" and row.dtype != "fp32"
-        for number, loop in enumerate(row.loops):
+        for number, loop in enumerate(row.loops or ()):
             misses = loop.misses(skewed and "few rows" not in row.shape)
             numbers = asdict(loop)
             found.append(
