@@ -43,7 +43,7 @@ def epoch():
 
 def deflated(data):
     """As a zip file holds it: without zlib's header and checksum."""
-    return compress(data, numiterations=5)[2:-4]
+    return compress(data, numiterations=40)[2:-4]
 
 
 def pack_zip(files):

@@ -179,6 +179,7 @@ def test_commands_tell_the_extra_in_one_line(module, arguments, tmp_path):
         ["compile", "--loops", "--target", "sm_90"],
         ["compile", "--operations"],
         ["demo", "--out", "nowhere"],
+        ["new-kernel", "mine", "--out", "nowhere"],
         ["tune", "--model", "--target", "sm_90", "--kernel", "attention_dq"],
     ],
 )
