@@ -134,6 +134,7 @@ class Operation:
 OPERATIONS = (
     "attention",
     "gated_attention",
+    "tangents",
     "glu",
     "feed_forward",
     "gau",
