@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import flashgau
 
@@ -93,6 +94,13 @@ def run_python(block: Block, name: str, namespace: dict[str, Any]) -> str:
     return printed.getvalue()
 
 
+def load_forward_mode() -> None:
+    """PyTorch warns of a part of its own, which it loads at the first dual number."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore")
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+
+
 def normal(output: str, vary: bool) -> str:
     """Output to compare: without differences of white space and, if numbers vary, with every number as #."""
     lines = [" ".join(line.split()) for line in output.strip().splitlines()]
@@ -107,6 +115,7 @@ def test_python_blocks_run_and_print_what_the_page_says(page, tmp_path, monkeypa
     flashgau.tuning.reload()
     request.addfinalizer(flashgau.tuning.reload)
     torch.manual_seed(0)
+    load_forward_mode()
     warnings.simplefilter("error")
     namespace: dict[str, Any] = {"__name__": "__docs__"}
     printed: str | None = None
