@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashgau.eager.common import accumulator
 from flashgau.options import GatedOptions, Layout, MixedChunkHeads, MixedChunkOptions
 
 from .gau import attend_ungated
-from .plain import gated, sums_dtype
+from .plain import gated
 
 
 def mixed_chunk_attention(
@@ -37,7 +38,7 @@ def mixed_chunk_attention(
     local = GatedOptions(options.score, options.divisor, options.causal, bias)
     out = attend_ungated(quad_q, quad_k, values, local, backend)
 
-    acc = sums_dtype(v)
+    acc = accumulator(v.dtype)
     sums = lin_k.mT.to(acc) @ values.to(acc)
     parts = sums.split(grid.counts)
     initial = options.initial_kv if options.initial_kv is not None else out.new_zeros(len(parts), 1, 1, dtype=acc)

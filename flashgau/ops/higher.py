@@ -127,13 +127,8 @@ class Higher:
         moved = dict(zip(of.arguments_back, tangents, strict=True))
         parts: list[dict[str, Any]] = []
         if any(moved[x.name] is not None for x in self.cotangents):
-            given = [moved[x.name] for x in self.cotangents]
-            given = [
-                torch.zeros_like(named[x.name]) if t is None and named[x.name] is not None and x.mark != "?" else t
-                for x, t in zip(self.cotangents, given, strict=True)
-            ]
-            found = of.backward(*given, *primals[len(given) :])
-            parts.append(dict(zip((x.name for x in of.differentiated), found, strict=True)))
+            like = {x.name: named[d.name] for x, d in zip(of.results, self.cotangents, strict=True)}
+            parts.append(of.backward_by_name(named | self.filled(moved, like)))
         if any(moved[x.name] is not None for x in self.inputs):
             named |= {f"t{x.name}": moved[x.name] for x in self.inputs}
             named |= self.along(named)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashgau.eager.common import accumulator
 from flashgau.eager.glu import activated, gate_gradient
 
 from .once import once
@@ -57,7 +58,7 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, lin_k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         ctx.save_for_backward(lin_k, v, valid)
-        kv = v.new_zeros(v.shape[0], lin_k.shape[-1], v.shape[-1], dtype=_sums_dtype(v))
+        kv = v.new_zeros(v.shape[0], lin_k.shape[-1], v.shape[-1], dtype=accumulator(v.dtype))
         with _products(v):
             for block in _blocks(v):
                 kv.baddbmm_(_rows(lin_k, block, valid).mT, _rows(v, block, valid))
@@ -129,10 +130,6 @@ class _Joined(torch.autograd.Function):
         return *once(_OP, compute, dout, local, lin_q, kv, gate), None, None, None
 
 
-def _sums_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _blocks(x: Tensor) -> Iterator[slice]:
     """The tokens of x (B, n, E), as many at a time as fit `_BLOCK_ELEMENTS`."""
     batch, n, width = x.shape
@@ -143,7 +140,7 @@ def _blocks(x: Tensor) -> Iterator[slice]:
 
 def _rows(x: Tensor, block: slice, valid: Tensor | None) -> Tensor:
     """The tokens of a block in the type of sums, zeros in place of what is not valid, which may be anything."""
-    rows = x[:, block].to(_sums_dtype(x))
+    rows = x[:, block].to(accumulator(x.dtype))
     if valid is None:
         return rows
     places = torch.arange(block.start, block.stop, device=x.device)

@@ -139,9 +139,9 @@ class Operator:
         derivative = pytorch.Derivative(differentiable, backward, setup_context, self._mapped, tangents, no_tangents)
         self._observed = pytorch.register_autograd(_library, self.overload, derivative)
 
-    def refuse_derivative(self, op: str, times: str = "once") -> None:
+    def refuse_derivative(self, op: str) -> None:
         """Let differentiating it raise an error that says what to do, in the name of the operation `op`."""
-        error = refusal(op, times)
+        error = refusal(op, "once")
         self.register_autograd(self._refuse(error), no_tangents=error)
 
     @staticmethod

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashgau.eager.common import accumulator
 from flashgau.options import Layout
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -21,14 +22,9 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def sums_dtype(x: Tensor) -> torch.dtype:
-    """The type that x's sums are kept in: fp32, or fp64 of fp64."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def activated(x: Tensor, activation: str) -> Tensor:
     """An activation of `glu`, in the type of sums."""
-    return _ACTIVATIONS[activation](x.to(sums_dtype(x)))
+    return _ACTIVATIONS[activation](x.to(accumulator(x.dtype)))
 
 
 def glu(gate: Tensor, up: Tensor | None, activation: str, up_activation: str) -> Tensor:
