@@ -16,7 +16,7 @@ def cases(device: str, quick: bool) -> list[BenchCase]:
         return [_case({"B": 2, "H": 2, "D": 16}, n, "fp32", "eager") for n in (32, 64)]
     tokens, heads = (4096, 8) if device == "cpu" else (65536, 32)
     mine, dtypes = ("eager", ("fp32", "bf16")) if device == "cpu" else ("triton", ("bf16",))
-    lengths = (64, 256, 1024, 4096)  # as many tokens in each: the shorter, the more of the time is memory's
+    lengths = (64, 256, 1024, 2048, 4096)  # as many tokens in each: the shorter, the more of the time is memory's
     return [_case({"B": tokens // n, "H": heads, "D": 64}, n, dtype, mine) for dtype in dtypes for n in lengths]
 
 

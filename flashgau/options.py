@@ -226,6 +226,17 @@ class FlashWeights(NamedTuple):
     order: list[int]
 
 
+class TokenHeads(NamedTuple):
+    """How z becomes the heads of a token of a FLASH layer: OffsetScale, RoPE's angles per token, of channels that are
+    paired as `Angles` says, and which rows of gamma and beta make quad_q, quad_k, lin_q and lin_k."""
+
+    gamma: Tensor  # (4, S)
+    beta: Optional[Tensor]
+    frequencies: Optional[Tensor]  # (pairs,) fp32
+    interleaved: bool
+    order: list[int]
+
+
 class FlashSaved(NamedTuple):
     """What a FLASH layer keeps for its backward."""
 

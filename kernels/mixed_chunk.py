@@ -279,21 +279,30 @@ def mixed_chunk_step_(
     out, choose, width = v.new_empty(v.shape), chosen_by(config), max(16, triton.next_power_of_2(s))
     if b == 0:
         return out
-    stepping, closing = (choose(name, v, width) for name in ("mixed_chunk_step", "mixed_chunk_step_close"))
-    sizes = {"C": c, "S": s, "E": e, "BS": width}
+    stepping = choose("mixed_chunk_step", v, width)
     block = min(stepping.block_n, max(16, triton.next_power_of_2(e)))
     step_kernel[(b * triton.cdiv(e, block),)](
         *map(rows, (*heads, v, gate)), kv, *held, position, out,
-        1 / options.divisor, *bias_rule(options.rel_bias), _lin_inv_norm(options),
-        Sizes(**sizes, BE=block, BC=stepping.block_k, GATE=options.gate_activation), SCORE=options.score,
-        **stepping.launch(),
+        1 / options.divisor, *bias_rule(options.rel_bias), lin_inv_norm(options),
+        Sizes(C=c, S=s, E=e, BS=width, BE=block, BC=stepping.block_k, GATE=options.gate_activation),
+        SCORE=options.score, **stepping.launch(),
     )  # fmt: skip
-    block = min(closing.block_n, max(16, triton.next_power_of_2(e)))
+    close(state, v, choose)
+    return out
+
+
+def close(state: OpenChunk, v: Tensor, choose: Choose) -> None:
+    """Count the token that was written to a state, and close the chunk if it is full; v is of the tokens' type."""
+    kv, *held, position = state
+    (b, c, s), e = held[0].shape, held[2].shape[-1]
+    width = max(16, triton.next_power_of_2(s))
+    config = choose("mixed_chunk_step_close", v, width)
+    block = min(config.block_n, max(16, triton.next_power_of_2(e)))
     close_kernel[(b,)](
         kv, *held, position,
-        Sizes(**sizes, BE=block, BC=closing.block_k, PRECISION=matmul_precision(v.dtype)), **closing.launch(),
+        Sizes(C=c, S=s, E=e, BS=width, BE=block, BC=config.block_k, PRECISION=matmul_precision(v.dtype)),
+        **config.launch(),
     )  # fmt: skip
-    return out
 
 
 def _call(quad_q: Tensor, v: Tensor, layout: Layout, options: MixedChunkOptions, choose: Choose) -> _ChunkCall:
@@ -311,7 +320,7 @@ def _call(quad_q: Tensor, v: Tensor, layout: Layout, options: MixedChunkOptions,
         size={"C": chunk_size, "S": quad_q.shape[-1], "E": e},
         sequences=sequences,
         rule=(1 / options.divisor, 0 if options.causal else None, *bias_rule(options.rel_bias)),
-        lin_inv_norm=_lin_inv_norm(options),
+        lin_inv_norm=lin_inv_norm(options),
         closed_tokens=None if closed_tokens is None else closed_tokens.contiguous(),
         initial=options.initial_kv,
         score=options.score,
@@ -348,7 +357,8 @@ def _segments(programs: int, n_chunks: int, ready: int) -> int:
     return min(range(1, min(n_chunks, _MOST_SEGMENTS) + 1), key=time)
 
 
-def _lin_inv_norm(options: MixedChunkOptions) -> float | None:
+def lin_inv_norm(options: MixedChunkOptions) -> float | None:
+    """What multiplies the linear part; None where it is the number of tokens."""
     return None if options.lin_normalizer == "tokens" else 1 / float(options.lin_normalizer)
 
 

@@ -622,12 +622,11 @@ def dbias_kernel(
 
 
 @triton.jit
-def open_rows(x, held, i_row, place, c, o_column, C: tl.constexpr, WIDTH: tl.constexpr, BC: tl.constexpr):
+def open_rows(b_new, held, i_row, place, c, o_column, C: tl.constexpr, WIDTH: tl.constexpr, BC: tl.constexpr):
     """BC rows of an open chunk from c on, with the new token at its place and zeros after it."""
     o_chunk = c + tl.arange(0, BC)
     p_held, m_held = open_block(held, i_row, c, o_column, C, WIDTH, BC)
     b_held = tl.load(p_held, mask=(o_chunk < place)[:, None] & m_held, other=0.0)
-    b_new = tl.load(row_pointers(x, i_row, 0, 0) + o_column * x.column, mask=o_column < WIDTH, other=0.0)
     return tl.where((o_chunk == place)[:, None], b_new[None, :], b_held)
 
 
@@ -640,11 +639,43 @@ def open_block(held, i_row, c, o_column, C: tl.constexpr, WIDTH: tl.constexpr, B
 
 
 @triton.jit
-def keep_token(x, held, i_row, place, o_column, C: tl.constexpr, WIDTH: tl.constexpr):
+def keep_token(b_new, held, i_row, place, o_column, C: tl.constexpr, WIDTH: tl.constexpr):
     """Write the new token, or some of its columns, to its place in the open chunk."""
-    b_new = tl.load(row_pointers(x, i_row, 0, 0) + o_column * x.column, mask=o_column < WIDTH)
     p_held = held + (tl.cast(i_row, tl.int64) * C + place) * WIDTH + o_column
     tl.store(p_held, b_new.to(held.dtype.element_ty), mask=o_column < WIDTH)
+
+
+@triton.jit
+def load_token(x, i_row, o_column, WIDTH: tl.constexpr):
+    """The only token of a row, or some of its columns."""
+    return tl.load(row_pointers(x, i_row, 0, 0) + o_column * x.column, mask=o_column < WIDTH, other=0.0)
+
+
+@triton.jit
+def attend(
+    b_quad_q, b_quad_k, b_lin_q, b_v, kv, held_quad_k, held_v, i_row, seen, o_s, o_column, rule, lin_inv_norm,
+    SIZES: tl.constexpr, SCORE: tl.constexpr,
+):  # fmt: skip
+    """Some columns of a token's product, of the sum and the open chunk; `seen` tokens came before it."""
+    place = tl.cast(seen % SIZES.C, tl.int32)
+    m_s, m_column = o_s < SIZES.S, o_column < SIZES.E
+    p_bias = bias_pointer(rule, i_row)
+    p_kv = state_pointers(kv, i_row, o_s, o_column, SIZES.S, SIZES.E)
+    b_kv = tl.load(p_kv, mask=m_s[:, None] & m_column[None, :], other=0.0)
+    b_out = tl.sum(products(b_lin_q.to(tl.float32)[:, None], b_kv), 0)
+    if lin_inv_norm is not None:
+        b_out *= lin_inv_norm
+    else:
+        b_out /= tl.maximum(seen - place, 1).to(tl.float32)
+    for c in range(0, place + 1, SIZES.BC):
+        o_chunk = c + tl.arange(0, SIZES.BC)
+        b_keys = open_rows(b_quad_k, held_quad_k, i_row, place, c, o_s, SIZES.C, SIZES.S, SIZES.BC)
+        b_values = open_rows(b_v, held_v, i_row, place, c, o_column, SIZES.C, SIZES.E, SIZES.BC)
+        b_s = tl.sum(products(b_keys.to(tl.float32), b_quad_q.to(tl.float32)[None, :]), 1)
+        b_s, _slope = scores(b_s, rule.scale, rule, p_bias, place + 0 * o_chunk, o_chunk, place + 1, True, SIZES)
+        b_a = probs(b_s, 0.0, SCORE)
+        b_out += tl.sum(products(b_a[:, None], b_values.to(tl.float32)), 0)
+    return b_out
 
 
 @guarded
@@ -662,35 +693,20 @@ def step_kernel(
     place = tl.cast(seen % SIZES.C, tl.int32)
     o_s = tl.arange(0, SIZES.BS).to(tl.int64)
     o_column = (i_tile * SIZES.BE + tl.arange(0, SIZES.BE)).to(tl.int64)
-    m_s, m_column = o_s < SIZES.S, o_column < SIZES.E
-    rule = GatedRule(None, 0, inv_norm, bias, bias_batch, max_distance)
-    p_bias = bias_pointer(rule, i_row)
-    b_quad_q = tl.load(row_pointers(quad_q, i_row, 0, 0) + o_s * quad_q.column, mask=m_s, other=0.0).to(tl.float32)
-    b_lin_q = tl.load(row_pointers(lin_q, i_row, 0, 0) + o_s * lin_q.column, mask=m_s, other=0.0).to(tl.float32)
-    p_kv = state_pointers(kv, i_row, o_s, o_column, SIZES.S, SIZES.E)
-    b_kv = tl.load(p_kv, mask=m_s[:, None] & m_column[None, :], other=0.0)
-    b_out = tl.sum(products(b_lin_q[:, None], b_kv), 0)
-    if lin_inv_norm is not None:
-        b_out *= lin_inv_norm
-    else:
-        b_out /= tl.maximum(seen - place, 1).to(tl.float32)
-    for c in range(0, place + 1, SIZES.BC):
-        o_chunk = c + tl.arange(0, SIZES.BC)
-        b_quad_k = open_rows(quad_k, held_quad_k, i_row, place, c, o_s, SIZES.C, SIZES.S, SIZES.BC)
-        b_v = open_rows(v, held_v, i_row, place, c, o_column, SIZES.C, SIZES.E, SIZES.BC)
-        b_s = tl.sum(products(b_quad_k.to(tl.float32), b_quad_q[None, :]), 1)
-        b_s, _slope = scores(b_s, inv_norm, rule, p_bias, place + 0 * o_chunk, o_chunk, place + 1, True, SIZES)
-        b_a = probs(b_s, 0.0, SCORE)
-        b_out += tl.sum(products(b_a[:, None], b_v.to(tl.float32)), 0)
-    keep_token(v, held_v, i_row, place, o_column, SIZES.C, SIZES.E)
+    b_quad_k, b_v = load_token(quad_k, i_row, o_s, SIZES.S), load_token(v, i_row, o_column, SIZES.E)
+    b_out = attend(
+        load_token(quad_q, i_row, o_s, SIZES.S), b_quad_k, load_token(lin_q, i_row, o_s, SIZES.S), b_v,
+        kv, held_quad_k, held_v, i_row, seen, o_s, o_column,
+        GatedRule(None, 0, inv_norm, bias, bias_batch, max_distance), lin_inv_norm, SIZES, SCORE,
+    )  # fmt: skip
+    keep_token(b_v, held_v, i_row, place, o_column, SIZES.C, SIZES.E)
     if i_tile == 0:
-        keep_token(quad_k, held_quad_k, i_row, place, o_s, SIZES.C, SIZES.S)
-        keep_token(lin_k, held_lin_k, i_row, place, o_s, SIZES.C, SIZES.S)
+        keep_token(b_quad_k, held_quad_k, i_row, place, o_s, SIZES.C, SIZES.S)
+        keep_token(load_token(lin_k, i_row, o_s, SIZES.S), held_lin_k, i_row, place, o_s, SIZES.C, SIZES.S)
     if gate is not None:
-        p_gate = row_pointers(gate, i_row, 0, 0) + o_column * gate.column
-        b_out *= activate(tl.load(p_gate, mask=m_column, other=0.0).to(tl.float32), SIZES.GATE)
+        b_out *= activate(load_token(gate, i_row, o_column, SIZES.E).to(tl.float32), SIZES.GATE)
     p_out = out + tl.cast(i_row, tl.int64) * SIZES.E + o_column
-    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_column)
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=o_column < SIZES.E)
 
 
 @guarded

@@ -44,9 +44,9 @@ def silu_backward_kernel(dout, x, dx, n_rows, n_columns, ROWS: tl.constexpr, COL
 
 
 @triton.jit
-def rotation(cos, sin, o_token, m_token, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
-    """cos and signed sin of each channel, the index of its partner channel, and whether it is rotated."""
-    o_channel = tl.arange(0, BLOCK)
+def partners(o_channel, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Of each channel: the number of its pair, whether it is the second of it, its partner, which is itself where it is
+    not rotated, and whether it is."""
     if INTERLEAVED:
         second = o_channel % 2 == 1
         o_pair = o_channel // 2
@@ -56,11 +56,27 @@ def rotation(cos, sin, o_token, m_token, PAIRS: tl.constexpr, INTERLEAVED: tl.co
         o_pair = o_channel % PAIRS
         o_partner = tl.where(second, o_channel - PAIRS, o_channel + PAIRS)
     turns = o_channel < 2 * PAIRS
+    return o_pair, second, tl.where(turns, o_partner, o_channel), turns
+
+
+@triton.jit
+def rotation(cos, sin, o_token, m_token, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
+    """cos and signed sin of each channel, the index of its partner channel, and whether it is rotated."""
+    o_pair, second, o_partner, turns = partners(tl.arange(0, BLOCK), PAIRS, INTERLEAVED)
     mask = m_token[:, None] & turns[None, :]
     o_angle = o_token.to(tl.int64)[:, None] * PAIRS + o_pair[None, :]
     b_cos = tl.load(cos + o_angle, mask=mask, other=1.0).to(tl.float32)
     b_sin = tl.load(sin + o_angle, mask=mask, other=0.0).to(tl.float32)
-    return b_cos, tl.where(second[None, :], b_sin, -b_sin), tl.where(turns, o_partner, o_channel), turns[None, :]
+    return b_cos, tl.where(second[None, :], b_sin, -b_sin), o_partner, turns[None, :]
+
+
+@triton.jit
+def scaled(b_z, gamma, beta, o_channel, S: tl.constexpr):
+    """gamma z + beta of some channels."""
+    b_head = b_z * tl.load(gamma + o_channel, mask=o_channel < S, other=0.0).to(tl.float32)[None, :]
+    if beta is not None:
+        b_head += tl.load(beta + o_channel, mask=o_channel < S, other=0.0).to(tl.float32)[None, :]
+    return b_head
 
 
 @guarded
@@ -80,15 +96,12 @@ def heads_kernel(
         b_cos, b_sin, o_partner, turns = rotation(cos, sin, o_token, m_row, PAIRS, INTERLEAVED, BS)
         b_other = activate(tl.load(places(z, o_row, o_partner), mask=mask, other=0.0).to(tl.float32), "silu")
     for h in tl.static_range(H):
-        b_head = b_z * tl.load(gamma + h * S + o_channel, mask=o_channel < S, other=0.0).to(tl.float32)[None, :]
+        p_beta = beta
         if beta is not None:
-            b_head += tl.load(beta + h * S + o_channel, mask=o_channel < S, other=0.0).to(tl.float32)[None, :]
+            p_beta += h * S
+        b_head = scaled(b_z, gamma + h * S, p_beta, o_channel, S)
         if cos is not None:
-            b_turned = (
-                b_other * tl.load(gamma + h * S + o_partner, mask=o_channel < S, other=0.0).to(tl.float32)[None, :]
-            )
-            if beta is not None:
-                b_turned += tl.load(beta + h * S + o_partner, mask=o_channel < S, other=0.0).to(tl.float32)[None, :]
+            b_turned = scaled(b_other, gamma + h * S, p_beta, o_partner, S)
             b_head = tl.where(turns, b_head * b_cos + b_turned * b_sin, b_head)
         p_out = outs[h] + o_row[:, None] * S + o_channel[None, :]
         tl.store(p_out, b_head.to(outs[h].dtype.element_ty), mask=mask)

@@ -47,8 +47,11 @@ class Started(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def launches_of(layer: torch.nn.Module, x: torch.Tensor) -> list[list[tuple[str, str]]]:
-    """Those of a forward, and of its backward, in order: (function of ours, or "", kernel or operator)."""
+def launches_of(layer: torch.nn.Module, x: torch.Tensor, token: bool = False) -> list[list[tuple[str, str]]]:
+    """Those of a forward, and of its backward, in order: (function of ours, or "", kernel or operator).
+
+    With `token` those of one more token after x, in place.
+    """
     found: list[tuple[str, str]] = []
     run, where = autograd.run, [""]
 
@@ -71,6 +74,13 @@ def launches_of(layer: torch.nn.Module, x: torch.Tensor) -> list[list[tuple[str,
             "sm_90", target_of("sm_90"), lambda name, _: found.append((where[-1], name))
         )
         stack.enter_context(noted)
+        if token:
+            with torch.no_grad():
+                _, state = layer.step(x[:, :1], layer(x, return_state=True)[1], inplace=True)
+                found.clear()
+                with Started(found, ""):
+                    layer.step(x[:, :1], state, inplace=True)
+            return [found]
         layer(x)  # what is kept from the first call on is made
         found.clear()
         with Started(found, ""):
@@ -86,4 +96,4 @@ if __name__ == "__main__":
     kind, length = sys.argv[1], int(sys.argv[2])
     layer = getattr(flashgau.nn, kind)(64, hidden=2048, causal=True, dtype=torch.bfloat16)
     x = torch.zeros(1, length, 64, dtype=torch.bfloat16, requires_grad=True)
-    print(json.dumps(launches_of(layer, x)))
+    print(json.dumps(launches_of(layer, x, token=sys.argv[3:] == ["token"])))

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from backends import backend_fixture
+from backends import backend_fixture, needs
 from checks import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +22,7 @@ from torch import Tensor
 import flashgau
 from flashgau import nn
 from flashgau.models import KINDS, load_state, save_state
+from flashgau.ops import dispatch
 
 backend = backend_fixture("mixed_chunk_attention")
 CONSTANT = ("flash", "mc-tfm++")
@@ -151,6 +152,49 @@ def test_a_flash_layer_writes_its_state(options, lengths):
         torch.testing.assert_close(y, expected, **TIGHT)
     for a, e in zip(written.memory.tensors(), state.memory.tensors(), strict=True):
         torch.testing.assert_close(a, e, **TIGHT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"spec": "lucidrains", "token_shift": True, "post_norm": "rms"},
+        {"bias": "none", "rotary_dim": 0, "linear_bias": False, "residual": False},
+        {"bias": "rotary", "rotary_dim": 6, "rotary_interleaved": True, "score": "laplace", "lin_normalizer": 3.0},
+    ],
+)
+@torch.no_grad()
+def test_a_token_of_tritons_kernel_is_a_token(options, dtype):
+    """It makes heads and angles itself: at any position, of rows that are apart, through the ends of chunks."""
+    needs("triton", dtype)
+    layer = nn.FLASH(12, hidden=70, key_dim=10, chunk_size=4, causal=True, dtype=dtype, **options)
+    for i, p in enumerate(layer.parameters()):
+        p.copy_(randn(i, *p.shape, dtype=dtype) / 2)
+    x = randn(0, 2, 16, 12, dtype=dtype)
+    with flashgau.use_backend("triton"), dispatch.use_backend_in_layers("triton"):
+        _, state = layer(x[:, :7], lengths=torch.tensor([7, 2]), return_state=True)
+        state.memory.position.add_(4 * torch.tensor([30000, 1000]))
+        written = state.clone()
+        for i in range(7, 16):
+            expected, state = layer.step(x[:, i : i + 1], state)
+            y, after = layer.step(x[:, i : i + 1], written, inplace=True)
+            assert after is written
+            close(y, expected)
+        assert torch.equal(written.memory.position, state.memory.position)
+        for a, e in zip(written.memory.tensors()[:4], state.memory.tensors()[:4], strict=True):
+            close(a, e)
+        with (
+            torch.enable_grad(),
+            pytest.raises(ValueError, match="FLASH: `inplace` is True where gradients are needed"),
+        ):
+            layer.step(x[:, :1], written, inplace=True)
+        with pytest.raises(ValueError, match=r"FLASH: `state\.memory\.kv` has strides"):
+            layer.step(
+                x[:, :1],
+                replace(state, memory=replace(state.memory, kv=state.memory.kv.mT.contiguous().mT)),
+                inplace=True,
+            )
 
 
 @torch.no_grad()
@@ -336,6 +380,20 @@ def test_a_models_token_is_one_graph_at_any_position(kind):
         logits, _ = compiled(text[:, i : i + 1], state=state, return_state=True, inplace=True)
         torch.testing.assert_close(logits[:, 0], expected[:, i], **TIGHT)
     assert len(graphs) == 1
+
+
+@torch.no_grad()
+def test_a_token_of_tritons_kernel_is_one_graph():
+    needs("triton", torch.float32)
+    layer, x = nn.FLASH(12, key_dim=4, chunk_size=4, causal=True, bias="t5"), randn(0, 2, 16, 12)
+    with flashgau.use_backend("triton"), dispatch.use_backend_in_layers("triton"):
+        compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=False)
+        _, state = layer(x[:, :3], return_state=True)
+        apart = state.clone()
+        for i in range(3, 9):
+            y, _ = compiled(x[:, i : i + 1], state=state, return_state=True, inplace=True)
+            close(y, layer.step(x[:, i : i + 1], apart, inplace=True)[0])
+    assert state.memory.position.tolist() == [9, 9]
 
 
 @pytest.mark.parametrize("kind", CONSTANT)

@@ -11,8 +11,9 @@ pytest.importorskip("triton")
 PROGRAM = Path(__file__).with_name("layer_launches.py")
 
 
-def launches(kind: str, length: int) -> list[list[tuple[str, str]]]:
-    code = f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); sys.argv = ['', {kind!r}, '{length}']\n"
+def launches(kind: str, length: int, *what: str) -> list[list[tuple[str, str]]]:
+    argv = ["", kind, str(length), *what]
+    code = f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); sys.argv = {argv!r}\n"
     printed = compiled(code + f"exec(compile({PROGRAM.read_text()!r}, {str(PROGRAM)!r}, 'exec'))")
     return [[tuple(x) for x in part] for part in json.loads(printed)]
 
@@ -52,3 +53,9 @@ def test_a_gau_layer_starts_no_more_than_this():
     assert len(after) - len(BACKWARD) <= 20
     assert len(forward) <= 26
     assert len(backward) <= 57
+
+
+def test_a_token_of_a_flash_layer_starts_no_more_than_this():
+    """However many tokens came before: where it stands is read on the device."""
+    [found] = launches("FLASH", 300, "token")
+    assert [name for _, name in found] == ["norm_kernel", "addmm", "token_kernel", "close_kernel", "addmm", "add_"]

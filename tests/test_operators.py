@@ -22,7 +22,7 @@ from flashgau.integrations.flash_attn import flash_attn_with_kvcache
 from flashgau.ops import dispatch
 
 T = torch.tensor
-NOT_DIFFERENTIABLE = ("flashgau::mixed_chunk_step", "flashgau::attention_in_pages")
+NOT_DIFFERENTIABLE = ("flashgau::mixed_chunk_step", "flashgau::flash_unit_token", "flashgau::attention_in_pages")
 
 
 def heads(n: int = 9, dtype: torch.dtype = torch.float32, batch: int = 2) -> list[Tensor]:
@@ -82,6 +82,10 @@ def layers(form: str) -> None:
             out.sum().backward()
     with torch.no_grad(), flashgau.use_backend("triton"):
         flashgau.mixed_chunk_step(*heads(1), state=state())  # where gradients are wanted it is a call of one token
+        with dispatch.use_backend_in_layers("triton"):
+            nn.FLASH(8, hidden=6, key_dim=4, chunk_size=4, causal=True).step(
+                randn(0, 2, 1, 8), nn.UnitState(state()), inplace=True
+            )
         pool, table = randn(0, 3, 2, 1, 4), T([[2, 0], [1, 1]])
         flash_attn_with_kvcache(randn(1, 2, 1, 1, 4), pool, pool, cache_seqlens=T([3, 1]), block_table=table)
 

@@ -21,7 +21,16 @@ SHORT = st.builds(
     st.sampled_from([-1, 1]), st.integers(0, 2**13), st.integers(-140, 100),
 )  # fmt: skip
 FLOATS = st.one_of(BITS.map(lambda b: np.uint32(b).view(np.float32)), SHORT)
-FORMATS = {"f32": (24, -149, 127), "f16": (11, -24, 15), "bf16": (8, -133, 127)}  # digits, smallest power, largest
+DOUBLES = st.one_of(
+    st.floats(-1e100, 1e100).filter(lambda x: x == 0 or abs(x) > 1e-100),
+    st.builds(lambda digits, power: digits * 2.0**power, st.integers(-(2**27), 2**27), st.integers(-100, 100)),
+)
+FORMATS = {
+    "f64": (53, -1074, 1023),
+    "f32": (24, -149, 127),
+    "f16": (11, -24, 15),
+    "bf16": (8, -133, 127),
+}  # digits, smallest power, largest
 
 
 def nearest(x: Fraction, kind: str) -> float:
@@ -49,6 +58,15 @@ def test_fma_rounds_once(a, b, c):
         assert found == expected or (math.isnan(found) and math.isnan(expected))
         return
     assert found == nearest(Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c)), "f32")
+
+
+@given(DOUBLES, DOUBLES, DOUBLES)
+@example(1.0 + 2.0**-30, 1.0 + 2.0**-23, 2.0**-53)
+@example(1.0 + 2.0**-52, 1.0 + 2.0**-52, -1.0)
+@example(3.0, 2.0**-53, 1.0)
+def test_fma_of_fp64_rounds_once(a, b, c):
+    found = float(numbers.wide_fma(*array(a, b, c))[0])
+    assert found == nearest(Fraction(a) * Fraction(b) + Fraction(c), "f64")
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..contract.operands import mixed_chunk_options
 from ..contract.validate import Arguments
 from ..ops import MixedChunkState, mixed_chunk_attention, mixed_chunk_step
-from ..ops.flash_unit import flash_unit, flash_unit_step, runs_whole
+from ..ops.flash_unit import flash_unit, flash_unit_step, flash_unit_token, runs_whole, takes_tokens
 from ..ops.projection import reads_raw_gate
 from ..options import FlashWeights, Layout, MixedChunkOptions
 from .gated_unit import GatedUnit, UnitOptions, UnitState, chosen, last_shifted, start_of
@@ -191,8 +191,8 @@ class FLASH(GatedUnit):
         dropped, own = self.qk_dropout and self.training, self.attention_fn is not None
         whole = not dropped and not own and runs_whole(x)
         one = lengths is None and x.shape[1] == 1 and not own
-        if whole and state is not None and one and inplace:
-            y = self._token(x, state)
+        if state is not None and one and inplace and not dropped and (whole or takes_tokens(x, self.key_dim)):
+            y = self._token(x, state) if whole else self._token_of_kernels(x, state)
             return (y, state) if return_state else y
         start = 0 if state is None else start_of(state.memory.position)
         normed, moving, angles = self._prepare(x, start, cu_seqlens, None if state is None else state.previous)
@@ -242,14 +242,13 @@ class FLASH(GatedUnit):
         """One more token (B, 1, d) of every row, by which the state is advanced in place."""
         memory = state.memory
         normed, moving, angles = self._prepare(x, start_of(memory.position), None, state.previous)
-        bias = None if self.rel_bias is None else self.rel_bias(self.chunk_size)
         y, steps = flash_unit_step(
             normed,
             self._weights,
             residual=x if self.residual else None,
             angles=angles,
             state=memory,
-            options=MixedChunkOptions(self.chunk_size, self.score, True, None, self.lin_normalizer, bias),
+            options=self._options,
             held=state.steps,
             turned=self.turned.get(self.to_hidden.weight),
         )
@@ -258,6 +257,29 @@ class FLASH(GatedUnit):
         if moving is not None:
             state.advanced(memory, last_shifted(moving, None))
         return self.post_norm(y)
+
+    def _token_of_kernels(self, x: Tensor, state: UnitState[MixedChunkState]) -> Tensor:
+        """The same in six launches at most, but for a token shift and a norm at the end."""
+        normed, moving = self._normed(x, None, state.previous)
+        rotary = self.rotary
+        y = flash_unit_token(
+            normed,
+            self._weights,
+            residual=x if self.residual else None,
+            frequencies=None if rotary is None else rotary.rates(self._like_head(x)),
+            interleaved=rotary is not None and rotary.interleaved,
+            state=state.memory,
+            options=self._options,
+        )
+        if moving is not None:
+            state.advanced(state.memory, last_shifted(moving, None))
+        return self.post_norm(y)
+
+    @property
+    def _options(self) -> MixedChunkOptions:
+        """Those of a token."""
+        bias = None if self.rel_bias is None else self.rel_bias(self.chunk_size)
+        return MixedChunkOptions(self.chunk_size, self.score, True, None, self.lin_normalizer, bias)
 
     @property
     def _weights(self) -> FlashWeights:

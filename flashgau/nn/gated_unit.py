@@ -190,22 +190,28 @@ class GatedUnit(nn.Module):
             **factory,
         )
 
+    def _normed(self, x: Tensor, cu_seqlens: Tensor | None, previous: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """norm(x), shifted if the layer shifts tokens; and then what `shift_tokens` gives besides."""
+        normed = self.norm(x)
+        return shift_tokens(normed, previous, cu_seqlens) if self.token_shift else (normed, None)
+
     def _prepare(
         self, x: Tensor, start: int | Tensor, cu_seqlens: Tensor | None, previous: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Angles]:
-        """norm(x), shifted if the layer shifts tokens; what `shift_tokens` gives besides; and the rotary embedding.
+        """What `_normed` gives, and the rotary embedding.
 
         Its cosines and sines are (1 or B, N, pairs), for all heads.
         """
-        normed, moving = self.norm(x), None
-        if self.token_shift:
-            normed, moving = shift_tokens(normed, previous, cu_seqlens)
+        normed, moving = self._normed(x, cu_seqlens, previous)
         if self.rotary is None:
             return normed, moving, Angles()
         positions = None if cu_seqlens is None else packed_positions(x.shape[1], cu_seqlens)
-        heads = x[..., :1].expand(*x.shape[:2], self.key_dim)
-        cos, sin = (t if t.ndim == 3 else t[None] for t in self.rotary.turns(heads, start, positions))
+        cos, sin = (t if t.ndim == 3 else t[None] for t in self.rotary.turns(self._like_head(x), start, positions))
         return normed, moving, Angles(cos, sin, self.rotary.interleaved)
+
+    def _like_head(self, x: Tensor) -> Tensor:
+        """A tensor with the shape of a head of x, for its shape, type and device."""
+        return x[..., :1].expand(*x.shape[:2], self.key_dim)
 
     def _heads(self, normed: Tensor, angles: Angles, raw_gate: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Gate, with `raw_gate` before its silu, and value (B, N, e), and every head (B, N, S)."""

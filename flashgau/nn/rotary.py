@@ -79,6 +79,13 @@ class RotaryEmbedding(nn.Module):
         """Angle per token of each pair: (dim/2,) fp32."""
         return 1.0 / (self.base ** (torch.arange(0, dim, 2, device=device).float() / dim))
 
+    def rates(self, x: Tensor) -> Tensor:
+        """`frequencies` for x (..., S), to be read only: kept for the next call."""
+        pairs, device = self._turning(x), x.device
+        key = "rates", pairs, self.base, device
+        kept = self._kept.get(key, x, 1, _MOST, lambda _: (self.frequencies(pairs, device),))
+        return self.frequencies(pairs, device) if kept is None else kept[1][0]
+
     def forward(self, x: Tensor, start: int | Tensor = 0, positions: Tensor | None = None) -> Tensor:
         """Turn each token of x by its position.
 

@@ -58,10 +58,11 @@ _FLOORS: dict[str, dict[str, ModuleType]] = {
 
 def _floor(backend: str) -> dict[str, ModuleType]:
     if backend == "triton" and backend not in _FLOORS:  # which nobody wants to load who has no use for it
-        from flashgau.kernels import attention, gau, glu, mixed_chunk, norms, projection, tangents
+        from flashgau.kernels import attention, flash_unit, gau, glu, mixed_chunk, norms, projection, tangents
 
         _FLOORS[backend] = {
             "attention": attention,
+            "flash_unit": flash_unit,
             "gau": gau,
             "glu": glu,
             "mixed_chunk": mixed_chunk,

@@ -21,17 +21,23 @@ from flashgau.options import (
     MixedChunkOptions,
     OpenChunk,
     ProjectionWeights,
+    TokenHeads,
 )
 
 from . import autograd, chunks, dispatch, plain
 from .operation import Operation
-from .projection import written_projection
+from .projection import projection, reads_raw_gate, written_projection
 from .state import MixedChunkState, check_in_place
 
 
 def runs_whole(x: Tensor) -> bool:
     """Whether a FLASH layer on x should run as one operator: where its attention would run on the eager backend."""
     return dispatch.resolve("mixed_chunk_attention", None, x.device, x.dtype) == "eager"
+
+
+def takes_tokens(x: Tensor, key_dim: int) -> bool:
+    """Whether Triton's kernel runs a token x (B, 1, d) of a FLASH layer."""
+    return reads_raw_gate("mixed_chunk_step", x, key_dim)
 
 
 def flash_unit(
@@ -95,6 +101,27 @@ def flash_unit_step(
     return y, None if traced else steps
 
 
+def flash_unit_token(
+    x: Tensor,
+    weights: FlashWeights,
+    *,
+    residual: Tensor | None,
+    frequencies: Tensor | None,
+    interleaved: bool,
+    state: MixedChunkState,
+    options: MixedChunkOptions,
+) -> Tensor:
+    """The same on Triton's kernels, which find the angles from the state's position: `frequencies` (pairs,) fp32 are
+    those per token."""
+    wide = projection(x, weights.w, weights.b)
+    tensors = (wide, weights.gamma, weights.beta, *state.tensors(), options.rel_bias)
+    check_in_place(Arguments("FLASH"), "state.memory", state, state.to(dtype=wide.dtype), autograd.needs_grad(*tensors))
+    options = options._replace(rel_bias=autograd.bias_rows(options.rel_bias, wide.shape[0]))
+    heads = TokenHeads(weights.gamma, weights.beta, frequencies, interleaved, weights.order)
+    out = _flash_unit_token(wide, heads=heads, state=OpenChunk(*state.tensors()), options=options, backend="triton")
+    return projection(out, weights.w_out, weights.b_out, residual)
+
+
 def _results(
     x: Tensor, w: Tensor, gamma: Tensor, w_out: Tensor, cu_seqlens: Tensor | None, chunk_size: int, causal: bool,
     save: bool, **_: Any,
@@ -142,4 +169,14 @@ _flash_unit = Operation(
     op="flash_unit",
     error="FLASH",
     others=_by_others,
+)
+_flash_unit_token = Operation(
+    "flash_unit_token",
+    inputs="wide gamma beta? kv! open_quad_k! open_lin_k! open_v! position! rel_bias?",
+    data="frequencies?",
+    results="out",
+    tuples={"heads": TokenHeads, "state": OpenChunk, "options": MixedChunkOptions},
+    shapes=lambda wide, open_v, **_: wide.new_empty(*wide.shape[:2], open_v.shape[2]),
+    op="flash_unit",
+    function="flash_unit_token_",
 )

@@ -87,7 +87,9 @@ class Arithmetic(Operands):
 
     def _fma(self, parts: list[str], target: Any, *operands: Any) -> None:
         half = "n.half_fma({0}, {1}, {2}, {kind!r})"
-        self._arithmetic(parts, {"f32": "n.fma({0}, {1}, {2})", "half": half}, target, *operands)
+        self._arithmetic(
+            parts, {"f32": "n.fma({0}, {1}, {2})", "f64": "n.wide_fma({0}, {1}, {2})", "half": half}, target, *operands
+        )
 
     def _div(self, parts: list[str], target: Any, *operands: Any) -> None:
         exact = "rn" in parts or parts[-1] == "f64"

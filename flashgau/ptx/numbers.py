@@ -48,6 +48,35 @@ def fma(a: Array, b: Array, c: Array) -> Array:
     return narrow
 
 
+def wide_fma(a: Array, b: Array, c: Array) -> Array:
+    """a b + c of fp64, rounded once, where a b neither overflows nor loses its last bits below 2^-1022: the product in
+    two parts (Dekker 1971), and all but the last sum rounded to odd (Boldo and Melquiond 2008)."""
+    a, b, c = np.broadcast_arrays(a, b, c)
+    with np.errstate(all="ignore"):
+        product = a * b
+        (a_high, a_low), (b_high, b_low) = _halves_of(a), _halves_of(b)
+        below = a_low * b_low - (((product - a_high * b_high) - a_low * b_high) - a_high * b_low)
+        plain = product + c
+        low, low_missed = _two_sum(c, below)
+        high, high_missed = _two_sum(product, low)
+        total: Array = high + bf16.added(low_missed, high_missed)
+        return np.where(np.isfinite(below) & np.isfinite(total), total, plain)
+
+
+def _halves_of(x: Array) -> tuple[Array, Array]:
+    """Upper and lower digits of fp64 numbers, whose products are exact (Veltkamp)."""
+    scaled = x * 134217729.0  # 2^27 + 1
+    high = scaled - (scaled - x)
+    return high, x - high
+
+
+def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """a + b rounded, and what that misses (Knuth)."""
+    total = a + b
+    back = total - a
+    return total, (a - (total - back)) + (b - back)
+
+
 def larger(a: Array, b: Array) -> Array:
     """max: a NaN loses, and +0 is more than -0."""
     return _chosen(a, b, (a.view(np.uint32) & b.view(np.uint32)).view(np.float32), np.maximum(a, b))

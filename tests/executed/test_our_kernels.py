@@ -12,8 +12,9 @@ from own_functions import sigmoid, sigmoid_slope
 from strategies import randn
 
 import flashgau
-from flashgau import tables
+from flashgau import nn, tables
 from flashgau.integrations.flash_attn import flash_attn_with_kvcache
+from flashgau.ops import dispatch
 from flashgau.ptx import executing, numbers
 from flashgau.tables.config import Config
 
@@ -100,6 +101,32 @@ def test_own_scores_agree_with_fp64(target):
         with executing(target), tables.configured(small):
             report = flashgau.compare(fn, *tensors, reference=partial(naive, scale=scale))
         assert report, str(report)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@torch.no_grad()
+def test_a_token_of_a_flash_layer(target):
+    """In two launches between its products, at a position whose angles are many turns."""
+    x, layers = draw((3, 14, 24))[0], {}
+    for dtype in (BF16, torch.float32, torch.float64):
+        layers[dtype] = nn.FLASH(24, hidden=70, key_dim=12, chunk_size=8, causal=True, dtype=dtype)
+        for i, p in enumerate(layers[dtype].parameters()):
+            p.copy_(randn(i, *p.shape) / 2)
+    _, state = layers[BF16](x[:, :13], return_state=True)
+    state.memory.position.add_(8 * 1000)
+
+    def naive(x):
+        with flashgau.use_backend("reference"):
+            return layers[x.dtype].step(x, state.to(x.dtype))[0]
+
+    layer, in_triton, in_layers = layers[BF16], flashgau.use_backend("triton"), dispatch.use_backend_in_layers("triton")
+    with executing(target, seed=0) as executed, tables.configured(small), in_triton, in_layers:
+        report = flashgau.compare(
+            lambda x: layer.step(x, state.clone(), inplace=True)[0], x[:, 13:], reference=naive, grad=False
+        )
+    assert report, str(report)
+    launched = [launch.kernel for launch in executed.launches]
+    assert launched[:3] == ["norm_kernel", "token_kernel", "close_kernel"]  # then those of the plain formula
 
 
 def paged(q, k, v, *, table, leftpad, lengths):
