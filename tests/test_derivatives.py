@@ -18,6 +18,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import flashgau
 from flashgau.nn.norms import LayerNorm
+from flashgau.ops import higher, plain
 
 backend = backend_fixture("attention")
 data = st.data()
@@ -236,6 +237,29 @@ def test_the_gradient_of_a_tangent_of_a_norm():
 
 
 # ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("batch", [(7,), (2, 3), (0, 3)], ids=str)
+@pytest.mark.parametrize("name", ["glu", "halves", "glu_linear", "glu_linear with biases"])
+def test_independent_rows_are_taken_a_few_at_a_time(name, batch, monkeypatch):
+    """Second derivatives, and tangents, are the same however many rows are worked on together; sums over rows too."""
+    shapes = {"glu": [(*batch, 6)] * 2, "halves": [(*batch, 12)]}.get(name, [(*batch, 5), (6, 5), (6, 5), (6,), (6,)])
+    shapes = shapes[:3] if name == "glu_linear" else shapes
+    inputs = [randn(i, *shape, dtype=torch.float64) for i, shape in enumerate(shapes)]
+    function = flashgau.glu_linear if name.startswith("glu_linear") else flashgau.glu
+
+    def found() -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = function(*leaves)
+        grads = torch.autograd.grad(out, leaves, randn(9, *out.shape, dtype=out.dtype), create_graph=True)
+        twice = torch.autograd.grad(grads, leaves, along(20, inputs))
+        with torch.no_grad():
+            return [*twice, torch.func.jvp(function, tuple(inputs), tuple(along(30, inputs)))[1]]
+
+    together = found()
+    monkeypatch.setattr(higher, "AT_ONCE", 13)
+    monkeypatch.setattr(plain, "AT_ONCE", 13)
+    close_gradients(found(), together)
 
 
 def largest(run: Callable[[], Any]) -> int:

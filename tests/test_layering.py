@@ -144,7 +144,7 @@ def test_what_needs_the_instruments_says_so():
                 ROOT
             )
             named += bool(found)
-    assert named == 6  # the modules of check, compile, demo, new-kernel and tune, and what compiles ahead
+    assert named == 5  # the modules of check, compile, demo and tune, and what compiles ahead
 
 
 def test_nothing_is_left_undone():

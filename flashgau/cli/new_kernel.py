@@ -1,4 +1,4 @@
-"""`flashgau new-kernel`: a kernel of one's own to begin from; what is written is in `flashgau.cli.instruments`."""
+"""`flashgau new-kernel`: a kernel of one's own to begin from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from flashgau.cli.console import USAGE, fail
-from flashgau.extras import instruments
+
+_TEMPLATES = Path(__file__).parent / "templates"
 
 
 def new_kernel(
@@ -29,6 +30,15 @@ def new_kernel(
     """
     if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
         fail("new-kernel", f"NAME is {name!r}; expected a name of Python's, such as my_gate", USAGE)
-    with instruments():
-        from flashgau.cli.instruments.written import write
-    return write(name, out)
+    files = {out / f"{name}.py": "kernel.py.txt", out / f"test_{name}.py": "test.py.txt"}
+    for path in files:
+        if path.exists():
+            fail("new-kernel", f"{path} is there already; expected another name, or another --out", USAGE)
+    out.mkdir(parents=True, exist_ok=True)
+    for path, template in files.items():
+        text = (_TEMPLATES / template).read_text(encoding="utf-8").replace("NAME", name)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+        print(f"wrote {path}")
+    print(f"run  pytest {out / f'test_{name}.py'}")
+    return 0

@@ -45,7 +45,8 @@ def mixed_chunk_attention(
     by_sequence = zip(parts, initial, grid.full, strict=True)
     states = [_states(*x, options.causal) for x in by_sequence]
     before = torch.cat([reads for reads, _ in states] or [sums])
-    out = grid.tokens((out + (lin_q.to(acc) * grid.factors(options, acc)) @ before).to(v.dtype))
+    out = torch.baddbmm(out.to(acc), lin_q.to(acc) * grid.factors(options, acc), before)
+    out = grid.tokens(out.to(v.dtype))
     out = out if gate is None else gated(out, gate, options.gate_activation, layout)
     return [out, torch.stack([after for _, after in states]) if states else before]
 
@@ -69,6 +70,7 @@ class _Grid(NamedTuple):
     counts: list[int]  # of chunks, by sequence
     full: tuple[Tensor, ...]  # by sequence: which of its chunks have no hole
     lengths: Tensor  # (G,) tokens of each sequence
+    whole: bool  # there are no holes and no padding: chunks are views
 
     @classmethod
     def of(cls, layout: Layout, batch: int, n: int, size: int, device: torch.device) -> _Grid:
@@ -88,15 +90,20 @@ class _Grid(NamedTuple):
         back = torch.full((batch * n + 1,), place.numel(), device=device)
         back = back.scatter(0, place.flatten(), torch.arange(place.numel(), device=device))[:-1].view(batch, n)
         rows = of if layout.cu_seqlens is None else torch.zeros_like(of)
-        return cls(place, back, rows, counts, real[:, -1].split(counts), lengths)
+        whole = layout.lengths is None and layout.cu_seqlens is None and n > 0 and n % size == 0
+        return cls(place, back, rows, counts, real[:, -1].split(counts), lengths, whole)
 
     def chunks(self, x: Tensor) -> Tensor:
         """x (B, N, .) by chunks (chunks, C, .); 0 where there is no token."""
+        if self.whole:
+            return x.reshape(*self.place.shape, x.shape[-1])
         rows = F.pad(x.flatten(0, 1), (0, 0, 0, 1))
         return rows.index_select(0, self.place.flatten()).view(*self.place.shape, x.shape[-1])
 
     def tokens(self, x: Tensor) -> Tensor:
         """The way back, (B, N, .); 0 where no sequence is."""
+        if self.whole:
+            return x.reshape(*self.back.shape, x.shape[-1])
         rows = F.pad(x.flatten(0, 1), (0, 0, 0, 1))
         return rows.index_select(0, self.back.flatten()).view(*self.back.shape, x.shape[-1])
 

@@ -151,8 +151,11 @@ def _linear_results(x: Tensor, w_gate: Tensor, save: bool, **_: Any) -> list[Ten
 
 
 def _linear_by_others(x: Tensor, weights: GluWeights, options: GluOptions, backend: str) -> list[Tensor]:
-    g, u = F.linear(x, weights.w_gate, weights.b_gate), F.linear(x, weights.w_up, weights.b_up)
-    return [plain.glu(g, u, *options)]
+    def of_rows(x: Tensor) -> Tensor:
+        g, u = F.linear(x, weights.w_gate, weights.b_gate), F.linear(x, weights.w_up, weights.b_up)
+        return plain.glu(g, u, *options)
+
+    return [plain.by_rows(of_rows, x, weights.w_gate.shape[0])]
 
 
 _glu = Operation(

@@ -19,9 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashgau.eager.common import accumulator
+
+from .. import pytorch
 from . import autograd
 from .names import Name, flat, grouped
 from .operator import Operator, refusal
+from .plain import AT_ONCE
 from .tuples import Flattening
 
 FLOOR = "tangents"  # the file, on every floor, that has the functions
@@ -186,7 +190,30 @@ class Higher:
 
 
 def by_others(of: Any, named: dict[str, Any]) -> dict[str, Any]:
-    """The same of an operation that is written in others: J t, and H(g, t)."""
+    """The same of an operation that is written in others: J t, and H(g, t).
+
+    Where its rows are independent, and the results final, so many rows at a time that what lies between stays small.
+    """
+    shared = set() if of.rows is None else {mark + x for x in of.rows.shared.split() for mark in ("", "t")}
+    rows = {name: x for name, x in named.items() if isinstance(x, Tensor) and name not in shared}
+    largest = max(x.numel() for x in rows.values())
+    final = not (torch.is_grad_enabled() or pytorch.transforms_active() or torch.compiler.is_compiling())
+    if not final or largest <= AT_ONCE or of.rows is None or not of.rows.any_axes or of.rows.single:
+        return _by_others(of, named)
+    flattened = {name: x.flatten(0, -2) for name, x in rows.items()}
+    count, found = next(iter(flattened.values())).shape[0], dict[str, Tensor]()
+    step = max(1, AT_ONCE * count // largest)
+    for i in range(0, count, step):
+        parts = _by_others(of, named | {name: x[i : i + step] for name, x in flattened.items()})
+        for name, part in parts.items():
+            if name in shared:  # a sum over rows
+                found[name] = found[name] + part if name in found else part.to(accumulator(part.dtype))
+            else:
+                found.setdefault(name, part.new_empty(count, part.shape[-1]))[i : i + step] = part
+    return {name: x.to(named[name].dtype).view(named[name].shape) for name, x in found.items()}
+
+
+def _by_others(of: Any, named: dict[str, Any]) -> dict[str, Any]:
     inputs = [x.name for x in of.differentiated if named[x.name] is not None]
     results = [x.name for x in of.results if named[f"d{x.name}"] is not None]
     sizes = {name: len(named[f"d{name}"]) for name in results if isinstance(named[f"d{name}"], list)}

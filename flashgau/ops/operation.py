@@ -73,6 +73,7 @@ class Operation:
             Flattening(self.tuples, x) for x in (self.arguments, self.arguments_back)
         )
         self.gradients = gradients or self._like_inputs
+        self.rows = rows
         self.function = function or (f"{name}_forward" if differentiable else name)
         self.others = others
         self.writes = any(x.mark == "!" for x in self.inputs)

@@ -11,6 +11,9 @@ from torch import Tensor
 from flashgau.eager.common import accumulator
 from flashgau.options import Layout
 
+AT_ONCE = 2**20
+"""Numbers of an operand whose rows are independent that are worked on together."""
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "sigmoid": torch.sigmoid,
@@ -45,6 +48,15 @@ def gated(x: Tensor, gate: Tensor, activation: str, layout: Layout) -> Tensor:
 def of_queries(layout: Layout, m: int, n: int) -> Layout:
     """The layout of m queries against n keys: lengths are those of keys, and of queries too if m is n."""
     return layout if layout.lengths is None or m == n else Layout()
+
+
+def by_rows(function: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tensor:
+    """function(x) (..., width) of rows that are independent, so many at a time that what lies between stays small."""
+    rows = x.numel() // max(1, x.shape[-1])
+    if rows * width <= AT_ONCE or x.dim() < 2:
+        return function(x)
+    parts = [function(part) for part in x.flatten(0, -2).split(max(1, AT_ONCE // width))]
+    return torch.cat(parts).unflatten(0, x.shape[:-1])
 
 
 def added(x: Tensor, residual: Tensor | None) -> Tensor:
