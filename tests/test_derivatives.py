@@ -49,16 +49,20 @@ def tangents_of(function: Callable[..., Any], count: int, *tensors: Tensor) -> t
     return tuple(torch.where(torch.isfinite(x), x, 0) for x in found)
 
 
-def gradients_of(function: Callable[..., Any], *tensors: Tensor) -> Tensor:
-    """The gradients of a sum of the results' squares, in one tensor: what cancels in one is rounded as the largest.
+def gradients_of(function: Callable[..., Any], *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of a sum of the results' squares, and those of a weighting of these, each in one tensor.
 
-    Those in fp32 beside half inputs are held to their own precision where first derivatives are tested.
+    For in half precision what cancels in one is rounded as the largest of them: each is made of the others.
     """
     leaves = [x.requires_grad_() if x.is_leaf else x for x in tensors]
     with torch.enable_grad():
         total = sum(torch.where(torch.isfinite(x), x, 0).square().sum() for x in function(*leaves))
-        grads = torch.autograd.grad(total, leaves, create_graph=True, materialize_grads=True)
-    return torch.cat([g.flatten().to(grads[0].dtype) for g in grads])
+        once = torch.autograd.grad(total, leaves, create_graph=True, materialize_grads=True)
+        weights = [randn(50 + i, *g.shape, dtype=torch.bfloat16).to(g.dtype) for i, g in enumerate(once)]
+        weighted = sum((g * w).sum() for g, w in zip(once, weights, strict=True))
+        twice = torch.autograd.grad(weighted, leaves, materialize_grads=True)
+    first, second = (torch.cat([g.detach().flatten().to(grads[0].dtype) for g in grads]) for grads in (once, twice))
+    return first, second
 
 
 def along(seed: int, inputs: list[Tensor]) -> list[Tensor]:
@@ -89,7 +93,9 @@ def test_gradients_of_gradients_agree_with_the_reference(backend, name, data):
     ours, inputs = function_of(call, backend)
     theirs, _ = function_of(call, "reference")
     torch.manual_seed(len(repr(call)))
-    report = flashgau.compare(partial(gradients_of, ours), *inputs, reference=partial(gradients_of, theirs))
+    report = flashgau.compare(
+        partial(gradients_of, ours), *inputs, reference=partial(gradients_of, theirs), names=("d", "dd"), grad=False
+    )  # by the rule of gradients, which their names stand for
     assert report.ok, f"\n{call}\n{report}"
 
 
