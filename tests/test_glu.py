@@ -178,6 +178,8 @@ def test_rows_are_independent(backend, data):
 @pytest.mark.parametrize("shape", [(), (1,), (300_001,), (3, 100_003), (700, 500)], ids=str)
 def test_large_and_awkward_shapes(backend, shape):
     """Past the size at which work is cut into pieces, in layouts with and without contiguous rows."""
+    if backend == "triton":  # which cuts work into blocks of a thousand columns, one program after another here
+        shape = {(300_001,): (30_001,), (3, 100_003): (3, 10_003), (700, 500): (70, 500)}.get(shape, shape)
     gate, up = randn(0, *shape), randn(1, *shape)
     expected = torch.nn.functional.silu(gate) * up
     close(flashgau.glu(gate, up), expected)

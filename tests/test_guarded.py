@@ -17,6 +17,7 @@ from flashgau.kernels import glu
 
 MODULES = [
     "attention_kernels",
+    "flash_unit",
     "gated",
     "gau",
     "gau_kernels",
