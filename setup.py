@@ -95,7 +95,7 @@ class Source(sdist):
 
 
 text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
-text = re.sub(r"\[([^]]+)\]\((?![a-z]+:|#)([^)]+)\)", r"\1 (\2)", text)
+text = re.sub(r"!?\[([^]]+)\]\((?![a-z]+:|#)([^)]+)\)", r"\1 (\2)", text)
 setup(
     long_description=f"{text}\n{NOTE}",
     long_description_content_type="text/markdown",

@@ -376,7 +376,7 @@ def test_internal_links_resolve(page):
 
 
 def test_the_site_builds_without_a_warning_and_needs_nothing_from_elsewhere(tmp_path):
-    for needed in ("mkdocs", "material"):
+    for needed in ("mkdocs", "material", "latex2mathml"):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"{needed} is not installed (pip install 'flashgau[docs]')")
     site = tmp_path / "site"
@@ -389,4 +389,55 @@ def test_the_site_builds_without_a_warning_and_needs_nothing_from_elsewhere(tmp_
     foreign = re.compile(
         r'<(?:script|img|iframe)[^>]*\ssrc="(?:https?:)?//|<link[^>]*rel="(?:stylesheet|preconnect)"[^>]*href="(?:https?:)?//'
     )
-    assert not [page.name for page in pages if foreign.search(page.read_text())]
+    for page in pages:
+        text = page.read_text()
+        assert not foreign.search(text), page
+        assert "arithmatex" not in text, f"{page} has formulas that were not set"
+    survey = (site / "survey" / "index.html").read_text()
+    assert survey.count("<math ") > 10
+    assert survey.count('<svg aria-label="') == 5
+    assert not list(site.rglob("*.py"))
+
+
+def of_docs(name: str) -> Any:
+    """A module that lies beside the pages."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_drawings_are_what_the_script_draws():
+    drawn = of_docs("drawings").files()
+    assert drawn == {path.name: path.read_text(encoding="utf-8") for path in (DOCS / "assets").glob("*.svg")}
+    for text in drawn.values():
+        width, height = map(int, re.findall(r'viewBox="0 0 (\d+) (\d+)"', text)[0])
+        places = [(float(x), float(y)) for x, y in re.findall(r' x="([\d.]+)" y="([\d.]+)"', text)]
+        assert all(0 <= x <= width and 0 <= y <= height for x, y in places)
+
+
+def test_a_formula_becomes_mathml():
+    pytest.importorskip("latex2mathml")
+    mathematics = of_docs("mathematics")
+    page = '<p><span class="arithmatex">\\(a &lt; b\\)</span></p><div class="arithmatex">\\[\nx_i\n\\]</div>'
+    made = mathematics.on_page_content(page)
+    assert made.count("<math ") == 2
+    assert "<msub><mi>x</mi><mi>i</mi></msub>" in made
+    assert "arithmatex" not in made
+    for wrong in (r"\nosuch{x}", r"a & b"):
+        with pytest.raises(ValueError, match="is not known, in"):
+            mathematics.mathml(wrong)
+
+
+def test_every_formula_of_a_page_is_known():
+    pytest.importorskip("latex2mathml")
+    mathematics, found = of_docs("mathematics"), 0
+    for page in DOCS.glob("*.md"):
+        text = page.read_text()
+        formulas = [block.text for block in fenced_blocks(text) if block.language == "math"]
+        for formula in (*formulas, *re.findall(r"\$([^$\n]+)\$", without_blocks(text))):
+            assert mathematics.mathml(formula).startswith("<math "), f"{page.name}: {formula}"
+            found += 1
+    assert found > 50
