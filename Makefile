@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test matrix lint types docs check clean
+.PHONY: run test matrix lint types docs kernels check clean
 
 run: $(INSTALLED)
 	$(BIN)/flashgau demo
@@ -30,7 +30,12 @@ types: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/mkdocs build --strict
 
-check: lint types test docs
+# The compiled code of every kernel: hot loops no worse than recorded, and a part of it executed. No GPU is needed.
+kernels: $(INSTALLED)
+	$(BIN)/flashgau compile --loops --target sm_90 --against bench/results/loops/sm_90.json
+	$(BIN)/flashgau check --execute sm_80,sm_90 --quick
+
+check: lint types test docs kernels
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -107,5 +107,6 @@ def test_two_builds_give_the_same_bytes(built, tmp_path):
 
 def test_the_instruments_are_of_the_same_version():
     texts = [(ROOT / folder / "pyproject.toml").read_text() for folder in (".", "instruments")]
+    texts.append(re.sub(r"(?m)^version: (.*)$", r'version = "\1"', (ROOT / "CITATION.cff").read_text()))
     (version,) = {re.search(r'(?m)^version = "(.*)"$', text)[1] for text in texts}
     assert f'dependencies = ["flashgau=={version}"]' in texts[1]
