@@ -293,6 +293,23 @@ def test_every_argument_of_an_operation_is_on_its_page(page):
                 assert f"{argument}={shown}" in text, f"{page} does not show {argument}={shown}"
 
 
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("flashgau", "flashgau.nn", "flashgau.models", "flashgau.training", "flashgau.tuning", "flashgau.testing"),
+        *("flashgau.convert", "flashgau.distributed"),
+        *("flashgau.integrations.flash_attn", "flashgau.integrations.transformers"),
+    ],
+)
+def test_every_public_name_is_on_a_page_of_names(module):
+    """By the name under which it is imported: as what is described, or in its heading."""
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in (DOCS / "api").glob("*.md"))
+    listed = set(re.findall(r"^(?:::: | {6}heading: )(\S+)$", pages, re.MULTILINE))
+    found = importlib.import_module(module)
+    public = {n for n in found.__all__ if not n.startswith("__") and not inspect.ismodule(getattr(found, n))}
+    assert {f"{module}.{name}" for name in public} <= listed
+
+
 def test_every_layer_is_on_the_page_of_layers():
     page = (DOCS / "layers.md").read_text()
     missing = [n for m in ("nn", "models") for n in getattr(flashgau, m).__all__ if not re.search(rf"\b{n}\b", page)]
