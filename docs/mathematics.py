@@ -26,7 +26,6 @@ def mathml(formula, display=False):
     unknown = re.search(r"<m[io]>(\\\w+|&)</m[io]>", made)
     if unknown:
         raise ValueError(f"mathml: {unknown[1]} is not known, in {formula}")
-    made = made.replace(r"\_", "_")  # in words
     made = PRIME.sub(r'<mrow>\1<mo lspace="0" rspace="0">&#x02032;</mo></mrow>', made)  # many fonts have it raised
     # Functions stand apart from what is before them, and from an argument without a parenthesis.
     made = NAME.sub(lambda f: f'<mo lspace="0.17em" rspace="{0 if f[2] else 0.17}em">{f[1]}</mo>', made)
