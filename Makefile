@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test matrix lint types docs kernels check clean
+.PHONY: run test matrix lint types completeness docs kernels check clean
 
 run: $(INSTALLED)
 	$(BIN)/flashgau demo
@@ -26,6 +26,10 @@ types: $(INSTALLED)
 	$(BIN)/python -m pip wheel -q --no-deps --wheel-dir build/wheel . ./instruments
 	for wheel in build/wheel/*.whl; do $(BIN)/python -m zipfile -e $$wheel build/types; done
 	cd build && MYPYPATH=types ../$(BIN)/mypy --config-file ../pyproject.toml -p flashgau
+
+# Needs pyright as well: .venv/bin/python -m pip install 'pyright[nodejs]'
+completeness: types
+	$(BIN)/python tests/completeness.py
 
 docs: $(INSTALLED)
 	$(BIN)/mkdocs build --strict

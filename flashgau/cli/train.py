@@ -155,6 +155,10 @@ class ProgressDisplay:
         step 10  loss 1.0000  1.4427 bits/byte  9,000 bytes/s
     """
 
+    task: Any
+    began: float
+    began_at: float
+
     def __init__(self, console: Console) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
 

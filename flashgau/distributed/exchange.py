@@ -88,6 +88,9 @@ class Meeting:
         part: the number of the place in the call, from 1.
     """
 
+    context: GroupContext
+    part: int
+
     def __init__(self, context: GroupContext, part: int) -> None:
         self.context, self.part = context, part
         self._wait: Callable[[], None] | None = None

@@ -212,6 +212,17 @@ def parts_of(options: AttentionOptions, q: Tensor, k: Tensor, v: Tensor, layout:
 class Part:
     """One sequence's views of the tensors: queries (b, Hq, m, D) against keys (b, Hkv, n, D)."""
 
+    seq: Sequence
+    options: AttentionOptions
+    sinks: Tensor | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    m: int
+    n: int
+    groups: int
+
     def __init__(self, seq: Sequence, options: AttentionOptions, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.seq, self.options, self.sinks = seq, options, options.sinks
         self.q, self.k, self.v = self.rows(q), self.keys(k), self.keys(v)

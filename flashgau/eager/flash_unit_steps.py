@@ -26,6 +26,25 @@ class FlashUnitSteps:
         options: of attention. Its bias (..., 2P-1) may change from token to token, or be another one.
     """
 
+    weights: FlashWeights
+    options: MixedChunkOptions
+    places: Places
+    hidden: Tensor
+    rows: Tensor
+    u: Tensor
+    v: Tensor
+    z: Tensor
+    heads: Tensor
+    taken: Tensor
+    parts: MixedChunkHeads
+    turning: Tensor
+    first: Tensor
+    second: Tensor
+    sines: Tensor
+    by_sine: tuple[Tensor, ...]
+    addresses: list[int]
+    bias_address: list[int]
+
     def __init__(
         self, x: Tensor, weights: FlashWeights, angles: Angles, state: OpenChunk, options: MixedChunkOptions
     ) -> None:

@@ -108,6 +108,21 @@ def gau_attention_backward(
 class Part:
     """One sequence: m queries (b, m, S) at the end of n keys (b, n, S)."""
 
+    seq: Sequence
+    options: GatedOptions
+    score: str
+    causal: bool
+    acc: torch.dtype
+    factor: torch.dtype
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    m: int
+    n: int
+    step: int
+    last: int
+
     def __init__(self, seq: Sequence, options: GatedOptions, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.seq, self.options, self.score, self.causal = seq, options, options.score, options.causal
         self.acc, self.factor = accumulator(q.dtype), values_dtype(v)

@@ -432,6 +432,9 @@ class Place(NamedTuple):
 class Places:
     """A state, and views for every place of its open chunk, each made when first needed: C of them at most."""
 
+    state: OpenChunk
+    bias: Tensor | None
+
     def __init__(self, state: OpenChunk, bias: Tensor | None) -> None:
         self.state, self.bias = state, bias
         self._made: dict[int, Place] = {}

@@ -34,6 +34,9 @@ class Model(nn.Module):
         dtype: their type.
     """
 
+    config: ModelConfig
+    stack: Stack
+
     def __init__(
         self,
         config: ModelConfig | str,
@@ -109,6 +112,9 @@ class LanguageModel(Model):
         device: where the parameters live.
         dtype: their type.
     """
+
+    head_weight: nn.Parameter | None
+    head_bias: nn.Parameter | None
 
     def __init__(
         self,

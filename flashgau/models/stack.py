@@ -96,6 +96,9 @@ class TransformerBlock(nn.Module):
         factory: device and dtype.
     """
 
+    attention_norm: nn.Module
+    feedforward_norm: nn.Module
+
     def __init__(self, config: ModelConfig, causal: bool, **factory: Any) -> None:
         super().__init__()
         plain = config.kind == "transformer"
@@ -168,6 +171,11 @@ class Stack(nn.Module):
         causal: each token sees only itself and what came before.
         factory: device and dtype.
     """
+
+    embedding: nn.Embedding
+    embedding_norm: nn.Module
+    layers: nn.ModuleList
+    norm: nn.Module
 
     def __init__(self, config: ModelConfig, causal: bool, **factory: Any) -> None:
         super().__init__()

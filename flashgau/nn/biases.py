@@ -33,6 +33,8 @@ class ToeplitzBias(nn.Module):
         True
     """
 
+    weight: nn.Parameter
+
     def __init__(
         self,
         max_length: int,
@@ -80,6 +82,9 @@ class RotaryBias(nn.Module):
         (199,)
     """
 
+    a: nn.Parameter
+    b: nn.Parameter
+
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         if dim < 2 or dim % 2:
@@ -121,6 +126,11 @@ class T5Bias(nn.Module):
         >>> tuple(T5Bias(4, causal=True)(10).shape)
         (4, 19)
     """
+
+    max_distance: int
+    causal: bool
+    scale: float
+    weight: nn.Parameter
 
     def __init__(
         self,

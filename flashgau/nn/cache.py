@@ -37,6 +37,8 @@ class KeyValueCache:
         (4, (1, 2, 4, 4), [0.0, 0.0, 0.0, 1.0])
     """
 
+    longest: int
+
     def __init__(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
         args = Arguments("KeyValueCache")
         args.tensor("k", k, "B H N D")

@@ -42,6 +42,9 @@ class FeedForward(nn.Module):
         (2, 5, 16)
     """
 
+    to_hidden: nn.Linear
+    to_out: nn.Linear
+
     def __init__(
         self,
         dim: int,
@@ -90,6 +93,12 @@ class GatedFeedForward(nn.Module):
         >>> tuple(layer(torch.randn(2, 5, 96)).shape), layer.gate.out_features
         ((2, 5, 96), 256)
     """
+
+    variant: str
+    recompute: bool
+    gate: nn.Linear
+    up: nn.Linear
+    to_out: nn.Linear
 
     def __init__(
         self,

@@ -110,6 +110,11 @@ class FLASH(GatedUnit):
         True
     """
 
+    chunk_size: int
+    lin_normalizer: str | float
+    head_order: tuple[str, ...]
+    turned: Turned
+
     def __init__(
         self,
         dim: int,

@@ -142,6 +142,22 @@ class GatedUnit(nn.Module):
         factory: device and dtype of the parameters.
     """
 
+    dim: int
+    hidden: int
+    key_dim: int
+    causal: bool
+    score: str
+    token_shift: bool
+    residual: bool
+    qk_dropout: float
+    norm: nn.Module
+    to_hidden: nn.Linear
+    offset_scale: OffsetScale
+    rotary: RotaryEmbedding | None
+    to_out: nn.Linear
+    post_norm: nn.Module
+    rel_bias: nn.Module | None
+
     def __init__(
         self,
         dim: int,

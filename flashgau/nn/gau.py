@@ -120,6 +120,9 @@ class GAU(GatedUnit):
         True
     """
 
+    normalizer: str | float
+    bias_over_n: bool
+
     def __init__(
         self,
         dim: int,

@@ -51,6 +51,19 @@ class MultiHeadAttention(nn.Module):
         True
     """
 
+    dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    causal: bool
+    dropout: float
+    gate_activation: str
+    to_qkv: nn.Linear
+    to_gate: nn.Linear | None
+    rotary: RotaryEmbedding | None
+    rel_bias: nn.Module | None
+    to_out: nn.Linear
+
     def __init__(
         self,
         dim: int,

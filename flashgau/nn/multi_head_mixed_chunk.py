@@ -52,6 +52,19 @@ class MultiHeadMixedChunk(nn.Module):
         True
     """
 
+    dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    chunk_size: int
+    causal: bool
+    score: str
+    attention_fn: Callable[..., Any] | None
+    to_qkv: nn.Linear
+    rotary: RotaryEmbedding | None
+    rel_bias: nn.Module | None
+    to_out: nn.Linear
+
     def __init__(
         self,
         dim: int,

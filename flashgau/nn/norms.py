@@ -99,6 +99,11 @@ class ScaleNorm(nn.Module):
         [1.0, -1.0, 1.0, 1.0]
     """
 
+    dim: int
+    eps: float
+    clamp: bool
+    g: nn.Parameter
+
     def __init__(
         self,
         dim: int,

@@ -27,6 +27,9 @@ class OffsetScale(nn.Module):
         (2, 4, 5, 8)
     """
 
+    gamma: nn.Parameter
+    beta: nn.Parameter | None
+
     def __init__(
         self,
         dim: int,

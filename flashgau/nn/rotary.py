@@ -68,6 +68,10 @@ class RotaryEmbedding(nn.Module):
         True
     """
 
+    dim: int | None
+    interleaved: bool
+    base: float
+
     def __init__(self, dim: int | None = None, *, interleaved: bool = False, base: float = 10000.0) -> None:
         super().__init__()
         if dim is not None and (dim < 2 or dim % 2):

@@ -22,6 +22,8 @@ class ScaledSinusoidal(nn.Module):
         (5, 8)
     """
 
+    scale: nn.Parameter
+
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         if dim < 2 or dim % 2:

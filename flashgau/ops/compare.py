@@ -187,6 +187,9 @@ class Standard:
         grad: also hold the gradient of every floating argument.
     """
 
+    dtype: torch.dtype
+    seed: int
+
     def __init__(
         self,
         fn: Callable[..., Any],

@@ -42,6 +42,18 @@ class Higher:
         error: what the refusal of a third derivative calls the operation.
     """
 
+    inputs: list[Any]
+    absent: list[Any]
+    tangents: list[Name]
+    cotangents: list[Any]
+    arguments: Any
+    arguments_second: Any
+    flattening: Flattening
+    flattening_second: Flattening
+    jvp: Operator
+    second: Operator
+    refusal: str
+
     def __init__(self, operation: Any, fixed: list[str], error: str) -> None:
         self.of = operation
         fields = operation.tuples["tangents"]._fields

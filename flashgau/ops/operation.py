@@ -19,7 +19,7 @@ from .. import pytorch
 from . import autograd
 from .folding import Folding, Rows
 from .higher import Higher, by_others
-from .names import flat, grouped, names
+from .names import Name, flat, grouped, names
 from .operator import Operator
 from .tuples import Flattening, fields
 
@@ -50,6 +50,28 @@ class Operation:
         function: what the floors' forward is called, if it is another operation's.
         rows: which tensors have rows, so that torch.vmap makes one call of the operation; without, one for each entry.
     """
+
+    name: str
+    op: str
+    tuples: dict[str, Any]
+    shapes: Shapes
+    inputs: list[Name]
+    results: list[Name]
+    saved: list[Name]
+    differentiated: list[Name]
+    required: list[Name]
+    kept: list[Name]
+    arguments: list[str]
+    arguments_back: list[str]
+    fixed: list[str]
+    flattening: Flattening
+    flattening_back: Flattening
+    gradients: Shapes
+    function: str
+    writes: bool
+    forward: Operator
+    backward: Operator
+    higher: Higher | None
 
     def __init__(
         self, name: str, inputs: str, results: str, shapes: Shapes, *, op: str, data: str = "", saved: str = "",

@@ -32,6 +32,9 @@ class Operator:
         folding: how torch.vmap makes one call of it; without, it makes one for each entry.
     """
 
+    name: str
+    overload: Any
+
     def __init__(
         self,
         name: str,

@@ -59,6 +59,13 @@ class Flattening:
         arguments: names in order.
     """
 
+    names: list[str]
+    joined: list[tuple[Callable[..., Any], Callable[[Sequence[Any]], tuple[Any, ...]]]]
+    tuples: Any
+    plain: list[tuple[str, int]]
+    split: list[tuple[Callable[[Any], tuple[Any, ...]], int]]
+    order: list[int]
+
     def __init__(self, tuples: dict[str, Any], arguments: Sequence[str]) -> None:
         split = [x for kind in tuples.values() for x in fields(kind) if len(x.parts) > 1 and x.parts[0] in arguments]
         self.names = [*arguments, *(x.name for x in split)]  # of an operator's arguments, then of what they make

@@ -47,6 +47,8 @@ class Barrier:
 class Bulk:
     """Of the blocks that a machine runs."""
 
+    groups: np.ndarray[Any, Any]
+
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.barriers: dict[int, Barrier] = {}

@@ -22,6 +22,14 @@ class Fault(RuntimeError):
         address: in memory, or within shared memory; None where there is none.
     """
 
+    kind: str
+    kernel: str
+    instruction: str
+    source: str
+    block: tuple[int, int, int]
+    thread: int
+    address: int | None
+
     def __init__(
         self,
         kind: str,

@@ -74,6 +74,32 @@ class Machine:
         budget: basic blocks that may be executed.
     """
 
+    program: Program
+    memory: Global
+    freedom: Freedom
+    generator: np.random.Generator | None
+    budget: int
+    parameters: Array
+    threads: int
+    lanes: int
+    every: Array
+    block: Array
+    thread: Array
+    laneid: Array
+    warpid: Array
+    tid: tuple[Array, ...]
+    ctaid: tuple[Array, ...]
+    ntid: tuple[Array, ...]
+    nctaid: tuple[Array, ...]
+    shared: Shared
+    waiting: Array
+    expected: Array
+    executed: Array
+    products: Array
+    fenced: Array
+    yielded: Array
+    bulk: Bulk
+
     def __init__(
         self,
         program: Program,

@@ -31,6 +31,15 @@ class Global:
         granule: bytes of the narrowest access.
     """
 
+    bytes: Array
+    allowed: Array
+    writer: Array
+    reader: Array
+    fetched: Array
+    stored: Array
+    read_bytes: int
+    written_bytes: int
+
     def __init__(self, sizes: list[int], granule: int) -> None:
         self.starts: list[int] = []
         end = GUARD
@@ -165,6 +174,28 @@ class Shared:
         threads: of a block.
         granule: bytes of the narrowest access.
     """
+
+    size: int
+    threads: int
+    granule: int
+    pitch: int
+    bytes: Array
+    lane: Array
+    first: Array
+    clock: Array
+    warp_clock: Array
+    write_time: Array
+    read_time: Array
+    write_warp_time: Array
+    read_warp_time: Array
+    writer: Array
+    reader: Array
+    written_at: Array
+    now: int
+    arriving: Array
+    used: Array
+    under_way: int
+    committed: Array
 
     def __init__(self, size: int, blocks: int, threads: int, granule: int) -> None:
         self.size, self.threads, self.granule = size, threads, granule

@@ -41,6 +41,15 @@ class Operands:
         numbers: of registers in `R`.
     """
 
+    numbers: dict[str, int]
+    parameters: dict[str, Any]
+    block_of: dict[int, int]
+    masked: bool
+    accumulators: set[int]
+    number: int
+    x: Instruction
+    active: str | None
+
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self.numbers = {name: i for i, name in enumerate(kernel.registers)}

@@ -26,6 +26,14 @@ class Program:
     rank: of each basic block: threads of a warp that parted meet again if the lower rank goes first.
     """
 
+    dtypes: list[Any]
+    global_granule: int
+    shared_granule: int
+    classes: list[Counter[str]]
+    following: list[list[int]]
+    rank: np.ndarray[Any, Any]
+    flops: list[int]
+
     def __init__(self, ptx: str) -> None:
         self.kernel: Kernel = parse(ptx)
         self.dtypes = [

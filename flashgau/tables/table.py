@@ -139,6 +139,10 @@ def of_json(data: Any, where: str) -> Table:
 class Fields:
     """Reads the fields of a JSON object, each once; `where` begins every complaint."""
 
+    data: Any
+    where: str
+    seen: set[str]
+
     def __init__(self, data: Any, where: str) -> None:
         if not isinstance(data, dict):
             raise ValueError(f"{where}: {_shown(data)}; expected an object")

@@ -69,6 +69,10 @@ class Schedule:
         elapsed: seconds of the whole run up to now.
     """
 
+    config: TrainConfig
+    processes: Processes
+    elapsed: Callable[[], float]
+
     def __init__(self, config: TrainConfig, processes: Processes, elapsed: Callable[[], float]) -> None:
         self.config, self.processes, self.elapsed = config, processes, elapsed
 

@@ -13,6 +13,8 @@ from typing import Any
 class StopSignals:
     """Turns the first SIGINT or SIGTERM into a request to stop, and the second into KeyboardInterrupt."""
 
+    reported: bool
+
     def __init__(self, told: Callable[[int], None]) -> None:
         self.signal: int | None = None
         self.told = told

@@ -132,6 +132,9 @@ class Journal:
     Lines of other versions of the software, and what is no line of a journal, count for nothing, and stay.
     """
 
+    path: Path
+    versions: dict[str, str]
+
     def __init__(self, path: Path, versions: dict[str, str]) -> None:
         self.path, self.versions = path, versions
 
@@ -187,7 +190,8 @@ class Search:
     def __post_init__(self) -> None:
         """Take from the journal what is known of these entries."""
         keys = {job.key for job in self.starts}
-        self.outcomes = {place: what for place, what in self.journal.read().items() if place[0] in keys}
+        read = self.journal.read().items()
+        self.outcomes: dict[tuple[Key, Config], Outcome] = {place: what for place, what in read if place[0] in keys}
 
     def candidates(self) -> list[tuple[int, Job]]:
         """All of them with their distances, as `candidates_of` gives them."""

@@ -93,6 +93,12 @@ class Bench:
         broken: whether the device refuses all work since a candidate's, so that the process must end.
     """
 
+    device: torch.device
+    broken: bool
+    interpreted: bool
+    median: Callable[[Callable[[], object]], float]
+    shape: CallShape
+
     def __init__(
         self,
         device: torch.device,

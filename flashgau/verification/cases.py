@@ -29,6 +29,10 @@ CHUNK = 16
 class Draw:
     """Makes a case's tensors: normal values from its own generator, in its dtype, on its device."""
 
+    dtype: torch.dtype
+    device: torch.device
+    generator: torch.Generator
+
     def __init__(self, key: str, dtype: torch.dtype, device: torch.device, seed: int) -> None:
         self.dtype, self.device = dtype, device
         self.generator = torch.Generator().manual_seed((zlib.crc32(key.encode()) + seed) % 2**64)

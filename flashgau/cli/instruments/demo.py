@@ -65,6 +65,12 @@ def fresh_folder(out: Path) -> Path | None:
 class Demo:
     """One demo: its folder, what it has found so far, and where it speaks."""
 
+    out: Path
+    console: Console
+    minutes: float
+    quick: bool
+    began: float
+
     def __init__(self, out: Path, console: Console, *, minutes: float, quick: bool) -> None:
         import flashgau
 

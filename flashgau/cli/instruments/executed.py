@@ -73,6 +73,9 @@ def executed(
 class Kept:
     """Rows by task, in a file if there is one: it is whole at every moment, and only goes on with the same versions."""
 
+    path: Path | None
+    written: float
+
     def __init__(self, path: Path | None) -> None:
         from flashgau.verification.candidates import versions
 
