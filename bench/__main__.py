@@ -1,4 +1,4 @@
-"""Command line: ``python -m bench OP``, ``python -m bench suite`` and ``python -m bench report``."""
+"""Command line: ``python -m bench OP``, and ``suite``, ``report`` or ``claims`` in place of an operation."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ except MissingExtra as missing:
 
 from bench import harness, page, report, suite
 from bench.cases import OPERATIONS, load
+from bench.claims import command as claims
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
+    if arguments[:1] == ["claims"]:
+        return claims.parse(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Time an operation and its alternatives side by side, after checking each against fp64.",
@@ -32,7 +35,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "operation", choices=(*OPERATIONS, "suite", "report"), metavar="OP",
         help=", ".join(OPERATIONS) + "; suite: check, tune and time everything in --minutes; "
-        "report: make the page on performance, in --out (default: docs), of all results under bench/results",
+        "report: make the page on performance, in --out (default: docs), of all results under bench/results; "
+        "claims, as the first word: the papers' figures, with options of its own (python -m bench claims --help)",
     )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--providers", default="", metavar="A,B", help="only these (default: all)")
@@ -68,10 +72,13 @@ def settings_from(options: argparse.Namespace) -> harness.Settings:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 measured; 1 a provider of ours is wrong or failed; 2 a bad request; 130 interrupted."""
-    return with_outputs("bench", lambda: _run(arguments))
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["claims"]:
+        return with_outputs("bench claims", lambda: claims.main(given[1:]))
+    return with_outputs("bench", lambda: _run(given))
 
 
-def _run(arguments: list[str] | None) -> int:
+def _run(arguments: list[str]) -> int:
     options = parse(arguments)
     errors = Console(stderr=True)
     if options.device == "cuda" and not torch.cuda.is_available():
