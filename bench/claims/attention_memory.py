@@ -124,14 +124,17 @@ def judge(settings: Settings, results: Results) -> Verdict:
     parts = [row["part"] for row in executed if row["length"] >= ASYMPTOTIC]
     if len(parts) > 1:
         spread = max(parts) / min(parts)
-        what = f"executed accesses are {min(parts):.3g} to {max(parts):.3g} times N^2 d^2 / M: spread less {SPREAD}"
-        found.append(Comparison(what, exact(spread - SPREAD), unit=""))
+        said = (
+            f"executed accesses are {min(parts):.3g} to {max(parts):.3g} times N^2 d^2 / M, a factor {spread:.2f} "
+            f"apart (at most {SPREAD} counts as the same order)"
+        )
+        found.append(Comparison("spread of accesses / (N^2 d^2 / M)", exact(spread - SPREAD), unit="", said=said))
     return verdict("Exact attention without the matrix of scores takes less time, memory and traffic", found)
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
     settings, results = Settings(**record["settings"]), record["results"]
-    figure, (left, middle, right) = draw.panels(record, 3)
+    figure, (left, middle, right, published) = draw.panels(record, 2, 2)
     shown = [n for n in lengths(settings) if f"N={n}" in results]
     for axis, kind, scale, label in (
         (left, "raw_s", 1e3, "time (ms)"),
@@ -157,6 +160,12 @@ def plot(record: dict[str, Any], path: Path) -> None:
     if executed:
         draw.lengths(right, [row["length"] for row in executed], "memory traffic of a head's forward (MB)")
     draw.legend(right)
+    a100 = PUBLISHED["a100_ms"]
+    for place, (who, label) in enumerate((("flashattention", "FlashAttention"), ("pytorch", "PyTorch"))):
+        draw.line(published, dict(zip(a100["lengths"], a100[who], strict=True)), label, place)
+    draw.lengths(published, a100["lengths"], "forward and backward (ms)")
+    published.set_title("published, A100", fontsize=10)
+    draw.legend(published)
     for axis, title in ((left, "time"), (middle, "memory"), (right, f"traffic, {TARGET}, not a measurement of time")):
         axis.set_title(title, fontsize=10)
     draw.save(figure, path)

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from bench.claims.statistics import Interval
 from bench.report import MARKERS, count
@@ -77,13 +77,11 @@ def lengths(axis: Axes, shown: Sequence[int], label: str, logarithmic: bool = Tr
 def plain_y(axis: Axes) -> None:
     """A logarithmic y axis with plain numbers."""
     axis.set_yscale("log")
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     low, high = axis.get_ylim()
-    if high < 20 * low:
-        axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-        axis.tick_params(axis="y", which="minor", labelsize=7)
-    else:
-        axis.yaxis.set_minor_formatter(NullFormatter())
+    steps = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high < 100 * low else (1.0,)
+    axis.yaxis.set_major_locator(LogLocator(subs=steps))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def legend(axis: Axes) -> None:

@@ -139,7 +139,7 @@ def winners(settings: Settings, results: Results) -> str:
 
 def plot(record: dict[str, Any], path: Path) -> None:
     settings, results = Settings(**record["settings"]), record["results"]
-    figure, (left, middle, right) = draw.panels(record, 3)
+    figure, (left, middle, right, published) = draw.panels(record, 2, 2)
     timed, tokens = times(settings, results), sizes(settings)[2]
     shown = [n for n in sizes(settings)[0] if n in timed["flash"]]
     for place, kind in enumerate(KINDS if shown else ()):
@@ -163,6 +163,12 @@ def plot(record: dict[str, Any], path: Path) -> None:
     if found:
         draw.lengths(middle, sizes(settings)[1], "held-out loss (nats per byte)", logarithmic=False)
     middle.set_title("loss at equal compute", fontsize=10)
+    latency = PUBLISHED["latency_ms_c4"]
+    for kind in ("transformer++", "flash-quad"):
+        draw.line(published, dict(zip(latency["lengths"], latency[kind], strict=True)), kind, KINDS.index(kind))
+    draw.lengths(published, latency["lengths"], "training step (ms)")
+    published.set_title("published, masked C4 (as recalled)", fontsize=10)
+    draw.legend(published)
     draw.save(figure, path)
 
 

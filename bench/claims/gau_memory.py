@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,8 @@ def told(found: list[list[tuple[float, float]]]) -> str:
     """Where the crossings are, or on which side the ratio stays."""
     each = [crossings(points) for points in found]
     if any(each):
-        return "crosses at " + ", ".join("/".join(f"{n:.0f}" for n in one) or "no length" for one in each) + " tokens"
+        where = ", ".join("/".join(f"{n:.0f}" for n in one) or "no length" for one in each)
+        return f"crosses at {where} tokens" + (" (one for each seed)" if len(each) > 1 else "")
     values = [ratio for points in found for _, ratio in points]
     ends = f"{found[0][0][0]:.0f} to {found[0][-1][0]:.0f} tokens"
     side = "always less" if max(values) < 1 else "never less"
@@ -115,10 +117,13 @@ def judge(settings: Settings, results: Results) -> Verdict:
             found = ratios(settings, results, kind, pair)
             if not found:
                 continue
-            notes.append(f"{pair}, {kind}: {told(found)}")
             far = distance(found, kind == "memory")
             if pair == "plain formulas":
-                comparisons.append(_within(f"{kind}, {pair}", far, found))
+                one = _within(f"{kind}, {pair}", far, found)
+                said = f"{pair}, {kind}: {told(found)}"
+                comparisons.append(replace(one, said=said + f"; within a factor {FACTOR:g} of {REMARK} was asked"))
+            else:
+                notes.append(f"{pair}, {kind}: {told(found)}")
     said = verdict(f"From about {REMARK} tokens on, and not below, GAU saves time and memory", comparisons)
     return Verdict(said.outcome, said.sentence + (f" {'; '.join(notes)}." if notes else ""), said.comparisons)
 

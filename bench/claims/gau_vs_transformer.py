@@ -136,8 +136,9 @@ def plot(record: dict[str, Any], path: Path) -> None:
     left.grid(linewidth=0.4, alpha=0.6)
     draw.legend(left)
     found = contest(settings).intervals(settings, results)
-    draw.dots(right, {n: found[n] for n in (*UNITS, *BLOCKS) if n in found}, "held-out loss (nats per byte)")
-    right.set_title("ablations, equal parameters", fontsize=10)
+    named = {n: f"{n} ({PUBLISHED[n][0]:.2f})" if n in PUBLISHED else n for n in (*UNITS, *BLOCKS)}
+    draw.dots(right, {label: found[n] for n, label in named.items() if n in found}, "held-out loss (nats per byte)")
+    right.set_title("ablations, equal parameters (published perplexity)", fontsize=10)
     draw.save(figure, path)
 
 

@@ -64,6 +64,7 @@ class Comparison:
     published: float | None = None
     unit: str = "%"
     over: str = "seeds"
+    said: str = ""  # in place of the sentence, where another number says more
 
     @property
     def outcome(self) -> str:
@@ -76,6 +77,8 @@ class Comparison:
 
     def sentence(self) -> str:
         """One clause with numbers."""
+        if self.said:
+            return self.said
         found = self.found
         text = f"{self.what} {found.mean:+.2f}{self.unit}"
         if found.low is None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -47,6 +48,12 @@ def build(spec: Spec, seed: int = 0, device: str = "cpu") -> nn.Module:
 
 def parameters(spec: Spec) -> int:
     """Of those that are used: a unit without its gate has none of the gate's."""
+    return _counted(json.dumps(spec, sort_keys=True))
+
+
+@cache  # asked again after every trial
+def _counted(text: str) -> int:
+    spec = json.loads(text)
     model = build(spec, device="meta")
     unused = 0
     if spec.get("mixer") == "no gate":
@@ -69,19 +76,17 @@ def sized(spec: Spec, wanted: int) -> Spec:
 
 def gau_of_heads(heads: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, **options: Any) -> Tensor:
     """The queries, keys, values and gates of a GAU, divided among heads."""
-    raw = options.pop("gate_activation", "identity")
 
     def split(x: Tensor) -> Tensor:
         return x.unflatten(-1, (heads, -1)).movedim(-2, 1).flatten(0, 1)  # (B H, N, ..)
 
-    out = gau_attention(split(q), split(k), split(v), split(gate), gate_activation=raw, **options)
+    out = gau_attention(split(q), split(k), split(v), split(gate), **options)
     assert isinstance(out, Tensor)
     return out.unflatten(0, (-1, heads)).movedim(1, -2).flatten(-2)
 
 
 def gau_without_gate(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, **options: Any) -> Tensor:
     """A v alone."""
-    options.pop("gate_activation", None)
     out = gau_attention(q, k, v, **options)
     assert isinstance(out, Tensor)
     return out
