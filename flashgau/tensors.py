@@ -70,13 +70,13 @@ def read_pickle(path: Path, subject: str) -> Any:
 
     Raises:
         ValueError: it cannot be read so; the message calls it `subject`.
-        OSError: it cannot be read at all.
+        OSError: it cannot be opened.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # whatever the bytes make of the unpickler: KeyError, struct.error, MemoryError ...
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # it cannot be opened; of a file cut off torch.load seeks a place before its beginning
         raise ValueError(
             f"{subject} cannot be read by torch.load with weights_only=True; expected the file of a state dict"
         ) from error

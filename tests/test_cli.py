@@ -17,7 +17,7 @@ from flashgau.cli import app, main
 from flashgau.cli.doctor import OPERATIONS
 from flashgau.tables import table
 
-COMMANDS = ("doctor", "check", "train", "sample", "eval", "demo")
+COMMANDS = ("doctor", "check", "train", "sample", "eval", "convert", "demo")
 
 
 # The application ------------------------------------------------------------------------------------------

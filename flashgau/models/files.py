@@ -105,7 +105,7 @@ def check_shapes(
         ValueError: they are not, or there is no such model.
     """
     numbers = {match[1] for match in map(_LAYER.match, shapes) if match}
-    if config.depth != len(numbers):  # which bounds the number of modules
+    if config.depth != (len(numbers) or 1):  # which bounds the number of modules; a layer's own file has no numbers
         problems = [f"`depth` is {config.depth}, and there are {len(numbers)} layers"]
     else:
         try:
