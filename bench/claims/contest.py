@@ -19,7 +19,7 @@ from bench.claims.variants import Spec
 SEARCH_SHARE = 0.25  # of the steps of a run, for each learning rate that is tried
 SEARCH_SEED = 1000  # of the search alone
 VALIDATED = 8  # steps' bytes in a validation
-FEWEST = 20  # steps, however short the time
+FEWEST = 20  # steps of a contest of equal tokens, however short the time; one of equal compute has at least 2
 FIXED_SECONDS = 1.5  # of a trial, besides reading the text: model, checkpoint, curve
 PACE = "pace"
 
@@ -100,7 +100,7 @@ class Contest:
         if self.equal == "tokens":
             return dict.fromkeys(self.models, max(FEWEST, int(left / (full * sum(seconds.values())))))
         each = left / (full * len(self.models))
-        return {name: max(FEWEST, int(each / seconds[name])) for name in self.models}
+        return {name: max(2, int(each / seconds[name])) for name in self.models}
 
     def best_lr(self, settings: Settings, results: Results, name: str) -> float:
         """The learning rate whose short run ended lowest; one that diverged never is, unless all did."""

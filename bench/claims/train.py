@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from bench.cases import too_large
-from bench.claims.variants import Spec, build
+from bench.claims.variants import Spec, build, parameters
 from bench.memory import cuda_peak_growth
 from bench.timing import alternate, timer_for
 from flashgau.training import CheckpointError, Event, TrainConfig, load_corpus, train
@@ -63,12 +63,17 @@ def run(spec: Spec, context: Context) -> dict[str, Any]:
             shutil.rmtree(context.folder)
             result = attempt()
     except FloatingPointError as error:
-        return {"loss": None, "reason": str(error).splitlines()[0], "curve": [], "parameters": None}
+        return {"loss": None, "reason": str(error).splitlines()[0], "curve": [], **told_of(spec)}
     if result.stopped == "signal":
         raise KeyboardInterrupt
     curve = [[row["step"], row["loss"]] for row in result.history if row["kind"] == "validation"]
-    return {"loss": result.validation_loss, "reason": None, "curve": curve, "parameters": result.parameters,
-            "bytes": result.bytes_seen}  # fmt: skip
+    return {"loss": result.validation_loss, "reason": None, "curve": curve, **told_of(spec)}
+
+
+def told_of(spec: Spec) -> dict[str, Any]:
+    """What a reader of the record needs of a trial's specification."""
+    tokens = spec["batch"] * spec["length"]
+    return {"lr": spec["lr"], "steps": spec["steps"], "tokens": tokens * spec["steps"], "parameters": parameters(spec)}
 
 
 def stepper(spec: Spec, device: str) -> Callable[[], object]:
