@@ -28,12 +28,25 @@ ALLOWED: dict[str, set[str]] = {
     "nn": OPS,
     "models": {"nn", *OPS},
     "convert": {"models", "nn", *OPS},
-    "integrations": {"nn", *OPS},
+    "integrations": {"models", "nn", *OPS},
     "distributed": {"nn", *OPS},
     "training": {"models", "nn", *OPS},
     "testing": {"ops"},
     "verification": {"nn", "ops", "tuning", "tables", "reference", "kernels"},
-    "cli": {"bench", "verification", "roof", "ptx", "training", "convert", "models", "nn", "sass", "tuning", *OPS},
+    "cli": {
+        "bench",
+        "verification",
+        "roof",
+        "ptx",
+        "training",
+        "convert",
+        "integrations",
+        "models",
+        "nn",
+        "sass",
+        "tuning",
+        *OPS,
+    },
 }
 
 

@@ -16,7 +16,7 @@ with extra("cli"):
     import rich  # noqa: F401  # which commands import when they print
     import typer
 
-from flashgau.cli import check, compile, convert, demo, doctor, eval, new_kernel, sample, train, tune
+from flashgau.cli import check, compile, convert, demo, doctor, eval, export, new_kernel, sample, train, tune
 from flashgau.cli.console import FAILURE, INTERRUPTED, USAGE, with_outputs
 
 __all__ = ["app", "main"]
@@ -69,6 +69,7 @@ app.command("new-kernel", short_help="A Triton kernel of your own to begin from,
 app.command(short_help="Train a byte-level language model.")(train.train)
 app.command(short_help="Text that a trained model writes.")(sample.sample)
 app.command("eval", short_help="Bits per byte of a text under a trained model.")(eval.evaluate)
+app.command(short_help="A trained model as a folder of transformers.")(export.export)
 app.command(short_help="Weights of FLASH-pytorch and GAU-alpha, from file to file.")(convert.convert)
 app.command(short_help="All of it in five minutes, with a report.")(demo.demo)
 

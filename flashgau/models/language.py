@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract.validate import widened
-from ..nn import FLASH
 from ..nn.initialise import STD
 from .config import CONSTANT_STATE, ModelConfig
 from .files import read_model, write_model
@@ -302,7 +301,7 @@ class CausalLM(LanguageModel):
             )
         training = [module for module in self.modules() if module.training]
         self.eval()
-        self._forget_copies()
+        self.stack.forget_copies()
         try:
             new: list[Tensor] = []
             done = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
@@ -321,7 +320,7 @@ class CausalLM(LanguageModel):
                     break
                 logits, state = step(token[:, None], state=state, return_state=True, inplace=True)
         finally:
-            self._forget_copies()
+            self.stack.forget_copies()
             for module in training:
                 module.training = True
         return torch.stack(new, dim=1) if new else prompt.new_zeros(batch, 0, dtype=torch.int64)
@@ -339,12 +338,6 @@ class CausalLM(LanguageModel):
             return self
         program: Callable[..., Any] = torch.compile(self.forward, fullgraph=True, dynamic=False)
         return program
-
-    def _forget_copies(self) -> None:
-        """Free what layers keep of their weights, and see what was written to these unnoticed."""
-        for module in self.modules():
-            if isinstance(module, FLASH):
-                module.turned.forget()
 
     def _read(
         self, prompt: Tensor, lengths: Tensor | None, piece: int, progress: Callable[[int, int], None] | None

@@ -224,6 +224,12 @@ class Stack(nn.Module):
             return self.norm(x), state
         return self.norm(x), self._state(states, tokens, lengths, state) if return_state else None
 
+    def forget_copies(self) -> None:
+        """Free what layers keep of their weights, and see what was written to these unnoticed."""
+        for module in self.modules():
+            if isinstance(module, FLASH):
+                module.turned.forget()
+
     @staticmethod
     def _positions(tokens: Tensor, cu_seqlens: Tensor | None, state: ModelState | None) -> Tensor:
         if cu_seqlens is not None:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import glu_linear
-from .initialise import linear
+from ..ops import glu, glu_linear
+from .initialise import is_plain, linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -123,6 +123,8 @@ class GatedFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d) -> (..., d)."""
         activation = VARIANTS[self.variant]
+        if not is_plain(self.gate, self.up):
+            return self.to_out(glu(self.gate(x), self.up(x), activation=activation))
         weights = self.gate.weight, self.up.weight, self.gate.bias, self.up.bias
         hidden = glu_linear(x, *weights, activation=activation, recompute=self.recompute)
         return self.to_out(hidden)

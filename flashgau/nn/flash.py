@@ -16,6 +16,7 @@ from ..ops.flash_unit import flash_unit, flash_unit_step, flash_unit_token, runs
 from ..ops.projection import reads_raw_gate
 from ..options import FlashWeights, Layout, MixedChunkOptions
 from .gated_unit import GatedUnit, UnitOptions, UnitState, chosen, last_shifted, start_of
+from .initialise import is_plain
 from .kept import Turned
 
 HEADS = ("quad_q", "quad_k", "lin_q", "lin_k")
@@ -194,9 +195,16 @@ class FLASH(GatedUnit):
         self._check(x, cu_seqlens, state, return_state, MixedChunkState, inplace)
         recurrent = return_state or state is not None
         dropped, own = self.qk_dropout and self.training, self.attention_fn is not None
-        whole = not dropped and not own and runs_whole(x)
+        plain = is_plain(self.to_hidden, self.to_out)
+        whole = plain and not dropped and not own and runs_whole(x)
         one = lengths is None and x.shape[1] == 1 and not own
-        if state is not None and one and inplace and not dropped and (whole or takes_tokens(x, self.key_dim)):
+        if (
+            state is not None
+            and one
+            and inplace
+            and not dropped
+            and (whole or (plain and takes_tokens(x, self.key_dim)))
+        ):
             y = self._token(x, state) if whole else self._token_of_kernels(x, state)
             return (y, state) if return_state else y
         start = 0 if state is None else start_of(state.memory.position)

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract.validate import Arguments, readable
-from ..ops.projection import gated_projection, projection
+from ..ops.projection import gated_heads, gated_projection, projection
 from ..ops.state import destination, moved
 from ..options import Angles
 from .biases import make_bias
 from .cache import check_memory, check_one_token
-from .initialise import linear
+from .initialise import is_plain, linear
 from .norms import make_norm
 from .offset_scale import OffsetScale
 from .rotary import RotaryEmbedding, packed_positions
@@ -231,21 +231,22 @@ class GatedUnit(nn.Module):
 
     def _heads(self, normed: Tensor, angles: Angles, raw_gate: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Gate, with `raw_gate` before its silu, and value (B, N, e), and every head (B, N, S)."""
-        gate, value, heads = gated_projection(
-            normed,
-            self.to_hidden.weight,
-            self.to_hidden.bias,
-            self.offset_scale.gamma,
-            self.offset_scale.beta,
-            angles,
-            raw_gate=raw_gate,
-        )
+        hidden, scale = self.to_hidden, self.offset_scale
+        if is_plain(hidden):
+            gate, value, heads = gated_projection(
+                normed, hidden.weight, hidden.bias, scale.gamma, scale.beta, angles, raw_gate=raw_gate
+            )
+        else:
+            gate, value, heads = gated_heads(hidden(normed), scale.gamma, scale.beta, raw_gate, angles)
         if self.qk_dropout:
             heads = [F.dropout(head, self.qk_dropout, self.training) for head in heads]
         return gate, value, heads
 
     def _output(self, x: Tensor, out: Tensor) -> Tensor:
         """x + out W_o + b_o."""
+        if not is_plain(self.to_out):
+            y: Tensor = self.to_out(out)
+            return x + y if self.residual else y
         return projection(out, self.to_out.weight, self.to_out.bias, x if self.residual else None)
 
     def _check(

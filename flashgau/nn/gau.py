@@ -17,6 +17,7 @@ from ..ops.projection import projection, reads_raw_gate
 from .biases import bias_vector
 from .cache import KeyValueCache, check_memory
 from .gated_unit import GatedUnit, UnitOptions, UnitState, chosen, last_shifted
+from .initialise import is_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +277,9 @@ class GAU(GatedUnit):
             assert isinstance(state, ContextState)
             return state
         assert context is not None
+        if not is_plain(self.to_hidden):
+            kind = type(self.to_hidden).__name__
+            raise ValueError(f"GAU: `context` in a layer whose `to_hidden` is a {kind}; expected a torch.nn.Linear")
         if context.ndim != 3 or context.shape[::2] != x.shape[::2]:
             raise ValueError(
                 f"GAU: `context` has shape {tuple(context.shape)}; expected ({x.shape[0]}, L, {self.dim}), as `x` has "

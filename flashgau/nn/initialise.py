@@ -18,6 +18,14 @@ def linear(inputs: int, outputs: int, bias: bool, **factory: Any) -> nn.Linear:
     return layer
 
 
+def is_plain(*layers: nn.Module) -> bool:
+    """Whether these are x W^T + b and no more, so that W may be read instead of calling them.
+
+    Something else may have taken their place: an adapter (LoRA), a quantised layer.
+    """
+    return all(type(layer) is nn.Linear for layer in layers)
+
+
 def embedding(count: int, dim: int, **factory: Any) -> nn.Embedding:
     """An `nn.Embedding` that starts as N(0, 0.02); `factory` holds device and dtype."""
     table = nn.Embedding(count, dim, **factory)

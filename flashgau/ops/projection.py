@@ -49,10 +49,16 @@ def written_projection(
     x: Tensor, weights: ProjectionWeights, angles: Angles, backend: str = "reference"
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """`gated_projection` in PyTorch's own operations."""
-    weight, bias, gamma, beta, raw_gate = weights
+    return gated_heads(F.linear(x, weights.weight, weights.bias), *weights[2:], angles)
+
+
+def gated_heads(
+    hidden: Tensor, gamma: Tensor, beta: Tensor | None, raw_gate: bool, angles: Angles
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """What `gated_projection` makes of x W^T + b, of which somebody else has made the product: an adapter, say."""
     narrow = gamma.shape[1]
-    wide = (weight.shape[0] - narrow) // 2
-    u, v, z = F.linear(x, weight, bias).split((wide, wide, narrow), -1)
+    wide = (hidden.shape[-1] - narrow) // 2
+    u, v, z = hidden.split((wide, wide, narrow), -1)
     u, v, z = u if raw_gate else F.silu(u), F.silu(v), F.silu(z)
     heads = z[:, None] * gamma[:, None].to(z.dtype)
     heads = heads if beta is None else heads + beta[:, None].to(z.dtype)

@@ -1,0 +1,34 @@
+"""`flashgau export`: a trained model as a folder of Hugging Face transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flashgau.cli.console import failing
+from flashgau.cli.sample import open_checkpoint
+
+
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="File, or the folder of a run for its best weights.", metavar="CHECKPOINT")
+    ],
+    folder: Annotated[Path, typer.Argument(help="A new folder.", metavar="DIR")],
+) -> None:
+    """Write a trained model as a folder that `from_pretrained` of Hugging Face transformers loads, with a tokenizer.
+
+    The tokenizer needs no code of flashgau; the model needs `import flashgau.integrations.transformers` before.
+
+    \b
+    Examples:
+      flashgau export runs/first exported
+      flashgau export runs/first/last.safetensors exported
+    """
+    model, _, _ = open_checkpoint("export", checkpoint, "cpu")
+    with failing("export"):
+        from flashgau.integrations.transformers import export as write
+
+        write(model, folder)
+    print(f"{folder}: a {type(model).__name__} of {model.num_parameters():,} parameters, and its tokenizer of bytes")
