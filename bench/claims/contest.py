@@ -113,7 +113,7 @@ class Contest:
         """Of every contestant, by seed: of the seeds that all have finished, without one that diverged."""
         rows = [{name: results.get(f"seed {seed}/{name}", {}).get("loss") for name in self.models}
                 for seed in range(settings.seeds)]  # fmt: skip
-        whole = [row for row in rows if all(loss is not None for loss in row.values())]
+        whole: list[Any] = [row for row in rows if all(loss is not None for loss in row.values())]
         return {name: [float(row[name]) for row in whole] for name in self.models} if whole else {}
 
     def intervals(self, settings: Settings, results: Results) -> dict[str, Interval]:

@@ -120,8 +120,8 @@ def judge(settings: Settings, results: Results) -> Verdict:
             far = distance(found, kind == "memory")
             if pair == "plain formulas":
                 one = _within(f"{kind}, {pair}", far, found)
-                said = f"{pair}, {kind}: {told(found)}"
-                comparisons.append(replace(one, said=said + f"; within a factor {FACTOR:g} of {REMARK} was asked"))
+                where = f"{pair}, {kind}: {told(found)}"
+                comparisons.append(replace(one, said=where + f"; within a factor {FACTOR:g} of {REMARK} was asked"))
             else:
                 notes.append(f"{pair}, {kind}: {told(found)}")
     said = verdict(f"From about {REMARK} tokens on, and not below, GAU saves time and memory", comparisons)

@@ -22,6 +22,8 @@ BEST = ("GEGLU", "SwiGLU")
 
 
 def contest(settings: Settings) -> Contest:
+    lrs: tuple[float, ...]
+    names: tuple[str, ...]
     if settings.quick:
         dim, depth, batch, length, lrs, names = 32, 1, 2, 32, (1e-3,), ("ReLU", "GEGLU", "SwiGLU")
     elif settings.scale == "cpu":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,7 +75,8 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request.pop("threads"))
     what = request.pop("what")
-    print(json.dumps({"steps": step_peaks, "traffic": traffic}[what](**request)))
+    answers: dict[str, Callable[..., Any]] = {"steps": step_peaks, "traffic": traffic}
+    print(json.dumps(answers[what](**request)))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ def build(spec: Spec, seed: int = 0, device: str = "cpu") -> nn.Module:
             block.feedforward = (GatedFeedForward if name in VARIANTS else FeedForward)(*made, device=device)
     if mixer := spec.get("mixer"):
         kind, function = MIXERS[mixer]
-        for layer in (m for m in model.modules() if isinstance(m, kind)):
+        layers: list[Any] = [m for m in model.modules() if isinstance(m, kind)]
+        for layer in layers:
             layer.attention_fn = function
     return model
 
