@@ -14,6 +14,7 @@ from cli_runs import runner
 from hypothesis import given
 from hypothesis import strategies as st
 from small_models import VARIANTS, causal, config, stirred, tokens
+from test_extras import run_without
 from torch import nn
 
 from flashgau.models import CausalLM, Encoder, MaskedLM, ModelConfig
@@ -300,6 +301,13 @@ def python(code, *arguments):
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False
     )
     return done.returncode, done.stdout, done.stderr
+
+
+def test_without_transformers_the_command_says_so(run, tmp_path):
+    code = f"from flashgau.cli import main; raise SystemExit(main(['export', {str(run)!r}, {str(tmp_path / 'x')!r}]))"
+    done = run_without({"transformers"}, code)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "flashgau[transformers]" in done.stderr
 
 
 LOADING = """

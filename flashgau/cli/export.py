@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flashgau.cli.console import failing
+from flashgau.cli.console import fail, failing
 from flashgau.cli.sample import open_checkpoint
 
 
@@ -27,8 +27,10 @@ def export(
       flashgau export runs/first/last.safetensors exported
     """
     model, _, _ = open_checkpoint("export", checkpoint, "cpu")
-    with failing("export"):
+    try:
         from flashgau.integrations.transformers import export as write
-
+    except ImportError as error:
+        fail("export", f"{error}: pip install 'flashgau[transformers]'")
+    with failing("export"):
         write(model, folder)
     print(f"{folder}: a {type(model).__name__} of {model.num_parameters():,} parameters, and its tokenizer of bytes")
