@@ -1,4 +1,4 @@
-"""Command line: ``python -m bench OP``, and ``suite``, ``report`` or ``claims`` in place of an operation."""
+"""Command line: ``python -m bench OP``, and ``suite``, ``report``, ``startup`` or ``claims`` in its place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ try:
 except MissingExtra as missing:
     sys.exit(f"bench: {missing}")
 
-from bench import harness, page, report, suite
+from bench import harness, page, report, startup, suite
 from bench.cases import OPERATIONS, load
 from bench.claims import command as claims
 
@@ -33,9 +33,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description="Time an operation and its alternatives side by side, after checking each against fp64.",
     )
     parser.add_argument(
-        "operation", choices=(*OPERATIONS, "suite", "report"), metavar="OP",
+        "operation", choices=(*OPERATIONS, "suite", "report", "startup"), metavar="OP",
         help=", ".join(OPERATIONS) + "; suite: check, tune and time everything in --minutes; "
         "report: make the page on performance, in --out (default: docs), of all results under bench/results; "
+        "startup: the command line's answer, and first calls, in fresh processes; "
         "claims, as the first word: the papers' figures, with options of its own (python -m bench claims --help)",
     )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -93,6 +94,8 @@ def _run(arguments: list[str]) -> int:
     if options.operation in ("suite", "report"):
         return run_suite(options, errors) if options.operation == "suite" else write_page(options, errors)
     out = options.out or Path("runs/bench") / options.operation
+    if options.operation == "startup":
+        return startup.main(options.rounds or (1 if options.quick else startup.ROUNDS), out, errors, Console())
     settings = settings_from(options)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:

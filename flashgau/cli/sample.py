@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import math
 import os
-import secrets
 import sys
 import time
 from pathlib import Path
@@ -109,6 +108,8 @@ def sample(
       flashgau sample runs/first/last.safetensors --prompt "def " --temperature 0.8 --seed 1
       flashgau sample runs/first --prompt "import " --stop "\\n" --json
     """
+    import secrets
+
     import torch
 
     from flashgau.models import MaskedLM
