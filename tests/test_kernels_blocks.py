@@ -11,7 +11,7 @@ import pytest
 import torch
 from backends import PANELS, TINY, blocks
 from checks import close_gradients, gradients, outputs
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Call, attention_calls, randn
 
@@ -148,6 +148,7 @@ def smallest(*args: Any, **traits: Any) -> Config:
     return Config(16, 16)
 
 
+@settings(max_examples=5)
 @given(st.data())
 def test_parts_merge_however_many_are_read_at_once(data):
     call = data.draw(attention_calls("triton", dtype=torch.float32)).with_options(return_lse=True)
