@@ -76,6 +76,10 @@ def test_a_verdict_is_that_of_its_worst_part():
     assert statistics.verdict("c", [good, unclear, bad]).outcome == REFUTED
     assert statistics.verdict("c", []).outcome == OPEN
     assert "no trial" in statistics.verdict("c", []).sentence
+    part = statistics.unfinished(statistics.verdict("It holds", [good]))
+    assert part.outcome == statistics.UNFINISHED
+    assert part.sentence.startswith("It holds: not finished (")
+    assert part.comparisons == (good,)
 
 
 def test_pairs_take_the_spread_of_seeds_away():

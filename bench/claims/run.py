@@ -20,6 +20,7 @@ from bench import harness, machine, report
 from bench.cases import load as load_operation
 from bench.claims import Claim, Settings, Trial
 from bench.claims import train as training
+from bench.claims.statistics import unfinished
 from bench.memory import ALLOCATOR
 from flashgau.files import parse_json
 from flashgau.training import load_corpus
@@ -176,6 +177,7 @@ def run(
         except KeyboardInterrupt:
             interrupted, missing = True, []
         verdict = claim.verdict(settings, journal.results)
+        verdict = unfinished(verdict) if missing or interrupted else verdict
         record = {
             "schema": SCHEMA, "schema_version": SCHEMA_VERSION, "claim": claim.name, "title": claim.title,
             "statement": claim.statement, "published": dict(claim.published), "method": claim.method(settings),

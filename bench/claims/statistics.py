@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 CONFIRMED, REFUTED, OPEN = "confirmed", "not confirmed", "not testable at this scale"
+UNFINISHED = "not finished"
 
 # Two-sided 95% quantiles of Student's t, for 1, 2, ... degrees of freedom.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
@@ -125,6 +126,12 @@ def verdict(claim: str, comparisons: Sequence[Comparison], reason: str = "no tri
         if told:
             groups.append((f"{name}: " if len(set(outcomes)) > 1 else "") + "; ".join(told))
     return Verdict(outcome, f"{claim}: {outcome} ({'. '.join(groups) or reason}).", tuple(comparisons))
+
+
+def unfinished(found: Verdict) -> Verdict:
+    """Of a record whose trials are not all there, whatever those that are show."""
+    sentence = found.sentence.replace(f": {found.outcome} (", f": {UNFINISHED} (", 1)
+    return replace(found, outcome=UNFINISHED, sentence=sentence)
 
 
 def crossings(points: Sequence[tuple[float, float]]) -> list[float]:

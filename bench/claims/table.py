@@ -30,8 +30,7 @@ def markdown(results: Path = RESULTS) -> str:
             machine, settings = record["machine"], record["settings"]
             place = machine.get("gpu") or f"{machine['cpu']}, {settings['threads']} threads"
             budget = f"{settings['minutes']:g} min, {settings['seeds']} seeds"
-            unfinished = "" if record["complete"] else "; not finished"
-            where = f"{settings['scale']}, {place}, {machine['date'][:10]}; {budget}{unfinished}"
+            where = f"{settings['scale']}, {place}, {machine['date'][:10]}; {budget}"
             told = "<br>".join(one["text"] for one in record["comparisons"]).replace("|", "\\|")
             lines.append(f"| `{name}` | {where} | {record['outcome']} | {told} |")
         if not here:
