@@ -18,7 +18,7 @@ from .gated import GatedRule, bias_rule, rows
 from .glu import activate
 from .guarded import guarded
 from .mixed_chunk import close, lin_inv_norm
-from .mixed_chunk_kernels import attend, keep_token, load_token
+from .mixed_chunk_kernels import attend, keep_token, load_token, tile_of_token
 from .projection import partners, scaled
 
 
@@ -61,12 +61,7 @@ def token_kernel(
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, SCORE: tl.constexpr,
 ):  # fmt: skip
     """A tile of a token's output, and its row of the open chunk. `gammas` and `betas` are a pointer for each head."""
-    n_tiles = tl.cdiv(SIZES.E, SIZES.BE)
-    i_row, i_tile = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles
-    seen = tl.load(position + i_row)
-    place = tl.cast(seen % SIZES.C, tl.int32)
-    o_s = tl.arange(0, SIZES.BS).to(tl.int64)
-    o_column = (i_tile * SIZES.BE + tl.arange(0, SIZES.BE)).to(tl.int64)
+    i_row, i_tile, seen, place, o_s, o_column = tile_of_token(position, SIZES)
     dtype: tl.constexpr = out.dtype.element_ty
 
     b_z, b_other, b_cos, b_sin, turns, o_partner = load_activated(z, i_row, o_s, SIZES.S), None, None, None, None, o_s

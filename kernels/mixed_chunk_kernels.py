@@ -646,6 +646,16 @@ def keep_token(b_new, held, i_row, place, o_column, C: tl.constexpr, WIDTH: tl.c
 
 
 @triton.jit
+def tile_of_token(position, SIZES: tl.constexpr):
+    """Of a program: its row and tile, the tokens before, the place in their chunk, its channels and columns."""
+    n_tiles = tl.cdiv(SIZES.E, SIZES.BE)
+    i_row, i_tile = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles
+    seen = tl.load(position + i_row)
+    o_column = (i_tile * SIZES.BE + tl.arange(0, SIZES.BE)).to(tl.int64)
+    return i_row, i_tile, seen, tl.cast(seen % SIZES.C, tl.int32), tl.arange(0, SIZES.BS).to(tl.int64), o_column
+
+
+@triton.jit
 def load_token(x, i_row, o_column, WIDTH: tl.constexpr):
     """The only token of a row, or some of its columns."""
     return tl.load(row_pointers(x, i_row, 0, 0) + o_column * x.column, mask=o_column < WIDTH, other=0.0)
@@ -687,12 +697,7 @@ def step_kernel(
     SCORE: tl.constexpr,
 ):  # fmt: skip
     """One token: a tile of its output, and its row of the open chunk. Nobody reads that row, but takes the token."""
-    n_tiles = tl.cdiv(SIZES.E, SIZES.BE)
-    i_row, i_tile = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles
-    seen = tl.load(position + i_row)
-    place = tl.cast(seen % SIZES.C, tl.int32)
-    o_s = tl.arange(0, SIZES.BS).to(tl.int64)
-    o_column = (i_tile * SIZES.BE + tl.arange(0, SIZES.BE)).to(tl.int64)
+    i_row, i_tile, seen, place, o_s, o_column = tile_of_token(position, SIZES)
     b_quad_k, b_v = load_token(quad_k, i_row, o_s, SIZES.S), load_token(v, i_row, o_column, SIZES.E)
     b_out = attend(
         load_token(quad_q, i_row, o_s, SIZES.S), b_quad_k, load_token(lin_q, i_row, o_s, SIZES.S), b_v,

@@ -202,10 +202,9 @@ class FLASH(GatedUnit):
             state is not None
             and one
             and inplace
-            and not dropped
-            and (whole or (plain and takes_tokens(x, self.key_dim)))
+            and (whole or (plain and not dropped and takes_tokens(x, self.key_dim)))
         ):
-            y = self._token(x, state) if whole else self._token_of_kernels(x, state)
+            y = self._token(x, state, whole)
             return (y, state) if return_state else y
         start = 0 if state is None else start_of(state.memory.position)
         normed, moving, angles = self._prepare(x, start, cu_seqlens, None if state is None else state.previous)
@@ -251,41 +250,39 @@ class FLASH(GatedUnit):
         after = state.advanced(memory, previous) if state is not None and inplace else UnitState(memory, previous)
         return (y, after) if return_state else y
 
-    def _token(self, x: Tensor, state: UnitState[MixedChunkState]) -> Tensor:
-        """One more token (B, 1, d) of every row, by which the state is advanced in place."""
-        memory = state.memory
-        normed, moving, angles = self._prepare(x, start_of(memory.position), None, state.previous)
-        y, steps = flash_unit_step(
-            normed,
-            self._weights,
-            residual=x if self.residual else None,
-            angles=angles,
-            state=memory,
-            options=self._options,
-            held=state.steps,
-            turned=self.turned.get(self.to_hidden.weight),
-        )
-        if steps is not None:
-            state.steps = steps
+    def _token(self, x: Tensor, state: UnitState[MixedChunkState], eager: bool) -> Tensor:
+        """One more token (B, 1, d) of every row, by which the state is advanced in place.
+
+        If not `eager`, in six launches of Triton's at most, but for a token shift and a norm at the end.
+        """
+        memory, rotary = state.memory, self.rotary
+        normed, moving = self._normed(x, None, state.previous)
+        residual = x if self.residual else None
+        if eager:
+            y, steps = flash_unit_step(
+                normed,
+                self._weights,
+                residual=residual,
+                angles=self._angles(x, start_of(memory.position), None),
+                state=memory,
+                options=self._options,
+                held=state.steps,
+                turned=self.turned.get(self.to_hidden.weight),
+            )
+            if steps is not None:
+                state.steps = steps
+        else:
+            y = flash_unit_token(
+                normed,
+                self._weights,
+                residual=residual,
+                frequencies=None if rotary is None else rotary.rates(x, self.key_dim),
+                interleaved=rotary is not None and rotary.interleaved,
+                state=memory,
+                options=self._options,
+            )
         if moving is not None:
             state.advanced(memory, last_shifted(moving, None))
-        return self.post_norm(y)
-
-    def _token_of_kernels(self, x: Tensor, state: UnitState[MixedChunkState]) -> Tensor:
-        """The same in six launches at most, but for a token shift and a norm at the end."""
-        normed, moving = self._normed(x, None, state.previous)
-        rotary = self.rotary
-        y = flash_unit_token(
-            normed,
-            self._weights,
-            residual=x if self.residual else None,
-            frequencies=None if rotary is None else rotary.rates(self._like_head(x)),
-            interleaved=rotary is not None and rotary.interleaved,
-            state=state.memory,
-            options=self._options,
-        )
-        if moving is not None:
-            state.advanced(state.memory, last_shifted(moving, None))
         return self.post_norm(y)
 
     @property

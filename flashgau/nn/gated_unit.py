@@ -218,16 +218,15 @@ class GatedUnit(nn.Module):
 
         Its cosines and sines are (1 or B, N, pairs), for all heads.
         """
-        normed, moving = self._normed(x, cu_seqlens, previous)
-        if self.rotary is None:
-            return normed, moving, Angles()
-        positions = None if cu_seqlens is None else packed_positions(x.shape[1], cu_seqlens)
-        cos, sin = (t if t.ndim == 3 else t[None] for t in self.rotary.turns(self._like_head(x), start, positions))
-        return normed, moving, Angles(cos, sin, self.rotary.interleaved)
+        return *self._normed(x, cu_seqlens, previous), self._angles(x, start, cu_seqlens)
 
-    def _like_head(self, x: Tensor) -> Tensor:
-        """A tensor with the shape of a head of x, for its shape, type and device."""
-        return x[..., :1].expand(*x.shape[:2], self.key_dim)
+    def _angles(self, x: Tensor, start: int | Tensor, cu_seqlens: Tensor | None) -> Angles:
+        if self.rotary is None:
+            return Angles()
+        positions = None if cu_seqlens is None else packed_positions(x.shape[1], cu_seqlens)
+        heads = x[..., :1].expand(*x.shape[:2], self.key_dim)
+        cos, sin = (t if t.ndim == 3 else t[None] for t in self.rotary.turns(heads, start, positions))
+        return Angles(cos, sin, self.rotary.interleaved)
 
     def _heads(self, normed: Tensor, angles: Angles, raw_gate: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Gate, with `raw_gate` before its silu, and value (B, N, e), and every head (B, N, S)."""

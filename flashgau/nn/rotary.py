@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -83,12 +85,12 @@ class RotaryEmbedding(nn.Module):
         """Angle per token of each pair: (dim/2,) fp32."""
         return 1.0 / (self.base ** (torch.arange(0, dim, 2, device=device).float() / dim))
 
-    def rates(self, x: Tensor) -> Tensor:
-        """`frequencies` for x (..., S), to be read only: kept for the next call."""
-        pairs, device = self._turning(x), x.device
-        key = "rates", pairs, self.base, device
-        kept = self._kept.get(key, x, 1, _MOST, lambda _: (self.frequencies(pairs, device),))
-        return self.frequencies(pairs, device) if kept is None else kept[1][0]
+    def rates(self, x: Tensor, width: int) -> Tensor:
+        """`frequencies` of heads of that width, on the device of x, to be read only: kept for the next call."""
+        turning, device = self._turning((*x.shape[:-1], width)), x.device
+        key = "rates", turning, self.base, device
+        kept = self._kept.get(key, x, 1, _MOST, lambda _: (self.frequencies(turning, device),))
+        return self.frequencies(turning, device) if kept is None else kept[1][0]
 
     def forward(self, x: Tensor, start: int | Tensor = 0, positions: Tensor | None = None) -> Tensor:
         """Turn each token of x by its position.
@@ -112,7 +114,7 @@ class RotaryEmbedding(nn.Module):
         (N, pairs) or (B, N, pairs), fp32 (fp64 for fp64). From an int `start` on they are kept for the next call.
         """
         if positions is None and isinstance(start, int):
-            key = "rotary", self._turning(x), self.base, x.device, x.dtype == torch.float64
+            key = "rotary", self._turning(x.shape), self.base, x.device, x.dtype == torch.float64
             stop = start + x.shape[-2]
             kept = self._kept.rows(
                 key, x, start, stop, _MOST, lambda n: self._made(x, torch.arange(n, device=x.device))
@@ -127,14 +129,14 @@ class RotaryEmbedding(nn.Module):
 
     def _made(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        angle = positions.to(wide).unsqueeze(-1) * self.frequencies(self._turning(x), x.device).to(wide)
+        angle = positions.to(wide).unsqueeze(-1) * self.frequencies(self._turning(x.shape), x.device).to(wide)
         return angle.cos(), angle.sin()
 
-    def _turning(self, x: Tensor) -> int:
-        """How many channels of x turn."""
-        dim = self.dim or x.shape[-1]
-        if dim > x.shape[-1] or dim % 2:
-            got, least = tuple(x.shape), self.dim or 2
+    def _turning(self, shape: Sequence[int]) -> int:
+        """How many channels of a tensor of this shape turn."""
+        dim = self.dim or shape[-1]
+        if dim > shape[-1] or dim % 2:
+            got, least = tuple(shape), self.dim or 2
             raise ValueError(f"RotaryEmbedding: `x` has shape {got}; expected an even last axis of at least {least}")
         return dim
 
