@@ -26,7 +26,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
-from flashgau.distributed import context_parallel_attention, context_parallel_gau, context_parallel_mixed_chunk
+from flashgau.distributed import (
+    context_parallel_attention,
+    context_parallel_gau,
+    context_parallel_mixed_chunk,
+    spread_tokens,
+)
 
 
 @wraps(context_parallel_attention)
@@ -98,7 +103,25 @@ def meshed(*args: Tensor, group: Any, **options: Any) -> Any:
     return attend(*args, group=mesh, **options)
 
 
-FUNCTIONS |= {"several": several, "seeded": seeded, "meshed": meshed}
+def layered(
+    x: Tensor, weight: Tensor, *, module: torch.nn.Module, group: Any, tokens: int | None = None, **options: Any
+):
+    """A layer or model: its output, the gradient of its input if that has one, and those of its parameters."""
+    x = x.detach().requires_grad_() if x.is_floating_point() else x
+    spread = spread_tokens(x.shape[1] if tokens is None else tokens, group)
+    return gradients_of(module, x, weight, spread=spread, **options)
+
+
+def gradients_of(module: torch.nn.Module, x: Tensor, weight: Tensor, **options: Any) -> list[Tensor]:
+    """The output, and the gradients of a weighted sum of it, zeros where there are none."""
+    module.zero_grad()
+    y = module(x, **options)
+    (y * weight).sum().backward()
+    leaves = [*([x] if x.is_floating_point() else []), *module.parameters()]
+    return [y, *(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)]
+
+
+FUNCTIONS |= {"several": several, "seeded": seeded, "meshed": meshed, "layered": layered}
 
 
 def answer(function: str, args: list[Any], options: dict[str, Any], weights: list[Tensor] | None) -> Outcome:

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "convert": {"models", "nn", *OPS},
     "integrations": {"models", "nn", *OPS},
     "distributed": {"nn", *OPS},
-    "training": {"models", "nn", *OPS},
+    "training": {"distributed", "models", "nn", *OPS},
     "testing": {"ops"},
     "verification": {"nn", "ops", "tuning", "tables", "reference", "kernels"},
     "cli": {

@@ -65,8 +65,8 @@ def train(
         typer.Option(
             "--resume",
             help="Continue the run in --out exactly where it stopped, with its own settings. "
-            "Only limits, intervals, --data (if the text moved), --device, --checkpointing and --shard may be "
-            "given anew.",
+            "Only limits, intervals, --data (if the text moved), --device, --checkpointing, --shard and "
+            "--context-parallel may be given anew.",
         ),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the final report as JSON.")] = False,
@@ -84,6 +84,7 @@ def train(
       flashgau train --objective mlm --model flash-quad --out runs/masked
       flashgau train --out runs/first --resume
       torchrun --nproc-per-node 2 --module flashgau train --out runs/two
+      torchrun --nproc-per-node 4 --module flashgau train --out runs/long --length 65536 --context-parallel 4
     """
     import flashgau.training as training
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -57,7 +58,8 @@ class Turn:
 
     def joined_gradient(self, parts: list[Tensor], shape: torch.Size) -> Tensor:
         """The gradient of this process's own tensor."""
-        if all(last[1] == first[0] for last, first in zip(self.slices, self.slices[1:], strict=False)):
+        ends = [(0, 0), *self.slices, (shape[self.cut],) * 2]
+        if all(last[1] == first[0] for last, first in pairwise(ends)):
             return torch.cat(parts, self.cut)
         # In the order of processes, whichever came first, and in fp32 for halves: the same bits in every run.
         dtype = parts[0].dtype

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract.validate import widened
+from ..nn import Spread
 from ..nn.initialise import STD
 from .config import CONSTANT_STATE, ModelConfig
 from .files import read_model, write_model
@@ -91,15 +92,24 @@ class Encoder(Model):
     ) -> None:
         super().__init__(config, False, device, dtype)
 
-    def forward(self, tokens: Tensor, lengths: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        spread: Spread | None = None,
+    ) -> Tensor:
         """Hidden vectors (B, N, d) after the final norm.
 
         Args:
             tokens: (B, N) integers below vocab_size; padding may be any of them.
             lengths: (B,) valid tokens of each right-padded row.
             cu_seqlens: (G+1,) bounds of G sequences packed in one row (B = 1).
+            spread: the tokens are this process's slice of texts that are spread over several processes
+                (`flashgau.distributed.spread_tokens`); lengths and cu_seqlens speak of the whole.
         """
-        return self.stack(tokens, lengths=lengths, cu_seqlens=cu_seqlens)[0]
+        return self.stack(tokens, lengths=lengths, cu_seqlens=cu_seqlens, spread=spread)[0]
 
 
 class LanguageModel(Model):
@@ -174,6 +184,7 @@ class CausalLM(LanguageModel):
         return_state: bool = False,
         last_only: bool = False,
         inplace: bool = False,
+        spread: Spread | None = None,
     ) -> Any:
         """Logits of the token after each token.
 
@@ -186,6 +197,8 @@ class CausalLM(LanguageModel):
             last_only: give the logits after the last valid token of each row only, which has to have one.
             inplace: write `state`, which then is the state after, too: for decoding, without gradients. To continue
                 twice from one, `state.clone()` it first.
+            spread: the tokens are this process's slice of texts that are spread over several processes
+                (`flashgau.distributed.spread_tokens`); lengths and cu_seqlens speak of the whole.
 
         Returns:
             Logits (B, N, vocab_size), (B, 1, vocab_size) with `last_only`; or those and a `ModelState`.
@@ -193,8 +206,16 @@ class CausalLM(LanguageModel):
         if cu_seqlens is not None and (state is not None or return_state or last_only):
             what = "`last_only`" if last_only else "a state"
             raise ValueError(f"CausalLM: `cu_seqlens` and {what} together; give each sequence a row and `lengths`")
+        if spread is not None:
+            spread.check("CausalLM", tokens, last_only=last_only)
         hidden, state = self.stack(
-            tokens, lengths=lengths, cu_seqlens=cu_seqlens, state=state, return_state=return_state, inplace=inplace
+            tokens,
+            lengths=lengths,
+            cu_seqlens=cu_seqlens,
+            state=state,
+            return_state=return_state,
+            inplace=inplace,
+            spread=spread,
         )
         if last_only and lengths is None:
             hidden = hidden[:, -1:]
@@ -417,15 +438,24 @@ class MaskedLM(LanguageModel):
     ) -> None:
         super().__init__(config, False, device, dtype)
 
-    def forward(self, tokens: Tensor, lengths: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        spread: Spread | None = None,
+    ) -> Tensor:
         """Logits (B, N, vocab_size) of every token in its place.
 
         Args:
             tokens: (B, N) integers below vocab_size; padding may be any of them.
             lengths: (B,) valid tokens of each right-padded row.
             cu_seqlens: (G+1,) bounds of G sequences packed in one row (B = 1).
+            spread: the tokens are this process's slice of texts that are spread over several processes
+                (`flashgau.distributed.spread_tokens`); lengths and cu_seqlens speak of the whole.
         """
-        hidden, _ = self.stack(tokens, lengths=lengths, cu_seqlens=cu_seqlens)
+        hidden, _ = self.stack(tokens, lengths=lengths, cu_seqlens=cu_seqlens, spread=spread)
         return self.head(hidden)
 
     def loss(

@@ -19,10 +19,12 @@ from ..nn import (
     MultiHeadAttention,
     MultiHeadMixedChunk,
     ScaledSinusoidal,
+    Spread,
 )
 from ..nn.initialise import embedding
 from ..nn.norms import make_norm
 from ..nn.rotary import packed_positions
+from ..nn.spread import begin, checked
 from ..ops.state import destination, moved
 from .config import ModelConfig
 
@@ -197,16 +199,24 @@ class Stack(nn.Module):
         state: ModelState | None = None,
         return_state: bool = False,
         inplace: bool = False,
+        spread: Spread | None = None,
     ) -> tuple[Tensor, ModelState | None]:
-        """Tokens (B, N) -> hidden (B, N, d), and the state after them if asked for: `state`, if written `inplace`."""
-        tokens, lengths = self._check(tokens, lengths, state)
+        """Tokens (B, N) -> hidden (B, N, d), and the state after them if asked for: `state`, if written `inplace`.
+
+        With `spread` the tokens are this process's slice; lengths and cu_seqlens speak of the whole.
+        """
+        if spread is not None:
+            spread.check("model", tokens, state=state, return_state=return_state)
+        tokens, lengths = checked(spread, lambda: self._check(tokens, lengths, state, spread))
         if inplace and state is None:
             raise ValueError("model: `inplace` is True without a `state`, which it would write")
         x = self.embedding(tokens)
         if self.positions is not None:
-            x = x + self.positions(self._positions(tokens, cu_seqlens, state))
+            x = x + self.positions(self._positions(tokens, cu_seqlens, state, begin(spread)))
         x = self.embedding_norm(x)
         states: list[Any] = []
+        given: dict[str, Any] = {"lengths": lengths, "cu_seqlens": cu_seqlens}
+        given |= {} if spread is None else {"spread": spread}
         recompute = self.config.checkpointing and self.training and torch.is_grad_enabled()
         layers: list[Any] = list(self.layers)
         for i, layer in enumerate(layers):
@@ -216,9 +226,9 @@ class Stack(nn.Module):
                 x, after = layer(x, lengths=lengths, state=before, return_state=True, inplace=inplace)
                 states.append(after)
             elif recompute:
-                x = checkpoint(layer, x, lengths=lengths, cu_seqlens=cu_seqlens, use_reentrant=False)
+                x = checkpoint(layer, x, **given, use_reentrant=False)
             else:
-                x = layer(x, lengths=lengths, cu_seqlens=cu_seqlens)
+                x = layer(x, **given)
         if state is not None and inplace:
             state.position += tokens.shape[1] if lengths is None else lengths
             return self.norm(x), state
@@ -231,10 +241,10 @@ class Stack(nn.Module):
                 module.turned.forget()
 
     @staticmethod
-    def _positions(tokens: Tensor, cu_seqlens: Tensor | None, state: ModelState | None) -> Tensor:
+    def _positions(tokens: Tensor, cu_seqlens: Tensor | None, state: ModelState | None, start: int) -> Tensor:
         if cu_seqlens is not None:
-            return packed_positions(tokens.shape[1], cu_seqlens)
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+            return packed_positions(tokens.shape[1], cu_seqlens, start)
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         return positions if state is None else positions + state.position[:, None]
 
     @staticmethod
@@ -246,7 +256,9 @@ class Stack(nn.Module):
             position = lengths.to(torch.int64, copy=True)  # a state may be written
         return ModelState(states, position if before is None else before.position + position)
 
-    def _check(self, tokens: Tensor, lengths: Tensor | None, state: ModelState | None) -> tuple[Tensor, Tensor | None]:
+    def _check(
+        self, tokens: Tensor, lengths: Tensor | None, state: ModelState | None, spread: Spread | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Refuse what is no text, and return tokens and lengths in types that can be computed with."""
         if tokens.ndim != 2:
             raise ValueError(f"model: `tokens` has shape {tuple(tokens.shape)}; expected (B, N)")
@@ -262,7 +274,8 @@ class Stack(nn.Module):
                 )
         if state is not None:
             self._check_state(tokens, state)
-        return tokens, valid_lengths("model", lengths, tokens)
+        whole = tokens if spread is None else tokens.new_zeros(()).expand(len(tokens), spread.total)
+        return tokens, valid_lengths("model", lengths, whole)
 
     def _check_state(self, tokens: Tensor, state: ModelState) -> None:
         if not isinstance(state, ModelState):

@@ -17,6 +17,7 @@ from .norms import ScaleNorm
 from .offset_scale import OffsetScale
 from .rotary import RotaryEmbedding
 from .sinusoidal import ScaledSinusoidal
+from .spread import Spread
 
 __all__ = [
     "FLASH",
@@ -32,6 +33,7 @@ __all__ = [
     "RotaryEmbedding",
     "ScaleNorm",
     "ScaledSinusoidal",
+    "Spread",
     "T5Bias",
     "ToeplitzBias",
     "UnitState",

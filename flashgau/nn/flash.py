@@ -18,6 +18,7 @@ from ..options import FlashWeights, Layout, MixedChunkOptions
 from .gated_unit import GatedUnit, UnitOptions, UnitState, chosen, last_shifted, start_of
 from .initialise import is_plain
 from .kept import Turned
+from .spread import Spread, begin
 
 HEADS = ("quad_q", "quad_k", "lin_q", "lin_k")
 
@@ -177,6 +178,7 @@ class FLASH(GatedUnit):
         state: UnitState[MixedChunkState] | None = None,
         return_state: bool = False,
         inplace: bool = False,
+        spread: Spread | None = None,
     ) -> Any:
         """Apply the layer to a batch of sequences, or to the next part of sequences already begun.
 
@@ -188,13 +190,19 @@ class FLASH(GatedUnit):
             return_state: also give the state after the last valid token of each row.
             inplace: write `state`, which then is the state after, too. A token costs a fraction of the time; there are
                 no gradients.
+            spread: x is this process's slice of sequences that are spread over several processes
+                (`flashgau.distributed.spread_tokens`); lengths and cu_seqlens speak of the whole.
 
         Returns:
             (B, N, d), or that and the state. Rows of padding hold x plus the output's bias.
         """
         self._check(x, cu_seqlens, state, return_state, MixedChunkState, inplace)
         recurrent = return_state or state is not None
-        dropped, own = self.qk_dropout and self.training, self.attention_fn is not None
+        operation = self.attention_fn
+        if spread is not None:
+            spread.check("FLASH", x, state=state, return_state=return_state, attention_fn=operation)
+            operation = spread.mixed_chunk_attention
+        dropped, own = self.qk_dropout and self.training, operation is not None
         plain = is_plain(self.to_hidden, self.to_out)
         whole = plain and not dropped and not own and runs_whole(x)
         one = lengths is None and x.shape[1] == 1 and not own
@@ -206,8 +214,8 @@ class FLASH(GatedUnit):
         ):
             y = self._token(x, state, whole)
             return (y, state) if return_state else y
-        start = 0 if state is None else start_of(state.memory.position)
-        normed, moving, angles = self._prepare(x, start, cu_seqlens, None if state is None else state.previous)
+        start = begin(spread) if state is None else start_of(state.memory.position)
+        normed, moving, angles = self._prepare(x, start, cu_seqlens, None if state is None else state.previous, spread)
         options: dict[str, Any] = {
             "score": self.score,
             "lin_normalizer": self.lin_normalizer,
@@ -234,18 +242,19 @@ class FLASH(GatedUnit):
             if before is not None and one:  # in constant time
                 result = mixed_chunk_step(state=before, inplace=inplace, **options)
             else:
-                result = (self.attention_fn or mixed_chunk_attention)(
+                options |= {"initial_state": before, "return_state": True} if recurrent else {}
+                result = (operation or mixed_chunk_attention)(
                     chunk_size=self.chunk_size,
                     causal=self.causal,
                     lengths=lengths,
                     cu_seqlens=cu_seqlens,
-                    initial_state=before,
-                    return_state=recurrent,
                     **options,
                 )
             attended, memory = result if recurrent else (result, None)
             y = self._output(x, attended)
         y = self.post_norm(y)
+        if not recurrent:
+            return y
         previous = last_shifted(moving, lengths)
         after = state.advanced(memory, previous) if state is not None and inplace else UnitState(memory, previous)
         return (y, after) if return_state else y

@@ -20,6 +20,7 @@ from .initialise import is_plain, linear
 from .norms import make_norm
 from .offset_scale import OffsetScale
 from .rotary import RotaryEmbedding, packed_positions
+from .spread import Spread
 
 Memory = TypeVar("Memory")
 
@@ -206,24 +207,38 @@ class GatedUnit(nn.Module):
             **factory,
         )
 
-    def _normed(self, x: Tensor, cu_seqlens: Tensor | None, previous: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _normed(
+        self, x: Tensor, cu_seqlens: Tensor | None, previous: Tensor | None, spread: Spread | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """norm(x), shifted if the layer shifts tokens; and then what `shift_tokens` gives besides."""
         normed = self.norm(x)
-        return shift_tokens(normed, previous, cu_seqlens) if self.token_shift else (normed, None)
+        if not self.token_shift:
+            return normed, None
+        if spread is None:
+            return shift_tokens(normed, previous, cu_seqlens)
+        return shift_tokens(normed, spread.before(normed.chunk(2, dim=-1)[0]), cu_seqlens, spread.start)
 
     def _prepare(
-        self, x: Tensor, start: int | Tensor, cu_seqlens: Tensor | None, previous: Tensor | None
+        self,
+        x: Tensor,
+        start: int | Tensor,
+        cu_seqlens: Tensor | None,
+        previous: Tensor | None,
+        spread: Spread | None,
     ) -> tuple[Tensor, Tensor | None, Angles]:
         """What `_normed` gives, and the rotary embedding.
 
         Its cosines and sines are (1 or B, N, pairs), for all heads.
         """
-        return *self._normed(x, cu_seqlens, previous), self._angles(x, start, cu_seqlens)
+        return *self._normed(x, cu_seqlens, previous, spread), self._angles(x, start, cu_seqlens)
 
     def _angles(self, x: Tensor, start: int | Tensor, cu_seqlens: Tensor | None) -> Angles:
         if self.rotary is None:
             return Angles()
-        positions = None if cu_seqlens is None else packed_positions(x.shape[1], cu_seqlens)
+        positions = None
+        if cu_seqlens is not None:
+            assert isinstance(start, int)  # no state goes with packed sequences
+            positions = packed_positions(x.shape[1], cu_seqlens, start)
         heads = x[..., :1].expand(*x.shape[:2], self.key_dim)
         cos, sin = (t if t.ndim == 3 else t[None] for t in self.rotary.turns(heads, start, positions))
         return Angles(cos, sin, self.rotary.interleaved)
@@ -294,13 +309,16 @@ def start_of(position: Tensor) -> int | Tensor:
     return at[0] if at and at == at[:1] * len(at) else position
 
 
-def shift_tokens(x: Tensor, previous: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def shift_tokens(
+    x: Tensor, previous: Tensor | None, cu_seqlens: Tensor | None, start: int = 0
+) -> tuple[Tensor, Tensor]:
     """Take the first half of the channels from the token before (zero before the first token of a sequence).
 
     Args:
         x: (B, N, d).
         previous: (B, 1, ceil(d/2)) the last token's half of an earlier part, or None.
         cu_seqlens: (G+1,) bounds of packed sequences.
+        start: how many tokens of the packed row come before x.
 
     Returns:
         tuple: the shifted x, and the halves that move, (B, N + 1, ceil(d/2)), token i of x at i + 1.
@@ -316,8 +334,7 @@ def shift_tokens(x: Tensor, previous: Tensor | None, cu_seqlens: Tensor | None) 
     moving = torch.cat((previous.to(moving.dtype), moving), dim=1)
     before = moving[:, :-1]
     if cu_seqlens is not None:
-        starts = torch.zeros(moving.shape[1], dtype=torch.bool, device=x.device)
-        before = before.masked_fill(starts.index_fill(0, cu_seqlens.long(), True)[:-1, None], 0.0)
+        before = before.masked_fill(packed_positions(x.shape[1], cu_seqlens, start)[:, None] == 0, 0.0)
     return torch.cat((before, staying), dim=-1), moving
 
 

@@ -18,6 +18,7 @@ from .biases import bias_vector
 from .cache import KeyValueCache, check_memory
 from .gated_unit import GatedUnit, UnitOptions, UnitState, chosen, last_shifted
 from .initialise import is_plain
+from .spread import Spread, begin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +186,7 @@ class GAU(GatedUnit):
         state: UnitState[KeyValueCache] | None = None,
         return_state: bool = False,
         inplace: bool = False,
+        spread: Spread | None = None,
     ) -> Any:
         """Apply the layer to a batch of sequences, or to the next part of sequences already begun.
 
@@ -202,10 +204,17 @@ class GAU(GatedUnit):
                 that of a context, which then is not given again.
             return_state: also give the state after the last valid token, or that of the context.
             inplace: let `state` itself be the state after. (Its cache is written in any case.)
+            spread: x is this process's slice of sequences that are spread over several processes
+                (`flashgau.distributed.spread_tokens`); lengths and cu_seqlens speak of the whole.
 
         Returns:
             (B, N, d), or that and the state. Rows of padding hold x plus the output's bias.
         """
+        operation = self.attention_fn
+        if spread is not None:
+            own = None if operation is gau_attention else operation
+            spread.check("GAU", x, context=context, state=state, return_state=return_state, attention_fn=own)
+            operation = spread.gau_attention
         if context is not None or isinstance(state, ContextState):
             seen = self._context(x, context, context_lengths, cu_seqlens, state)
             y = self._look_at(x, seen.memory, lengths)
@@ -219,9 +228,9 @@ class GAU(GatedUnit):
             )
         if state is not None and lengths is not None:
             raise ValueError("GAU: `lengths` and `state` together; a state already knows the length of each row")
-        start: int | Tensor = 0 if state is None else state.memory.start
-        normed, moving, angles = self._prepare(x, start, cu_seqlens, None if state is None else state.previous)
-        raw = self.attention_fn is gau_attention and reads_raw_gate("gau_attention", x, self.key_dim)
+        start: int | Tensor = begin(spread) if state is None else state.memory.start
+        normed, moving, angles = self._prepare(x, start, cu_seqlens, None if state is None else state.previous, spread)
+        raw = operation is gau_attention and reads_raw_gate("gau_attention", x, self.key_dim)
         gate, v, (q, k) = self._heads(normed, angles, raw)
         memory: Any = None
         valid = lengths
@@ -231,7 +240,7 @@ class GAU(GatedUnit):
             k, v, valid = memory.keys[:, 0], memory.values[:, 0], memory.lengths
         elif return_state:
             memory = KeyValueCache(k.unsqueeze(1), v.unsqueeze(1), lengths)
-        out = self.attention_fn(
+        out = operation(
             q,
             k,
             v,
@@ -239,12 +248,15 @@ class GAU(GatedUnit):
             score=self.score,
             normalizer=self.normalizer,
             causal=self.causal,
-            rel_bias=self._bias(k.shape[1], valid, cu_seqlens),
+            rel_bias=self._bias(k.shape[1] if spread is None else spread.total, valid, cu_seqlens),
             lengths=valid,
             cu_seqlens=cu_seqlens,
             **({"gate_activation": "silu"} if raw else {}),
         )
-        y, previous = self.post_norm(self._output(x, out)), last_shifted(moving, lengths)
+        y = self.post_norm(self._output(x, out))
+        if state is None and not return_state:
+            return y
+        previous = last_shifted(moving, lengths)
         after = state.advanced(memory, previous) if state is not None and inplace else UnitState(memory, previous)
         return (y, after) if return_state else y
 

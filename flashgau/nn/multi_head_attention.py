@@ -15,6 +15,7 @@ from .biases import bias_vector, make_bias
 from .cache import KeyValueCache, check_memory, check_one_token
 from .initialise import linear
 from .rotary import RotaryEmbedding, packed_positions
+from .spread import Spread, begin
 
 
 class MultiHeadAttention(nn.Module):
@@ -130,6 +131,7 @@ class MultiHeadAttention(nn.Module):
         state: KeyValueCache | None = None,
         return_state: bool = False,
         inplace: bool = False,
+        spread: Spread | None = None,
     ) -> Any:
         """Apply the layer to a batch of sequences, or to the next part of sequences already begun.
 
@@ -140,6 +142,8 @@ class MultiHeadAttention(nn.Module):
             state: cache of the tokens before (causal layers), written in place: use it without gradients.
             return_state: also give the cache after the last valid token.
             inplace: of no effect, as a cache is always written; other layers choose.
+            spread: x is this process's slice of sequences that are spread over several processes
+                (`flashgau.distributed.spread_tokens`); lengths and cu_seqlens speak of the whole.
 
         Returns:
             (B, N, d), or that and the cache. Rows of padding hold the output's bias, or 0.
@@ -155,9 +159,14 @@ class MultiHeadAttention(nn.Module):
             )
         if state is not None and lengths is not None:
             raise ValueError("MultiHeadAttention: `lengths` and `state` together; a cache knows each row's length")
+        operation = self.attention_fn
+        if spread is not None:
+            own = None if operation is attention else operation
+            spread.check("MultiHeadAttention", x, state=state, return_state=return_state, attention_fn=own)
+            operation = spread.attention
         if state is not None:
             check_memory("MultiHeadAttention", "state", state, KeyValueCache, x.shape[0], x)
-        start: int | Tensor = 0 if state is None else state.start
+        start: int | Tensor = begin(spread) if state is None else state.start
         qk, v = self._project(x, start, cu_seqlens)
         q, k = qk.split((self.heads, self.kv_heads), dim=1)
         if state is not None:
@@ -165,12 +174,12 @@ class MultiHeadAttention(nn.Module):
             k, v, lengths = state.keys, state.values, state.lengths
         elif return_state:
             state = KeyValueCache(k, v, lengths)
-        out: Any = self.attention_fn(
+        out: Any = operation(
             q,
             k,
             v,
             causal=self.causal,
-            rel_bias=bias_vector(self.rel_bias, k.shape[2], cu_seqlens),
+            rel_bias=bias_vector(self.rel_bias, k.shape[2] if spread is None else spread.total, cu_seqlens),
             lengths=lengths,
             cu_seqlens=cu_seqlens,
             dropout_p=self.dropout if self.training else 0.0,
@@ -197,7 +206,10 @@ class MultiHeadAttention(nn.Module):
         heads = self.to_qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_dim)).transpose(1, 2)
         qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         if self.rotary is not None:
-            positions = None if cu_seqlens is None else packed_positions(x.shape[1], cu_seqlens)
+            positions = None
+            if cu_seqlens is not None:
+                assert isinstance(start, int)  # no cache goes with packed sequences
+                positions = packed_positions(x.shape[1], cu_seqlens, start)
             qk = self.rotary(qk, start, positions)
         return qk, v
 

@@ -16,6 +16,7 @@ from .cache import check_memory, check_one_token
 from .initialise import linear
 from .multi_head_attention import check_heads
 from .rotary import RotaryEmbedding, packed_positions
+from .spread import Spread, begin
 
 
 class MultiHeadMixedChunk(nn.Module):
@@ -113,6 +114,7 @@ class MultiHeadMixedChunk(nn.Module):
         state: MixedChunkState | None = None,
         return_state: bool = False,
         inplace: bool = False,
+        spread: Spread | None = None,
     ) -> Any:
         """Apply the layer to a batch of sequences, or to the next part of sequences already begun.
 
@@ -123,6 +125,8 @@ class MultiHeadMixedChunk(nn.Module):
             state: of the tokens before (causal layers), with B H rows; it is not changed, unless `inplace`.
             return_state: also give the state after the last valid token of each row.
             inplace: write `state`, which then is the state after, too; without gradients.
+            spread: x is this process's slice of sequences that are spread over several processes
+                (`flashgau.distributed.spread_tokens`); lengths speak of the whole, and cu_seqlens are refused.
 
         Returns:
             (B, N, d), or that and the state. Rows of padding hold finite numbers without meaning.
@@ -138,14 +142,20 @@ class MultiHeadMixedChunk(nn.Module):
             )
         if inplace and state is None:
             raise ValueError("MultiHeadMixedChunk: `inplace` is True without a `state`, which it would write")
+        operation = self.attention_fn
+        if spread is not None:
+            # The heads of packed sequences lie in one row, which no slice of the tokens is a slice of.
+            given = {"cu_seqlens": cu_seqlens, "state": state, "return_state": return_state}
+            spread.check("MultiHeadMixedChunk", x, attention_fn=operation, **given)
+            operation = spread.mixed_chunk_attention
         batch, n, _ = x.shape
         if state is not None:
             check_memory("MultiHeadMixedChunk", "state", state, MixedChunkState, batch * self.heads, x)
-        q, k, v = self._project(x, state, cu_seqlens)
+        q, k, v = self._project(x, begin(spread) if state is None else state.position[:: self.heads], cu_seqlens)
         bias = None if self.rel_bias is None else self.rel_bias(self.chunk_size)
         options: dict[str, Any] = {"score": self.score, "rel_bias": bias}
         result: Any
-        if state is not None and lengths is None and n == 1 and self.attention_fn is None:  # in constant time
+        if state is not None and lengths is None and n == 1 and operation is None:  # in constant time
             result = mixed_chunk_step(q, k, q, k, v, state=state, inplace=inplace, **options)
         else:
             bounds = None
@@ -155,9 +165,9 @@ class MultiHeadMixedChunk(nn.Module):
                 first = torch.arange(self.heads, device=x.device)[:, None] * n + cu_seqlens[:-1]
                 bounds = torch.cat((first.flatten(), first.new_full((1,), self.heads * n)))
             options |= {"lengths": None if lengths is None else lengths.repeat_interleave(self.heads)}
-            options |= {"cu_seqlens": bounds, "initial_state": state, "return_state": recurrent}
-            options |= {"chunk_size": self.chunk_size, "causal": self.causal}
-            result = (self.attention_fn or mixed_chunk_attention)(q, k, q, k, v, **options)
+            options |= {"cu_seqlens": bounds, "chunk_size": self.chunk_size, "causal": self.causal}
+            options |= {"initial_state": state, "return_state": True} if recurrent else {}
+            result = (operation or mixed_chunk_attention)(q, k, q, k, v, **options)
         out, after = result if recurrent else (result, None)
         if state is not None and after is not None and inplace and after is not state:
             after = state.copy_(after)
@@ -170,14 +180,11 @@ class MultiHeadMixedChunk(nn.Module):
         y, after = self(x, state=state, return_state=True, inplace=inplace)
         return y, after
 
-    def _project(
-        self, x: Tensor, state: MixedChunkState | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, start: int | Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, each (B H, N, D)."""
         heads = self.to_qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_dim)).transpose(1, 2)
         qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         if self.rotary is not None:
-            start: int | Tensor = 0 if state is None else state.position[:: self.heads]
             positions = None if cu_seqlens is None else packed_positions(x.shape[1], cu_seqlens)
             qk = self.rotary(qk, start, positions)
         q, k = qk.split((self.heads, self.kv_heads), dim=1)

@@ -12,15 +12,17 @@ from .kept import Kept
 _MOST = 2**17  # positions whose cosines and sines are kept; beyond them they are made anew
 
 
-def packed_positions(n: int, cu_seqlens: Tensor) -> Tensor:
+def packed_positions(n: int, cu_seqlens: Tensor, start: int = 0) -> Tensor:
     """Position of each of n packed tokens in its own sequence: (n,) int64, counted from 0 at every boundary.
+
+    `start` tokens of the row come before the n.
 
     Example:
         >>> import torch
         >>> packed_positions(6, torch.tensor([0, 2, 6])).tolist()
         [0, 1, 0, 1, 2, 3]
     """
-    tokens = torch.arange(n, device=cu_seqlens.device)
+    tokens = torch.arange(start, start + n, device=cu_seqlens.device)
     bounds = cu_seqlens.long()
     sequence = torch.searchsorted(bounds, tokens, right=True) - 1
     return tokens - bounds[sequence.clamp(min=0)]

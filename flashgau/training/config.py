@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 FREE = frozenset(
     {
         *("out", "data", "device", "steps", "max_minutes", "eval_every", "save_every", "log_every"),
-        *("checkpointing", "shard"),
+        *("checkpointing", "shard", "context_parallel"),
     }
 )
 
@@ -56,7 +56,8 @@ class TrainConfig:
         max_minutes: minutes of the whole run, evaluations and earlier parts of a resumed run included. With
             `steps` too, the run ends at whichever comes first. Without `steps`, the learning rate follows the
             clock: such a run can be resumed, but not repeated bit for bit.
-        batch: windows per forward pass, over all processes; each takes an equal part of them.
+        batch: windows per forward pass, over all processes; each (with `context_parallel` each group that shares
+            windows) takes an equal part of them.
         accumulate: forward passes per optimizer step; the loss is the mean over all of them.
         length: predicted bytes of a window.
         lr: highest learning rate.
@@ -69,6 +70,8 @@ class TrainConfig:
             clipping.
         checkpointing: keep the input of each layer alone for the backward pass, and compute the rest again there.
         shard: with several processes, each holds a part of every parameter rather than all of them.
+        context_parallel: how many processes share each window, a slice of its bytes each; if there are more, they are
+            groups of so many, with windows of their own.
         bf16: compute under bfloat16 autocast; parameters and optimizer stay fp32.
         seed: of the initial weights, the batches, the masks and dropout.
         validation_fraction: share of the text kept for validation.
@@ -108,6 +111,7 @@ class TrainConfig:
         False, "Compute layers again in the backward pass rather than keep what they computed."
     )
     shard: bool = _option(False, "Divide the parameters among the processes of torchrun.")
+    context_parallel: int = _option(1, "Processes of torchrun that share each window, a slice of its bytes each.")
     bf16: bool = _option(False, "Compute in bfloat16; parameters stay fp32.")
     seed: int = _option(0, "Of weights, batches, masks and dropout.")
     validation_fraction: float = _option(0.05, "Share of the text that is not trained on.")
@@ -205,6 +209,6 @@ def _shown(value: Any) -> str:
 _POSITIVE = frozenset(
     {
         *("steps", "max_minutes", "batch", "accumulate", "length", "lr", "grad_clip"),
-        *("eval_windows", "eval_every", "save_every", "log_every"),
+        *("eval_windows", "eval_every", "save_every", "log_every", "context_parallel"),
     }
 )

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.language import IGNORE
+from ..nn import Spread
 from .data import Bytes
 from .objective import count_targets, examples, fixed_mask_seeds
-from .processes import Processes
+from .share import Share
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,14 @@ class Evaluation:
     context: int
 
 
-def loss_sum(model: nn.Module, inputs: Tensor, targets: Tensor, device: torch.device, bf16: bool) -> Tensor:
+def loss_sum(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    device: torch.device,
+    bf16: bool,
+    spread: Spread | None = None,
+) -> Tensor:
     """Sum of -log p(target) in nats over the targets that are not -100; a scalar in fp32 (fp64 for fp64 logits).
 
     Args:
@@ -46,10 +54,11 @@ def loss_sum(model: nn.Module, inputs: Tensor, targets: Tensor, device: torch.de
         targets: (B, N) tokens or -100.
         device: where the model is.
         bf16: compute under bfloat16 autocast.
+        spread: how the windows are spread over processes, of which these are slices.
     """
     inputs, targets = inputs.to(device), targets.to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-        logits = model(inputs)
+        logits = model(inputs) if spread is None else model(inputs, spread=spread)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
@@ -65,9 +74,9 @@ def batch_losses(
     batch: int,
     device: torch.device,
     bf16: bool,
-    processes: Processes,
+    share: Share,
 ) -> Iterator[tuple[float, int]]:
-    """For one batch of windows after another: the sum of the losses of this process's windows, and their number.
+    """For one batch of windows after another: the sum of the losses of this process's share, and their number.
 
     Args:
         model: in evaluation mode.
@@ -78,18 +87,19 @@ def batch_losses(
         batch: windows of one forward pass, over all processes.
         device: where the model is.
         bf16: compute under bfloat16 autocast.
-        processes: those that share the work.
+        share: this process's.
     """
     seeds = fixed_mask_seeds(len(starts))
     for first in range(0, len(starts), batch):
         rows = slice(first, first + batch)
         inputs, targets = examples(objective, text, starts[rows], length, seeds[rows])
-        if len(inputs) > processes.rank:
-            inputs, targets = inputs[processes.rank :: processes.count], targets[processes.rank :: processes.count]
+        if len(inputs) > share.rank:
+            inputs, targets = inputs[share.rank :: share.count], targets[share.rank :: share.count]
         else:
             # Nothing is left for this process, but a sharded model computes in all of them or in none.
             inputs, targets = inputs[:1], torch.full_like(targets[:1], IGNORE)
-        yield loss_sum(model, inputs, targets, device, bf16).item(), count_targets(targets)
+        inputs, targets = share.of(inputs), share.of(targets)
+        yield loss_sum(model, inputs, targets, device, bf16, share.spread).item(), count_targets(targets)
 
 
 def evaluate(
@@ -147,7 +157,7 @@ def evaluate(
         for places, length in pieces:
             end += len(places) * length
             for loss, targets in batch_losses(
-                model, objective, text, places, length, batch=batch, device=device, bf16=bf16, processes=Processes()
+                model, objective, text, places, length, batch=batch, device=device, bf16=bf16, share=Share()
             ):
                 total, count, done = total + loss, count + targets, min(done + batch * length, end)
                 told(done)

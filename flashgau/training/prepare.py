@@ -10,11 +10,18 @@ from .processes import Processes
 
 
 def check_batch(config: TrainConfig, processes: Processes) -> None:
-    """Refuse a batch that cannot be divided equally."""
-    if config.batch % processes.count:
+    """Refuse a batch that cannot be divided equally among the processes, or the groups of those that share windows."""
+    together = config.context_parallel
+    if processes.count % together:
         raise ValueError(
-            f"batch: {config.batch} windows cannot be divided among {processes.count} processes; "
-            f"expected a multiple of {processes.count}"
+            f"context_parallel: {processes.count} process{'es' if processes.count > 1 else ''} cannot be divided into "
+            f"groups of {together}; expected a divisor of {processes.count}"
+        )
+    parts = processes.count // together
+    if config.batch % parts:
+        who = "processes" if together == 1 else f"groups of {together} processes"
+        raise ValueError(
+            f"batch: {config.batch} windows cannot be divided among {parts} {who}; expected a multiple of {parts}"
         )
 
 

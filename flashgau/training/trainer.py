@@ -28,6 +28,7 @@ from .prepare import check_batch, check_masked, choose_device, read_corpus
 from .processes import TIMEOUT, Processes, launched
 from .restore import State, fixed, read_run
 from .results import Callback, Event, TrainResult
+from .share import Share, shared
 from .signals import StopSignals
 
 _PLOT_SECONDS = 10.0  # the loss curve is redrawn at the end, and at validations this long after the last time
@@ -55,13 +56,15 @@ def train(
     Started by `torchrun`, or in an existing process group of `torch.distributed`, all processes train one model: each
     takes its part of every batch, and the first alone writes files and calls callbacks. The result is that of one
     process, up to rounding; a checkpoint does not know how many there were. All must see the folder `config.out`.
+    With `config.context_parallel` groups of so many take the same windows, and each process a slice of their bytes.
 
     Args:
         config: everything that decides the run.
         resume: continue from `config.out`'s last checkpoint, whose fields must equal those of `config` but
             for limits, intervals, places and device.
         model: train this module rather than build `config.model`: (B, N) int64 bytes -> (B, N, 256) logits, or
-            257 for both with the objective "mlm", whose mask is 256. It must be the same in every process, and be
+            257 for both with the objective "mlm", whose mask is 256; with `context_parallel` it takes `spread=`, as the
+            models of flashgau do. It must be the same in every process, and be
             given again to resume.
         callbacks: each is called with every `Event`.
         timeout: seconds that a process waits for the others of several, whatever they do meanwhile.
@@ -71,7 +74,8 @@ def train(
         FileNotFoundError: no such data, or no checkpoint to resume.
         CheckpointError: (a ValueError) the checkpoint is damaged, or of another model, configuration or data.
         ValueError: the text is too short, there is no such model, size or device, or the batch cannot be divided
-            among the processes.
+            among the processes; with `context_parallel`, the processes into groups of so many, or a window among
+            these.
         FloatingPointError: the loss or its gradient became infinite or NaN; the last checkpoint is from
             before.
         OSError: something cannot be read or written; the last checkpoint is intact.
@@ -106,9 +110,10 @@ def train(
         description = None
         if model is None:
             model, description = processes.everywhere(lambda: _build(config))
+        share = held.enter_context(shared(config, model, processes, timeout))
         processes.at_first(lambda: held.enter_context(locked(out)))
         processes.at_first(lambda: check_folder(out, resume))  # another run may have ended here by now
-        run = _Run(config, model, description, corpus, device, list(callbacks), processes)
+        run = _Run(config, model, description, corpus, device, list(callbacks), processes, share)
         if resume:
             run.load(out / LAST)
         return run.go()
@@ -126,9 +131,10 @@ class _Run:
         device: torch.device,
         callbacks: list[Callback],
         processes: Processes,
+        share: Share,
     ) -> None:
         self.config, self.model, self.description = config, model, description
-        self.corpus, self.device, self.processes = corpus, device, processes
+        self.corpus, self.device, self.processes, self.share = corpus, device, processes, share
         self.callbacks = callbacks if processes.first else []
         self.name = type(model).__name__  # before sharding, which changes the class
         self.out = Path(config.out)
@@ -181,24 +187,25 @@ class _Run:
             return self._result()
 
     def take_step(self) -> None:
-        """One optimizer step: `accumulate` forward and backward passes over this process's part of its windows."""
-        config, step, processes, began = self.config, self.state.step, self.processes, time.perf_counter()
+        """One optimizer step: `accumulate` forward and backward passes over this process's share of its windows."""
+        config, step, processes, share = self.config, self.state.step, self.processes, self.share
+        began = time.perf_counter()
         rows, text = config.batch * config.accumulate, self.corpus.train
         starts = sample_starts(text.size, rows, config.length, config.seed, step)
         inputs, targets = examples(config.objective, text, starts, config.length, mask_seeds(config.seed, step, rows))
         # Every target of the step counts alike, in whichever pass and process. DDP and FSDP average gradients.
-        share = processes.count / max(count_targets(targets), 1)
+        weight = processes.count / max(count_targets(targets), 1)
         # Each process has its own dropout, which like all else depends on the step alone.
         torch.manual_seed(int(random_words(DROPOUT, config.seed, step, processes.count)[processes.rank]))
         rate = self.schedule.rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        own = (config.accumulate, processes.count, -1, config.length)
-        parts = zip(inputs.view(own)[:, processes.rank], targets.view(own)[:, processes.rank], strict=True)
+        own = (config.accumulate, share.count, -1, config.length)
+        parts = zip(inputs.view(own)[:, share.rank], targets.view(own)[:, share.rank], strict=True)
         losses = torch.zeros_like(self.loss_sum)
         for number, (x, y) in enumerate(parts, 1):
             with parallel.only_last_pass(self.trained, number == config.accumulate):
-                loss = loss_sum(self.trained, x, y, self.device, config.bf16) * share
+                loss = loss_sum(self.trained, share.of(x), share.of(y), self.device, config.bf16, share.spread) * weight
                 loss.backward()
             losses += loss.detach()
         self.loss_sum += processes.mean(losses)
@@ -232,7 +239,7 @@ class _Run:
                 batch=config.batch,
                 device=self.device,
                 bf16=config.bf16,
-                processes=self.processes,
+                share=self.share,
             ):
                 total, count = total + loss, count + targets
                 self._heed_signals()
