@@ -1,6 +1,6 @@
-"""Three processes that wait for calls of the tests, each of its own slices of a sequence.
+"""Four processes that wait for calls of the tests, each of its own slices of a sequence.
 
-Calls go to all of them, or to the first and the third, which are a group beside the default one.
+Calls go to all of them, which are the default group, to the first three, or to the first and the third.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None, **option
     return context_parallel_attention(q, k, v, gate=gate, **options)
 
 
-MEMBERS = {"all": (0, 1, 2), "pair": (0, 2)}
+MEMBERS = {"all": (0, 1, 2), "pair": (0, 2), "four": (0, 1, 2, 3)}
 FUNCTIONS: dict[str, Any] = {
     "attention": attend,
     "gau_attention": context_parallel_gau,
@@ -151,9 +151,9 @@ def hear(connection: Connection) -> Any:
 def work(rank: int, folder: str, handle: str) -> None:
     """One of the processes: do calls as they come."""
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", 3)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=3, timeout=timedelta(seconds=30))
-    groups = {name: dist.new_group(list(members)) for name, members in MEMBERS.items() if name != "all"}
+    store = dist.FileStore(f"{folder}/store", 4)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=4, timeout=timedelta(seconds=30))
+    groups = {name: dist.new_group(list(members)) for name, members in MEMBERS.items() if name != "four"}
     with Connection(int(handle)) as parent:
         while (request := hear(parent)) is not None:
             function, args, options, weights, group, needs, grad = request
@@ -225,7 +225,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     )
     connections, workers = [], []
     try:
-        for rank in range(3):
+        for rank in range(4):
             ours, theirs = Pipe()
             arguments = [str(Path(__file__).parent), str(rank), str(folder), str(theirs.fileno())]
             worker = subprocess.Popen(
@@ -245,7 +245,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     finally:
         for worker in workers:
             worker.kill()
-    assert [worker.returncode for worker in workers] == [0] * 3, "\n".join(errors)
+    assert [worker.returncode for worker in workers] == [0] * 4, "\n".join(errors)
     assert "Warning" not in "".join(errors), errors
 
 
@@ -307,7 +307,11 @@ def whole(call: Call, seed: int = 0) -> Outcome:
 
 
 SIXTEEN = torch.tensor([16, 11])
-CUTS = {"all": {"q": [4, 12], "k": [0, 9]}, "pair": {"q": [8], "k": [3]}}  # whole chunks of 4 queries
+CUTS = {
+    "all": {"q": [4, 12], "k": [0, 9]},
+    "pair": {"q": [8], "k": [3]},
+    "four": {"q": [4, 12, 12], "k": [0, 9, 15]},
+}  # whole chunks of 4 queries
 
 
 def example(name: str, dtype: torch.dtype, **options: Any) -> Call:

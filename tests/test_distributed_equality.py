@@ -31,8 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashgau
 from flashgau.distributed import context_parallel_attention
-from flashgau.distributed.agreement import shares
-from flashgau.distributed.attention import _heads, _of_rank
+from flashgau.distributed.agreement import of_rank, shares
+from flashgau.distributed.ways import heads_of
 from flashgau.ops import linear_part
 
 alone = distributed_world.alone
@@ -59,8 +59,11 @@ def poison(call: Call) -> Call:
     return Call(call.name, args, call.kwargs)
 
 
-def check_equal(world: World, call: Call, cuts: dict[str, list[int]], group: str, needs: list[Any] | None) -> None:
-    results, _, own = spread(world, call, cuts, group, needs=needs)
+def check_equal(
+    world: World, call: Call, cuts: dict[str, list[int]], group: str, needs: list[Any] | None, **more: Any
+) -> None:
+    """With `more` options, which the function for several processes alone has."""
+    results, _, own = spread(world, call, cuts, group, needs=needs, own=[more] * len(MEMBERS[group]))
     expected, expected_grads = whole(call)
     for x, y in zip(results, expected, strict=True):
         close(x, y, ulps=64)
@@ -164,7 +167,7 @@ def test_lengths_that_count_in_bytes(world: World, name: str) -> None:
 @given(heads=st.integers(1, 9), group=st.integers(1, 9), data=st.data())
 def test_heads_are_divided_so_that_each_process_has_some_with_their_keys(heads: int, group: int, data: Any) -> None:
     processes = data.draw(st.integers(1, heads * group))
-    q_heads, k_heads = _heads(heads * group, heads, processes)
+    q_heads, k_heads = heads_of(heads * group, heads, processes)
     assert [a for a, _ in q_heads] == [0, *(b for _, b in q_heads[:-1])]
     assert q_heads[-1][1] == heads * group
     for (a, b), (first, last) in zip(q_heads, k_heads, strict=True):
@@ -286,9 +289,9 @@ def dropped(call: Call, common: int) -> Outcome:
     q, k, v, gate = leaves = [x.clone().requires_grad_() for x in call.args]
     shared = {key: call.kwargs[key].clone().requires_grad_() for key in ("rel_bias", "sinks")}
     parts = []
-    for rank, ((a, b), (first, last)) in enumerate(zip(*_heads(6, 2, 3), strict=True)):
+    for rank, ((a, b), (first, last)) in enumerate(zip(*heads_of(6, 2, 3), strict=True)):
         options = call.kwargs | {key: x[a:b].contiguous() for key, x in shared.items()}
-        options["dropout_seed"] = _of_rank(common, rank)
+        options["dropout_seed"] = of_rank(common, rank)
         options["gate"] = gate[:, a:b]
         parts.append(outputs(flashgau.attention(q[:, a:b], k[:, first:last], v[:, first:last], **options)))
     results = [torch.cat(own, axis) for own in zip(*parts, strict=True)]
@@ -311,12 +314,18 @@ def check_dropped(world: World, call: Call, found: Any, common: int) -> None:
         close(x, y, 256, steepest)
 
 
+def by_heads(world: World, call: Call, seeds: tuple[int, ...] = ()) -> Any:
+    """What `spread` gives of it; `seeds` are where the processes' generators stand."""
+    own = [{"by": "heads", "seed": seed} for seed in seeds] or [{"by": "heads"}] * 3
+    return spread(world, call, CUTS["all"], "all", function="seeded" if seeds else None, own=own)
+
+
 def test_each_process_drops_by_its_own_seed(world: World) -> None:
     """What its heads give is attention with the seed that comes from the common one and its rank."""
     for seed in (5, -7, torch.tensor([2**62 + 1])):
         call = example("attention", torch.float64, dropout_p=0.4, dropout_seed=seed)
-        check_dropped(world, call, spread(world, call, CUTS["all"], "all"), int(seed))
-    assert len({_of_rank(seed, rank) for seed in range(100) for rank in range(8)}) == 800
+        check_dropped(world, call, by_heads(world, call), int(seed))
+    assert len({of_rank(seed, rank) for seed in range(100) for rank in range(8)}) == 800
 
 
 def test_a_seed_that_nobody_gave_is_the_first_process_s(world: World) -> None:
@@ -324,8 +333,7 @@ def test_a_seed_that_nobody_gave_is_the_first_process_s(world: World) -> None:
     call = example("attention", torch.float64, dropout_p=0.4)
     torch.manual_seed(7)
     drawn = int(torch.randint(2**62, (1,), dtype=torch.int64))
-    found = spread(world, call, CUTS["all"], "all", function="seeded", own=[{"seed": seed} for seed in (7, 8, 9)])
-    check_dropped(world, call, found, drawn)
+    check_dropped(world, call, by_heads(world, call, (7, 8, 9)), drawn)
     # Dropping everything, or another half in every call.
     call = example("attention", torch.float64, dropout_p=1.0)
     results, grads, _ = spread(world, call, CUTS["all"], "all")

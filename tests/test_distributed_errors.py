@@ -131,6 +131,8 @@ WRONG = [
     ("attention", {}, {"sinks": None}, ValueError, "`sinks` of process 1", "`sinks` of process 1"),
     ("attention", {}, {"rel_bias": None}, ValueError, "`rel_bias` of process 1", "`rel_bias` of process 1"),
     ("attention", {}, {"lengths": SIXTEEN - 1}, ValueError, "`lengths` of process 1", "`lengths` of process 1"),
+    ("attention", {}, {"by": "ring"}, ValueError, "`by` of process 1", "`by` of process 1"),
+    ("attention", {}, {"by": "rows"}, ValueError, "`by` is 'rows'; expected one of 'auto', 'heads', 'wi", "refused"),
     ("attention", {}, {"return_lse": False}, ValueError, "`return_lse` of process 1", "`return_lse` of process 1"),
     ("gau_attention", {}, {"score": "relu"}, ValueError, "`score` is 'relu'", "refused"),
     ("gau_attention", {3: None}, {}, ValueError, "`gate` of process 1", "`gate` of process 1"),
@@ -193,12 +195,19 @@ def test_packed_offsets_are_checked_against_the_whole_sequence(world: World) -> 
 
 def test_processes_that_are_too_many_for_the_heads_or_columns(world: World) -> None:
     q, v = randn(0, 1, 2, 4, 8), randn(1, 1, 4, 2)
-    for error, said in world.errors("attention", [[q, q, q]] * 3, [{} for _ in range(3)]):
+    for error, said in world.errors("attention", [[q, q, q]] * 3, [{"by": "heads"} for _ in range(3)]):
         assert (error, said) == (
             ValueError,
-            "context_parallel_attention: `q` has Hq = 2 heads; expected at least one for each of the 3 processes",
+            "context_parallel_attention: `by` is 'heads', and Hq = 2 heads are not one for each of the 3 processes; "
+            "expected 'window' or 'ring'",
         )
-    world.results("attention", [[q, q, q]] * 2, [{}, {}], group="pair")
+    lengths = {"lengths": torch.tensor([12])}
+    for error, said in world.errors("attention", [[q, q, q]] * 3, [dict(lengths) for _ in range(3)]):
+        assert error is ValueError
+        assert "`by` is 'auto', and 'heads' is not possible: Hq = 2 heads are not one for each" in said
+        assert "'ring' is not possible: `lengths` are given without causal=True" in said
+    world.results("attention", [[q, q, q]] * 3, [{} for _ in range(3)])
+    world.results("attention", [[q, q, q]] * 2, [{"by": "heads"}, {"by": "heads"}], group="pair")
     for _, said in world.errors("gau_attention", [[q[0], q[0], v.expand(2, 4, 2)]] * 3, [{} for _ in range(3)]):
         assert "`v` has E = 2 columns; expected at least one for each of the 3 processes" in said
 

@@ -293,6 +293,14 @@ def shares(total: int, parts: int, unit: int = 1) -> list[int]:
     return [unit * (each + (part < more)) for part in range(parts)]
 
 
+def of_rank(seed: int, rank: int) -> int:
+    """A seed of dropout for each process: the first has the common one, as if it were alone."""
+    # Hashed rather than added to: the seeds of a run are often numbers that follow each other.
+    if rank == 0:
+        return seed
+    return int.from_bytes(hashlib.blake2b(f"{seed} {rank}".encode(), digest_size=8).digest(), "little", signed=True)
+
+
 @contextlib.contextmanager
 def checking(op: str, inner: str) -> Iterator[None]:
     """Around a call of the operation `inner` for its checks alone, whose errors name `op`, which the user called."""

@@ -1,9 +1,10 @@
-"""`context_parallel_attention`: heads for tokens, attention as ever, and back (Ulysses)."""
+"""`context_parallel_attention`: what its processes agree on, and which of the ways its tensors go."""
 
 from __future__ import annotations
 
-import hashlib
-from functools import partial, wraps
+import math
+from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -11,12 +12,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from flashgau.contract.validate import autocast
+from flashgau.contract.validate import Arguments, autocast, widened
 from flashgau.ops.attention import attention
+from flashgau.options import AttentionOptions, Layout, Window
 
-from .agreement import GroupContext, Note, digest, not_compiled, ranges, shares
+from .agreement import GroupContext, Note, digest, not_compiled, ranges
 from .call import Call
-from .exchange import Turn
+from .heads import by_heads
+from .ring import by_ring
+from .sight import Sight
+from .ways import WAYS, Traits, Widths, bytes_sent, possible
+from .window import by_window
 
 _OP = "context_parallel_attention"
 
@@ -43,22 +49,27 @@ def context_parallel_attention(
     gate_activation: str = "sigmoid",
     return_lse: bool = False,
     backend: str | None = None,
+    by: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`flashgau.attention` over sequences whose tokens are spread over the processes of a group.
 
-    Each process holds a slice of the tokens, in the order of ranks; slices may differ in length, and be empty. All to
-    all, every process gets all tokens of some heads, attends there, and sends each slice of the result back. So every
-    option means the whole sequence, exactly as in `flashgau.attention`, and causal work is shared evenly.
+    Each process holds a slice of the tokens, in the order of ranks; slices may differ in length, and be empty. Every
+    option means the whole sequence, exactly as in `flashgau.attention`. There are three ways to bring queries and keys
+    together:
 
-    Query heads are divided among the processes in order. With fewer key heads than processes, several processes get
-    the same key head, for some of its query heads each.
+    - "heads": all to all, every process gets all tokens of some heads, attends there, and sends each slice of the
+      result back. Any option, and causal work is shared evenly; no more processes than query heads. With fewer key
+      heads than processes, several processes get the same key head, for some of its query heads each.
+    - "window": every process gets the keys and values that its queries see: of its neighbours, with a window.
+    - "ring": keys and values travel from process to process, and each merges what its queries see of them.
 
     Every process of the group must call this, and run the backward if any of them does, and all in the same order:
     processes that do different things all raise an error, but one that does nothing leaves the others waiting for the
     group's timeout. The host waits for what the others say of their arguments in a call, and of where they are in a
     backward.
 
-    Source: Jacobs et al. 2023, "DeepSpeed Ulysses" (arXiv 2309.14509), section 3.
+    Source: Jacobs et al. 2023, "DeepSpeed Ulysses" (arXiv 2309.14509), section 3, by heads; Liu, Zaharia, Abbeel 2023,
+    "Ring Attention with Blockwise Transformers for Near-Infinite Context" (arXiv 2310.01889), by ring.
 
     Args:
         q: this process's queries (B, Hq, m, D), fp16, bf16, fp32 or fp64; M is the sum of m over the processes.
@@ -71,21 +82,23 @@ def context_parallel_attention(
         window: (left, right): only keys in [p - left, p + right] are seen.
         softcap: bound of the scores before bias and mask.
         rel_bias: (..., 2P-1), broadcastable to (B, Hq, 2P-1), whole in every process, P >= the longest sequence. Its
-            gradient in a process is that of the process's heads: the sum over the processes is the gradient.
+            gradient in a process is that of the process's heads or queries: the sum over the processes is the gradient.
         sinks: (Hq,), whole in every process; its gradient likewise.
         lengths: (B,) valid tokens of each whole row.
         cu_seqlens: (G+1,) offsets in the whole row.
         cu_seqlens_k: the same for the keys.
         dropout_p: probability that an element of P is dropped.
         dropout_seed: the same in every process, or None: then the first process draws it, from PyTorch's default
-            generator (as all do, so that their generators stay together). Which elements are kept depends on it and on
-            the number of processes: each one numbers its heads from 0, so each but the first hashes the seed with its
-            rank.
-        gate: this process's gate (B, Hq, m, E), or (B, Hq, m, 1) for a number per head, or None in all processes. It
-            travels as the queries do.
+            generator (as all do, so that their generators stay together). Which elements are kept depends on it, on
+            the slices and on `by`: each process numbers what it computes from 0, so each but the first hashes the seed
+            with its rank.
+        gate: this process's gate (B, Hq, m, E), or (B, Hq, m, 1) for a number per head, or None in all processes. By
+            heads it travels as the queries do.
         gate_activation: as in `flashgau.attention`.
         return_lse: also return the log-sum-exp of this process's rows, (B, Hq, m) fp32, differentiable.
         backend: "triton", "eager", "reference" or None for the best that can run.
+        by: "heads", "window", "ring", or "auto": of those that the call can go, and that need no more memory than a
+            slice and a window, the one that sends the fewest bytes.
 
     Returns:
         This process's slice (B, Hq, m, E) of the result, in the dtype of q, or a pair with the log-sum-exp. Gradients
@@ -95,8 +108,8 @@ def context_parallel_attention(
         RuntimeError: torch.distributed is not initialised, a backend that was asked for cannot run the call, or a
             process has ended, or does not come within the group's timeout. From the backward, in all processes: they
             run those of different calls, or one is in a call.
-        TypeError, ValueError: for wrong arguments by name, for more processes than query heads, and for arguments
-            that differ between processes. What is wrong in one process raises an error in all, before any tensor is
+        TypeError, ValueError: for wrong arguments by name, for a way that the call cannot go, and for arguments that
+            differ between processes. What is wrong in one process raises an error in all, before any tensor is
             sent; values of rel_bias and sinks are not compared.
 
     Example:
@@ -127,54 +140,85 @@ def context_parallel_attention(
 
     def check() -> Note:
         args = call.check(dropout_seed=0 if dropout_seed is None else dropout_seed)
-        heads = args.sizes["Hq"]
-        if heads < context.size:
-            args.fail("q", f"has Hq = {heads} heads", f"at least one for each of the {context.size} processes")
+        args.choice("by", by, ("auto", *WAYS))
         seed, drawn = _seeds(dropout_p, dropout_seed, q.device)
         kind = digest("none" if gate is None else "per head" if per_head else "whole")
-        return call.note(args, {"gate": kind, "dropout_seed": seed}, {"drawn": drawn})
+        return call.note(args, {"gate": kind, "dropout_seed": seed, "by": digest(by)}, {"drawn": drawn})
 
     call, agreed = call.agree(check)
     args = call.whole(agreed)
     longest = args.sequences(lengths, cu_seqlens, cu_seqlens_k)
     args.relative_bias(rel_bias, "B Hq", longest)
 
-    q_heads, k_heads = _heads(q.shape[1], k.shape[1], context.size)
-    start, stop = q_heads[context.rank]
-    if rel_bias is not None and rel_bias.dim() > 1 and rel_bias.shape[-2] > 1:
-        rel_bias = rel_bias[..., start:stop, :]
-    sinks = None if sinks is None else sinks[start:stop]
-    seed = (agreed["drawn"] if dropout_seed is None else agreed["dropout_seed"])[0]
-    queries, keys = agreed["M"], tuple(agreed["N"])
-    of_queries, of_keys = Turn(1, q_heads, 2, tuple(queries)), Turn(1, k_heads, 2, keys)
-    turns = [of_queries, of_keys, of_keys, of_queries]
-    back = Turn(2, ranges(queries), 1, tuple(b - a for a, b in q_heads))
-    operate = partial(
-        call.operation,
-        **call.options, **call.sequences, rel_bias=rel_bias, sinks=sinks, dropout_seed=_of_rank(seed, context.rank),
-    )  # fmt: skip
-    out, *lse = call.exchanged(agreed, turns, back, operate)
-    return (out, lse[0]) if lse else out
+    seed: Any = (agreed["drawn"] if dropout_seed is None else agreed["dropout_seed"])[0]
+    options = AttentionOptions(scale, False, _band(causal, window), softcap, rel_bias, sinks, dropout_p, seed)
+    sight = Sight(ranges(agreed["M"]), ranges(agreed["N"]), options.window)
+    way = _way(args, by, call, sight, any([*call.needed(agreed).values(), *agreed["shared"]]))
+    if way == "heads":
+        results = by_heads(call, agreed, sight, options)
+    else:
+        needed = call.needed(agreed) | {"shared": any(agreed["shared"])}
+        layout = Layout(None, cu_seqlens, cu_seqlens_k)
+        real, call = _without_padding(call, sight)
+        results = (by_window if way == "window" else by_ring)(call, needed, sight, options, layout)
+        if real is not None:
+            results = [torch.where(real[..., None], results[0], 0), torch.where(real, results[1], -math.inf)]
+    return (results[0], results[1]) if return_lse else results[0]
+
+
+def _band(causal: bool, window: tuple[int | None, int | None] | None) -> Window:
+    """How far to the left and to the right of its position a query sees."""
+    left, right = (None, None) if window is None else window
+    return None if left is None else int(left), 0 if causal else None if right is None else int(right)
+
+
+def _way(args: Arguments, by: str, call: Call, sight: Sight, differentiated: bool) -> str:
+    """The way that is asked for, or of the possible ones that which sends least."""
+    q, k, v, gate = call.tensors
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    (batch, heads, _, width), kv_heads, value_width = q.shape, k.shape[1], v.shape[3]
+    gate_width = 0 if gate is None else value_width if gate.dim() == q.dim() else 1
+    widths = Widths(batch, heads, kv_heads, width, value_width, q.itemsize, gate_width, call.options["return_lse"])
+    traits = Traits(
+        lengths=call.sequences["lengths"] is not None,
+        packed=call.sequences["cu_seqlens"] is not None,
+        packed_twice=call.sequences["cu_seqlens_k"] is not None,
+        biased=call.parameters["rel_bias"] is not None,
+    )
+    refused, choices = possible(widths, sight, traits)
+    if by in refused or (not choices and by == "auto"):
+        why = refused.get(by) or "; ".join(f"{way!r} is not possible: {reason}" for way, reason in refused.items())
+        others = " or ".join(repr(way) for way in WAYS if way not in refused)
+        args.fail("by", f"is {by!r}, and {why}", others or "a call that one of 'heads', 'window' and 'ring' can make")
+    if by != "auto":
+        return by
+    sent = {way: bytes_sent(way, widths, sight) for way in choices}
+    return min(choices, key=lambda way: sent[way].forward + differentiated * sent[way].backward)
+
+
+def _without_padding(call: Call, sight: Sight) -> tuple[Tensor | None, Call]:
+    """Which of its queries are real (B, 1, m), None if all are, and the call with zeros in place of padding."""
+    lengths, rank = call.sequences["lengths"], call.context.rank
+    if lengths is None:
+        return None, call
+    real = {}
+    for axis, (start, stop) in (("M", sight.queries[rank]), ("N", sight.keys[rank])):
+        places = torch.arange(start, stop, device=lengths.device)
+        real[axis] = (places < widened(lengths)[:, None])[:, None]
+    slices = {}
+    for name, (x, axes) in call.slices.items():
+        mask = real["M" if "M" in axes.split() else "N"]
+        mask = mask[..., None] if x is not None and x.dim() == 4 else mask
+        slices[name] = (None if x is None else torch.where(mask, x, 0)), axes
+    return real["M"], replace(call, slices=slices)
 
 
 @wraps(attention)  # errors speak of that
 def _attention(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
     """`attention`, with a number per head as (B, Hq, M)."""
     return attention(q, k, v, gate=gate[..., None] if gate is not None and gate.dim() == 3 else gate, **options)
-
-
-def _heads(
-    heads: int, kv_heads: int, processes: int
-) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
-    """The query heads and the key heads of each process, as (first, last + 1); no process is without a query head."""
-    group = heads // kv_heads
-    if kv_heads >= processes:
-        k_heads = ranges(shares(kv_heads, processes))
-        return tuple((group * a, group * b) for a, b in k_heads), k_heads
-    together = shares(processes, kv_heads)  # so many processes for each key head: at most `group`
-    counts = [share for some in together for share in shares(group, some)]
-    owners = [head for head, some in enumerate(together) for _ in range(some)]
-    return ranges(counts), tuple((head, head + 1) for head in owners)
 
 
 def _seeds(p: float, seed: int | Tensor | None, device: torch.device) -> tuple[int | Tensor, int | Tensor]:
@@ -184,11 +228,3 @@ def _seeds(p: float, seed: int | Tensor | None, device: torch.device) -> tuple[i
     if seed is None:
         return digest(None), torch.randint(2**62, (1,), dtype=torch.int64, device=device)[0]
     return seed.reshape(()) if isinstance(seed, Tensor) else int(seed), 0
-
-
-def _of_rank(seed: int, rank: int) -> int:
-    """A seed for each process: the first has the common one, as if it were alone."""
-    # Hashed rather than added to: the seeds of a run are often numbers that follow each other.
-    if rank == 0:
-        return seed
-    return int.from_bytes(hashlib.blake2b(f"{seed} {rank}".encode(), digest_size=8).digest(), "little", signed=True)

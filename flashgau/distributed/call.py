@@ -71,7 +71,7 @@ class Call:
             },
             own={
                 **{name: size for name, size in args.sizes.items() if name in _TOKENS},
-                "needs": wanting(x for x, _ in self.slices.values()),
+                "needs": wanting(self.tensors),
                 "shared": wanting(self.parameters.values()),
                 **own,
             },
@@ -94,6 +94,11 @@ class Call:
                 args.tensor(name, stand_in(x, *sizes), axes)
         return args
 
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """This process's slices."""
+        return [x for x, _ in self.slices.values()]
+
     def needed(self, agreed: dict[str, list[int]]) -> dict[str, bool]:
         """Whether any process needs the gradient of each tensor."""
         return dict(zip(self.slices, wanted(agreed["needs"], len(self.slices)), strict=True))
@@ -114,7 +119,7 @@ class Call:
             operate: the operation without the slices.
         """
         needed = list(self.needed(agreed).values())
-        given = exchange(Meeting(self.context, 2), [x for x, _ in self.slices.values()], turns, needed)
+        given = exchange(Meeting(self.context, 2), self.tensors, turns, needed)
         result = operate(*given)
         results = result if isinstance(result, tuple) else (result,)
         need = any(needed) or any(agreed["shared"])

@@ -16,6 +16,7 @@ from flashgau.ops.once import once
 
 from .agreement import GroupContext
 
+Range = tuple[int, int]  # first, last + 1
 _ALIGNMENT = 16  # bytes: a piece in a message begins where a tensor of any dtype may, and copies are fast
 
 
@@ -26,19 +27,34 @@ class Turn:
     Attributes:
         cut: the axis that is cut.
         slices: for each process, what it gets of that axis. They may overlap: what two processes get has the sum of
-            their gradients. The same in all processes.
+            their gradients.
         join: the axis along which a process puts what it gets from the others together, in their order.
-        sizes: for each process, the size of its own tensor along that axis.
+        sizes: for each process, the size along that axis of what comes from it.
 
     Example:
         Heads for tokens, (B, H, N/R, D) -> (B, H/R, N, D): cut=1, join=2. A tensor whole to all: every slice is all
-        of the axis.
+        of the axis. Ranges of tokens, `fetching`: both are one axis.
     """
 
     cut: int
     slices: tuple[tuple[int, int], ...]
     join: int
     sizes: tuple[int, ...]
+
+    @classmethod
+    def fetching(cls, axis: int, wanted: Sequence[Range], held: Sequence[Range], rank: int) -> Turn:
+        """For each process the tokens in a range of the whole, from whoever holds them.
+
+        Args:
+            axis: of the tokens.
+            wanted: for each process, the range that it gets.
+            held: for each process, the range that it has; they lie one after the other.
+            rank: of this process.
+        """
+        start = held[rank][0]
+        gives = [_common(own, held[rank]) for own in wanted]
+        gets = [_common(wanted[rank], own) for own in held]
+        return cls(axis, tuple((a - start, b - start) for a, b in gives), axis, tuple(b - a for a, b in gets))
 
     def cut_up(self, context: GroupContext, x: Tensor) -> Parcel:
         """What each process gets of this one's tensor, and what it gets from each."""
@@ -191,6 +207,12 @@ class _Reaching(torch.autograd.Function):
         return None, own, None
 
 
+def _common(one: Range, other: Range) -> Range:
+    """What is in both, within `other` even if it is nothing."""
+    start = min(max(one[0], other[0]), other[1])
+    return start, max(start, min(one[1], other[1]))
+
+
 def _resized(x: Tensor, *changes: tuple[int, int]) -> tuple[int, ...]:
     shape = list(x.shape)
     for axis, size in changes:
@@ -200,6 +222,11 @@ def _resized(x: Tensor, *changes: tuple[int, int]) -> tuple[int, ...]:
 
 def _all_to_all(context: GroupContext, parcels: list[Parcel]) -> list[list[Tensor]]:
     """Send each process its pieces, of all tensors in one message; for each tensor, what came from each process."""
+    return begin_all_to_all(context, parcels)()
+
+
+def begin_all_to_all(context: GroupContext, parcels: list[Parcel]) -> Callable[[], list[list[Tensor]]]:
+    """The same, while this process goes on; what is returned waits. The only place where tensors are sent."""
     device, dtypes = parcels[0].pieces[0].device, [parcel.pieces[0].dtype for parcel in parcels]
     sent, sizes, places = _messages(device, dtypes, [[tuple(x.shape) for x in parcel.pieces] for parcel in parcels])
     for parcel, own in zip(parcels, places, strict=True):
@@ -207,8 +234,14 @@ def _all_to_all(context: GroupContext, parcels: list[Parcel]) -> list[list[Tenso
             place.copy_(piece)
     received, their_sizes, their_places = _messages(device, dtypes, [parcel.shapes for parcel in parcels])
     with context.waiting():
-        dist.all_to_all_single(received, sent, their_sizes, sizes, group=context.group)
-    return their_places
+        work = dist.all_to_all_single(received, sent, their_sizes, sizes, group=context.group, async_op=True)
+
+    def wait() -> list[list[Tensor]]:
+        with context.waiting():
+            work.wait()
+        return their_places
+
+    return wait
 
 
 def _messages(
