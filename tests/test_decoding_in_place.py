@@ -405,7 +405,10 @@ def test_generate_asks_for_one_program_of_a_token(kind, monkeypatch):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda call, **options: compile(call, backend=counted, **options))
+    def traced(call, options=None, **others):
+        return compile(call, backend=counted, **others)
+
+    monkeypatch.setattr(torch, "compile", traced)
     monkeypatch.setattr(shutil, "which", lambda name: name)
     text, lengths = tokens(3, 6), torch.tensor([6, 4, 1])
     expected = model.generate(text, 9, lengths=lengths, seed=1)
@@ -423,10 +426,10 @@ def test_a_compiled_token_is_the_token():
 def test_without_a_compiler_nothing_is_compiled(monkeypatch):
     model, text = causal("flash", depth=1), tokens(1, 5)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.warns(UserWarning, match=r"generate: `compile` is True, but there is no C\+\+ compiler"):
+    with pytest.warns(UserWarning, match=r"compile_step: there is no C\+\+ compiler"):
         compiled = model.generate(text, 6, seed=1, compile=True)
     assert torch.equal(compiled, model.generate(text, 6, seed=1))
-    with pytest.raises(ValueError, match="`compile` is True for 'transformer', whose caches grow; expected 'fl"):
+    with pytest.raises(ValueError, match="the model is of kind 'transformer', whose caches grow; expected 'fl"):
         causal("transformer").generate(text, 6, compile=True)
 
 

@@ -7,7 +7,8 @@ backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -457,7 +458,7 @@ def token_(
 ) -> Tensor:
     """`mixed_chunk_step_` of a state with its views. `options.rel_bias` is not read, but that of `places`."""
     kv, *held, position = places.state
-    acc, size, compiling = accumulator(v.dtype), held[0].shape[1], torch.compiler.is_compiling()
+    size, compiling = held[0].shape[1], torch.compiler.is_compiling()
     at = [] if compiling else position.tolist()
     if at and at == at[:1] * len(at):  # all rows are at one position: only the tokens so far are read
         place = at[0] % size
@@ -465,23 +466,59 @@ def token_(
         for row, new in zip(rows, (heads.quad_k, heads.lin_k, v), strict=True):
             row.copy_(new)
         out = _attended(heads, gate, kv, Seen(keys, values, bias, None, max(1, at[0] - place)), options)
-        if place + 1 == size:
-            kv.baddbmm_(as_type(held[1], acc).mT, as_type(held[2], acc))
-            for x in held:
-                x.zero_()
         position += 1
+        if place + 1 == size:
+            _close(places.state)
         return out
     own = torch.arange(v.shape[0], device=v.device) * size + position % size
     for x, new in zip(held, (heads.quad_k, heads.lin_k, v), strict=True):
         x.view(-1, x.shape[-1]).index_copy_(0, own, new[:, 0].to(x.dtype))
     out = _attended(heads, gate, kv, _seen(places.state, places.bias), options)
     position += 1
-    if compiling or any((p + 1) % size == 0 for p in at):
-        full = (position % size == 0)[:, None, None]
-        kv += held[1].to(acc).masked_fill(~full, 0).mT @ held[2].to(acc)
+    if _CLOSING.traced if compiling else any((p + 1) % size == 0 for p in at):
+        _close(places.state, (position % size == 0)[:, None, None])
+    return out
+
+
+class _Closing:
+    """Whether a token that is traced closes what it fills, for which a program must do the work at every token."""
+
+    traced = True
+
+
+_CLOSING = _Closing()
+
+
+@contextmanager
+def closing_later() -> Iterator[None]:
+    """Inside, a traced token leaves a chunk open that it fills: `close_` must follow before the next."""
+    before, _CLOSING.traced = _CLOSING.traced, False
+    try:
+        yield
+    finally:
+        _CLOSING.traced = before
+
+
+def close_(state: OpenChunk) -> None:
+    """Close in place the chunks that are full; those that are closed already stay as they are."""
+    size = state.open_v.shape[1]
+    full = [p % size == 0 for p in state.position.tolist()]
+    if any(full):
+        _close(state, None if all(full) else torch.tensor(full, device=state.position.device)[:, None, None])
+
+
+def _close(state: OpenChunk, full: Tensor | None = None) -> None:
+    """Put the open chunk of the rows that are `full` (B, 1, 1), of all without, into the sums, and leave it empty."""
+    kv, *held, _ = state
+    lin_k, v = (x.to(kv.dtype) for x in held[1:])
+    if full is None:
+        kv.baddbmm_(lin_k.mT, v)
+        for x in held:
+            x.zero_()
+    else:
+        kv += lin_k.masked_fill(~full, 0).mT @ v
         for x in held:
             x.masked_fill_(full, 0)
-    return out
 
 
 class Seen(NamedTuple):

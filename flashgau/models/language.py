@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract.validate import widened
+from ..eager.mixed_chunk import closing_later
 from ..nn import Spread
 from ..nn.initialise import STD
 from .config import CONSTANT_STATE, ModelConfig
@@ -293,9 +294,8 @@ class CausalLM(LanguageModel):
             piece: how many tokens of the prompts are read at a time. (Prompts of unequal length all at once, if the
                 model has caches; and all prompts, if it is sharded.)
             progress: called with the tokens of the prompts that are read, and their number, after every piece.
-            compile: let `torch.compile` make one program of a token, for "flash" and "mc-tfm++". It takes up to minutes
-                at the first call with so many rows, and is kept by PyTorch. Where there is no C++ compiler, which it
-                needs, a warning says so, and nothing is compiled.
+            compile: take tokens by `compile_step`, for "flash" and "mc-tfm++": faster, after up to minutes at the
+                first call with so many rows.
 
         Returns:
             The new tokens (B, T), T <= max_new_tokens; T is smaller if every row has stopped.
@@ -310,7 +310,7 @@ class CausalLM(LanguageModel):
             raise ValueError(f"generate: `lengths` is {lengths.tolist()}; expected {batch} numbers from 1 to {n}")
         if type(piece) is not int or piece < 1:
             raise ValueError(f"generate: `piece` is {piece!r}; expected a number of tokens, at least 1")
-        step = self._compiled() if compile else self
+        step = self.compile_step() if compile else self
         generator = seeded(seed, prompt.device)
         stops = None if stop is None else torch.tensor([stop] if isinstance(stop, int) else list(stop))
         stops = None if stops is None else stops.to(prompt.device)
@@ -346,19 +346,51 @@ class CausalLM(LanguageModel):
                 module.training = True
         return torch.stack(new, dim=1) if new else prompt.new_zeros(batch, 0, dtype=torch.int64)
 
-    def _compiled(self) -> Callable[..., Any]:
-        """The model as one program for a token at any position; as it is, where nothing can be compiled."""
+    def compile_step(self) -> Callable[..., tuple[Tensor, ModelState]]:
+        """One program for the next token at any position, by `torch.compile`, to be called as the model is.
+
+        On a CPU a token of a single sequence takes less than half of the time: no Python runs between its operations.
+        The first call with so many rows compiles, which takes up to minutes; PyTorch keeps what it has made on disk.
+        Where there is no C++ compiler, which it needs, a warning says so, and it is the model itself.
+
+        Returns:
+            A function of tokens (B, 1), with `state`, `return_state=True` and `inplace=True`, under `torch.no_grad()`:
+            the logits (B, 1, V) and the state, which is written.
+
+        Raises:
+            ValueError: the model is of a kind whose caches grow, which would be compiled again and again.
+
+        Example:
+            >>> import torch
+            >>> from flashgau.models import CausalLM
+            >>> model, text = CausalLM("flash-tiny").eval(), torch.randint(256, (1, 10))
+            >>> with torch.no_grad():
+            ...     _, state = model(text[:, :9], return_state=True)
+            ...     logits, state = model(text[:, 9:], state=state, return_state=True, inplace=True)
+            >>> step = model.compile_step()  # a function to call in the place of `model` in the last line
+        """
         if self.config.kind not in CONSTANT_STATE:
             kinds = " or ".join(map(repr, CONSTANT_STATE))
             raise ValueError(
-                f"generate: `compile` is True for {self.config.kind!r}, whose caches grow; expected {kinds}"
+                f"compile_step: the model is of kind {self.config.kind!r}, whose caches grow; expected {kinds}"
             )
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
         if shutil.which(compiler) is None:
-            warnings.warn(f"generate: `compile` is True, but there is no C++ compiler ({compiler})", stacklevel=3)
+            warnings.warn(f"compile_step: there is no C++ compiler ({compiler}), so nothing is compiled", stacklevel=2)
             return self
-        program: Callable[..., Any] = torch.compile(self.forward, fullgraph=True, dynamic=False)
-        return program
+        if next(self.parameters()).device.type != "cpu":
+            program: Callable[..., Any] = torch.compile(self.forward, fullgraph=True, dynamic=False)
+            return program
+        inside = torch.compile(self.forward, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+
+        def token(*args: Any, **keywords: Any) -> tuple[Tensor, ModelState]:
+            # A program would do the work of closing a chunk at every token. It does none, and that is left to `close`.
+            with closing_later():
+                logits, state = inside(*args, **keywords)
+            state.close()
+            return logits, state
+
+        return token
 
     def _read(
         self, prompt: Tensor, lengths: Tensor | None, piece: int, progress: Callable[[int, int], None] | None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..contract.validate import Arguments, widened
+from ..eager.mixed_chunk import close_
 from ..nn import (
     FLASH,
     GAU,
@@ -25,7 +26,9 @@ from ..nn.initialise import embedding
 from ..nn.norms import make_norm
 from ..nn.rotary import packed_positions
 from ..nn.spread import begin, checked
+from ..ops import MixedChunkState
 from ..ops.state import destination, moved
+from ..options import OpenChunk
 from .config import ModelConfig
 
 
@@ -87,6 +90,13 @@ class ModelState:
         for layer, shorter in zip(self.layers, cut, strict=True):
             layer.copy_(shorter)
         self.position -= tokens
+
+    def close(self) -> None:
+        """Close in place the chunks that a token inside `flashgau.eager.mixed_chunk.closing_later` has filled."""
+        for layer in self.layers:
+            memory = getattr(layer, "memory", layer)
+            if isinstance(memory, MixedChunkState):
+                close_(OpenChunk(*memory.tensors()))
 
 
 class TransformerBlock(nn.Module):
