@@ -35,7 +35,7 @@ from bench.claims import (  # noqa: E402  # noqa: E402
     train,
     variants,
 )
-from bench.claims.statistics import CONFIRMED, OPEN, REFUTED, Comparison, Interval, compare, exact, interval  # noqa: E402
+from bench.claims.statistics import CONFIRMED, OPEN, REFUTED, UNFINISHED, Comparison, Interval, compare, exact, interval  # noqa: E402
 
 
 def test_the_quantiles_are_those_of_student():
@@ -246,6 +246,8 @@ def test_traffic_is_held_to_the_theorem():
     for row in results.values():
         row["found"]["asked"] = row["found"]["plain"]
     assert load("attention-memory").verdict(settings, results).outcome == REFUTED
+    next(iter(results.values()))["found"] = None  # a size that could not be executed
+    assert load("attention-memory").verdict(settings, results).outcome == UNFINISHED
 
 
 # ---- the journal

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -17,6 +18,8 @@ import torch
 from bench.claims.train import stepper
 from bench.memory import cpu_peak_growth
 from flashgau.extras import instruments
+
+WAVE = 264  # programs that run at a time on an sm_90: two on each of 132 multiprocessors
 
 
 def step_peaks(models: dict[str, dict[str, Any]]) -> dict[str, int]:
@@ -52,7 +55,8 @@ def traffic(target: str, width: int, length: int, rows: int | None) -> dict[str,
     from flashgau.options import AttentionOptions, Layout
     from flashgau.tables import Config
 
-    heads = -(-264 * 128 // length)  # so many programs that none takes a part of the keys
+    # Whole waves of programs, of which none takes a part of the keys.
+    heads = WAVE // math.gcd(WAVE, length // (rows or 128))
     q = torch.empty(1, heads, length, width, dtype=torch.bfloat16, device="meta")
     with recording(target) as found:
         config = None if rows is None else Config(block_m=rows, block_n=64, num_warps=4, num_stages=2)
@@ -61,13 +65,14 @@ def traffic(target: str, width: int, length: int, rows: int | None) -> dict[str,
     with recording(target) as others:
         torch.softmax(q @ q.mT, -1) @ q
     (one,) = [launch for launch in found if isinstance(launch, Kernel)]
-    touched = footprint.footprint(one.ptx, one.grid, one.values)
+    # The programs of the first head; those of the others do the same.
+    touched = footprint.footprint(one.ptx, (one.programs // heads, 1, 1), one.values)
     row, column = (int(re.findall(rf"\b{name}=(\d+)", one.configuration)[0]) for name in ("BM", "BN"))
     plain = sum(launch.read + launch.written for launch in others if isinstance(launch, PyTorch))
     return {
         "target": target, "kernel": one.name, "configuration": one.configuration, "rows": row, "columns": column,
-        "shared": one.code.shared_bytes, "asked": sum(x.asked for x in touched.values()) / heads,
-        "moved": sum(x.read + x.written for x in touched.values()) / heads, "plain": plain / heads,
+        "shared": one.code.shared_bytes, "asked": sum(x.asked for x in touched.values()),
+        "moved": sum(x.read + x.written for x in touched.values()), "plain": plain / heads,
     }  # fmt: skip
 
 
