@@ -464,7 +464,7 @@ def test_every_operation_runs_quickly_from_end_to_end(
     for entry in record["cases"]:
         for provider, result in entry["providers"].items():
             # Compiling takes a minute, whatever the size.
-                skipped = provider.endswith("-compiled") or (provider == "flash-pytorch" and not have_peer)
+            skipped = provider.endswith("-compiled") or (provider == "flash-pytorch" and not have_peer)
             expected = "skipped" if skipped else "ok"
             assert result["status"] == expected, (provider, result["reason"])
 
