@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from flashgau.training.folder import BEST, LAST
 
 STEPS = 20
 MOST = 4  # processes
+LONGEST = timedelta(minutes=5)  # that one of them waits for another
 
 
 class Bigram(nn.Module):
@@ -42,10 +44,9 @@ def build(name: str) -> nn.Module:
     torch.manual_seed(7)
     if name == "bigram":
         return Bigram().double()
-    kind, objective = name.split(" ")
-    config = ModelConfig(
-        kind=kind, dim=12, depth=2, heads=3, key_dim=8, chunk_size=8, vocab_size=257, checkpointing=kind == "flash-quad"
-    )
+    kind, objective, *narrow = name.split(" ")
+    options: dict[str, Any] = {"kind": kind, "hidden": 2 if narrow else None, "checkpointing": kind == "flash-quad"}
+    config = ModelConfig(dim=12, depth=2, heads=3, key_dim=8, chunk_size=8, vocab_size=257, **options)
     return (MaskedLM if objective == "mlm" else CausalLM)(config, dtype=torch.float64)
 
 
@@ -95,6 +96,7 @@ RUNS: list[tuple[str, int, str, dict[str, Any], int | None, bool]] = [
     ("divisor", 4, "flash clm", {"context_parallel": 3}, None, False),
     ("groups", 4, "flash clm", {"context_parallel": 2, "batch": 3}, None, False),
     ("chunks", 4, "flash clm", {"context_parallel": 4}, None, False),
+    ("columns", 3, "flash-quad clm narrow", {"context_parallel": 3}, None, False),
     ("no-spread", 2, "bigram", {"context_parallel": 2}, None, False),
 ]
 ERRORS = {
@@ -102,6 +104,7 @@ ERRORS = {
     "groups": "batch: 3 windows cannot be divided among 2 groups of 2 processes; expected a multiple of 2",
     "chunks": "context_parallel: 4 processes cannot share a window: cut_tokens: `parts` is 4; expected 1 to 3, as a "
     "`length` of 20 tokens has 3 chunks of 8",
+    "columns": "context_parallel_gau: `v` has E = 2 columns; expected at least one for each of the 3 processes",
     "no-spread": "train: `model` is a Bigram, whose forward takes no `spread`; expected one that does, with "
     "context_parallel = 2",
 }
@@ -129,7 +132,7 @@ def work(rank: int, folder: Path) -> None:
         if rank >= count:
             continue
         meeting = f"file://{folder / f'meeting{count}'}"
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count, timeout=LONGEST)
         for place, (out, processes, model, changes, stop, resume) in enumerate(RUNS):
             if processes != count:
                 continue
@@ -168,7 +171,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[dict
         for rank in range(MOST)
     ]
     try:
-        errors = [worker.communicate(timeout=600)[1] for worker in workers]
+        errors = [worker.communicate(timeout=LONGEST.total_seconds())[1] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 from torch import Tensor, nn
 
 from ..nn import Spread
@@ -72,9 +73,19 @@ def shared(config: TrainConfig, model: nn.Module, processes: Processes, timeout:
             raise ValueError(f"context_parallel: {together} processes cannot share a window: {error}") from error
 
     own = processes.everywhere(cut)[processes.rank % together]
-    group, _ = dist.new_subgroups(together, timeout=timedelta(seconds=timeout))
+    # Also what sends from a CPU, whatever the default group has: there they agree, and the model is at first.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else None
+    group, _ = dist.new_subgroups(together, timeout=timedelta(seconds=timeout), backend=backend)
     try:
         spread = spread_tokens(own.stop - own.start, group)
+        processes.everywhere(lambda: _rehearse(model, spread))
         yield Share(processes.rank // together, processes.count // together, spread)
     finally:
         dist.destroy_process_group(group)
+
+
+def _rehearse(model: nn.Module, spread: Spread) -> None:
+    """Compute windows of which there are none: what operations cannot share shows before anything is written."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    with torch.no_grad():
+        model(torch.zeros(0, spread.counts[spread.rank], dtype=torch.int64, device=device), spread=spread)
