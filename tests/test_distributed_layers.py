@@ -30,6 +30,7 @@ LAYERS: dict[str, Any] = {
     "attention": lambda: MultiHeadAttention(WIDTH, 6, kv_heads=3, causal=True, bias="alibi", gate="elementwise"),
     "attention, table": lambda: MultiHeadAttention(WIDTH, 3, bias="toeplitz", max_length=N, gate="headwise"),
     "attention, buckets": lambda: MultiHeadAttention(WIDTH, 3, rotary_dim=2, bias="t5"),
+    "attention, one head for all": lambda: MultiHeadAttention(WIDTH, 2, kv_heads=1, causal=True),
     "gau": lambda: GAU(WIDTH, key_dim=4, causal=True, normalizer="row", token_shift=True),
     "gau, both ways": lambda: GAU(WIDTH, key_dim=4, token_shift=True, bias="toeplitz", max_length=N),
     "gau, lucidrains": lambda: GAU(WIDTH, key_dim=4, spec="lucidrains"),

@@ -126,22 +126,11 @@ def _before(group: dist.ProcessGroup, counts: tuple[int, ...], x: Tensor) -> Ten
         return Note({"B": x.shape[0], "d": x.shape[-1]}, options, {"needs": wanting([x])})
 
     context, agreed = context.agree(check)
-    (row,) = exchange(Meeting(context, 1), [x], [_last_to_next(counts, context.rank)], wanted(agreed["needs"], 1))
+    held = ranges(counts)
+    turn = Turn.fetching(1, [(max(start - 1, 0), start) for start, _ in held], held, context.rank)
+    (row,) = exchange(Meeting(context, 1), [x], [turn], wanted(agreed["needs"], 1))
     assert row is not None
     return F.pad(row, (0, 0, 1 - row.shape[1], 0))
-
-
-def _last_to_next(counts: tuple[int, ...], rank: int) -> Turn:
-    """Every process gets the token before its first one from the process that has it."""
-    held = ranges(counts)
-
-    def gets(process: int, other: int) -> bool:
-        """Whether a process gets one from the other."""
-        return held[other][0] < held[process][0] <= held[other][1]
-
-    last = (counts[rank] - 1, counts[rank])
-    gives = tuple(last if gets(process, rank) else (0, 0) for process in range(len(counts)))
-    return Turn(1, gives, 1, tuple(int(gets(rank, other)) for other in range(len(counts))))
 
 
 def _refuse(group: dist.ProcessGroup, error: Exception) -> NoReturn:
