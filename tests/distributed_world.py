@@ -16,6 +16,7 @@ from itertools import pairwise
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -121,7 +122,23 @@ def gradients_of(module: torch.nn.Module, x: Tensor, weight: Tensor, **options: 
     return [y, *(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)]
 
 
-FUNCTIONS |= {"several": several, "seeded": seeded, "meshed": meshed, "layered": layered}
+def counted(*args: Tensor, **options: Any) -> Tensor:
+    """The bytes that this process sends to others in a call of attention, and in its backward."""
+    counts: list[int] = []
+    send = dist.all_to_all_single
+
+    def count(received: Tensor, sent: Tensor, gets: list[int], gives: list[int], group: Any, **more: Any) -> Any:
+        counts.append(sum(gives) - gives[dist.get_rank(group)])
+        return send(received, sent, gets, gives, group=group, **more)
+
+    with mock.patch.object(dist, "all_to_all_single", count), torch.enable_grad():
+        out = attend(*(x.detach().requires_grad_() for x in args), **options)
+        forward = sum(counts)
+        out.sum().backward()
+    return torch.tensor([forward, sum(counts) - forward], dtype=torch.float64)
+
+
+FUNCTIONS |= {"counted": counted, "several": several, "seeded": seeded, "meshed": meshed, "layered": layered}
 
 
 def answer(function: str, args: list[Any], options: dict[str, Any], weights: list[Tensor] | None) -> Outcome:

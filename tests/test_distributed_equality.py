@@ -192,8 +192,13 @@ def errors_of(found: list[Any], exact: list[Any]) -> list[float]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("name", "causal"), VARIANTS)
 def test_low_precision_errs_no_more_than_one_process(world: World, name: str, causal: bool, dtype: torch.dtype) -> None:
-    call = example(name, dtype, causal=causal)
-    results, grads, _ = spread(world, call, CUTS["all"], "all")
+    check_precision(world, example(name, dtype, causal=causal))
+
+
+def check_precision(world: World, call: Call, own: list[Any] | None = None) -> None:
+    """Errors in half precision beside those of one process; `own` are options that this process alone has not."""
+    results, grads, _ = spread(world, call, CUTS["all"], "all", own=own)
+    dtype = call.args[0].dtype
     single, single_grads = whole(call)
     exact, exact_grads = whole(call.map(lambda x: x.double() if x.is_floating_point() else x))
     assert [x.dtype for x in results] == [x.dtype for x in single]
@@ -206,16 +211,19 @@ def test_low_precision_errs_no_more_than_one_process(world: World, name: str, ca
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_that_one_process_alone_wants(world: World, name: str) -> None:
-    """The others take part in what it needs."""
-    call = example(name, torch.float64)
-    count = len(call.args)
-    _, _, everything = spread(world, call, CUTS["all"], "all")
+    check_alone(world, example(name, torch.float64))
+
+
+def check_alone(world: World, call: Call, **more: Any) -> None:
+    """The others take part in what one process needs."""
+    count, options = len(call.args), [more] * 3
+    _, _, everything = spread(world, call, CUTS["all"], "all", own=options)
     for rank in range(3):
         for place in (*range(count), None):
             needs = [
                 ([one == rank and x == place for x in range(count)], one == rank and place is None) for one in range(3)
             ]
-            _, _, own = spread(world, call, CUTS["all"], "all", needs=needs)
+            _, _, own = spread(world, call, CUTS["all"], "all", needs=needs, own=options)
             for one in range(3):
                 for x, (found, expected) in enumerate(zip(own[one], everything[one], strict=True)):
                     wanted = one == rank and (x == place or (place is None and x >= count))

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import math
+from itertools import product
 from typing import Any
 
 import distributed_world
 import pytest
 import torch
-from distributed_world import MEMBERS, World
+from checks import close, outputs
+from distributed_world import CUTS, FUNCTIONS, MEMBERS, World, example, spread
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import Call, attention_calls
-from test_distributed_equality import GROUPS, check_equal, drawn_cuts, drawn_needs, poison
+from strategies import Call, attention_calls, randn
+from test_distributed_equality import (
+    GROUPS,
+    check_alone,
+    check_equal,
+    check_precision,
+    drawn_cuts,
+    drawn_needs,
+    poison,
+)
 
 from flashgau.distributed.agreement import ranges
+from flashgau.distributed.ring import merged
 from flashgau.distributed.sight import Sight
-from flashgau.distributed.ways import Traits, Widths, why_not
+from flashgau.distributed.ways import Sent, Traits, Widths, bytes_sent, possible, why_not
 
+alone = distributed_world.alone
 world = distributed_world.world
 
 
@@ -53,3 +66,135 @@ def test_attention_is_the_same_by_every_way(world: World, way: str, data: Any, g
     assume(any(can_go(x, call, cuts) for x in ([way] if way != "auto" else ["heads", "ring"])))
     call = call.with_options(backend=backend)
     check_equal(world, call, cuts, group, drawn_needs(data.draw, len(call.args), parts), by=way)
+
+
+# What sees what
+
+
+@given(data=st.data(), parts=st.integers(1, 5))
+def test_parts_and_travels_are_those_of_the_mask(data: Any, parts: int) -> None:
+    """Against the mask of all pairs: what each part hides, how its last query stands, and who needs which keys."""
+    m, n = data.draw(st.integers(0, 9)), data.draw(st.integers(0, 9))
+    side = st.sampled_from([None, 0, 1, 4])
+    window = data.draw(side), data.draw(side)
+    cuts = [drawn_cuts(data.draw, size, parts) for size in (m, n)]
+    sight = Sight(cut_ranges(cuts[0], m), cut_ranges(cuts[1], n), window)
+    left, right = (99 if x is None else x for x in window)
+    distance = torch.arange(n)[None] - (torch.arange(m)[:, None] + n - m)
+    seen = (distance >= -left) & (distance <= right)
+    for rank, (start, stop) in enumerate(sight.queries):
+        for source in [None, *range(parts)] if window[0] is None else [None]:
+            part = sight.part(rank, source)
+            first, last = part.keys
+            held = (0, n) if source is None else sight.keys[source]
+            outside = seen[start:stop, held[0] : held[1]].clone()
+            outside[:, first - held[0] : last - held[0]] = False
+            assert not outside.any()
+            own = torch.arange(last - first)[None] - (torch.arange(stop - start)[:, None] + last - first - stop + start)
+            near, far = (99 if x is None else x for x in part.window)
+            assert torch.equal((own >= -near) & (own <= far), seen[start:stop, first:last])
+            assert part.is_empty or torch.equal(own, distance[start:stop, first:last] + part.shift)
+    if window[0] is None:
+        for source, hops in enumerate(sight.hops):
+            needs = [(rank - source) % parts for rank in range(parts) if not sight.part(rank, source).is_empty]
+            assert hops == max(needs, default=0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_merging_parts_is_softmax_over_all(seed: int) -> None:
+    """Rows that see nothing of one part, or of both, included; however large the scores are."""
+    scores, values = 20 * randn(seed, 7, 9, dtype=torch.float64), randn(seed + 9, 9, 2, dtype=torch.float64)
+    scores[0, :4], scores[1, 4:], scores[2] = -math.inf, -math.inf, -math.inf
+    out, lse = torch.zeros(7, 2, dtype=torch.float64), torch.full((7,), -math.inf, dtype=torch.float64)
+    for part in (slice(0, 4), slice(4, 9)):
+        own = scores[:, part].softmax(-1).nan_to_num(0) @ values[part]
+        out, lse = merged(out, lse, own, scores[:, part].logsumexp(-1))
+    close(out, scores.softmax(-1).nan_to_num(0) @ values, ulps=128)  # a log-sum-exp of up to 60 is rounded
+    close(lse, scores.logsumexp(-1))
+
+
+# Bytes
+
+
+ROWS = [  # B, Hq, Hkv, D, E; fp32 rows of whole 16 bytes, so that nothing is sent to align them
+    (1, 4, 4, 16, 16),
+    (2, 4, 1, 8, 4),
+    (1, 12, 3, 4, 8),
+]
+MASKS: list[dict[str, Any]] = [{}, {"causal": True}, {"causal": True, "window": (5, None)}, {"window": (9, 2)}]
+TOKENS = {"pair": [(12, 12), (20, 4), (0, 24)], "all": [(8, 8, 8), (4, 0, 20)], "four": [(8, 8, 8, 8), (4, 20, 0, 8)]}
+
+
+def ways_sent(world: World, group: str, tokens: tuple[int, ...], rows: tuple[int, ...], **options: Any) -> Sent:
+    """What the processes of a group have sent in a call and in its backward, as counted where messages are sent."""
+    batch, heads, kv_heads, width, value_width = rows
+    shapes = [(heads, width), (kv_heads, width), (kv_heads, value_width), (heads, value_width)]
+    args = [[randn(place, batch, h, n, w) for place, (h, w) in enumerate(shapes)] for n in tokens]
+    found = world.results("counted", args, [dict(options) for _ in tokens], group=group)
+    forward, backward = (sum(int(results[0][part]) for results, _ in found) for part in (0, 1))
+    return Sent(forward, backward)
+
+
+@pytest.mark.parametrize("group", MEMBERS)
+def test_what_is_sent_is_what_the_formula_says(world: World, group: str) -> None:
+    for tokens, rows, mask in product(TOKENS[group], ROWS, MASKS):
+        left, right = mask.get("window", (None, None))
+        sight = Sight(ranges(tokens), ranges(tokens), (left, 0 if mask.get("causal") else right))
+        widths = Widths(*rows, itemsize=4, gate_width=rows[4])
+        _, choices = possible(widths, sight, Traits(False, False, False, False))
+        formula = {way: bytes_sent(way, widths, sight) for way in choices}
+        for way in choices:
+            assert ways_sent(world, group, tokens, rows, by=way, **mask) == formula[way]
+        assert sum(ways_sent(world, group, tokens, rows, **mask)) == min(map(sum, formula.values()))
+
+
+def test_a_window_needs_its_neighbours_rows_only(world: World) -> None:
+    """Where by heads all queries, keys, values and results would be sent."""
+    rows, mask = (1, 8, 8, 64, 64), {"causal": True, "window": (1, None)}
+    assert ways_sent(world, "four", (64,) * 4, rows, by="window", **mask).forward == 3 * 8 * 1 * (64 + 64) * 4
+    assert ways_sent(world, "four", (64,) * 4, rows, by="heads", **mask).forward == 3 * 64 * 8 * 5 * 64 * 4
+
+
+# What else every way keeps
+
+
+EXAMPLE = {"window": {"window": (5, None)}, "ring": {}}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("way", EXAMPLE)
+def test_low_precision_errs_no_more_than_one_process(world: World, way: str, dtype: torch.dtype) -> None:
+    call = example("attention", dtype, **EXAMPLE[way])
+    check_precision(world, call, [{"by": way}] * 3)
+
+
+@pytest.mark.parametrize("way", EXAMPLE)
+def test_gradients_that_one_process_alone_wants(world: World, way: str) -> None:
+    check_alone(world, example("attention", torch.float64, **EXAMPLE[way]), by=way)
+
+
+@pytest.mark.parametrize("way", EXAMPLE)
+def test_every_run_gives_the_same_bits_and_drops_the_same(world: World, way: str) -> None:
+    """With dropout too: the result is linear in v, so that its gradient shows what the backward has dropped."""
+    call = example("attention", torch.float64, dropout_p=0.4, dropout_seed=5, return_lse=False, **EXAMPLE[way])
+    first, again = (spread(world, call, CUTS["four"], "four", own=[{"by": way}] * 4) for _ in range(2))
+    tensors = [[*results, *(x for own in grads for x in own if x is not None)] for results, _, grads in (first, again)]
+    assert all(torch.equal(x, y) for x, y in zip(*tensors, strict=True))
+    (out,), grads, _ = first
+    weight = randn(0, *out.shape, dtype=torch.float64)
+    close((grads[2] * call.args[2]).sum(), (weight * out).sum(), 256, float((weight * out).abs().sum()))
+    dropped = spread(world, call.with_options(dropout_p=1.0), CUTS["four"], "four", own=[{"by": way}] * 4)
+    assert not dropped[0][0].any()
+    q, k = randn(0, 1, 1, 600, 4), randn(1, 1, 1, 600, 4)
+    plain = Call("attention", (0.1 * q, k, torch.ones(1, 1, 600, 1)), {"dropout_p": 0.3})
+    mean = spread(world, plain, {"q": [100, 500], "k": [100, 500]}, "all", own=[{"by": way}] * 3)[0][0].mean()
+    assert abs(float(mean) - 1) < 0.01
+
+
+@pytest.mark.parametrize("way", EXAMPLE)
+def test_second_derivatives_are_refused(alone: None, way: str) -> None:
+    call = example("attention", torch.float64, by=way, **EXAMPLE[way]).leaves()
+    out = outputs(FUNCTIONS["attention"](*call.args, **call.kwargs))[0]
+    grads = torch.autograd.grad(out.square().sum(), call.args, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(grads[1].sum(), call.args, allow_unused=True)
