@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import distributed_world
@@ -134,12 +135,14 @@ def test_gau_of_slices_is_gau_of_the_whole(world: World, data: Any, group: str) 
 @given(data=st.data(), group=GROUPS)
 def test_mixed_chunk_of_slices_is_mixed_chunk_of_the_whole(world: World, data: Any, group: str) -> None:
     call = data.draw(mixed_chunk_calls(dtype=torch.float64, stateful=False))
-    call.kwargs.pop("cu_seqlens", None)  # then one sequence
     parts = len(MEMBERS[group])
     if "lengths" in call.kwargs and data.draw(st.booleans()):
         call = poison(call)
     call = call.with_options(backend=data.draw(st.sampled_from([None, "reference"])))
-    cuts = {"q": drawn_cuts(data.draw, call.args[0].shape[1], parts, call.kwargs["chunk_size"])}
+    bounds = call.kwargs.get("cu_seqlens", torch.tensor([0, call.args[0].shape[1]])).tolist()
+    places = [place for a, b in pairwise(bounds) for place in range(a, b, call.kwargs["chunk_size"])]
+    place = st.sampled_from([0, *places, bounds[-1]])
+    cuts = {"q": sorted(data.draw(place) for _ in range(parts - 1))}
     check_equal(world, call, cuts, group, drawn_needs(data.draw, len(call.args), parts))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -15,9 +17,9 @@ from flashgau.ops.linear_part import add_linear_part, linear_factor, linear_sums
 from flashgau.ops.mixed_chunk import mixed_chunk_attention
 from flashgau.ops.state import MixedChunkState
 
-from .agreement import GroupContext, digest, not_compiled, stand_in
+from .agreement import GroupContext, digest, not_compiled, ranges, stand_in
 from .call import Call
-from .exchange import Meeting, Turn, exchange, reaching
+from .exchange import Meeting, Range, Turn, exchange, reaching
 
 _OP = "context_parallel_mixed_chunk"
 
@@ -40,12 +42,13 @@ def context_parallel_mixed_chunk(
     lin_normalizer: str | float = "tokens",
     rel_bias: Tensor | None = None,
     lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """`flashgau.mixed_chunk_attention` over sequences whose tokens are spread over the processes of a group.
 
-    Each process holds a slice of the tokens, in the order of ranks: whole chunks but in the last slice that has
-    tokens. The quadratic part never leaves a chunk. For the linear part each process sums lin_k^T v over its tokens,
+    Each process holds a slice of the tokens, in the order of ranks, which ends with a sequence or with one of its
+    chunks. The quadratic part never leaves a chunk. For the linear part each process sums lin_k^T v over its tokens,
     all get the sums (B, S, E) of all, and add up those of the slices before (causal: their sum is the state from
     which `flashgau.mixed_chunk_attention` continues) or of all. So what is sent does not depend on the length, and
     work is shared as the tokens are.
@@ -55,7 +58,8 @@ def context_parallel_mixed_chunk(
     group's timeout. The host waits for what the others say of their arguments in a call, and of where they are in a
     backward.
 
-    Packed sequences (`cu_seqlens`) are not offered: give different sequences to different processes instead.
+    Packed sequences (`cu_seqlens`) may be cut anywhere between their chunks, which begin anew in each: the sums are
+    then those of a process's first and of its last sequence, as only these have tokens in other processes.
 
     Source: Hua et al. 2022, "Transformer Quality in Linear Time" (arXiv 2202.10447), section 3.2, for the operation.
 
@@ -77,6 +81,7 @@ def context_parallel_mixed_chunk(
         rel_bias: (..., 2P-1), broadcastable to (B, 2P-1), whole in every process, P >= C. Its gradient in a process is
             that of the process's chunks: the sum over the processes is the gradient.
         lengths: (B,) valid tokens of each whole row.
+        cu_seqlens: (G+1,) offsets in the whole row. The host reads them.
         backend: "triton", "eager", "reference" or None for the best that can run.
 
     Returns:
@@ -113,37 +118,156 @@ def context_parallel_mixed_chunk(
             "quad_normalizer": quad_normalizer, "lin_normalizer": lin_normalizer, "backend": backend,
         },
         parameters={"rel_bias": rel_bias},
-        sequences={"lengths": lengths},
+        sequences={"lengths": lengths, "cu_seqlens": cu_seqlens},
     )  # fmt: skip
 
     call, agreed = call.agree(lambda: call.note(call.check(), {"gate": digest(gate is None)}, {}))
-    tokens = agreed["N"]
-    args = call.whole(agreed)
-    args.sequences(lengths, None)
-    for rank, count in enumerate(tokens):
-        if count % chunk_size and any(tokens[rank + 1 :]):
-            expected = f"a multiple of chunk_size = {chunk_size} where tokens follow in later processes"
-            args.fail("quad_q", f"has {count} tokens in {context.process(rank)}", expected)
+    args, slices = call.whole(agreed), ranges(agreed["N"])
+    args.sequences(lengths, cu_seqlens)
+    # A row of no sequences has one without tokens.
+    bounds = [0, slices[-1][1]] if cu_seqlens is None or len(cu_seqlens) == 1 else cu_seqlens.tolist()
+    cuts = Cuts(tuple(bounds), slices, cu_seqlens is not None)
+    if (rank := cuts.within_a_chunk(chunk_size)) is not None:
+        start, stop = slices[rank]
+        expected = f"a multiple of chunk_size = {chunk_size} where tokens follow in later processes"
+        if cuts.packed:
+            expected = f"a slice that ends with a sequence, or a multiple of chunk_size = {chunk_size} tokens into one"
+        args.fail("quad_q", f"has {stop - start} tokens in {context.process(rank)}", expected)
 
-    before = sum(tokens[: context.rank])
-    own = None if lengths is None else (lengths.to(torch.int64) - before).clamp(0, tokens[context.rank])
+    start, stop = slices[context.rank]
+    own = None if lengths is None else (lengths.to(torch.int64) - start).clamp(0, stop - start)
     needs = call.needed(agreed)
     needed = needs["lin_k"] or needs["v"]
     # Everyone gets the sums of all, along a first axis that is not cut.
-    turn = Turn(1, ((0, v.shape[0]),) * context.size, 0, (1,) * context.size)
+    sums = torch.stack([linear_sums(lin_k[:, rows], v[:, rows], own) for rows in cuts.shared(context.rank)])
+    turn = Turn(1, ((0, v.shape[0]),) * context.size, 0, (len(sums),) * context.size)
     meeting = Meeting(call.context, 1)
-    (everyone,) = exchange(meeting, (linear_sums(lin_k, v, own)[None],), [turn], [needed])
+    (everyone,) = exchange(meeting, (sums,), [turn], [needed])
     assert everyone is not None
-    operate = partial(call.operation, **call.options, rel_bias=rel_bias, lengths=own)
-    if causal:
-        state = MixedChunkState.empty(
-            v.shape[0], lin_k.shape[-1], v.shape[-1], chunk_size, dtype=v.dtype, device=v.device
-        )
-        state = replace(state, kv=everyone[: context.rank].sum(0), position=state.position + before)
-        out = operate(quad_q, quad_k, lin_q, lin_k, v, gate, initial_state=state)
-    else:
-        nothing = stand_in(lin_q, *lin_q.shape)
-        local, kv = operate(quad_q, quad_k, nothing, nothing, v), everyone.sum(0)
-        factor = linear_factor(lin_normalizer, sum(tokens), lengths, kv)
-        out = add_linear_part(local, lin_q, kv, gate, factor, own, gate_activation)
+    whole = _Whole(cuts, context.rank, lengths, own, everyone)
+    out = (_causal if causal else _bidirectional)(call, whole)
     return reaching(meeting, out, everyone) if needed else out
+
+
+class _Whole(NamedTuple):
+    """What a process knows of the whole.
+
+    Attributes:
+        cuts: where sequences and slices begin and end.
+        rank: of the process.
+        lengths: valid tokens of each whole row, or None.
+        own: the same of this process's slice.
+        sums: those of all processes (R or 2R, B, S, E).
+    """
+
+    cuts: Cuts
+    rank: int
+    lengths: Tensor | None
+    own: Tensor | None
+    sums: Tensor
+
+    def total(self, sequence: int, ranks: range) -> Tensor:
+        """The sums over a sequence's tokens in some processes (B, S, E), in the order of ranks."""
+        owners = [owner for rank in ranks for owner in self.cuts.owners(rank)]
+        first = ranks.start * len(self.sums) // len(self.cuts.slices)
+        return self.sums[[first + place for place, owner in enumerate(owners) if owner == sequence]].sum(0)
+
+
+def _causal(call: Call, whole: _Whole) -> Tensor:
+    """The operation as ever, from the state that the processes before leave of the first sequence."""
+    quad_q, quad_k, lin_q, lin_k, v, gate = call.tensors
+    assert lin_k is not None
+    assert v is not None
+    cuts, rank = whole.cuts, whole.rank
+    (first, last), (start, _) = cuts.sequences(rank), cuts.slices[rank]
+    kv, rows = whole.total(first, range(rank)), v.shape[0]
+    if cuts.packed:
+        rows = last - first + 1
+        kv = F.pad(kv, (0, 0, 0, 0, 0, rows - 1))  # the others begin here
+    size = call.options["chunk_size"]
+    state = MixedChunkState.empty(rows, lin_k.shape[-1], v.shape[-1], size, dtype=v.dtype, device=v.device)
+    position = state.position.clone()
+    position[: 1 if cuts.packed else rows] = start - cuts.bounds[first]
+    state = replace(state, kv=kv, position=position)
+    offsets = cuts.offsets(rank, (first, last + 1), v.device)
+    options = {**call.options, **call.parameters, "lengths": whole.own, "cu_seqlens": offsets}
+    out: Tensor = call.operation(quad_q, quad_k, lin_q, lin_k, v, gate, initial_state=state, **options)
+    return out
+
+
+def _bidirectional(call: Call, whole: _Whole) -> Tensor:
+    """The first and the last sequence with the sums of all, which the local part does not have; others as ever."""
+    cuts, rank = whole.cuts, whole.rank
+    options = {**call.options, **call.parameters}
+    (first, last), pieces = cuts.sequences(rank), []
+    shared = cuts.shared(rank)
+    for sequence, rows in zip(dict.fromkeys((first, last)), shared, strict=False):
+        quad_q, quad_k, lin_q, _, v, gate = (None if x is None else x[:, rows] for x in call.tensors)
+        assert lin_q is not None
+        nothing = stand_in(lin_q, *lin_q.shape)
+        local = call.operation(quad_q, quad_k, nothing, nothing, v, **options, lengths=whole.own)
+        kv = whole.total(sequence, range(len(cuts.slices)))
+        tokens = cuts.bounds[sequence + 1] - cuts.bounds[sequence]
+        factor = linear_factor(options["lin_normalizer"], tokens, whole.lengths, kv)
+        activation = options["gate_activation"]
+        pieces.append(add_linear_part(local, lin_q, kv, gate, factor, whole.own, activation))
+    if last > first + 1:
+        rows = slice(shared[0].stop, shared[1].start)
+        offsets = cuts.offsets(rank, (first + 1, last), whole.sums.device, rows.start)
+        within = (None if x is None else x[:, rows] for x in call.tensors)
+        pieces.insert(1, call.operation(*within, **options, cu_seqlens=offsets))
+    return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Where the sequences of a row and the slices of the processes begin and end.
+
+    Attributes:
+        bounds: of the sequences: their ends after a leading 0.
+        slices: of the processes.
+        packed: whether there may be several sequences.
+    """
+
+    bounds: tuple[int, ...]
+    slices: tuple[Range, ...]
+    packed: bool
+
+    def within_a_chunk(self, chunk_size: int) -> int | None:
+        """The first process whose slice ends within a chunk, with tokens of its sequence behind; None if none does."""
+        for rank, (_, stop) in enumerate(self.slices):
+            sequence = bisect_left(self.bounds, stop) - 1
+            ends = sequence < 0 or stop == self.bounds[sequence + 1]
+            if not ends and (stop - self.bounds[sequence]) % chunk_size:
+                return rank
+        return None
+
+    def sequences(self, rank: int) -> Range:
+        """The first and the last sequence of which a process has tokens; where it has none, any one."""
+        start, stop = self.slices[rank]
+        if start == stop:
+            return 0, 0
+        return bisect_right(self.bounds, start) - 1, bisect_left(self.bounds, stop) - 1
+
+    def shared(self, rank: int) -> list[slice]:
+        """A process's tokens of its first sequence, and if the row is packed of its last one, if that is another."""
+        (start, stop), (first, last) = self.slices[rank], self.sequences(rank)
+        count = stop - start
+        if not self.packed:
+            return [slice(0, count)]
+        head = min(count, max(0, self.bounds[first + 1] - start)) if count else 0
+        return [slice(0, head), slice(max(0, self.bounds[last] - start) if last > first else count, count)]
+
+    def owners(self, rank: int) -> list[int]:
+        """The sequence of each of them; -1 for no tokens."""
+        (start, stop), (first, last) = self.slices[rank], self.sequences(rank)
+        owners = [first if start < stop else -1, last if last > first else -1]
+        return owners if self.packed else owners[:1]
+
+    def offsets(self, rank: int, sequences: Range, device: torch.device, skipped: int = 0) -> Tensor | None:
+        """Of these sequences in a process's tokens without the first few; None if the row is not packed."""
+        if not self.packed:
+            return None
+        (start, stop), (first, last) = self.slices[rank], sequences
+        ends = [min(max(end, start + skipped), stop) - start - skipped for end in self.bounds[first : last + 1]]
+        return torch.tensor(ends, dtype=torch.int32, device=device)
