@@ -193,6 +193,26 @@ def test_packed_offsets_are_checked_against_the_whole_sequence(world: World) -> 
     world.results("attention", [[q, q, q]] * 3, [dict(options) for _ in range(3)])
 
 
+def test_slices_that_end_within_a_chunk_of_a_packed_sequence(world: World) -> None:
+    """The chunks of the second sequence begin at 5."""
+    x = randn(0, 1, 16, 8)
+    options = [{"chunk_size": 4, "cu_seqlens": torch.tensor([0, 5, 5, 16])} for _ in range(2)]
+    for cut in (4, 5, 9, 13, 16):
+        args = [[part] * 5 for part in pieces(x, 1, [cut])]
+        world.results("mixed_chunk_attention", args, options, group="pair")
+    for error, said in world.errors(
+        "mixed_chunk_attention", [[part] * 5 for part in pieces(x, 1, [8])], options, group="pair"
+    ):
+        assert error is ValueError
+        assert said == (
+            "context_parallel_mixed_chunk: `quad_q` has 8 tokens in process 0; expected a slice that ends with a "
+            "sequence, or a multiple of chunk_size = 4 tokens into one"
+        )
+    nothing = [{"chunk_size": 4, "causal": causal, "cu_seqlens": torch.tensor([0])} for causal in (True, False)]
+    for own in nothing:
+        world.results("mixed_chunk_attention", [[x[:, :0]] * 5] * 2, [own] * 2, group="pair")
+
+
 def test_processes_that_are_too_many_for_the_heads_or_columns(world: World) -> None:
     q, v = randn(0, 1, 2, 4, 8), randn(1, 1, 4, 2)
     for error, said in world.errors("attention", [[q, q, q]] * 3, [{"by": "heads"} for _ in range(3)]):

@@ -112,6 +112,9 @@ def test_layers_equal_those_of_one_process(name: str, group: str, world: World) 
     if not name.startswith(UNPACKED):
         for cuts in CUTS[group][:2] + ANYWHERE[group]:
             check_equal(world, name, x[:1], cuts, group, cu_seqlens=BOUNDS)
+    if name.startswith("flash"):
+        for cuts in {"all": [[3, 14], [7, 7]], "pair": [[7], [10]]}[group]:  # between the chunks of 4 of the sequences
+            check_equal(world, name, x[:1], cuts, group, cu_seqlens=BOUNDS)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from math import lcm
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -70,7 +70,7 @@ def spread_tokens(tokens: int, group: dist.ProcessGroup | DeviceMesh | None = No
         rank=context.rank,
         attention=partial(context_parallel_attention, group=context.group),
         gau_attention=partial(context_parallel_gau, group=context.group),
-        mixed_chunk_attention=partial(_mixed_chunk, group=context.group),
+        mixed_chunk_attention=partial(context_parallel_mixed_chunk, group=context.group),
         before=partial(_before, context.group, counts),
         refuse=partial(_refuse, context.group),
     )
@@ -102,14 +102,6 @@ def cut_tokens(length: int, parts: int, module: nn.Module | None = None) -> list
             f"chunks of {chunk}"
         )
     return [slice(a, min(b, length)) for a, b in ranges(shares(chunk * chunks, parts, chunk))]
-
-
-def _mixed_chunk(*heads: Tensor, cu_seqlens: Tensor | None, **options: Any) -> Tensor:
-    if cu_seqlens is not None:
-        raise ValueError(
-            "context_parallel_mixed_chunk: `cu_seqlens` is given; expected None: packed sequences are not offered"
-        )
-    return context_parallel_mixed_chunk(*heads, **options)
 
 
 @not_compiled
