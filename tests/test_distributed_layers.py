@@ -137,7 +137,7 @@ def test_models_equal_those_of_one_process(name: str, world: World) -> None:
             {},
             [
                 r"process 0 is in a call of token_shift, process 2 is in a call of a layer; expected the same",
-                r"GAU: the input has shape \(2, 8, 12\); expected 7 tokens, which `spread` has for process 1 of 2",
+                r"GAU: `x` has shape \(2, 8, 12\); expected 7 tokens, which `spread` has for process 1 of 2",
             ],
         ),
         (

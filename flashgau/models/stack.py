@@ -25,7 +25,7 @@ from ..nn import (
 from ..nn.initialise import embedding
 from ..nn.norms import make_norm
 from ..nn.rotary import packed_positions
-from ..nn.spread import begin, checked
+from ..nn.spread import checked, first_position
 from ..ops import MixedChunkState
 from ..ops.state import destination, moved
 from ..options import OpenChunk
@@ -222,7 +222,7 @@ class Stack(nn.Module):
             raise ValueError("model: `inplace` is True without a `state`, which it would write")
         x = self.embedding(tokens)
         if self.positions is not None:
-            x = x + self.positions(self._positions(tokens, cu_seqlens, state, begin(spread)))
+            x = x + self.positions(self._positions(tokens, cu_seqlens, state, first_position(spread)))
         x = self.embedding_norm(x)
         states: list[Any] = []
         given: dict[str, Any] = {"lengths": lengths, "cu_seqlens": cu_seqlens}

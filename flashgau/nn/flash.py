@@ -18,7 +18,7 @@ from ..options import FlashWeights, Layout, MixedChunkOptions
 from .gated_unit import GatedUnit, UnitOptions, UnitState, chosen, last_shifted, start_of
 from .initialise import is_plain
 from .kept import Turned
-from .spread import Spread, begin
+from .spread import Spread, first_position
 
 HEADS = ("quad_q", "quad_k", "lin_q", "lin_k")
 
@@ -214,7 +214,7 @@ class FLASH(GatedUnit):
         ):
             y = self._token(x, state, whole)
             return (y, state) if return_state else y
-        start = begin(spread) if state is None else start_of(state.memory.position)
+        start = first_position(spread) if state is None else start_of(state.memory.position)
         normed, moving, angles = self._prepare(x, start, cu_seqlens, None if state is None else state.previous, spread)
         options: dict[str, Any] = {
             "score": self.score,

@@ -18,7 +18,7 @@ from .biases import bias_vector
 from .cache import KeyValueCache, check_memory
 from .gated_unit import GatedUnit, UnitOptions, UnitState, chosen, last_shifted
 from .initialise import is_plain
-from .spread import Spread, begin
+from .spread import Spread, first_position
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +228,7 @@ class GAU(GatedUnit):
             )
         if state is not None and lengths is not None:
             raise ValueError("GAU: `lengths` and `state` together; a state already knows the length of each row")
-        start: int | Tensor = begin(spread) if state is None else state.memory.start
+        start: int | Tensor = first_position(spread) if state is None else state.memory.start
         normed, moving, angles = self._prepare(x, start, cu_seqlens, None if state is None else state.previous, spread)
         raw = operation is gau_attention and reads_raw_gate("gau_attention", x, self.key_dim)
         gate, v, (q, k) = self._heads(normed, angles, raw)

@@ -15,7 +15,7 @@ from .biases import bias_vector, make_bias
 from .cache import KeyValueCache, check_memory, check_one_token
 from .initialise import linear
 from .rotary import RotaryEmbedding, packed_positions
-from .spread import Spread, begin
+from .spread import Spread, first_position
 
 
 class MultiHeadAttention(nn.Module):
@@ -166,7 +166,7 @@ class MultiHeadAttention(nn.Module):
             operation = spread.attention
         if state is not None:
             check_memory("MultiHeadAttention", "state", state, KeyValueCache, x.shape[0], x)
-        start: int | Tensor = begin(spread) if state is None else state.start
+        start: int | Tensor = first_position(spread) if state is None else state.start
         qk, v = self._project(x, start, cu_seqlens)
         q, k = qk.split((self.heads, self.kv_heads), dim=1)
         if state is not None:

@@ -16,7 +16,7 @@ from .cache import check_memory, check_one_token
 from .initialise import linear
 from .multi_head_attention import check_heads
 from .rotary import RotaryEmbedding, packed_positions
-from .spread import Spread, begin
+from .spread import Spread, first_position
 
 
 class MultiHeadMixedChunk(nn.Module):
@@ -151,7 +151,9 @@ class MultiHeadMixedChunk(nn.Module):
         batch, n, _ = x.shape
         if state is not None:
             check_memory("MultiHeadMixedChunk", "state", state, MixedChunkState, batch * self.heads, x)
-        q, k, v = self._project(x, begin(spread) if state is None else state.position[:: self.heads], cu_seqlens)
+        q, k, v = self._project(
+            x, first_position(spread) if state is None else state.position[:: self.heads], cu_seqlens
+        )
         bias = None if self.rel_bias is None else self.rel_bias(self.chunk_size)
         options: dict[str, Any] = {"score": self.score, "rel_bias": bias}
         result: Any

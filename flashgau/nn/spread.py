@@ -65,15 +65,16 @@ class Spread:
 
         Args:
             caller: the layer.
-            x: its input (B, n, ...).
+            x: its input, `x` (B, n, d) or `tokens` (B, n).
             alone: arguments by name, which must be None or False.
         """
         count = self.counts[self.rank]
 
         def check() -> None:
             if x.ndim < 2 or x.shape[1] != count:
+                name = "x" if x.is_floating_point() else "tokens"
                 raise ValueError(
-                    f"{caller}: the input has shape {tuple(x.shape)}; expected {count} tokens, which `spread` has for "
+                    f"{caller}: `{name}` has shape {tuple(x.shape)}; expected {count} tokens, which `spread` has for "
                     f"process {self.rank} of {len(self.counts)}"
                 )
             for name, value in alone.items():
@@ -93,6 +94,6 @@ def checked(spread: Spread | None, check: Callable[[], Result]) -> Result:
         spread.refuse(error)
 
 
-def begin(spread: Spread | None) -> int:
+def first_position(spread: Spread | None) -> int:
     """Where the first token stands of those that a layer is given."""
     return 0 if spread is None else spread.start
