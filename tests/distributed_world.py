@@ -138,7 +138,32 @@ def counted(*args: Tensor, **options: Any) -> Tensor:
     return torch.tensor([forward, sum(counts) - forward], dtype=torch.float64)
 
 
-FUNCTIONS |= {"counted": counted, "several": several, "seeded": seeded, "meshed": meshed, "layered": layered}
+def kept(tokens: Tensor, *, module: torch.nn.Module, group: Any) -> list[Tensor]:
+    """How many bytes a model keeps for its backward, beside its parameters, as a tensor."""
+    own = {x.untyped_storage().data_ptr() for x in module.parameters()}
+    found: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in own:
+            found[x.untyped_storage().data_ptr()] = x
+        return x
+
+    spread = spread_tokens(tokens.shape[1], group) if group else None
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        y = module(tokens, spread=spread)
+    total = torch.tensor(sum(x.untyped_storage().nbytes() for x in found.values()))
+    y.sum().backward()
+    return [total]
+
+
+FUNCTIONS |= {
+    "counted": counted,
+    "several": several,
+    "seeded": seeded,
+    "meshed": meshed,
+    "layered": layered,
+    "kept": kept,
+}
 
 
 def answer(function: str, args: list[Any], options: dict[str, Any], weights: list[Tensor] | None) -> Outcome:

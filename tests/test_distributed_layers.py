@@ -127,6 +127,17 @@ def test_models_equal_those_of_one_process(name: str, world: World) -> None:
         check_equal(world, name, tokens[:1], ANYWHERE["pair"][0], "pair", cu_seqlens=BOUNDS)
 
 
+@pytest.mark.parametrize("kind", ["flash", "flash-quad", "transformer++", "mc-tfm++"])
+def test_with_checkpointing_a_process_keeps_its_share(kind: str, world: World) -> None:
+    """Of what one process keeps for the backward, half in each of two."""
+    config = ModelConfig(kind=kind, dim=16, depth=2, heads=2, key_dim=8, chunk_size=16, checkpointing=True)
+    model, tokens = CausalLM(config), torch.zeros(1, 128, dtype=torch.int64)
+    parts = [[part] for part in pieces(tokens, 1, [64])]
+    shares = [int(results[0]) for results, _ in world.results("kept", parts, [{"module": model}] * 2, group="pair")]
+    whole = int(distributed_world.kept(tokens, module=model, group=None)[0])
+    assert all(2 * share <= 1.05 * whole for share in shares), (shares, whole)
+
+
 @pytest.mark.parametrize(
     ("name", "cuts", "tokens", "options", "errors"),
     [
