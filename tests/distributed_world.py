@@ -122,8 +122,8 @@ def gradients_of(module: torch.nn.Module, x: Tensor, weight: Tensor, **options: 
     return [y, *(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)]
 
 
-def counted(*args: Tensor, **options: Any) -> Tensor:
-    """The bytes that this process sends to others in a call of attention, and in its backward."""
+def counted(*args: Tensor, of: str = "attention", **options: Any) -> Tensor:
+    """The bytes that this process sends to others in a call, and in its backward."""
     counts: list[int] = []
     send = dist.all_to_all_single
 
@@ -132,7 +132,7 @@ def counted(*args: Tensor, **options: Any) -> Tensor:
         return send(received, sent, gets, gives, group=group, **more)
 
     with mock.patch.object(dist, "all_to_all_single", count), torch.enable_grad():
-        out = attend(*(x.detach().requires_grad_() for x in args), **options)
+        out = FUNCTIONS[of](*(x.detach().requires_grad_() for x in args), **options)
         forward = sum(counts)
         out.sum().backward()
     return torch.tensor([forward, sum(counts) - forward], dtype=torch.float64)

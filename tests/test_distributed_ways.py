@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import distributed_world
@@ -27,7 +30,16 @@ from test_distributed_equality import (
 from flashgau.distributed.agreement import ranges
 from flashgau.distributed.ring import merged
 from flashgau.distributed.sight import Sight
-from flashgau.distributed.ways import Sent, Traits, Widths, bytes_sent, possible, why_not
+from flashgau.distributed.ways import (
+    Sent,
+    Traits,
+    Widths,
+    bytes_of_gau,
+    bytes_of_mixed_chunk,
+    bytes_sent,
+    possible,
+    why_not,
+)
 
 alone = distributed_world.alone
 world = distributed_world.world
@@ -55,6 +67,8 @@ def test_attention_is_the_same_by_every_way(world: World, way: str, data: Any, g
     if (gate := call.kwargs.pop("gate", None)) is not None:
         call = Call(call.name, (*call.args, gate), call.kwargs)
     parts = len(MEMBERS[group])
+    if way == "window" and data.draw(st.booleans()):
+        call.kwargs["window"] = data.draw(st.integers(0, 9)), data.draw(st.sampled_from([None, 0, 3]))
     if way == "ring" and call.kwargs.get("window"):
         call.kwargs["window"] = (None, call.kwargs["window"][1])
     if "lengths" in call.kwargs and data.draw(st.booleans()):
@@ -130,7 +144,11 @@ def ways_sent(world: World, group: str, tokens: tuple[int, ...], rows: tuple[int
     batch, heads, kv_heads, width, value_width = rows
     shapes = [(heads, width), (kv_heads, width), (kv_heads, value_width), (heads, value_width)]
     args = [[randn(place, batch, h, n, w) for place, (h, w) in enumerate(shapes)] for n in tokens]
-    found = world.results("counted", args, [dict(options) for _ in tokens], group=group)
+    return counted(world, group, args, options)
+
+
+def counted(world: World, group: str, args: list[Any], options: dict[str, Any]) -> Sent:
+    found = world.results("counted", args, [dict(options) for _ in args], group=group)
     forward, backward = (sum(int(results[0][part]) for results, _ in found) for part in (0, 1))
     return Sent(forward, backward)
 
@@ -146,6 +164,29 @@ def test_what_is_sent_is_what_the_formula_says(world: World, group: str) -> None
         for way in choices:
             assert ways_sent(world, group, tokens, rows, by=way, **mask) == formula[way]
         assert sum(ways_sent(world, group, tokens, rows, **mask)) == min(map(sum, formula.values()))
+
+
+@pytest.mark.parametrize("group", MEMBERS)
+def test_what_gated_attention_and_sums_send(world: World, group: str) -> None:
+    for tokens in TOKENS[group]:
+        narrow, wide = 8, 80  # five units of columns
+        sight = Sight(ranges(tokens), ranges(tokens), (None, None))
+        args = [[randn(0, 2, n, w) for w in (narrow, narrow, wide, wide)] for n in tokens]
+        formula = bytes_of_gau(2, (narrow, wide), 4, sight)
+        assert counted(world, group, args, {"of": "gau_attention"}) == formula
+        for causal, offsets in product((True, False), (None, torch.tensor([0, 4, sum(tokens)]))):
+            args = [[randn(0, 1, n, w) for w in (*[narrow] * 4, wide, wide)] for n in tokens]
+            options = {"of": "mixed_chunk_attention", "chunk_size": 4, "causal": causal, "cu_seqlens": offsets}
+            formula = bytes_of_mixed_chunk(1, (narrow, wide), 4, len(tokens), offsets is not None)
+            assert counted(world, group, args, options) == formula
+
+
+def test_the_documentation_shows_the_model_s_table() -> None:
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "bench.spread"]
+    printed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    assert printed.count("\n") > 10
+    assert printed in (root / "docs" / "distributed.md").read_text()
 
 
 def test_a_window_needs_its_neighbours_rows_only(world: World) -> None:

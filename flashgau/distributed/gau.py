@@ -14,9 +14,9 @@ from flashgau.ops.gau import gau_attention
 from .agreement import GroupContext, Note, digest, not_compiled, ranges, shares
 from .call import Call
 from .exchange import Turn
+from .ways import column_unit
 
 _OP = "context_parallel_gau"
-_UNIT = 16  # columns: rows of whole units stay aligned, as kernels read them fastest
 
 
 @not_compiled
@@ -120,7 +120,7 @@ def context_parallel_gau(
     args.relative_bias(rel_bias, "B", longest)
 
     total = v.shape[-1]
-    counts = shares(total, context.size, _UNIT if total % _UNIT == 0 and total >= _UNIT * context.size else 1)
+    counts = shares(total, context.size, column_unit(total, context.size))
     everything, columns = ((0, q.shape[-1]),) * context.size, ranges(counts)
     queries, keys = tuple(agreed["M"]), tuple(agreed["N"])
     turns = [

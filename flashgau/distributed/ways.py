@@ -10,6 +10,7 @@ from .agreement import ranges, shares
 from .exchange import Range
 from .sight import Sight
 
+_UNIT = 16
 WAYS = ("heads", "window", "ring")
 
 
@@ -101,6 +102,27 @@ def _by_ring(widths: Widths, sight: Sight) -> Sent:
 
 
 _SENT: dict[str, Callable[[Widths, Sight], Sent]] = {"heads": _by_heads, "window": _by_window, "ring": _by_ring}
+
+
+def bytes_of_gau(batch: int, widths: tuple[int, int], itemsize: int, sight: Sight) -> Sent:
+    """The same for `context_parallel_gau` with a gate: S and E are `widths`. Queries and keys go to all."""
+    narrow, wide = widths
+    queries, keys = sight.queries[-1][1], sight.keys[-1][1]
+    columns = ranges(shares(wide, len(sight.keys), column_unit(wide, len(sight.keys))))
+    everywhere = narrow * (len(sight.keys) - 1) * (queries + keys)
+    total = everywhere + _to_others(sight.keys, columns) + 2 * _to_others(sight.queries, columns)  # v; gate and result
+    return Sent(batch * itemsize * total, batch * itemsize * total)
+
+
+def bytes_of_mixed_chunk(batch: int, widths: tuple[int, int], itemsize: int, processes: int, packed: bool) -> Sent:
+    """The same for `context_parallel_mixed_chunk`: sums (S, E) to all, two of each process if the row is packed."""
+    total = batch * widths[0] * widths[1] * max(4, itemsize) * processes * (processes - 1) * (2 if packed else 1)
+    return Sent(total, total)
+
+
+def column_unit(columns: int, processes: int) -> int:
+    """Wide columns are divided by units of so many: rows of whole units stay aligned, as kernels read them fastest."""
+    return _UNIT if columns % _UNIT == 0 and columns >= _UNIT * processes else 1
 
 
 class Traits(NamedTuple):
