@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -26,12 +25,13 @@ from .common import (
     processors,
     sequences_of,
 )
-from .gated import bias_rule, precisions, prologue, room_for_panel, rows, sums_like
+from .gated import bias_rule, precisions, prologue, room_for_panel, rows
 from .mixed_chunk_kernels import (
     Carried,
     carry_kernel,
     close_kernel,
     dbias_kernel,
+    diagonals_kernel,
     gradient_kernel,
     heads_kernel,
     probs_kernel,
@@ -231,7 +231,7 @@ def mixed_chunk_attention_backward(
     if rel_bias is not None:
         blocks = v.shape[0] * (wide // block) ** 2
         n_parts = min(call.n_chunks, triton.cdiv(2 * processors(v.device), blocks))
-        total = v.new_zeros(v.shape[0], n_parts, wide, wide, dtype=torch.float32)
+        total = v.new_empty(v.shape[0], n_parts, wide, wide, dtype=torch.float32)
     dpanel, step = room_for_panel(call.probs_like, wide * wide, call.slots)
     sizes: dict[str, Any] = {"C": options.chunk_size, "S": call.size["S"], "BS": call.width, "WIDTH": wide}
     programs = (wide // config.block_m) * (wide // config.block_n)
@@ -258,9 +258,9 @@ def mixed_chunk_attention_backward(
                 dpanel, total, *call.sequences, call.n_chunks, n_parts, first, first + count, batch[0],
                 C=options.chunk_size, BLOCK=block, WIDTH=wide, **FUSED_ADDITION,
             )  # fmt: skip
-    dbias = _along_diagonals(total.sum(1), rel_bias.shape[-1]) if total is not None and rel_bias is not None else None
+    dbias = _along_diagonals(total, rel_bias) if total is not None and rel_bias is not None else None
     dinitial = dinitial if initial_kv is not None else None
-    return dquad_q, dquad_k, dlin_q, dlin_k, dv, dgate, sums_like(dbias, rel_bias), dinitial
+    return dquad_q, dquad_k, dlin_q, dlin_k, dv, dgate, dbias, dinitial
 
 
 @launcher
@@ -471,11 +471,11 @@ def _scan(
     )  # fmt: skip
 
 
-def _along_diagonals(total: Tensor, width: int) -> Tensor:
-    """Sums (B, width) of total[b, i, j], square, over j - i = t - width // 2; 0 beyond the chunk."""
-    size = total.shape[1]
-    across = 2 * size - 1
-    # Padded by `size` columns and read in rows one shorter, each row is shifted right by one from the row above.
-    skewed = F.pad(total.flip(1), (0, size)).flatten(1)[:, : size * across].unflatten(1, (size, across))
-    beside = (width - across) // 2  # negative, which crops, where the blocks of a chunk extend past the bias
-    return F.pad(skewed.sum(1), (beside, beside))
+def _along_diagonals(total: Tensor, rel_bias: Tensor) -> Tensor:
+    """Panels (B, parts, i, j), square, as the gradient of a bias (B, t): the sums of j - i = t - width // 2."""
+    dbias = rel_bias.new_empty(rel_bias.shape)
+    rows, columns, block = total.shape[1] * total.shape[2], dbias.shape[-1], 32
+    diagonals_kernel[(dbias.shape[0] * triton.cdiv(columns, block),)](
+        total, dbias, rows, columns, WIDTH=total.shape[-1], BLOCK=block, **FUSED_ADDITION
+    )  # fmt: skip
+    return dbias

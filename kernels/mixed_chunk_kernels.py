@@ -606,16 +606,36 @@ def dbias_kernel(
     o_query = i_block // ACROSS * BLOCK + tl.arange(0, BLOCK)
     o_key = i_block % ACROSS * BLOCK + tl.arange(0, BLOCK)
     low, high = first_block, last_block
+    begins = first_block == 0
     if sequences.cu_seqlens_q is None:  # the chunks of this row of the batch
         low = tl.maximum(first_block, i_batch * n_chunks)
         high = tl.minimum(last_block, i_batch * n_chunks + n_chunks)
+        begins = low == i_batch * n_chunks
     p_total = panel_block(total, i_batch * n_parts + i_part, o_query, o_key, WIDTH)
-    b_total = tl.load(p_total)
+    b_total = tl.load(p_total, mask=(o_query >= 0)[:, None] & (begins == 0), other=0.0)
     for i in range(low + i_part, high, n_parts):
         chunk = chunk_at(i, n_chunks, sequences, C)
         p_ds = panel_block(dpanel, i - first_block, o_query, o_key, WIDTH)
         b_total += tl.load(p_ds, mask=(o_query < chunk.tokens)[:, None], other=0.0).to(tl.float32)
     tl.store(p_total, b_total)
+
+
+@guarded
+@triton.jit(do_not_specialize=VARYING)
+def diagonals_kernel(total, out, n_rows, n_columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of panels `total` (B, n_rows, WIDTH), one below the other, by j - i = t - n_columns // 2: out (B, t)."""
+    n_blocks = tl.cdiv(n_columns, BLOCK)
+    i_batch = tl.program_id(0) // n_blocks
+    o_t = tl.program_id(0) % n_blocks * BLOCK + tl.arange(0, BLOCK)
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, n_rows, BLOCK):
+        o_row = first + tl.arange(0, BLOCK)
+        o_key = (o_row % WIDTH)[:, None] + (o_t - n_columns // 2)[None, :]
+        p_row = total + (tl.cast(i_batch, tl.int64) * n_rows + o_row) * WIDTH
+        mask = (o_row < n_rows)[:, None] & (o_key >= 0) & (o_key < WIDTH)
+        b_sum += tl.sum(tl.load(p_row[:, None] + o_key, mask=mask, other=0.0), 0)
+    p_out = out + tl.cast(i_batch, tl.int64) * n_columns + o_t
+    tl.store(p_out, b_sum.to(out.dtype.element_ty), mask=o_t < n_columns)
 
 
 # ---------------------------------------------------------------- one token

@@ -39,7 +39,7 @@ def test_a_flash_layer_starts_no_more_than_this():
     assert outside(forward) == FORWARD
     assert outside(backward) == BACKWARD
     assert len(forward) <= 11
-    assert len(backward) <= 29
+    assert len(backward) <= 23
 
 
 def test_a_gau_layer_starts_no_more_than_this():
