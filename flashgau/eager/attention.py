@@ -143,7 +143,7 @@ def gated_attention_backward(
         if gate.shape[-1] < v.shape[-1]:
             _per_head_backward(d, x, g, activation, *targets)
             continue
-        for d_piece, g_piece, dg, du, x_piece in pieces(*_as_stored(d, g, *targets, x)):
+        for d_piece, g_piece, dg, du, x_piece in pieces(*_as_stored(d, g, *targets, x), size=SIZES.gate_bytes):
             gated_backward(d_piece, g_piece, x_piece, activation, "identity", dg, du, workspace)
     dq, dk, dv, dbias, dsinks = attention_backward(dx, dlse, q, k, v, AttentionResults(product, lse), layout, options)
     return dq, dk, dv, dgate, dbias, dsinks
@@ -156,7 +156,7 @@ def _gate(product: Tensor, gate: Tensor, activation: str, out: Tensor) -> None:
         torch.mul(product, activated(gate, activation, wide), out=out)
         return
     workspace = Workspace()
-    for g, x, o in pieces(*_as_stored(gate, product, out)):
+    for g, x, o in pieces(*_as_stored(gate, product, out), size=SIZES.gate_bytes):
         gated(g, x, activation, "identity", o, workspace)
 
 

@@ -245,15 +245,16 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 for the first would be ambiguous at width 0
 
 
-def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cut tensors of one shape into matching pieces of whole rows; on a GPU one piece is all."""
-    first = tensors[0]
+def pieces(*tensors: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, ...]]:
+    """Cut tensors of one shape into matching pieces of whole rows, of `size` bytes each (`SIZES.glu_bytes`); on a GPU
+    one piece is all."""
+    first, size = tensors[0], SIZES.glu_bytes if size is None else size
     if first.numel() == 0:
         return
-    if first.device.type != "cpu" or first.nbytes <= 4 * SIZES.glu_bytes:
+    if first.device.type != "cpu" or first.nbytes <= 4 * size:
         yield tensors
         return
-    step = SIZES.glu_bytes // first.itemsize
+    step = size // first.itemsize
     if all(t.is_contiguous() for t in tensors):
         flat = [t.view(-1) for t in tensors]
         yield from zip(*(t.split(step) for t in flat), strict=True)
@@ -265,7 +266,7 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield from zip(*(v.split(max(1, step // width)) for v in views if v is not None), strict=True)
     else:
         for parts in zip(*(t.unbind(0) for t in tensors), strict=True):
-            yield from pieces(*parts)
+            yield from pieces(*parts, size=size)
 
 
 def _as_rows(t: Tensor, width: int) -> Tensor | None:

@@ -21,6 +21,7 @@ class Sizes:
     chunk_elements: int = 2**20
     chunk_tokens: int = 2**10
     glu_bytes: int = 2**22  # of a tensor, so that intermediates take no memory
+    gate_bytes: int = 2**20  # the same of attention's gate, five tensors at a time
     glu_kept_bytes: int = 2**25  # allocators reuse memory up to about this; larger tensors pay for fresh pages
 
 
