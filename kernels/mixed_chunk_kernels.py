@@ -605,14 +605,15 @@ def dbias_kernel(
     i_part = tl.program_id(0) // (ACROSS * ACROSS) % n_parts
     o_query = i_block // ACROSS * BLOCK + tl.arange(0, BLOCK)
     o_key = i_block % ACROSS * BLOCK + tl.arange(0, BLOCK)
+    start = 0
     low, high = first_block, last_block
-    begins = first_block == 0
     if sequences.cu_seqlens_q is None:  # the chunks of this row of the batch
-        low = tl.maximum(first_block, i_batch * n_chunks)
-        high = tl.minimum(last_block, i_batch * n_chunks + n_chunks)
-        begins = low == i_batch * n_chunks
+        start = i_batch * n_chunks
+        low = tl.maximum(first_block, start)
+        high = tl.minimum(last_block, start + n_chunks)
     p_total = panel_block(total, i_batch * n_parts + i_part, o_query, o_key, WIDTH)
-    b_total = tl.load(p_total, mask=(o_query >= 0)[:, None] & (begins == 0), other=0.0)
+    rows_before = tl.where(first_block <= start, 0, WIDTH)  # that hold sums already: none before the first chunk
+    b_total = tl.load(p_total, mask=(o_query < rows_before)[:, None], other=0.0)
     for i in range(low + i_part, high, n_parts):
         chunk = chunk_at(i, n_chunks, sequences, C)
         p_ds = panel_block(dpanel, i - first_block, o_query, o_key, WIDTH)
