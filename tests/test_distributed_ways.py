@@ -239,3 +239,22 @@ def test_second_derivatives_are_refused(alone: None, way: str) -> None:
     grads = torch.autograd.grad(out.square().sum(), call.args, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(grads[1].sum(), call.args, allow_unused=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled, and gloo's tensors are on the CPU")
+@pytest.mark.parametrize("way", EXAMPLE)
+def test_kernels_compute_the_parts(world: World, way: str) -> None:
+    """With the windows and shifted biases that parts have, as the eager backend does."""
+    call = example("attention", torch.float32, lengths=None, softcap=3.0, **EXAMPLE[way])
+    own = [{"by": way, "backend": backend} for backend in ("triton", "eager")]
+    (ours, grads, shares), (expected, expected_grads, expected_shares) = (
+        spread(world, call, CUTS["pair"], "pair", own=[options] * 2) for options in own
+    )
+    steepest = max(float(x.abs().max()) for x in expected_grads if x is not None)
+    for x, y in zip(ours, expected, strict=True):
+        close(x, y, ulps=64)
+    for found, right in ((grads, expected_grads), *zip(shares, expected_shares, strict=True)):
+        for x, y in zip(found, right, strict=True):
+            assert (x is None) == (y is None)
+            if x is not None:
+                close(x, y, 256, steepest)
