@@ -228,3 +228,9 @@ def test_cuts_are_whole_chunks() -> None:
         cut_tokens(13, 3, layers)
     with pytest.raises(ValueError, match="`parts` is 0; expected 1 to"):
         cut_tokens(13, 0)
+
+
+@pytest.mark.parametrize("layer", [GAU(16), FLASH(16), MultiHeadAttention(16, 2), MultiHeadMixedChunk(16, 2)])
+def test_what_is_no_spread_is_refused(layer: nn.Module) -> None:
+    with pytest.raises(TypeError, match=f"{type(layer).__name__}: `spread` is a int; expected what `flashgau.distri"):
+        layer(torch.randn(1, 4, 16), spread=3)

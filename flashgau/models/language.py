@@ -17,6 +17,7 @@ from ..contract.validate import widened
 from ..eager.mixed_chunk import closing_later
 from ..nn import Spread
 from ..nn.initialise import STD
+from ..nn.spread import check_spread
 from .config import CONSTANT_STATE, ModelConfig
 from .files import read_model, write_model
 from .sampling import sample, seeded
@@ -208,7 +209,7 @@ class CausalLM(LanguageModel):
             what = "`last_only`" if last_only else "a state"
             raise ValueError(f"CausalLM: `cu_seqlens` and {what} together; give each sequence a row and `lengths`")
         if spread is not None:
-            spread.check("CausalLM", tokens, last_only=last_only)
+            check_spread("CausalLM", spread, tokens, last_only=last_only)
         hidden, state = self.stack(
             tokens,
             lengths=lengths,

@@ -25,7 +25,7 @@ from ..nn import (
 from ..nn.initialise import embedding
 from ..nn.norms import make_norm
 from ..nn.rotary import packed_positions
-from ..nn.spread import checked, first_position
+from ..nn.spread import check_spread, checked, first_position
 from ..ops import MixedChunkState
 from ..ops.state import destination, moved
 from ..options import OpenChunk
@@ -216,7 +216,7 @@ class Stack(nn.Module):
         With `spread` the tokens are this process's slice; lengths and cu_seqlens speak of the whole.
         """
         if spread is not None:
-            spread.check("model", tokens, state=state, return_state=return_state)
+            check_spread("model", spread, tokens, state=state, return_state=return_state)
         tokens, lengths = checked(spread, lambda: self._check(tokens, lengths, state, spread))
         if inplace and state is None:
             raise ValueError("model: `inplace` is True without a `state`, which it would write")

@@ -18,7 +18,7 @@ from ..options import FlashWeights, Layout, MixedChunkOptions
 from .gated_unit import GatedUnit, UnitOptions, UnitState, chosen, last_shifted, start_of
 from .initialise import is_plain
 from .kept import Turned
-from .spread import Spread, first_position
+from .spread import Spread, check_spread, first_position
 
 HEADS = ("quad_q", "quad_k", "lin_q", "lin_k")
 
@@ -200,7 +200,7 @@ class FLASH(GatedUnit):
         recurrent = return_state or state is not None
         operation = self.attention_fn
         if spread is not None:
-            spread.check("FLASH", x, state=state, return_state=return_state, attention_fn=operation)
+            check_spread("FLASH", spread, x, state=state, return_state=return_state, attention_fn=operation)
             operation = spread.mixed_chunk_attention
         dropped, own = self.qk_dropout and self.training, operation is not None
         plain = is_plain(self.to_hidden, self.to_out)

@@ -18,7 +18,7 @@ from .biases import bias_vector
 from .cache import KeyValueCache, check_memory
 from .gated_unit import GatedUnit, UnitOptions, UnitState, chosen, last_shifted
 from .initialise import is_plain
-from .spread import Spread, first_position
+from .spread import Spread, check_spread, first_position
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +213,7 @@ class GAU(GatedUnit):
         operation = self.attention_fn
         if spread is not None:
             own = None if operation is gau_attention else operation
-            spread.check("GAU", x, context=context, state=state, return_state=return_state, attention_fn=own)
+            check_spread("GAU", spread, x, context=context, state=state, return_state=return_state, attention_fn=own)
             operation = spread.gau_attention
         if context is not None or isinstance(state, ContextState):
             seen = self._context(x, context, context_lengths, cu_seqlens, state)

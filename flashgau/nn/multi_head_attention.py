@@ -15,7 +15,7 @@ from .biases import bias_vector, make_bias
 from .cache import KeyValueCache, check_memory, check_one_token
 from .initialise import linear
 from .rotary import RotaryEmbedding, packed_positions
-from .spread import Spread, first_position
+from .spread import Spread, check_spread, first_position
 
 
 class MultiHeadAttention(nn.Module):
@@ -162,7 +162,7 @@ class MultiHeadAttention(nn.Module):
         operation = self.attention_fn
         if spread is not None:
             own = None if operation is attention else operation
-            spread.check("MultiHeadAttention", x, state=state, return_state=return_state, attention_fn=own)
+            check_spread("MultiHeadAttention", spread, x, state=state, return_state=return_state, attention_fn=own)
             operation = spread.attention
         if state is not None:
             check_memory("MultiHeadAttention", "state", state, KeyValueCache, x.shape[0], x)

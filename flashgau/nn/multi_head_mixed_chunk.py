@@ -16,7 +16,7 @@ from .cache import check_memory, check_one_token
 from .initialise import linear
 from .multi_head_attention import check_heads
 from .rotary import RotaryEmbedding, packed_positions
-from .spread import Spread, first_position
+from .spread import Spread, check_spread, first_position
 
 
 class MultiHeadMixedChunk(nn.Module):
@@ -146,7 +146,7 @@ class MultiHeadMixedChunk(nn.Module):
         if spread is not None:
             # The heads of packed sequences lie in one row, which no slice of the tokens is a slice of.
             given = {"cu_seqlens": cu_seqlens, "state": state, "return_state": return_state}
-            spread.check("MultiHeadMixedChunk", x, attention_fn=operation, **given)
+            check_spread("MultiHeadMixedChunk", spread, x, attention_fn=operation, **given)
             operation = spread.mixed_chunk_attention
         batch, n, _ = x.shape
         if state is not None:

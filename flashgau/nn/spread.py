@@ -60,28 +60,32 @@ class Spread:
         """Tokens of the whole."""
         return sum(self.counts)
 
-    def check(self, caller: str, x: Tensor, **alone: Any) -> None:
-        """Refuse an input of other tokens than this process's, and arguments that have no meaning with a slice.
 
-        Args:
-            caller: the layer.
-            x: its input, `x` (B, n, d) or `tokens` (B, n).
-            alone: arguments by name, which must be None or False.
-        """
-        count = self.counts[self.rank]
+def check_spread(caller: str, spread: Spread, x: Tensor, **alone: Any) -> None:
+    """Refuse an input of other tokens than this process's, and arguments that have no meaning with a slice.
 
-        def check() -> None:
-            if x.ndim < 2 or x.shape[1] != count:
-                name = "x" if x.is_floating_point() else "tokens"
-                raise ValueError(
-                    f"{caller}: `{name}` has shape {tuple(x.shape)}; expected {count} tokens, which `spread` has for "
-                    f"process {self.rank} of {len(self.counts)}"
-                )
-            for name, value in alone.items():
-                if value is not None and value is not False:
-                    raise ValueError(f"{caller}: `{name}` and `spread` together; expected one of them")
+    Args:
+        caller: the layer.
+        spread: what it was given.
+        x: its input (B, n, ...).
+        alone: arguments by name, which must be None or False.
+    """
+    if not isinstance(spread, Spread):
+        got = f"a {type(spread).__name__}"
+        raise TypeError(f"{caller}: `spread` is {got}; expected what `flashgau.distributed.spread_tokens` gives")
+    count = spread.counts[spread.rank]
 
-        checked(self, check)
+    def check() -> None:
+        if x.ndim < 2 or x.shape[1] != count:
+            raise ValueError(
+                f"{caller}: the input has shape {tuple(x.shape)}; expected {count} tokens, which `spread` has for "
+                f"process {spread.rank} of {len(spread.counts)}"
+            )
+        for name, value in alone.items():
+            if value is not None and value is not False:
+                raise ValueError(f"{caller}: `{name}` and `spread` together; expected one of them")
+
+    checked(spread, check)
 
 
 def checked(spread: Spread | None, check: Callable[[], Result]) -> Result:
