@@ -67,7 +67,7 @@ def check_spread(caller: str, spread: Spread, x: Tensor, **alone: Any) -> None:
     Args:
         caller: the layer.
         spread: what it was given.
-        x: its input (B, n, ...).
+        x: its input, `x` (B, n, d) or `tokens` (B, n).
         alone: arguments by name, which must be None or False.
     """
     if not isinstance(spread, Spread):
@@ -77,8 +77,9 @@ def check_spread(caller: str, spread: Spread, x: Tensor, **alone: Any) -> None:
 
     def check() -> None:
         if x.ndim < 2 or x.shape[1] != count:
+            name = "x" if x.is_floating_point() else "tokens"
             raise ValueError(
-                f"{caller}: the input has shape {tuple(x.shape)}; expected {count} tokens, which `spread` has for "
+                f"{caller}: `{name}` has shape {tuple(x.shape)}; expected {count} tokens, which `spread` has for "
                 f"process {spread.rank} of {len(spread.counts)}"
             )
         for name, value in alone.items():
