@@ -30,13 +30,11 @@ class Load:
         flop: of products.
         sent: bytes.
         near: the part of these that goes to the same node.
-        beside: whether they are sent while products are computed.
     """
 
     flop: float
     sent: float
     near: float
-    beside: bool = False
 
     @property
     def compute(self) -> float:
@@ -47,11 +45,6 @@ class Load:
     def communicate(self) -> float:
         """Seconds."""
         return self.sent * (self.near / WITHIN + (1 - self.near) / BETWEEN)
-
-    @property
-    def total(self) -> float:
-        """Seconds of both."""
-        return max(self.compute, self.communicate) if self.beside else self.compute + self.communicate
 
 
 def attention(way: str, kv_heads: int, gpus: int, tokens: int) -> Load | None:
@@ -68,7 +61,7 @@ def attention(way: str, kv_heads: int, gpus: int, tokens: int) -> Load | None:
     forward = 4 * HEADS * WIDTH * pairs / gpus
     if way == "ring":  # the last process sees all keys, and computes its parts again; the one before it sends most
         busiest = (2 * gpus - 1) / gpus
-        return Load(4.5 * forward * busiest, _of_one(sent, gpus) * 2, 0 if gpus > NODE else 1, beside=True)
+        return Load(4.5 * forward * busiest, _of_one(sent, gpus) * 2, 0 if gpus > NODE else 1)
     if way == "window":  # the first process of a node has its neighbours in another
         return Load(3.5 * forward, _of_one(sent, gpus), 0 if gpus > NODE else 1)
     near = min(1, (NODE - 1) / (gpus - 1))

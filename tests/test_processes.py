@@ -18,11 +18,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from training_runs import at_step, interrupt
 from typer.testing import CliRunner
 
 from flashgau.cli import app
 from flashgau.models import CausalLM, MaskedLM, ModelConfig
-from flashgau.training import Elsewhere, Event, Processes, TrainConfig, launched, load_model, processes, train, trainer
+from flashgau.training import Elsewhere, Processes, TrainConfig, launched, load_model, processes, train, trainer
 from flashgau.training.checkpoint import read_checkpoint
 from flashgau.training.folder import BEST, LAST, LOG
 
@@ -70,14 +71,6 @@ def configuration(folder: Path, out: str, **changes: Any) -> TrainConfig:
         "device": "cpu",
     }
     return TrainConfig(**(options | changes))
-
-
-def stop_after(step: int) -> Any:
-    def told(event: Event) -> None:
-        if event.kind == "step" and event.step == step:
-            signal.raise_signal(signal.SIGTERM)
-
-    return told
 
 
 # (folder, model, changes of the configuration, (process, step) of a signal, resume)
@@ -185,8 +178,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory, quick_plots: None) -> tuple[P
     folder = tmp_path_factory.mktemp("pair")
     (folder / "text").write_text(" ".join(f"{k} potato, {k + 1} potato" for k in range(200)))
     for out in ("from-one", "from-one-whole"):
-        train(configuration(folder, out), model=build("flash clm"), callbacks=[stop_after(3)])
-    train(configuration(folder, "still", size="tiny", accumulate=1, steps=9), callbacks=[stop_after(1)])
+        train(configuration(folder, out), model=build("flash clm"), callbacks=[at_step(3, interrupt(signal.SIGTERM))])
+    train(
+        configuration(folder, "still", size="tiny", accumulate=1, steps=9),
+        callbacks=[at_step(1, interrupt(signal.SIGTERM))],
+    )
     (folder / "still.safetensors").write_bytes((folder / "still" / LAST).read_bytes())
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # which torchrun would keep
     code = (

@@ -17,9 +17,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from training_runs import at_step, interrupt
 
 from flashgau.models import CausalLM, MaskedLM, ModelConfig
-from flashgau.training import Elsewhere, Event, TrainConfig, evaluation, train, trainer
+from flashgau.training import Elsewhere, TrainConfig, evaluation, train, trainer
 from flashgau.training.checkpoint import read_checkpoint
 from flashgau.training.folder import BEST, LAST
 
@@ -68,14 +69,6 @@ def configuration(folder: Path, out: str, model: str, **changes: Any) -> TrainCo
         "device": "cpu",
     }
     return TrainConfig(**(options | changes))
-
-
-def stop_after(step: int) -> Any:
-    def told(event: Event) -> None:
-        if event.kind == "step" and event.step == step:
-            signal.raise_signal(signal.SIGTERM)
-
-    return told
 
 
 FEW = {"steps": 3, "eval_every": 2, "save_every": 2, "log_every": 1}
@@ -141,7 +134,7 @@ def work(rank: int, folder: Path) -> None:
                     configuration(folder, out, model, **changes),
                     build(model),
                     resume=resume,
-                    callbacks=[stop_after(stop)] if stop else [],
+                    callbacks=[at_step(stop, interrupt(signal.SIGTERM))] if stop else [],
                 )
             except ValueError as error:
                 results[place] = {"error": str(error), "elsewhere": isinstance(error.__cause__, Elsewhere)}
@@ -156,7 +149,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[dict
     """All runs: their folder, and for each the results of its processes."""
     folder = tmp_path_factory.mktemp("context")
     (folder / "text").write_text(" ".join(f"{k} potato, {k + 1} potato" for k in range(200)))
-    losses_of(configuration(folder, "from-one", "flash clm", **FEW), build("flash clm"), callbacks=[stop_after(2)])
+    losses_of(
+        configuration(folder, "from-one", "flash clm", **FEW),
+        build("flash clm"),
+        callbacks=[at_step(2, interrupt(signal.SIGTERM))],
+    )
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import test_training_context as here;"
         "here.work(int(sys.argv[2]), here.Path(sys.argv[3]))"

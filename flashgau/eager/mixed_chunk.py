@@ -510,7 +510,7 @@ def close_(state: OpenChunk) -> None:
 def _close(state: OpenChunk, full: Tensor | None = None) -> None:
     """Put the open chunk of the rows that are `full` (B, 1, 1), of all without, into the sums, and leave it empty."""
     kv, *held, _ = state
-    lin_k, v = (x.to(kv.dtype) for x in held[1:])
+    lin_k, v = (as_type(x, kv.dtype) for x in held[1:])
     if full is None:
         kv.baddbmm_(lin_k.mT, v)
         for x in held:
