@@ -16,6 +16,7 @@ from torch import Tensor
 from flashgau.contract import operands
 from flashgau.contract.validate import Arguments
 from flashgau.options import (
+    Angles,
     AttentionOptions,
     AttentionTangents,
     GatedOptions,
@@ -27,8 +28,11 @@ from flashgau.options import (
     MixedChunkHeads,
     MixedChunkOptions,
     MixedChunkSaved,
+    NormOptions,
     OpenChunk,
     Pages,
+    ProjectionWeights,
+    TokenHeads,
 )
 
 from . import SUPPORTED
@@ -282,7 +286,11 @@ def _mixed_chunk_step(
     )
     operands.gate_activation(args, options.gate_activation)
     _chunk_bias(args, options)
-    state, args.sizes["C"] = OpenChunk(*state), options.chunk_size
+    _open_chunk(args, OpenChunk(*state), options)
+
+
+def _open_chunk(args: Arguments, state: OpenChunk, options: MixedChunkOptions) -> None:
+    args.sizes["C"] = options.chunk_size
     args.per_head("kv", state.kv, "B S E")
     for name, axes in (("open_quad_k", "B C S"), ("open_lin_k", "B C S"), ("open_v", "B C E")):
         args.tensor(name, getattr(state, name), axes)
@@ -304,6 +312,127 @@ def _count(args: Arguments, layout: Layout) -> int:
     return int(args.sizes["B"] if layout.cu_seqlens is None else layout.cu_seqlens.shape[0] - 1)
 
 
+# ---- layers
+
+
+def _angles(args: Arguments, angles: Angles) -> None:
+    """Of heads (B, N, S), whose sizes are known."""
+    cos, sin, interleaved = angles
+    args.flag("interleaved", interleaved)
+    if (cos is None) != (sin is None):
+        args.fail("sin" if sin is None else "cos", "is None", "both `cos` and `sin`, or neither")
+    b, n, s = (args.sizes[letter] for letter in "BNS")
+    for name, x in (("cos", cos), ("sin", sin)):
+        if x is None:
+            continue
+        args.per_head(name, x, "Ba N pairs")
+        if x.shape[0] not in (1, b) or 2 * x.shape[2] > s:
+            args.fail(name, f"has shape {tuple(x.shape)}", f"(1 or {b}, {n}, pairs), of which S = {s} holds two each")
+
+
+def _offset_scale(args: Arguments, gamma: Tensor, beta: Tensor | None) -> None:
+    args.per_head("gamma", gamma, "H S")
+    if beta is not None:
+        args.per_head("beta", beta, "H S")
+
+
+def _heads(args: Arguments, z: Tensor, gamma: Tensor, beta: Tensor | None, angles: Angles) -> None:
+    args.tensor("z", z, "B N S")
+    _fits(args, "projection", {"z": z})
+    _offset_scale(args, gamma, beta)
+    _angles(args, Angles(*angles))
+
+
+def _for_each_head(args: Arguments, name: str, given: Any) -> None:
+    """Gradients of the heads."""
+    if len(given) != args.sizes["H"]:
+        args.fail(name, f"has {len(given)} tensors", f"H = {args.sizes['H']} of them, one for each row of `gamma`")
+    for i, d in enumerate(given):
+        args.tensor(f"{name}[{i}]", d, "B N S")
+
+
+def _heads_backward(args: Arguments, douts: Any, z: Tensor, gamma: Tensor, angles: Angles, dz: Tensor) -> None:
+    _heads(args, z, gamma, None, angles)
+    _for_each_head(args, "douts", douts)
+    args.tensor("dz", dz, "B N S")
+
+
+def _gated_projection(args: Arguments, x: Tensor, weights: ProjectionWeights, angles: Angles) -> None:
+    weight, bias, gamma, beta, raw_gate = weights
+    args.tensor("x", x, "B N d")
+    _fits(args, "projection", {"x": x})
+    args.tensor("weight", weight, "W d")
+    if bias is not None:
+        args.tensor("bias", bias, "W")
+    _offset_scale(args, gamma, beta)
+    args.flag("raw_gate", raw_gate)
+    rows, narrow = args.sizes["W"], args.sizes["S"]
+    if rows < narrow or (rows - narrow) % 2:
+        args.fail("weight", f"has {rows} rows", f"2 e + S of them, with S = {narrow} as in `gamma`")
+    _angles(args, Angles(*angles))
+
+
+def _gated_projection_backward(
+    args: Arguments, du: Tensor, dv: Tensor, dheads: Any, x: Tensor, weights: ProjectionWeights, saved: Any,
+    angles: Angles,
+) -> None:  # fmt: skip
+    weights = ProjectionWeights(*weights)
+    _gated_projection(args, x, weights, angles)
+    args.sizes["e"] = e = (args.sizes["W"] - args.sizes["S"]) // 2
+    for name, d in (("du", du), ("dv", dv)):
+        args.tensor(name, d, "B N e")
+    _for_each_head(args, "dheads", dheads)
+    (wide,) = saved
+    _like(args, "saved", wide, (*x.shape[:-1], args.sizes["W"] - e * weights.raw_gate), "the forward kept it")
+
+
+def _norm(args: Arguments, x: Tensor, weight: Tensor | None, bias: Tensor | None, options: NormOptions) -> None:
+    args.tensor("x", x, "... d")
+    _fits(args, "norms", {"x": x})
+    d = args.sizes["d"]
+    for name, w, sizes in (("weight", weight, (1, d)), ("bias", bias, (d,))):
+        if w is not None:
+            args.held(name, w)
+            if w.dim() != 1 or w.shape[0] not in sizes:
+                args.fail(name, f"has shape {tuple(w.shape)}", " or ".join(f"({n},)" for n in sizes))
+    kind, eps, clamp = options
+    args.choice("kind", kind, ("layernorm", "rms"))
+    args.number("eps", eps, "a number of at least 0", 0)
+    args.flag("clamp", clamp)
+
+
+def _norm_backward(args: Arguments, dy: Tensor, x: Tensor, **rest: Any) -> None:
+    _norm(args, x, **rest)
+    _like(args, "dy", dy, x.shape, "`x` has")
+
+
+def _flash_unit_token(
+    args: Arguments, wide: Tensor, heads: TokenHeads, state: OpenChunk, options: MixedChunkOptions
+) -> None:
+    gamma, beta, frequencies, interleaved, order = heads
+    state = OpenChunk(*state)
+    args.tensor("wide", wide, "B N W")
+    if args.sizes["N"] != 1:
+        args.fail("wide", f"has shape {tuple(wide.shape)}", "one token, N = 1")
+    _offset_scale(args, gamma, beta)
+    if sorted(order) != list(range(4)) or args.sizes["H"] != 4:
+        args.fail("order", f"is {order!r} of {args.sizes['H']} rows", "each of the four rows of `gamma` once")
+    operands.mixed_chunk_options(
+        args, options.chunk_size, options.score, options.lin_normalizer, options.quad_normalizer
+    )
+    _chunk_bias(args, options)
+    _open_chunk(args, state, options)
+    _fits(args, "mixed_chunk", {"open_quad_k": state.open_quad_k})
+    narrow, e = args.sizes["S"], args.sizes["E"]
+    if args.sizes["W"] != 2 * e + narrow:
+        args.fail("wide", f"has shape {tuple(wide.shape)}", f"2 E + S = {2 * e + narrow} columns, as `state` has")
+    args.flag("interleaved", interleaved)
+    if frequencies is not None:
+        args.per_head("frequencies", frequencies, "pairs")
+        if 2 * args.sizes["pairs"] > narrow:
+            args.fail("frequencies", f"has shape {tuple(frequencies.shape)}", f"at most S / 2 = {narrow // 2} pairs")
+
+
 CHECKS: dict[str, Callable[..., None]] = {
     "attention_forward": _attention,
     "attention_backward": _attention_backward,
@@ -322,4 +451,11 @@ CHECKS: dict[str, Callable[..., None]] = {
     "mixed_chunk_attention_forward": _mixed_chunk,
     "mixed_chunk_attention_backward": _mixed_chunk_backward,
     "mixed_chunk_step_": _mixed_chunk_step,
+    "heads_forward": _heads,
+    "heads_backward": _heads_backward,
+    "gated_projection_forward": _gated_projection,
+    "gated_projection_backward": _gated_projection_backward,
+    "norm_forward": _norm,
+    "norm_backward": _norm_backward,
+    "flash_unit_token_": _flash_unit_token,
 }
