@@ -2,7 +2,7 @@
 docs/distributed.md.
 
 Bytes are those of `flashgau.distributed.ways`, which tests hold to what processes send. Seconds are products over one
-rate and bytes over another, of one call and its backward; what a ring sends travels beside its products.
+rate and bytes over another, of one call and its backward; what a ring or a window sends travels beside its products.
 """
 
 from __future__ import annotations

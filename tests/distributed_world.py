@@ -15,6 +15,7 @@ from functools import wraps
 from itertools import pairwise
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -25,6 +26,7 @@ from checks import outputs
 from strategies import Call, randn, run
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from flashgau.distributed import (
@@ -138,6 +140,33 @@ def counted(*args: Tensor, of: str = "attention", **options: Any) -> Tensor:
     return torch.tensor([forward, sum(counts) - forward], dtype=torch.float64)
 
 
+def traced(*args: Tensor, of: str = "attention", **options: Any) -> list[Tensor]:
+    """What this process does in a call, and after a blank in its backward, as codes of letters.
+
+    "s" where it begins to send tensors, "w" where it has to wait for those of others, "c" where it computes the
+    operation or its gradient, once or more. The first "c" is the check, on no tokens.
+    """
+    events: list[str] = []
+    send = dist.all_to_all_single
+
+    class Computing(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "flashgau" and events[-1:] != ["c"]:
+                events.append("c")
+            return func(*args, **(kwargs or {}))
+
+    def begin(*args: Any, **more: Any) -> Any:
+        events.append("s")
+        work = send(*args, **more)
+        return SimpleNamespace(wait=lambda: (events.append("w"), work.wait()))
+
+    with mock.patch.object(dist, "all_to_all_single", begin), torch.enable_grad(), Computing():
+        out = FUNCTIONS[of](*(x.detach().requires_grad_() for x in args), **options)
+        events.append(" ")
+        out.sum().backward()
+    return [torch.tensor(list("".join(events).encode()))]
+
+
 def kept(tokens: Tensor, *, module: torch.nn.Module, group: Any) -> list[Tensor]:
     """How many bytes a model keeps for its backward, beside its parameters, as a tensor."""
     own = {x.untyped_storage().data_ptr() for x in module.parameters()}
@@ -158,6 +187,7 @@ def kept(tokens: Tensor, *, module: torch.nn.Module, group: Any) -> list[Tensor]
 
 FUNCTIONS |= {
     "counted": counted,
+    "traced": traced,
     "several": several,
     "seeded": seeded,
     "meshed": meshed,

@@ -96,21 +96,31 @@ def test_parts_and_travels_are_those_of_the_mask(data: Any, parts: int) -> None:
     left, right = (99 if x is None else x for x in window)
     distance = torch.arange(n)[None] - (torch.arange(m)[:, None] + n - m)
     seen = (distance >= -left) & (distance <= right)
-    for rank, (start, stop) in enumerate(sight.queries):
-        for source in [None, *range(parts)] if window[0] is None else [None]:
-            part = sight.part(rank, source)
+    for queries, own in zip(sight.queries, sight.keys, strict=True):
+        start, stop = queries
+        for held in [None, *sight.keys] if window[0] is None else [None]:
+            part = sight.part(queries, held)
             first, last = part.keys
-            held = (0, n) if source is None else sight.keys[source]
+            held = held or (0, n)
             outside = seen[start:stop, held[0] : held[1]].clone()
             outside[:, first - held[0] : last - held[0]] = False
             assert not outside.any()
-            own = torch.arange(last - first)[None] - (torch.arange(stop - start)[:, None] + last - first - stop + start)
+            rows = torch.arange(stop - start)[:, None]
+            there = torch.arange(last - first)[None] - (rows + last - first - stop + start)
             near, far = (99 if x is None else x for x in part.window)
-            assert torch.equal((own >= -near) & (own <= far), seen[start:stop, first:last])
-            assert part.is_empty or torch.equal(own, distance[start:stop, first:last] + part.shift)
+            assert torch.equal((there >= -near) & (there <= far), seen[start:stop, first:last])
+            assert part.is_empty or torch.equal(there, distance[start:stop, first:last] + part.shift)
+        among = range(*sight.within(queries, own))
+        for query in range(start, stop):
+            elsewhere = seen[query, : own[0]].any() or seen[query, own[1] :].any()
+            assert not elsewhere if query in among else elsewhere or not seen[query].any()
     if window[0] is None:
         for source, hops in enumerate(sight.hops):
-            needs = [(rank - source) % parts for rank in range(parts) if not sight.part(rank, source).is_empty]
+            needs = [
+                (rank - source) % parts
+                for rank, queries in enumerate(sight.queries)
+                if not sight.part(queries, sight.keys[source]).is_empty
+            ]
             assert hops == max(needs, default=0)
 
 
@@ -194,6 +204,33 @@ def test_a_window_needs_its_neighbours_rows_only(world: World) -> None:
     rows, mask = (1, 8, 8, 64, 64), {"causal": True, "window": (1, None)}
     assert ways_sent(world, "four", (64,) * 4, rows, by="window", **mask).forward == 3 * 8 * 1 * (64 + 64) * 4
     assert ways_sent(world, "four", (64,) * 4, rows, by="heads", **mask).forward == 3 * 64 * 8 * 5 * 64 * 4
+
+
+# What goes on beside it
+
+
+LEFT, BOTH = {"causal": True, "window": (2, None), "by": "window"}, {"window": (2, 2), "by": "window"}
+ORDERS = [  # of three processes with 8 tokens each: what each does in the call, and in the backward
+    ("attention", LEFT, ["scw scw", "scwc cscw", "scwc cscw"]),
+    ("attention", BOTH, ["scwc cscw", "scwc cscw", "scwc cscw"]),
+    ("attention", LEFT | {"window": (8, None)}, ["scw scw", "swc csw", "swc csw"]),  # no query sees its slice alone
+    ("attention", {"causal": True, "by": "ring"}, ["scwsw scwswswsw", "scwscw scwscwswsw", "scwscwc scwscwscwsw"]),
+    ("attention", {"by": "ring"}, ["scwscwc scwscwscwsw"] * 3),
+    ("mixed_chunk_attention", {"chunk_size": 4}, ["scw scw"] * 3),
+    ("mixed_chunk_attention", {"chunk_size": 4, "causal": True}, ["swc csw"] * 3),  # from a state, which has to come
+]
+
+
+@pytest.mark.parametrize(("name", "options", "orders"), ORDERS)
+def test_what_needs_nothing_of_others_is_computed_while_it_is_sent(
+    world: World, name: str, options: dict[str, Any], orders: list[str]
+) -> None:
+    """Sending begins, computing comes, and only then does a process wait: forward, and backward."""
+    shapes = [(1, 2, 8, 4)] * 3 if name == "attention" else [(1, 8, 4)] * 6
+    args = [[randn(place, *shape) for place, shape in enumerate(shapes)] for _ in range(3)]
+    found = world.results("traced", args, [{"of": name, **options} for _ in range(3)])
+    events = [bytes(results[0].tolist()).decode() for results, _ in found]
+    assert events == [f"c{order}" for order in orders]
 
 
 # What else every way keeps

@@ -60,7 +60,8 @@ def context_parallel_attention(
     - "heads": all to all, every process gets all tokens of some heads, attends there, and sends each slice of the
       result back. Any option, and causal work is shared evenly; no more processes than query heads. With fewer key
       heads than processes, several processes get the same key head, for some of its query heads each.
-    - "window": every process gets the keys and values that its queries see: of its neighbours, with a window.
+    - "window": every process gets the keys and values that its queries see: of its neighbours, with a window. Queries
+      that need none of them are done meanwhile.
     - "ring": keys and values travel from process to process, and each merges what its queries see of them.
 
     Every process of the group must call this, and run the backward if any of them does, and all in the same order:

@@ -43,17 +43,17 @@ class Turn:
 
     @classmethod
     def fetching(cls, axis: int, wanted: Sequence[Range], held: Sequence[Range], rank: int) -> Turn:
-        """For each process the tokens in a range of the whole, from whoever holds them.
+        """For each process the tokens in a range of the whole that others hold, from these.
 
         Args:
             axis: of the tokens.
-            wanted: for each process, the range that it gets.
+            wanted: for each process, the range that it needs. What it holds itself is not sent.
             held: for each process, the range that it has; they lie one after the other.
             rank: of this process.
         """
         start = held[rank][0]
-        gives = [_common(own, held[rank]) for own in wanted]
-        gets = [_common(wanted[rank], own) for own in held]
+        gives = [(start, start) if other == rank else common(own, held[rank]) for other, own in enumerate(wanted)]
+        gets = [(start, start) if other == rank else common(wanted[rank], own) for other, own in enumerate(held)]
         return cls(axis, tuple((a - start, b - start) for a, b in gives), axis, tuple(b - a for a, b in gets))
 
     def cut_up(self, context: GroupContext, x: Tensor) -> Parcel:
@@ -72,15 +72,17 @@ class Turn:
         shapes = [_resized(x, (self.cut, b - a)) for a, b in self.slices]
         return Parcel(list(grad.split(self.sizes, self.join)), shapes)
 
-    def joined_gradient(self, parts: list[Tensor], shape: torch.Size) -> Tensor:
-        """The gradient of this process's own tensor."""
-        ends = [(0, 0), *self.slices, (shape[self.cut],) * 2]
-        if all(last[1] == first[0] for last, first in pairwise(ends)):
-            return torch.cat(parts, self.cut)
-        # In the order of processes, whichever came first, and in fp32 for halves: the same bits in every run.
+    def joined_gradient(self, parts: list[Tensor], shape: torch.Size, kept: Sequence[Range] = ()) -> Tensor:
+        """The gradient of this process's own tensor, of those of what it has kept, and then of what it has sent."""
+        places = [place for place in zip((*kept, *self.slices), parts, strict=True) if place[0][0] < place[0][1]]
+        places.sort(key=lambda place: place[0])  # stable
+        ends = [(0, 0), *(place for place, _ in places), (shape[self.cut],) * 2]
+        if places and all(last[1] == first[0] for last, first in pairwise(ends)):
+            return torch.cat([part for _, part in places], self.cut)
+        # In one order, whichever came first, and in fp32 for halves: the same bits in every run.
         dtype = parts[0].dtype
         total = parts[0].new_zeros(shape, dtype=torch.promote_types(dtype, torch.float32))
-        for part, (a, b) in zip(parts, self.slices, strict=True):
+        for (a, b), part in places:
             total.narrow(self.cut, a, b - a).add_(part)
         return total.to(dtype)
 
@@ -136,7 +138,7 @@ def exchange(
     """Turn tensors over between the processes, in one message to each; differentiable once.
 
     Every process must call this, with as many tensors (None in all or in none of them), and if any gradient is needed,
-    every process must run its backward, which communicates too. All of a call's backward communication is one node of
+    every process must run its backward, which communicates too. All of a call's backward communication is one chain in
     the graph, so that its order is the same everywhere, whatever needs gradients in this process.
 
     Args:
@@ -146,68 +148,167 @@ def exchange(
         needed: for each, whether any process needs its gradient.
     """
     given = [place for place, x in enumerate(tensors) if x is not None]
-    needs = [needed[place] for place in given]
-    # A process that needs no gradient itself has a part in those of the others.
-    anchor = torch.zeros((), requires_grad=torch.is_grad_enabled() and any(needs))
-    results = _Exchange.apply(anchor, meeting, [turns[place] for place in given], needs, *(tensors[p] for p in given))
+    _, arrival = begin_exchange(
+        meeting, [x for x in tensors if x is not None], [turns[p] for p in given], [needed[p] for p in given]
+    )
     found: list[Tensor | None] = [None] * len(tensors)
-    for place, result in zip(given, results, strict=True):
+    for place, result in zip(given, arrival(), strict=True):
         found[place] = result
     return found
 
 
-class _Exchange(torch.autograd.Function):
+def begin_exchange(
+    meeting: Meeting,
+    tensors: Sequence[Tensor],
+    turns: Sequence[Turn],
+    needed: Sequence[bool],
+    kept: Sequence[Range] = (),
+) -> tuple[list[tuple[Tensor, ...]], Callable[[], list[Tensor]]]:
+    """The same, while this process goes on with what it has kept.
+
+    In the backward too: the gradients of what came are sent as soon as they are there, and are on their way while this
+    process computes those of what it has kept. (PyTorch runs a graph backwards, so that whoever uses what came, which
+    is later than what has used what was kept, comes first; if it did not, all would be as right, and slower.)
+
+    Args:
+        meeting: as in `exchange`, like those that follow.
+        tensors: of one device.
+        turns: of each.
+        needed: of each.
+        kept: ranges of each tensor along the axis that is cut, for this process's own use. They may overlap.
+
+    Returns:
+        The tensors' parts in each range, and what waits and returns what came. `reaching` must lead to some of it.
+    """
+    traffic = _Traffic(meeting, tuple(turns), tuple(needed), tuple(kept), tuple(x.shape for x in tensors))
+    # A process that needs no gradient itself has a part in those of the others.
+    anchor = torch.zeros((), requires_grad=torch.is_grad_enabled() and any(needed))
+    token, *own = _Departure.apply(anchor, traffic, *tensors)
+    count = len(tensors)
+    parts = [tuple(own[at : at + count]) for at in range(0, count * len(kept), count)]
+    return parts, lambda: list(_Arrival.apply(token, traffic))
+
+
+@dataclass
+class _Traffic:
+    """What the two ends of an exchange have in common.
+
+    Attributes:
+        meeting: of the processes in the backward.
+        turns: of each tensor.
+        needs: for each, whether any process needs its gradient.
+        kept: ranges that this process uses itself.
+        shapes: of this process's tensors.
+        under_way: what waits for what others have sent.
+    """
+
+    meeting: Meeting
+    turns: tuple[Turn, ...]
+    needs: tuple[bool, ...]
+    kept: tuple[Range, ...]
+    shapes: tuple[torch.Size, ...]
+    under_way: Callable[[], list[list[Tensor]]] | None = None
+
+    @property
+    def wanted(self) -> list[int]:
+        """The tensors whose gradients are sent."""
+        return [place for place, need in enumerate(self.needs) if need]
+
+    def send(self, parcels: list[Parcel]) -> None:
+        """Begin to send each process its pieces."""
+        self.under_way = begin_all_to_all(self.meeting.context, parcels)
+
+    def arrived(self) -> list[list[Tensor]]:
+        """For each tensor, what came from each process."""
+        assert self.under_way is not None
+        wait, self.under_way = self.under_way, None  # a graph that is kept may be run backwards again
+        return wait()
+
+
+class _Departure(torch.autograd.Function):
+    """Forward, tensors leave; backward, their gradients have come, after those of what was kept are computed."""
+
     @staticmethod
-    def forward(
-        ctx: Any, anchor: Tensor, meeting: Meeting, turns: list[Turn], needs: list[bool], *tensors: Tensor
-    ) -> Any:
-        ctx.meeting, ctx.turns, ctx.needs, ctx.shapes = meeting, turns, needs, [x.shape for x in tensors]
-        context = meeting.context
-        received = _all_to_all(context, [turn.cut_up(context, x) for turn, x in zip(turns, tensors, strict=True)])
-        results = tuple(turn.joined(parts) for turn, parts in zip(turns, received, strict=True))
-        ctx.mark_non_differentiable(*(x for x, need in zip(results, needs, strict=True) if not need))
+    def forward(ctx: Any, anchor: Tensor, traffic: _Traffic, *tensors: Tensor) -> Any:
+        ctx.traffic = traffic
+        traffic.send([turn.cut_up(traffic.meeting.context, x) for turn, x in zip(traffic.turns, tensors, strict=True)])
+        own = [
+            x.narrow(turn.cut, a, b - a)
+            for a, b in traffic.kept
+            for turn, x in zip(traffic.turns, tensors, strict=True)
+        ]
+        needs = traffic.needs * len(traffic.kept)
+        ctx.mark_non_differentiable(*(x for x, need in zip(own, needs, strict=True) if not need))
+        return tensors[0].new_zeros(()), *own  # the first says that what is sent is a function of the tensors
+
+    @staticmethod
+    def backward(ctx: Any, token: Tensor, *own: Tensor) -> tuple[Tensor | None, ...]:
+        traffic: _Traffic = ctx.traffic
+
+        def add(token: Tensor, *own: Tensor) -> tuple[Tensor | None, ...]:
+            count = len(traffic.needs)
+            found: list[Tensor | None] = [None] * count
+            for place, parts in zip(traffic.wanted, traffic.arrived(), strict=True):
+                turn, of_kept = traffic.turns[place], own[place::count]
+                found[place] = turn.joined_gradient([*of_kept, *parts], traffic.shapes[place], traffic.kept)
+            return tuple(found)
+
+        return None, None, *once(traffic.meeting.context.op, add, token, *own)
+
+
+class _Arrival(torch.autograd.Function):
+    """Forward, what others have sent has come; backward, its gradients leave."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, traffic: _Traffic) -> Any:
+        ctx.traffic = traffic
+        results = tuple(turn.joined(parts) for turn, parts in zip(traffic.turns, traffic.arrived(), strict=True))
+        ctx.mark_non_differentiable(*(x for x, need in zip(results, traffic.needs, strict=True) if not need))
         return results
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        def send(*grads: Tensor) -> tuple[Tensor | None, ...]:
-            plan = list(zip(ctx.turns, grads, ctx.shapes, strict=True))
-            wanted = [place for place, need in enumerate(ctx.needs) if need]
-            parcels = [plan[place][0].cut_up_gradient(*plan[place][1:]) for place in wanted]
-            ctx.meeting.wait()
-            found: list[Tensor | None] = [None] * len(grads)
-            for place, parts in zip(wanted, _all_to_all(ctx.meeting.context, parcels), strict=True):
-                turn, _, shape = plan[place]
-                found[place] = turn.joined_gradient(parts, shape)
-            return tuple(found)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        traffic: _Traffic = ctx.traffic
 
-        return None, None, None, None, *once(ctx.meeting.context.op, send, *grads)
+        def send(*grads: Tensor) -> tuple[Tensor]:
+            plan = [(traffic.turns[place], grads[place], traffic.shapes[place]) for place in traffic.wanted]
+            parcels = [turn.cut_up_gradient(grad, shape) for turn, grad, shape in plan]
+            traffic.meeting.wait()
+            traffic.send(parcels)
+            return (grads[0].new_zeros(()),)
+
+        (token,) = once(traffic.meeting.context.op, send, *grads)
+        return token, None
 
 
-def reaching(meeting: Meeting, result: Tensor, source: Tensor) -> Tensor:
-    """`result`, with `source` among what it comes from: its backward then reaches `source`'s exchange in any case.
+def reaching(meeting: Meeting, results: Sequence[Tensor], source: Tensor) -> list[Tensor]:
+    """`results`, with `source` among what they come from: their backward then reaches its exchange in any case.
 
     The processes begin to meet for that exchange here, while each still computes what it will send.
     """
-    return _Reaching.apply(meeting, result, source)
+    return list(_Reaching.apply(meeting, source, *results))
 
 
 class _Reaching(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, meeting: Meeting, result: Tensor, source: Tensor) -> Tensor:
+    def forward(ctx: Any, meeting: Meeting, source: Tensor, *results: Tensor) -> tuple[Tensor, ...]:
         ctx.meeting = meeting
-        ctx.save_for_backward(result.new_empty(0))
-        return result.view_as(result)
+        ctx.save_for_backward(source.new_empty(0))
+        ctx.set_materialize_grads(False)
+        return tuple(x.view_as(x) for x in results)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors  # activation checkpointing makes the whole call again here, and nothing from here on
         ctx.meeting.begin()
-        (own,) = once(ctx.meeting.context.op, lambda x: (x.view_as(x),), grad)
-        return None, own, None
+
+        def as_they_are(*grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            return tuple(x if x is None else x.view_as(x) for x in grads)
+
+        return None, None, *once(ctx.meeting.context.op, as_they_are, *grads)
 
 
-def _common(one: Range, other: Range) -> Range:
+def common(one: Range, other: Range) -> Range:
     """What is in both, within `other` even if it is nothing."""
     start = min(max(one[0], other[0]), other[1])
     return start, max(start, min(one[1], other[1]))
@@ -220,13 +321,11 @@ def _resized(x: Tensor, *changes: tuple[int, int]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _all_to_all(context: GroupContext, parcels: list[Parcel]) -> list[list[Tensor]]:
-    """Send each process its pieces, of all tensors in one message; for each tensor, what came from each process."""
-    return begin_all_to_all(context, parcels)()
-
-
 def begin_all_to_all(context: GroupContext, parcels: list[Parcel]) -> Callable[[], list[list[Tensor]]]:
-    """The same, while this process goes on; what is returned waits. The only place where tensors are sent."""
+    """Send each process its pieces, of all tensors in one message, while this process goes on.
+
+    The only place where tensors are sent. What is returned waits; for each tensor it gives what came from each process.
+    """
     device, dtypes = parcels[0].pieces[0].device, [parcel.pieces[0].dtype for parcel in parcels]
     sent, sizes, places = _messages(device, dtypes, [[tuple(x.shape) for x in parcel.pieces] for parcel in parcels])
     for parcel, own in zip(parcels, places, strict=True):

@@ -19,7 +19,7 @@ from flashgau.ops.state import MixedChunkState
 
 from .agreement import GroupContext, digest, not_compiled, ranges, stand_in
 from .call import Call
-from .exchange import Meeting, Range, Turn, exchange, reaching
+from .exchange import Meeting, Range, Turn, begin_exchange, reaching
 
 _OP = "context_parallel_mixed_chunk"
 
@@ -142,11 +142,16 @@ def context_parallel_mixed_chunk(
     sums = torch.stack([linear_sums(lin_k[:, rows], v[:, rows], own) for rows in cuts.shared(context.rank)])
     turn = Turn(1, ((0, v.shape[0]),) * context.size, 0, (len(sums),) * context.size)
     meeting = Meeting(call.context, 1)
-    (everyone,) = exchange(meeting, (sums,), [turn], [needed])
-    assert everyone is not None
-    whole = _Whole(cuts, context.rank, lengths, own, everyone)
-    out = (_causal if causal else _bidirectional)(call, whole)
-    return reaching(meeting, out, everyone) if needed else out
+    _, arrival = begin_exchange(meeting, (sums,), [turn], [needed])
+    whole = _Whole(cuts, context.rank, lengths, own)
+    if causal:
+        (everyone,) = arrival()
+        out = _causal(call, whole, everyone)
+    else:
+        parts = _local_parts(call, whole)  # while the sums are on their way
+        (everyone,) = arrival()
+        out = _bidirectional(call, whole, parts, everyone)
+    return reaching(meeting, [out], everyone)[0] if needed else out
 
 
 class _Whole(NamedTuple):
@@ -157,30 +162,28 @@ class _Whole(NamedTuple):
         rank: of the process.
         lengths: valid tokens of each whole row, or None.
         own: the same of this process's slice.
-        sums: those of all processes (R or 2R, B, S, E).
     """
 
     cuts: Cuts
     rank: int
     lengths: Tensor | None
     own: Tensor | None
-    sums: Tensor
 
-    def total(self, sequence: int, ranks: range) -> Tensor:
-        """The sums over a sequence's tokens in some processes (B, S, E), in the order of ranks."""
+    def total(self, sums: Tensor, sequence: int, ranks: range) -> Tensor:
+        """Of those of all processes (R or 2R, B, S, E), the sums over a sequence's tokens in some, in their order."""
         owners = [owner for rank in ranks for owner in self.cuts.owners(rank)]
-        first = ranks.start * len(self.sums) // len(self.cuts.slices)
-        return self.sums[[first + place for place, owner in enumerate(owners) if owner == sequence]].sum(0)
+        first = ranks.start * len(sums) // len(self.cuts.slices)
+        return sums[[first + place for place, owner in enumerate(owners) if owner == sequence]].sum(0)
 
 
-def _causal(call: Call, whole: _Whole) -> Tensor:
+def _causal(call: Call, whole: _Whole, sums: Tensor) -> Tensor:
     """The operation as ever, from the state that the processes before leave of the first sequence."""
     quad_q, quad_k, lin_q, lin_k, v, gate = call.tensors
     assert lin_k is not None
     assert v is not None
     cuts, rank = whole.cuts, whole.rank
     (first, last), (start, _) = cuts.sequences(rank), cuts.slices[rank]
-    kv, rows = whole.total(first, range(rank)), v.shape[0]
+    kv, rows = whole.total(sums, first, range(rank)), v.shape[0]
     if cuts.packed:
         rows = last - first + 1
         kv = F.pad(kv, (0, 0, 0, 0, 0, rows - 1))  # the others begin here
@@ -195,28 +198,38 @@ def _causal(call: Call, whole: _Whole) -> Tensor:
     return out
 
 
-def _bidirectional(call: Call, whole: _Whole) -> Tensor:
-    """The first and the last sequence with the sums of all, which the local part does not have; others as ever."""
+def _local_parts(call: Call, whole: _Whole) -> list[Tensor]:
+    """Of the first and of the last sequence the local part alone; of those between them all, as ever."""
     cuts, rank = whole.cuts, whole.rank
     options = {**call.options, **call.parameters}
-    (first, last), pieces = cuts.sequences(rank), []
-    shared = cuts.shared(rank)
-    for sequence, rows in zip(dict.fromkeys((first, last)), shared, strict=False):
-        quad_q, quad_k, lin_q, _, v, gate = (None if x is None else x[:, rows] for x in call.tensors)
+    (first, last), shared, parts = cuts.sequences(rank), cuts.shared(rank), []
+    for rows in shared[: last - first + 1]:
+        quad_q, quad_k, lin_q, _, v, _ = (None if x is None else x[:, rows] for x in call.tensors)
         assert lin_q is not None
         nothing = stand_in(lin_q, *lin_q.shape)
-        local = call.operation(quad_q, quad_k, nothing, nothing, v, **options, lengths=whole.own)
-        kv = whole.total(sequence, range(len(cuts.slices)))
-        tokens = cuts.bounds[sequence + 1] - cuts.bounds[sequence]
-        factor = linear_factor(options["lin_normalizer"], tokens, whole.lengths, kv)
-        activation = options["gate_activation"]
-        pieces.append(add_linear_part(local, lin_q, kv, gate, factor, whole.own, activation))
+        parts.append(call.operation(quad_q, quad_k, nothing, nothing, v, **options, lengths=whole.own))
     if last > first + 1:
         rows = slice(shared[0].stop, shared[1].start)
-        offsets = cuts.offsets(rank, (first + 1, last), whole.sums.device, rows.start)
-        within = (None if x is None else x[:, rows] for x in call.tensors)
-        pieces.insert(1, call.operation(*within, **options, cu_seqlens=offsets))
-    return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
+        within = [None if x is None else x[:, rows] for x in call.tensors]
+        offsets = cuts.offsets(rank, (first + 1, last), parts[0].device, rows.start)
+        parts.insert(1, call.operation(*within, **options, cu_seqlens=offsets))
+    return parts
+
+
+def _bidirectional(call: Call, whole: _Whole, parts: list[Tensor], sums: Tensor) -> Tensor:
+    """To the local parts of the first and of the last sequence, what the sums of all add."""
+    cuts, rank = whole.cuts, whole.rank
+    first, last = cuts.sequences(rank)
+    shared = cuts.shared(rank)
+    for place, sequence, rows in zip((0, -1), dict.fromkeys((first, last)), shared, strict=False):
+        _, _, lin_q, _, _, gate = (None if x is None else x[:, rows] for x in call.tensors)
+        assert lin_q is not None
+        kv = whole.total(sums, sequence, range(len(cuts.slices)))
+        tokens = cuts.bounds[sequence + 1] - cuts.bounds[sequence]
+        factor = linear_factor(call.options["lin_normalizer"], tokens, whole.lengths, kv)
+        activation = call.options["gate_activation"]
+        parts[place] = add_linear_part(parts[place], lin_q, kv, gate, factor, whole.own, activation)
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
 @dataclass(frozen=True)

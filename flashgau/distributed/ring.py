@@ -53,8 +53,10 @@ class Ring:
 
     def part(self, step: int) -> Part:
         """What its queries see of these."""
-        source = self.source(step)
-        return self.sight.part(self.context.rank, source) if self.sight.hops[source] >= step else NOTHING
+        source, sight = self.source(step), self.sight
+        if sight.hops[source] < step:
+            return NOTHING
+        return sight.part(sight.queries[self.context.rank], sight.keys[source])
 
     def within(self, step: int, part: Part, held: list[Tensor]) -> list[Tensor]:
         """A part of what the process has after these steps."""

@@ -69,19 +69,31 @@ class Sight:
     @cached_property
     def seen(self) -> tuple[Range, ...]:
         """For each process, the range of keys that any of its queries sees."""
-        (left, right), total = self.window, self.keys[-1][1]
-        offset, found = total - self.queries[-1][1], []
-        for start, stop in self.queries:
-            hi = total if right is None else min(max(0, stop + offset + right), total)
-            lo = 0 if left is None else min(max(0, start + offset - left), hi)
-            found.append((lo if start < stop else hi, hi))
-        return tuple(found)
+        return tuple(self.seen_by(queries) for queries in self.queries)
 
-    def part(self, rank: int, source: int | None = None) -> Part:
-        """What the queries of a process see, of the keys of one process or of all; perhaps nothing."""
-        (lo, hi), (start, stop) = self.seen[rank], self.queries[rank]
-        if source is not None:
-            lo, hi = max(lo, self.keys[source][0]), min(hi, self.keys[source][1])
+    def seen_by(self, queries: Range) -> Range:
+        """The range of keys that any of these queries sees."""
+        (left, right), total = self.window, self.keys[-1][1]
+        (start, stop), offset = queries, total - self.queries[-1][1]
+        hi = total if right is None else min(max(0, stop + offset + right), total)
+        lo = 0 if left is None else min(max(0, start + offset - left), hi)
+        return (lo if start < stop else hi, hi)
+
+    def within(self, queries: Range, keys: Range) -> Range:
+        """Those of these queries that see no other keys than these; the end of the range if there are none."""
+        (left, right), total = self.window, self.keys[-1][1]
+        (start, stop), offset = queries, total - self.queries[-1][1]
+        if keys[0] > 0:
+            start = stop if left is None else max(start, keys[0] + left - offset)
+        if keys[1] < total:
+            stop = start if right is None else min(stop, keys[1] - right - offset)
+        return (start, stop) if start < stop else queries[1:] * 2
+
+    def part(self, queries: Range, held: Range | None = None) -> Part:
+        """What queries see, of these keys or of all; perhaps nothing."""
+        (lo, hi), (start, stop) = self.seen_by(queries), queries
+        if held is not None:
+            lo, hi = max(lo, held[0]), min(hi, held[1])
         if lo >= hi:
             return replace(NOTHING, keys=(lo, lo))
         shift = stop + self.keys[-1][1] - self.queries[-1][1] - hi
