@@ -23,7 +23,7 @@ lint: $(INSTALLED)
 # The installed wheel is what users get, so that is what is type-checked.
 types: $(INSTALLED)
 	rm -rf build/wheel build/types && mkdir -p build
-	$(BIN)/python -m pip wheel -q --no-deps --wheel-dir build/wheel . ./instruments
+	$(BIN)/python -m pip wheel -q --no-deps --wheel-dir build/wheel . ./wheels/*/
 	for wheel in build/wheel/*.whl; do $(BIN)/python -m zipfile -e $$wheel build/types; done
 	cd build && MYPYPATH=types ../$(BIN)/mypy --config-file ../pyproject.toml -p flashgau
 
@@ -52,4 +52,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .matrix build instruments/build dist site .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info instruments/*.egg-info
+	rm -rf $(VENV) .matrix build wheels/*/build dist site .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info wheels/*/*.egg-info

@@ -13,7 +13,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import convert, distributed, integrations, kernels, models, nn, reference, testing, training, tuning
+    from . import convert, distributed, integrations, kernels, models, nn, reference, testing, tuning
+    from . import training as training
     from .bias import alibi_bias, rotary_bias, t5_bias
     from .ops.attention import attention
     from .ops.compare import Report, compare
@@ -47,7 +48,6 @@ __all__ = [
     "rotary_bias",
     "t5_bias",
     "testing",
-    "training",
     "tuning",
     "use_backend",
 ]
@@ -61,7 +61,6 @@ _SUBMODULES = (
     "nn",
     "reference",
     "testing",
-    "training",
     "tuning",
 )
 
@@ -79,6 +78,11 @@ _find_kernels_and_reference()
 
 def __getattr__(name: str) -> Any:
     # Everything loads when it is first used, torch included: the command line starts at once.
+    if name == "training":  # not in __all__: a wheel of its own, and `from flashgau import *` works without
+        from .extras import wheel
+
+        with wheel("training"):
+            return importlib.import_module(f"{__name__}.{name}")
     if name in _SUBMODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name in __all__:

@@ -1,12 +1,12 @@
 """Packages that only some uses need: flashgau alone has operations and kernels, an extra brings what goes beyond, and
-flashgau-instruments what executes and counts compiled kernels without a GPU."""
+two wheels more of its modules: flashgau-training, and flashgau-instruments, which executes and counts compiled kernels
+without a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-INSTALL = "pip install ./instruments, in a checkout"  # flashgau-instruments
+from typing import Literal
 
 
 class MissingExtra(ImportError):
@@ -37,23 +37,36 @@ def extra(name: str) -> Iterator[None]:
         raise MissingExtra(f"{module} is not installed: pip install 'flashgau[{name}]'", name=error.name) from error
 
 
+def install(name: Literal["instruments", "training"]) -> str:
+    """How to install the wheel of this name.
+
+    Example:
+        >>> install("training")
+        'pip install ./wheels/training, in a checkout'
+    """
+    return f"pip install ./wheels/{name}, in a checkout"
+
+
 @contextmanager
-def instruments() -> Iterator[None]:
-    """Inside, a module of flashgau that is not installed is one that flashgau-instruments brings.
+def wheel(name: Literal["instruments", "training"]) -> Iterator[None]:
+    """Inside, a module of flashgau that is not installed is one that this wheel brings.
+
+    Args:
+        name: without "flashgau-".
 
     Raises:
         MissingExtra: it is not installed.
 
     Example:
-        >>> with instruments():
-        ...     import flashgau.a_module_that_counts
+        >>> with wheel("training"):
+        ...     import flashgau.a_module_that_trains
         Traceback (most recent call last):
             ...
-        flashgau.extras.MissingExtra: flashgau-instruments is not installed: pip install ./instruments, in a checkout
+        flashgau.extras.MissingExtra: flashgau-training is not installed: pip install ./wheels/training, in a checkout
     """
     try:
         yield
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("flashgau."):
             raise
-        raise MissingExtra(f"flashgau-instruments is not installed: {INSTALL}", name=error.name) from error
+        raise MissingExtra(f"flashgau-{name} is not installed: {install(name)}", name=error.name) from error

@@ -5,8 +5,8 @@ import torch
 from typer.testing import CliRunner
 
 from flashgau.cli import doctor
-from flashgau.cli.instruments import demo
-from flashgau.cli.instruments import measuring as measure
+from flashgau.cli.training import demo
+from flashgau.cli.training import measuring as measure
 from flashgau.verification import checking as check
 from flashgau.verification.cases import all_cases
 

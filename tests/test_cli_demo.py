@@ -12,8 +12,8 @@ from cli_runs import few_cases, runner
 
 import flashgau
 from flashgau.cli import app, main
-from flashgau.cli.instruments import demo, report
-from flashgau.cli.instruments import measuring as measure
+from flashgau.cli.training import demo, report
+from flashgau.cli.training import measuring as measure
 
 facts = cli_runs.facts
 

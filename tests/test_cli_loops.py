@@ -60,7 +60,7 @@ def test_spills_outside_hot_loops_are_reported_not_failed(monkeypatch, capsys):
     monkeypatch.setattr(ahead, "compile_all", lambda jobs, processes: iter([dataclasses.replace(cold, loops=None)]))
     assert main(["compile", "--target", "sm_90", "--json"]) == 0
     assert capsys.readouterr().err.endswith("1 kernels spill; whether inside a hot loop, flashgau-instruments tells: "
-                                            "pip install ./instruments, in a checkout\n")  # fmt: skip
+                                            "pip install ./wheels/instruments, in a checkout\n")  # fmt: skip
     bad = dataclasses.replace(cold, ok=False, reason="9 spill instructions in a hot loop")
     monkeypatch.setattr(ahead, "compile_all", lambda jobs, processes: iter([bad]))
     assert main(["compile", "--target", "sm_90", "--loops"]) == 1

@@ -13,7 +13,7 @@ import pytest
 
 from flashgau.cli import main
 from flashgau.cli.console import with_outputs
-from flashgau.cli.instruments import demo
+from flashgau.cli.training import demo
 
 folder = cli_runs.folder
 small = cli_runs.small

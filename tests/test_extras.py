@@ -15,7 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 EXTRAS = ("cli", "plots", "models", "testing", "transformers")  # for users
-INSTRUMENTS = {"flashgau.cli.instruments", "flashgau.ptx", "flashgau.roof", "flashgau.sass"}  # in a wheel of their own
+# What is in wheels of its own.
+INSTRUMENTS = {"flashgau.cli.instruments", "flashgau.ptx", "flashgau.roof", "flashgau.sass"}
+TRAINING = {"flashgau.cli.training", "flashgau.training"}
 MODULES = {"typer": "cli", "rich": "cli", "matplotlib": "plots", "safetensors": "models", "hypothesis": "testing"}
 
 BLOCKER = """
@@ -78,7 +80,7 @@ def test_every_import_of_an_extra_names_it():
                 if (
                     extra is None
                     and wanted == "cli"
-                    and path.parent.name in ("cli", "instruments")
+                    and path.parent.name in ("cli", "instruments", "training")
                     and path.name != "__init__.py"
                 ):
                     continue  # `flashgau.cli` itself asks for them first
@@ -128,7 +130,7 @@ import flashgau.convert, flashgau.distributed, flashgau.integrations, flashgau.t
         ("rich", "from flashgau.cli import main"),
         ("matplotlib", "from flashgau.training import *; train(TrainConfig())"),
         ("matplotlib", "from flashgau.training.plots import loss_plot; loss_plot([], Path('x.png'), '')"),
-        ("matplotlib", "from flashgau.cli.instruments.report import loss_plot; loss_plot([])"),
+        ("matplotlib", "from flashgau.cli.training.report import loss_plot; loss_plot([])"),
         ("safetensors", "from flashgau.models import *; CausalLM(ModelConfig(dim=16, depth=1)).save('x')"),
         ("safetensors", "import flashgau.models; flashgau.models.load('pyproject.toml')"),
         ("hypothesis", "from flashgau.testing import sizes"),
@@ -178,13 +180,12 @@ def test_commands_tell_the_extra_in_one_line(module, arguments, tmp_path):
         ["check", "--execute", "sm_90", "--quick"],
         ["compile", "--loops", "--target", "sm_90"],
         ["compile", "--operations"],
-        ["demo", "--out", "nowhere"],
         ["tune", "--model", "--target", "sm_90", "--kernel", "attention_dq"],
     ],
 )
 def test_commands_tell_that_the_instruments_are_missing(arguments):
     done = run_without(INSTRUMENTS, COMMAND.format(arguments=["flashgau", *arguments], name="flashgau"))
-    expected = "flashgau: flashgau-instruments is not installed: pip install ./instruments, in a checkout\n"
+    expected = "flashgau: flashgau-instruments is not installed: pip install ./wheels/instruments, in a checkout\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
 
 
@@ -198,6 +199,43 @@ def test_everything_else_does_without_the_instruments(tmp_path):
     compiled = ["flashgau", "compile", "--target", "sm_90", "--kernel", "glu_forward", "--dtype", "bf16"]
     done = run_without(INSTRUMENTS, COMMAND.format(arguments=compiled, name="flashgau"))
     assert done.returncode == 0, done.stderr
+
+
+LINE = "flashgau-training is not installed: pip install ./wheels/training, in a checkout"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train", "--steps", "1", "--out", "nowhere"], ["train", "--help"], ["eval"], ["demo", "-h"]]
+)
+def test_commands_tell_that_training_is_missing(arguments):
+    done = run_without(TRAINING, COMMAND.format(arguments=["flashgau", *arguments], name="flashgau"))
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"flashgau: {LINE}\n")
+
+
+def test_everything_else_does_without_training(tmp_path):
+    """The help names every command; models that were saved are read, and of the checkpoint of a run it is told."""
+    code = f"""
+import torch
+from pathlib import Path
+from flashgau import *
+from flashgau.cli import main
+from flashgau.models import CausalLM, ModelConfig
+try:
+    from flashgau import training
+except ImportError as error:
+    assert str(error) == {LINE!r}
+CausalLM(ModelConfig(dim=16, depth=1, key_dim=16, chunk_size=16)).save("model.safetensors")
+Path("other.safetensors").write_bytes(b"of a run")
+assert main(["--help"]) == 0
+assert main(["sample", "model.safetensors", "--max-new", "3"]) == 0
+raise SystemExit(main(["sample", "other.safetensors"]))
+"""
+    done = run_without(TRAINING, f"import os; os.chdir({str(tmp_path)!r})\n{code}", PYTHONPATH=str(ROOT))
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"(?m)^  train  .*(?s:.*)^  eval  ", done.stdout), done.stdout
+    assert done.stderr.startswith("flashgau sample: load: other.safetensors is damaged"), done.stderr
+    assert done.stderr.endswith(f"; of a run: {LINE}\n"), done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("module", "extra"), [("rich", "bench"), ("matplotlib", "bench"), ("typer", "cli")])

@@ -2,10 +2,13 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -124,40 +127,66 @@ def listed(project: Path) -> set[str]:
     return set(ast.literal_eval(text[text.index("[", start) : text.index("]", start) + 1]))
 
 
-def test_every_package_is_shipped():
-    """Each directory with Python files is in the list of one of the two wheels."""
-    ours, instruments = listed(ROOT / "pyproject.toml"), listed(ROOT / "instruments" / "pyproject.toml")
-    here = {".".join(module_of(p)) for top in (PACKAGE, *ELSEWHERE.values()) for p in top.rglob("__init__.py")}
-    assert ours | instruments == here
-    assert not ours & instruments
+WHEELS = {path.parent.name: listed(path) for path in (ROOT / "wheels").glob("*/pyproject.toml")}
+
+
+def test_every_package_is_shipped_once():
+    """Each directory with Python files is in the list of one wheel."""
+    shipped = Counter(chain(listed(ROOT / "pyproject.toml"), *WHEELS.values()))
+    assert set(shipped.values()) == {1}
+    assert set(shipped) == {
+        ".".join(module_of(p)) for top in (PACKAGE, *ELSEWHERE.values()) for p in top.rglob("__init__.py")
+    }
     for top in (PACKAGE, *ELSEWHERE.values()):
         for path in top.rglob("*.py"):
             assert (path.parent / "__init__.py").exists(), f"{path.parent} is no package"
 
 
-def within_instruments(node: ast.AST) -> Iterator[ast.ImportFrom]:
-    """The imports that stand in a block `with instruments()`."""
-    for block in ast.walk(node):
-        if isinstance(block, ast.With) and ast.unparse(block.items[0]) == "instruments()":
-            yield from (one for one in ast.walk(block) if isinstance(one, ast.ImportFrom))
+def of_wheel(module: str) -> str | None:
+    """The wheel beside flashgau's that a module is in."""
+    return next((name for name, held in WHEELS.items() for one in held if f"{module}.".startswith(f"{one}.")), None)
 
 
-def test_what_needs_the_instruments_says_so():
-    """What is in flashgau's wheel takes from the other one only where a missing one is named."""
-    instruments = listed(ROOT / "instruments" / "pyproject.toml")
-    named = 0
+def beyond(node: ast.AST, package: list[str], wheel: str | None = None) -> Iterator[tuple[str, str | None]]:
+    """Each module of another wheel that code imports when it runs, with the wheel whose block it stands in."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from ((alias.name, wheel) for alias in child.names if of_wheel(alias.name))
+        elif isinstance(child, ast.ImportFrom):
+            base = ".".join(
+                [*package[: len(package) - child.level + 1], child.module or ""] if child.level else [child.module]
+            )
+            names = [base, *(f"{base}.{alias.name}" for alias in child.names)]
+            yield from ((name, wheel) for name in names[:1] if of_wheel(name))
+            yield from ((name, wheel) for name in names[1:] if of_wheel(name) and not of_wheel(base))
+        elif isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        elif isinstance(child, ast.With) and (found := re.fullmatch(r"wheel\('(\w+)'\)", ast.unparse(child.items[0]))):
+            yield from beyond(child, package, found[1])
+        else:
+            yield from beyond(child, package, wheel)
+
+
+def test_what_needs_another_wheel_says_so():
+    """What one wheel takes from another, but for flashgau's own, stands where a missing one is named."""
+    asking = set()
     for top in (PACKAGE, *ELSEWHERE.values()):
         for path in top.rglob("*.py"):
-            package = ".".join(module_of(path.parent / "__init__.py"))
-            if package in instruments:
-                continue
-            found = {name for name in imports(path) if any(f"{name}.".startswith(f"{one}.") for one in instruments)}
-            within = {one.module for one in within_instruments(ast.parse(path.read_text()))}
-            assert all(any(f"{name}.".startswith(f"{one}.") for one in within) for name in found), path.relative_to(
-                ROOT
-            )
-            named += bool(found)
-    assert named == 5  # the modules of check, compile, demo and tune, and what compiles ahead
+            package = module_of(path.parent / "__init__.py")
+            for module, wheel in beyond(ast.parse(path.read_text()), package):
+                if of_wheel(module) != of_wheel(".".join(package)):
+                    assert wheel == of_wheel(module), (
+                        f"{path.relative_to(ROOT)} imports {module} in the block of {wheel}"
+                    )
+                    asking.add((wheel, path.relative_to(ROOT).as_posix()))
+    assert asking == {
+        ("instruments", "flashgau/cli/check.py"),
+        ("instruments", "flashgau/cli/compile.py"),
+        ("instruments", "flashgau/cli/tune.py"),
+        ("instruments", "flashgau/tuning/ahead.py"),
+        ("training", "flashgau/cli/__init__.py"),
+        ("training", "flashgau/cli/sample.py"),
+    }
 
 
 def test_nothing_is_left_undone():

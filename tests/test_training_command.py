@@ -21,8 +21,8 @@ import typer
 from training_runs import bigram, outcome, write_tree
 from typer.testing import CliRunner
 
-from flashgau.cli.train import ProgressDisplay
-from flashgau.cli.train import train as train_command
+from flashgau.cli.training.train import ProgressDisplay
+from flashgau.cli.training.train import train as train_command
 from flashgau.models import KINDS, SIZES
 from flashgau.training import TrainConfig, load_model, train, trainer
 from flashgau.training.checkpoint import read_metadata

@@ -17,7 +17,7 @@ import torch
 
 from bench.claims.train import stepper
 from bench.memory import cpu_peak_growth
-from flashgau.extras import instruments
+from flashgau.extras import wheel
 
 WAVE = 264  # programs that run at a time on an sm_90: two on each of 132 multiprocessors
 
@@ -47,7 +47,7 @@ def traffic(target: str, width: int, length: int, rows: int | None) -> dict[str,
         caches catch all repeats; "shared", bytes of a program's shared memory; "rows" and "columns" of its blocks;
         "plain", bytes of operands of product, softmax and product.
     """
-    with instruments():
+    with wheel("instruments"):
         from flashgau.ptx import footprint
         from flashgau.roof.launches import Kernel, PyTorch, recording
     from flashgau.kernels import attention

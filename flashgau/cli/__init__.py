@@ -7,16 +7,16 @@ Nothing here imports PyTorch: a command does that when it runs, so `flashgau --h
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
-from flashgau.extras import MissingExtra, extra
+from flashgau.extras import MissingExtra, extra, wheel
 
 with extra("cli"):
     import rich  # noqa: F401  # which commands import when they print
     import typer
 
-from flashgau.cli import check, compile, convert, demo, doctor, eval, export, new_kernel, sample, train, tune
+from flashgau.cli import check, compile, convert, doctor, export, new_kernel, sample, tune
 from flashgau.cli.console import FAILURE, INTERRUPTED, USAGE, with_outputs
 
 __all__ = ["app", "main"]
@@ -32,6 +32,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _elsewhere() -> None:
+    """In the place of a command of flashgau-training, where that is not installed: says so, whatever it is given."""
+    with wheel("training"):
+        import flashgau.cli.training.train  # noqa: F401
 
 
 def _version(value: bool) -> None:
@@ -61,17 +67,31 @@ def flashgau(
         print(context.get_help())
 
 
+_train: Callable[..., None]
+_evaluate: Callable[..., None]
+_demo: Callable[..., None]
+_here: dict[str, Any] = {}
+try:
+    with wheel("training"):
+        from flashgau.cli.training.demo import demo as _demo
+        from flashgau.cli.training.eval import evaluate as _evaluate
+        from flashgau.cli.training.train import train as _train
+except MissingExtra:
+    _train = _evaluate = _demo = _elsewhere
+    _anything = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+    _here = {"context_settings": _anything}
+
 app.command(short_help="Versions, devices and backends of this machine.")(doctor.doctor)
 app.command(short_help="Hold every operation to the fp64 reference here.")(check.check)
 app.command(short_help="Compile every kernel for GPUs that are not there.")(compile.compile)
 app.command(short_help="Find the fastest launch configurations for this GPU.")(tune.tune)
 app.command("new-kernel", short_help="A Triton kernel of your own to begin from, and its test.")(new_kernel.new_kernel)
-app.command(short_help="Train a byte-level language model.")(train.train)
+app.command("train", short_help="Train a byte-level language model.", **_here)(_train)
 app.command(short_help="Text that a trained model writes.")(sample.sample)
-app.command("eval", short_help="Bits per byte of a text under a trained model.")(eval.evaluate)
+app.command("eval", short_help="Bits per byte of a text under a trained model.", **_here)(_evaluate)
 app.command(short_help="A trained model as a folder of transformers.")(export.export)
 app.command(short_help="Weights of FLASH-pytorch and GAU-alpha, from file to file.")(convert.convert)
-app.command(short_help="All of it in five minutes, with a report.")(demo.demo)
+app.command("demo", short_help="All of it in five minutes, with a report.", **_here)(_demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import typer
 
 from flashgau.cli.console import FAILURE, USAGE, dump_json, fail, make_console, make_table, seconds, usable_device
 from flashgau.cli.doctor import OPERATIONS
-from flashgau.extras import instruments
+from flashgau.extras import wheel
 
 if TYPE_CHECKING:
     import torch
@@ -137,7 +137,7 @@ def check(
                 "--execute runs Triton's kernels on the CPU: expected no --device, --backend, --thorough, --seed",
                 USAGE,
             )
-        with instruments():
+        with wheel("instruments"):
             from flashgau.cli.instruments.executed import executed
         executed(execute, op, dtype, quick, counts, out, processes, as_json)
         return

@@ -11,7 +11,7 @@ import typer
 
 from flashgau.cli import filters
 from flashgau.cli.console import FAILURE, USAGE, counted, dump_json, fail, failing, make_console, make_table
-from flashgau.extras import INSTALL, instruments
+from flashgau.extras import install, wheel
 
 if TYPE_CHECKING:
     from flashgau.tuning.ahead import Row
@@ -90,11 +90,11 @@ def compile(
     if operations:
         names = filters.words("sm_90" if target == TARGETS else target)
         chosen = filters.operations("compile", op), filters.dtypes("compile", dtype)
-        with instruments():
+        with wheel("instruments"):
             from flashgau.cli.instruments.operations import report
         return report(names, *chosen, processes, out, against, json)
     if loops:
-        with instruments():
+        with wheel("instruments"):
             from flashgau.cli.instruments import loops as loop_reports
     from flashgau import tables
     from flashgau.tuning import ahead
@@ -121,7 +121,7 @@ def compile(
     bad = [row for row in rows if not row.ok]
     if unknown := sum(row.loops is None and row.ok and row.spills > 0 for row in rows):
         print(
-            f"{unknown} kernels spill; whether inside a hot loop, flashgau-instruments tells: {INSTALL}",
+            f"{unknown} kernels spill; whether inside a hot loop, flashgau-instruments tells: {install('instruments')}",
             file=sys.stderr,
         )
     if loops:

@@ -22,7 +22,7 @@ from flashgau.cli.console import (
     seconds,
     usable_device,
 )
-from flashgau.extras import instruments
+from flashgau.extras import wheel
 
 if TYPE_CHECKING:
     import torch
@@ -214,7 +214,7 @@ def _rank(target: str, wanted: Wanted, top: int, as_json: bool) -> int:
         fail("tune", str(error).removeprefix("compile: "), USAGE)
     if not starts:
         fail("tune", NO_ENTRY, USAGE)
-    with instruments():
+    with wheel("instruments"):
         from flashgau.cli.instruments import ranking
     ranking.show(starts, ranking.rank(starts), top, as_json)
     return 0
@@ -275,7 +275,7 @@ def _tune(
 
 def _among(starts: list[Job], top: int) -> dict[Key, frozenset[Config]]:
     """The few candidates of each entry that the model ranks first."""
-    with instruments():
+    with wheel("instruments"):
         from flashgau.cli.instruments import ranking
     return ranking.best(starts, top)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from flashgau import tables
-from flashgau.extras import MissingExtra, instruments
+from flashgau.extras import MissingExtra, wheel
 from flashgau.kernels import common
 from flashgau.tables.config import Config
 from flashgau.tables.table import Key
@@ -161,7 +161,7 @@ def _inspect(name: str, target: str, kernel: Any) -> Compiled:
 def _loops(target: str, needs: compiler.Needs) -> tuple[HotLoop, ...] | None:
     """A kernel's hot loops; None without flashgau-instruments, which finds them."""
     try:
-        with instruments():
+        with wheel("instruments"):
             from flashgau.sass import Program, inspect
     except MissingExtra:
         return None

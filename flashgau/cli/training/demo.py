@@ -1,4 +1,4 @@
-"""What `flashgau demo` does: the whole package at work in five minutes, with a report to keep."""
+"""`flashgau demo`: the whole package at work in five minutes, with a report to keep."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +18,9 @@ from flashgau.cli import check, doctor
 from flashgau.cli.console import (
     FAILURE,
     INTERRUPTED,
+    USAGE,
     dump_json,
+    fail,
     failing,
     make_console,
     mebibytes,
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
-    from flashgau.cli.instruments.measuring import Point
+    from flashgau.cli.training.measuring import Point
 
 FACTS, REPORT, TRAINING = "demo.json", "report.html", "training"
 PROMPT = "def "
@@ -87,7 +89,7 @@ class Demo:
 
     def save(self) -> None:
         """Write what is known so far, as JSON and as a page; each file is replaced whole or not at all."""
-        from flashgau.cli.instruments.report import render
+        from flashgau.cli.training.report import render
         from flashgau.files import atomic_write
 
         self.facts["seconds"] = time.perf_counter() - self.began
@@ -158,7 +160,7 @@ class Demo:
 
     def train(self) -> None:
         """Train on the standard library's source for some minutes."""
-        from flashgau.cli.train import ProgressDisplay
+        from flashgau.cli.training.train import ProgressDisplay
         from flashgau.training import TrainConfig, train
 
         config = TrainConfig(
@@ -221,7 +223,7 @@ class Demo:
 
     def measure(self) -> None:
         """Time and memory of the three ways to mix tokens."""
-        from flashgau.cli.instruments.measuring import Sizes, measure
+        from flashgau.cli.training.measuring import Sizes, measure
 
         available = doctor.available_memory()
         longest = 2048 if self.quick else 8192
@@ -270,8 +272,25 @@ def tensor_bytes(value: Any) -> int:
     return sum(map(tensor_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
-def run(out: Path, minutes: float, quick: bool, as_json: bool) -> None:
-    """The command, with options that are right."""
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report; an older one is renamed.")] = Path("runs/demo"),
+    minutes: Annotated[float, typer.Option(help="How long to train.", metavar="MINUTES")] = 2.5,
+    quick: Annotated[bool, typer.Option("--quick", help="Everything, in less than a minute.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+) -> None:
+    """See it all in five minutes: checks, training, a sample, time and memory against length, and a report.
+
+    The page OUT/report.html holds everything, plots included; OUT/demo.json has its numbers and OUT/training the
+    trained model. Ctrl-C ends the demo with a report of what was done.
+
+    \b
+    Examples:
+      flashgau demo
+      flashgau demo --minutes 10 --out runs/longer
+      flashgau demo --quick
+    """
+    if not 0 < minutes < math.inf:
+        fail("demo", f"--minutes is {minutes}; expected a positive number", USAGE)
     # All that it needs, before minutes of work rather than after them.
     with extra("plots"):
         import matplotlib  # noqa: F401
