@@ -234,7 +234,7 @@ raise SystemExit(main(["sample", "other.safetensors"]))
     assert done.returncode == 1, done.stderr
     assert re.search(r"(?m)^  train  .*(?s:.*)^  eval  ", done.stdout), done.stdout
     assert done.stderr.startswith("flashgau sample: load: other.safetensors is damaged"), done.stderr
-    assert done.stderr.endswith(f"; of a run: {LINE}\n"), done.stderr
+    assert done.stderr.endswith(f"; for checkpoints of runs: {LINE}\n"), done.stderr
     assert done.stderr.count("\n") == 1
 
 

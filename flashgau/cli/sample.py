@@ -52,7 +52,7 @@ def open_checkpoint(command: str, path: Path, device: str) -> tuple[Any, TrainCo
                 with wheel("training"):
                     from flashgau import training
             except MissingExtra as missing:
-                fail(command, f"{error}; of a run: {missing}")
+                fail(command, f"{error}; for checkpoints of runs: {missing}")
             model, config = training.load_model(path, where), training.load_config(path)
     if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
         fail(command, f"{path} holds weights that are infinite or no numbers")
