@@ -41,6 +41,7 @@ LAYERS: dict[str, Any] = {
         WIDTH, key_dim=4, chunk_size=4, causal=True, spec="lucidrains", token_shift=True
     ),
     "mixed chunk": lambda: MultiHeadMixedChunk(WIDTH, 6, kv_heads=2, chunk_size=4, causal=True),
+    "mixed chunk, biased": lambda: MultiHeadMixedChunk(WIDTH, 3, chunk_size=4, causal=True, score="laplace"),
     "mixed chunk, both ways": lambda: MultiHeadMixedChunk(WIDTH, 3, chunk_size=4, rotary_dim=0, bias="t5"),
 }
 CHUNKED = ("flash", "mixed")  # how names begin
@@ -112,7 +113,7 @@ def test_layers_equal_those_of_one_process(name: str, group: str, world: World) 
     if not name.startswith(UNPACKED):
         for cuts in CUTS[group][:2] + ANYWHERE[group]:
             check_equal(world, name, x[:1], cuts, group, cu_seqlens=BOUNDS)
-    if name.startswith("flash"):
+    if chunked:
         for cuts in {"all": [[3, 14], [7, 7]], "pair": [[7], [10]]}[group]:  # between the chunks of 4 of the sequences
             check_equal(world, name, x[:1], cuts, group, cu_seqlens=BOUNDS)
 
@@ -123,8 +124,8 @@ def test_models_equal_those_of_one_process(name: str, world: World) -> None:
     for group in ("all", "pair"):
         check_equal(world, name, tokens, CUTS[group][0], group)
         check_equal(world, name, tokens, CUTS[group][1], group, lengths=LENGTHS)
-    if not name.startswith(("flash,", "mc")):
-        check_equal(world, name, tokens[:1], ANYWHERE["pair"][0], "pair", cu_seqlens=BOUNDS)
+    chunked = name.startswith(("flash,", "mc"))
+    check_equal(world, name, tokens[:1], [7] if chunked else ANYWHERE["pair"][0], "pair", cu_seqlens=BOUNDS)
 
 
 @pytest.mark.parametrize("kind", ["flash", "flash-quad", "transformer++", "mc-tfm++"])
@@ -165,7 +166,7 @@ def test_with_checkpointing_a_process_keeps_its_share(kind: str, world: World) -
             [8],
             None,
             {"cu_seqlens": BOUNDS},
-            ["MultiHeadMixedChunk: `cu_seqlens` and `spread` together; expected one of them"] * 2,
+            ["MultiHeadMixedChunk: `x` has B = 2 rows; expected B = 1"] * 2,
         ),
     ],
 )

@@ -218,6 +218,11 @@ ORDERS = [  # of three processes with 8 tokens each: what each does in the call,
     ("attention", {"by": "ring"}, ["scwscwc scwscwscwsw"] * 3),
     ("mixed_chunk_attention", {"chunk_size": 4}, ["scw scw"] * 3),
     ("mixed_chunk_attention", {"chunk_size": 4, "causal": True}, ["swc csw"] * 3),  # from a state, which has to come
+    (  # in the first process a sequence begins that needs none
+        "mixed_chunk_attention",
+        {"chunk_size": 4, "causal": True, "cu_seqlens": torch.tensor([0, 4, 24])},
+        ["scwc cscw", "swc csw", "swc csw"],
+    ),
 ]
 
 

@@ -573,6 +573,10 @@ ERRORS = {
     "normalizer": (lambda: gau(normalizer="columns"), "GAU: `normalizer` is 'columns'; expected 'keys', 'row' or"),
     "normalizer-softmax": (lambda: gau(score="softmax", normalizer=3.0), "a softmax has its own"),
     "score-mixed": (lambda: mixed(score="softmax"), "MultiHeadMixedChunk: `score` is 'softmax'"),
+    "packed-rows-mixed": (
+        lambda: mixed()(x3.expand(2, 3, DIM), cu_seqlens=torch.tensor([0, 3])),
+        "MultiHeadMixedChunk: `x` has B = 2 rows; expected B = 1 with `cu_seqlens`",
+    ),
     "dropout": (lambda: mha(dropout=1.5), r"MultiHeadAttention: `dropout` is 1.5; expected a probability in \[0, 1\]"),
     "qk-dropout": (lambda: gau(qk_dropout=-1.0), "GAU: `qk_dropout` is -1.0"),
 }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -81,7 +82,8 @@ def context_parallel_mixed_chunk(
         rel_bias: (..., 2P-1), broadcastable to (B, 2P-1), whole in every process, P >= C. Its gradient in a process is
             that of the process's chunks: the sum over the processes is the gradient.
         lengths: (B,) valid tokens of each whole row.
-        cu_seqlens: (G+1,) offsets in the whole row. The host reads them.
+        cu_seqlens: (G+1,) offsets in the whole row, which the host reads. Here B may be more than 1: of rows that are
+            packed alike, as the heads of a layer are, and have one bias.
         backend: "triton", "eager", "reference" or None for the best that can run.
 
     Returns:
@@ -111,7 +113,7 @@ def context_parallel_mixed_chunk(
     heads = {"quad_q": quad_q, "quad_k": quad_k, "lin_q": lin_q, "lin_k": lin_k}
     call = Call(
         context,
-        mixed_chunk_attention,
+        _of_rows,
         slices={**{name: (x, "B N S") for name, x in heads.items()}, "v": (v, "B N E"), "gate": (gate, "B N E")},
         options={
             "gate_activation": gate_activation, "chunk_size": chunk_size, "score": score, "causal": causal,
@@ -123,7 +125,10 @@ def context_parallel_mixed_chunk(
 
     call, agreed = call.agree(lambda: call.note(call.check(), {"gate": digest(gate is None)}, {}))
     args, slices = call.whole(agreed), ranges(agreed["N"])
-    args.sequences(lengths, cu_seqlens)
+    if cu_seqlens is None:
+        args.sequences(lengths, None)
+    else:
+        args.offsets("cu_seqlens", cu_seqlens, args.sizes["N"], "N")
     # A row of no sequences has one without tokens.
     bounds = [0, slices[-1][1]] if cu_seqlens is None or len(cu_seqlens) == 1 else cu_seqlens.tolist()
     cuts = Cuts(tuple(bounds), slices, cu_seqlens is not None)
@@ -143,15 +148,23 @@ def context_parallel_mixed_chunk(
     turn = Turn(1, ((0, v.shape[0]),) * context.size, 0, (len(sums),) * context.size)
     meeting = Meeting(call.context, 1)
     _, arrival = begin_exchange(meeting, (sums,), [turn], [needed])
-    whole = _Whole(cuts, context.rank, lengths, own)
-    if causal:
-        (everyone,) = arrival()
-        out = _causal(call, whole, everyone)
-    else:
-        parts = _local_parts(call, whole)  # while the sums are on their way
-        (everyone,) = arrival()
-        out = _bidirectional(call, whole, parts, everyone)
+    out, everyone = (_causal if causal else _bidirectional)(call, _Whole(cuts, context.rank, lengths, own), arrival)
     return reaching(meeting, [out], everyone)[0] if needed else out
+
+
+@wraps(mixed_chunk_attention)  # errors speak of that
+def _of_rows(*tensors: Tensor | None, cu_seqlens: Any = None, **options: Any) -> Tensor:
+    """`mixed_chunk_attention` of several rows that are packed alike: as one row, one behind the other."""
+    given = tensors[4]
+    assert given is not None
+    rows, count, _ = given.shape
+    if rows != 1 and isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and len(cu_seqlens):
+        first = torch.arange(rows, device=cu_seqlens.device)[:, None] * count + cu_seqlens[:-1]
+        cu_seqlens = torch.cat((first.flatten(), first.new_full((1,), rows * count)))
+        tensors = tuple(None if x is None else x.reshape(1, rows * count, x.shape[-1]) for x in tensors)
+    operation: Callable[..., Any] = mixed_chunk_attention
+    out: Tensor = operation(*tensors, cu_seqlens=cu_seqlens, **options)
+    return out.reshape(given.shape)
 
 
 class _Whole(NamedTuple):
@@ -176,60 +189,75 @@ class _Whole(NamedTuple):
         return sums[[first + place for place, owner in enumerate(owners) if owner == sequence]].sum(0)
 
 
-def _causal(call: Call, whole: _Whole, sums: Tensor) -> Tensor:
-    """The operation as ever, from the state that the processes before leave of the first sequence."""
-    quad_q, quad_k, lin_q, lin_k, v, gate = call.tensors
+def _causal(call: Call, whole: _Whole, arrival: Callable[[], list[Tensor]]) -> tuple[Tensor, Tensor]:
+    """The first sequence from the state that the processes before leave of it, once that has come; before, all others.
+
+    Returns:
+        The result, and the sums of all processes.
+    """
+    cuts, rank = whole.cuts, whole.rank
+    (first, last), (start, stop), head = cuts.sequences(rank), cuts.slices[rank], cuts.shared(rank)[0].stop
+    own, rest = _split(call, [head, stop - start - head])
+    others = [_packed(call, whole, rest, (first + 1, last + 1), head)] if last > first else []
+    (sums,) = arrival()
+    lin_k, v = own[3:5]
     assert lin_k is not None
     assert v is not None
-    cuts, rank = whole.cuts, whole.rank
-    (first, last), (start, _) = cuts.sequences(rank), cuts.slices[rank]
-    kv, rows = whole.total(sums, first, range(rank)), v.shape[0]
-    if cuts.packed:
-        rows = last - first + 1
-        kv = F.pad(kv, (0, 0, 0, 0, 0, rows - 1))  # the others begin here
     size = call.options["chunk_size"]
-    state = MixedChunkState.empty(rows, lin_k.shape[-1], v.shape[-1], size, dtype=v.dtype, device=v.device)
-    position = state.position.clone()
-    position[: 1 if cuts.packed else rows] = start - cuts.bounds[first]
-    state = replace(state, kv=kv, position=position)
-    offsets = cuts.offsets(rank, (first, last + 1), v.device)
-    options = {**call.options, **call.parameters, "lengths": whole.own, "cu_seqlens": offsets}
-    out: Tensor = call.operation(quad_q, quad_k, lin_q, lin_k, v, gate, initial_state=state, **options)
-    return out
+    state = MixedChunkState.empty(len(v), lin_k.shape[-1], v.shape[-1], size, dtype=v.dtype, device=v.device)
+    position = torch.full_like(state.position, start - cuts.bounds[first])
+    state = replace(state, kv=whole.total(sums, first, range(rank)), position=position)
+    options = {**call.options, **call.parameters, "lengths": whole.own, "initial_state": state}
+    out: Tensor = call.operation(*own, **options)
+    return torch.cat([out, *others], 1) if others else out, sums
 
 
-def _local_parts(call: Call, whole: _Whole) -> list[Tensor]:
-    """Of the first and of the last sequence the local part alone; of those between them all, as ever."""
+def _bidirectional(call: Call, whole: _Whole, arrival: Callable[[], list[Tensor]]) -> tuple[Tensor, Tensor]:
+    """The local part of the first and of the last sequence, to which the sums add theirs; others as ever, before.
+
+    Returns:
+        The result, and the sums of all processes.
+    """
     cuts, rank = whole.cuts, whole.rank
+    (first, last), shared = cuts.sequences(rank), cuts.shared(rank)
+    (start, stop), head = cuts.slices[rank], shared[0].stop
+    tail = shared[-1].start if last > first else stop - start
+    parts = _split(call, [head, tail - head, stop - start - tail])
     options = {**call.options, **call.parameters}
-    (first, last), shared, parts = cuts.sequences(rank), cuts.shared(rank), []
-    for rows in shared[: last - first + 1]:
-        quad_q, quad_k, lin_q, _, v, _ = (None if x is None else x[:, rows] for x in call.tensors)
+    ends = {0: first, 2: last} if last > first else {0: first}
+    found: dict[int, Tensor] = {}
+    for place in ends:
+        quad_q, quad_k, lin_q, _, v, _ = parts[place]
         assert lin_q is not None
         nothing = stand_in(lin_q, *lin_q.shape)
-        parts.append(call.operation(quad_q, quad_k, nothing, nothing, v, **options, lengths=whole.own))
+        found[place] = call.operation(quad_q, quad_k, nothing, nothing, v, **options, lengths=whole.own)
     if last > first + 1:
-        rows = slice(shared[0].stop, shared[1].start)
-        within = [None if x is None else x[:, rows] for x in call.tensors]
-        offsets = cuts.offsets(rank, (first + 1, last), parts[0].device, rows.start)
-        parts.insert(1, call.operation(*within, **options, cu_seqlens=offsets))
-    return parts
-
-
-def _bidirectional(call: Call, whole: _Whole, parts: list[Tensor], sums: Tensor) -> Tensor:
-    """To the local parts of the first and of the last sequence, what the sums of all add."""
-    cuts, rank = whole.cuts, whole.rank
-    first, last = cuts.sequences(rank)
-    shared = cuts.shared(rank)
-    for place, sequence, rows in zip((0, -1), dict.fromkeys((first, last)), shared, strict=False):
-        _, _, lin_q, _, _, gate = (None if x is None else x[:, rows] for x in call.tensors)
+        found[1] = _packed(call, whole, parts[1], (first + 1, last), head)
+    (sums,) = arrival()
+    for place, sequence in ends.items():
+        _, _, lin_q, _, _, gate = parts[place]
         assert lin_q is not None
         kv = whole.total(sums, sequence, range(len(cuts.slices)))
         tokens = cuts.bounds[sequence + 1] - cuts.bounds[sequence]
-        factor = linear_factor(call.options["lin_normalizer"], tokens, whole.lengths, kv)
-        activation = call.options["gate_activation"]
-        parts[place] = add_linear_part(parts[place], lin_q, kv, gate, factor, whole.own, activation)
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        factor = linear_factor(options["lin_normalizer"], tokens, whole.lengths, kv)
+        activation = options["gate_activation"]
+        found[place] = add_linear_part(found[place], lin_q, kv, gate, factor, whole.own, activation)
+    return torch.cat([found[place] for place in sorted(found)], 1) if len(found) > 1 else found[0], sums
+
+
+def _split(call: Call, sizes: list[int]) -> list[tuple[Tensor | None, ...]]:
+    """The call's tensors, parts of so many tokens of each."""
+    none = (None,) * len(sizes)
+    return list(zip(*(none if x is None else x.split(sizes, 1) for x in call.tensors), strict=True))
+
+
+def _packed(call: Call, whole: _Whole, part: tuple[Tensor | None, ...], sequences: Range, skipped: int) -> Tensor:
+    """The operation of sequences that begin in this process, behind its first so many tokens."""
+    ends = whole.cuts.offsets(whole.rank, sequences, skipped)
+    assert part[0] is not None
+    offsets = torch.tensor(ends, dtype=torch.int32, device=part[0].device)
+    out: Tensor = call.operation(*part, **call.options, **call.parameters, cu_seqlens=offsets)
+    return out
 
 
 @dataclass(frozen=True)
@@ -277,10 +305,7 @@ class Cuts:
         owners = [first if start < stop else -1, last if last > first else -1]
         return owners if self.packed else owners[:1]
 
-    def offsets(self, rank: int, sequences: Range, device: torch.device, skipped: int = 0) -> Tensor | None:
-        """Of these sequences in a process's tokens without the first few; None if the row is not packed."""
-        if not self.packed:
-            return None
+    def offsets(self, rank: int, sequences: Range, skipped: int) -> list[int]:
+        """Of these sequences in a process's tokens without the first few."""
         (start, stop), (first, last) = self.slices[rank], sequences
-        ends = [min(max(end, start + skipped), stop) - start - skipped for end in self.bounds[first : last + 1]]
-        return torch.tensor(ends, dtype=torch.int32, device=device)
+        return [min(max(end, start + skipped), stop) - start - skipped for end in self.bounds[first : last + 1]]

@@ -16,7 +16,7 @@ from .cache import check_memory, check_one_token
 from .initialise import linear
 from .multi_head_attention import check_heads
 from .rotary import RotaryEmbedding, packed_positions
-from .spread import Spread, check_spread, first_position
+from .spread import Spread, check_spread, checked, first_position
 
 
 class MultiHeadMixedChunk(nn.Module):
@@ -126,7 +126,7 @@ class MultiHeadMixedChunk(nn.Module):
             return_state: also give the state after the last valid token of each row.
             inplace: write `state`, which then is the state after, too; without gradients.
             spread: x is this process's slice of sequences that are spread over several processes
-                (`flashgau.distributed.spread_tokens`); lengths speak of the whole, and cu_seqlens are refused.
+                (`flashgau.distributed.spread_tokens`); lengths and cu_seqlens speak of the whole.
 
         Returns:
             (B, N, d), or that and the state. Rows of padding hold finite numbers without meaning.
@@ -144,24 +144,23 @@ class MultiHeadMixedChunk(nn.Module):
             raise ValueError("MultiHeadMixedChunk: `inplace` is True without a `state`, which it would write")
         operation = self.attention_fn
         if spread is not None:
-            # The heads of packed sequences lie in one row, which no slice of the tokens is a slice of.
-            given = {"cu_seqlens": cu_seqlens, "state": state, "return_state": return_state}
+            given = {"state": state, "return_state": return_state}
             check_spread("MultiHeadMixedChunk", spread, x, attention_fn=operation, **given)
             operation = spread.mixed_chunk_attention
         batch, n, _ = x.shape
+        checked(spread, lambda: self._check_packed(batch, cu_seqlens))
         if state is not None:
             check_memory("MultiHeadMixedChunk", "state", state, MixedChunkState, batch * self.heads, x)
-        q, k, v = self._project(
-            x, first_position(spread) if state is None else state.position[:: self.heads], cu_seqlens
-        )
+        start: int | Tensor = first_position(spread) if state is None else state.position[:: self.heads]
+        q, k, v = self._project(x, start, cu_seqlens)
         bias = None if self.rel_bias is None else self.rel_bias(self.chunk_size)
         options: dict[str, Any] = {"score": self.score, "rel_bias": bias}
         result: Any
         if state is not None and lengths is None and n == 1 and operation is None:  # in constant time
             result = mixed_chunk_step(q, k, q, k, v, state=state, inplace=inplace, **options)
         else:
-            bounds = None
-            if cu_seqlens is not None:
+            bounds = cu_seqlens
+            if cu_seqlens is not None and spread is None:  # over several processes, rows may be packed alike
                 # The heads' sequences follow one another in one row.
                 q, k, v = (t.reshape(1, self.heads * n, self.head_dim) for t in (q, k, v))
                 first = torch.arange(self.heads, device=x.device)[:, None] * n + cu_seqlens[:-1]
@@ -182,12 +181,19 @@ class MultiHeadMixedChunk(nn.Module):
         y, after = self(x, state=state, return_state=True, inplace=inplace)
         return y, after
 
+    def _check_packed(self, rows: int, cu_seqlens: Tensor | None) -> None:
+        if cu_seqlens is not None and rows != 1:
+            raise ValueError(f"MultiHeadMixedChunk: `x` has B = {rows} rows; expected B = 1 with `cu_seqlens`")
+
     def _project(self, x: Tensor, start: int | Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, each (B H, N, D)."""
         heads = self.to_qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_dim)).transpose(1, 2)
         qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         if self.rotary is not None:
-            positions = None if cu_seqlens is None else packed_positions(x.shape[1], cu_seqlens)
+            positions = None
+            if cu_seqlens is not None:
+                assert isinstance(start, int)  # no state goes with packed sequences
+                positions = packed_positions(x.shape[1], cu_seqlens, start)
             qk = self.rotary(qk, start, positions)
         q, k = qk.split((self.heads, self.kv_heads), dim=1)
         group = self.heads // self.kv_heads
