@@ -25,7 +25,7 @@ types: $(INSTALLED)
 	rm -rf build/wheel build/types && mkdir -p build
 	$(BIN)/python -m pip wheel -q --no-deps --wheel-dir build/wheel . ./wheels/*/
 	for wheel in build/wheel/*.whl; do $(BIN)/python -m zipfile -e $$wheel build/types; done
-	cd build && MYPYPATH=types ../$(BIN)/mypy --config-file ../pyproject.toml -p flashgau
+	cd build && MYPYPATH=types ../$(BIN)/mypy --config-file ../pyproject.toml -p flashgau -m flashgau_transformers
 
 # Needs pyright as well: .venv/bin/python -m pip install 'pyright[nodejs]'
 completeness: types

@@ -127,7 +127,12 @@ def listed(project: Path) -> set[str]:
     return set(ast.literal_eval(text[text.index("[", start) : text.index("]", start) + 1]))
 
 
-WHEELS = {path.parent.name: listed(path) for path in (ROOT / "wheels").glob("*/pyproject.toml")}
+# Of the wheels beside flashgau's; that of a module by itself has no packages.
+WHEELS = {
+    path.parent.name: listed(path)
+    for path in (ROOT / "wheels").glob("*/pyproject.toml")
+    if "packages = [" in path.read_text()
+}
 
 
 def test_every_package_is_shipped_once():

@@ -95,6 +95,7 @@ def test_every_module_and_table_is_in_one_wheel(built):
     sources = {path.relative_to(ROOT).as_posix(): path for path in ROOT.glob("flashgau/**/*")}
     for folder in ("kernels", "reference"):
         sources |= {f"flashgau/{path.relative_to(ROOT).as_posix()}": path for path in ROOT.glob(f"{folder}/**/*")}
+    sources |= {path.name: path for path in ROOT.glob("wheels/*/flashgau_*.p*")}
     wanted = {name for name, path in sources.items() if path.is_file() and path.suffix not in (".pyc", ".md")}
     assert sorted(shipped) == sorted(wanted)
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from small_models import VARIANTS, causal, config, stirred, tokens
 from test_extras import run_without
 from torch import nn
+from transformers_wheel import hooked  # noqa: F401  # a fixture
 
 from flashgau.models import CausalLM, Encoder, MaskedLM, ModelConfig
 
@@ -310,6 +311,17 @@ def test_without_transformers_the_command_says_so(run, tmp_path):
     assert "flashgau[transformers]" in done.stderr
 
 
+FOUND = """
+import sys, site
+site.addsitedir(sys.argv[2])
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+assert not any(name.split(".")[0] == "flashgau" for name in sys.modules)
+assert AutoConfig.from_pretrained(sys.argv[1]).model_type == "flashgau"
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+print(tokenizer("caf\\u00e9").input_ids)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(model.generate(**tokenizer("caf\\u00e9", return_tensors="pt"), max_new_tokens=6, do_sample=False).tolist()[0])
+"""
 LOADING = """
 import sys, warnings
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -326,16 +338,15 @@ print(model.generate(**tokenizer("caf\\u00e9", return_tensors="pt"), max_new_tok
 """
 
 
-def loaded_elsewhere(folder, native):
-    """Load and generate in a process of its own: transformers has no way for a package to announce a model without
-    an import, so that one is needed, and enough; the tokenizer needs none."""
-    done = subprocess.run(
-        [sys.executable, "-c", LOADING, str(folder)], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
+def loaded_elsewhere(folder, native, place):
+    """Load and generate in processes of their own: with flashgau-transformers nothing is imported by name. Without it,
+    transformers has no way for a package to announce a model, so one import is needed, and enough; the tokenizer needs
+    none."""
     prompt = list("caf\u00e9".encode())
     new = native.generate(torch.tensor([prompt]), 6, temperature=0).tolist()[0]
-    assert done.stdout.splitlines() == [str(prompt), "True", str(prompt + new)]
+    for code, expected in ((FOUND, [prompt, prompt + new]), (LOADING, [prompt, True, prompt + new])):
+        status, printed, said = python(code, folder, place)
+        assert (status, printed.splitlines()) == (0, list(map(str, expected))), said
 
 
 def tuned(model, folder, **options):
@@ -351,7 +362,7 @@ def tuned(model, folder, **options):
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
-def test_train_export_load_generate_tune_save_and_load(tmp_path, monkeypatch):
+def test_train_export_load_generate_tune_save_and_load(tmp_path, monkeypatch, hooked):  # noqa: F811
     from flashgau.training import TrainConfig, load_model, train, trainer
 
     tiny = ModelConfig(dim=16, depth=2, key_dim=8, chunk_size=8)
@@ -365,7 +376,7 @@ def test_train_export_load_generate_tune_save_and_load(tmp_path, monkeypatch):
         )
     )  # fmt: skip
     assert command(tmp_path / "run", tmp_path / "exported")[0] == 0
-    loaded_elsewhere(tmp_path / "exported", load_model(tmp_path / "run" / "best.safetensors"))
+    loaded_elsewhere(tmp_path / "exported", load_model(tmp_path / "run" / "best.safetensors"), hooked)
     pytest.importorskip("accelerate")  # which Trainer needs
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     losses = tuned(model, tmp_path / "tuned", gradient_checkpointing=True)

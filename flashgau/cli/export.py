@@ -19,7 +19,8 @@ def export(
 ) -> None:
     """Write a trained model as a folder that `from_pretrained` of Hugging Face transformers loads, with a tokenizer.
 
-    The tokenizer needs no code of flashgau; the model needs `import flashgau.integrations.transformers` before.
+    The tokenizer needs no code of flashgau; the model needs `import flashgau.integrations.transformers` before, or
+    flashgau-transformers installed.
 
     \b
     Examples:
