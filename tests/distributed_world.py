@@ -5,16 +5,13 @@ Calls go to all of them, which are the default group, to the first three, or to 
 
 from __future__ import annotations
 
-import os
 import pickle
 import subprocess
-import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import wraps
 from itertools import pairwise
 from multiprocessing.connection import Connection, Pipe
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -23,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checks import outputs
+from started import finish, killed_at_the_end, started
 from strategies import Call, randn, run
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -291,34 +289,20 @@ class World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("world")
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import distributed_world as here;"
-        "here.work(int(sys.argv[2]), *sys.argv[3:])"
-    )
-    connections, workers = [], []
-    try:
+    connections: list[Connection] = []
+    workers: list[subprocess.Popen[str]] = []
+    with killed_at_the_end(workers):
         for rank in range(4):
             ours, theirs = Pipe()
-            arguments = [str(Path(__file__).parent), str(rank), str(folder), str(theirs.fileno())]
-            worker = subprocess.Popen(
-                [sys.executable, "-c", code, *arguments],
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                pass_fds=[theirs.fileno()],
-            )
+            handle = theirs.fileno()
+            workers.append(started("distributed_world", rank, folder, handle, pass_fds=[handle]))
             theirs.close()  # so that only the worker holds it, and its end is noticed
             connections.append(ours)
-            workers.append(worker)
         yield World(connections, workers)
         for connection in connections:
             tell(connection, None)
-        errors = [worker.communicate(timeout=300)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0] * 4, "\n".join(errors)
-    assert "Warning" not in "".join(errors), errors
+        said = finish(workers, 300)
+    assert "Warning" not in said, said
 
 
 @pytest.fixture

@@ -1,14 +1,11 @@
 """Language models: loss, masked tokens, integers of every type, and models over several processes."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from small_models import TIGHT, VOCAB, causal, config, stirred, tokens
+from started import finish, started
 
 from flashgau.models import KINDS, CausalLM, MaskedLM, mask_tokens
 
@@ -93,7 +90,7 @@ def test_loss_runs_what_was_compiled():
     assert len(graphs) == 1
 
 
-def shard_and_compare(rank, folder):
+def work(rank, folder):
     """What each of two processes does: every method of a model sharded by FSDP2 beside the whole one."""
     from torch.distributed.fsdp import fully_shard
 
@@ -128,22 +125,7 @@ def shard_and_compare(rank, folder):
 
 
 def test_methods_of_a_sharded_model_are_those_of_the_whole(tmp_path):
-    code = (
-        "import sys; sys.path[:0] = [sys.argv[1]]; import test_models_loss; "
-        "test_models_loss.shard_and_compare(int(sys.argv[2]), sys.argv[3])"
-    )
-    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True, env=environment)
-        for rank in range(2)
-    ]
-    try:
-        errors = [worker.communicate(timeout=300)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
+    finish([started("test_models_loss", rank, tmp_path) for rank in range(2)], 300)
     assert not (tmp_path / "model").exists()
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from started import killed_at_the_end, started
 from torch import nn
 from training_runs import at_step, interrupt
 from typer.testing import CliRunner
@@ -122,9 +123,10 @@ def lose_one(rank: int, folder: Path, port: str) -> None:
     (folder / "still.json").write_text(json.dumps({"code": said.exit_code, "said": said.stderr}))
 
 
-def work(rank: int, folder: Path, port: str) -> None:
+def work(rank: int, place: str, port: str) -> None:
     """One of the two processes: every run in turn, and what became of it as JSON. The second one does not come back."""
     torch.set_num_threads(1)
+    folder = Path(place)
     trainer.loss_plot = lambda rows, path, title: path.write_bytes(b"plot")
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=PAIR)
     results: list[dict[str, Any]] = []
@@ -185,26 +187,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory, quick_plots: None) -> tuple[P
     )
     (folder / "still.safetensors").write_bytes((folder / "still" / LAST).read_bytes())
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # which torchrun would keep
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import test_processes as here;"
-        "here.work(int(sys.argv[2]), here.Path(sys.argv[3]), sys.argv[4])"
-    )
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(Path(__file__).parent), str(rank), str(folder), str(store.port)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(PAIR)
-    ]
-    try:
+    workers = [started("test_processes", rank, folder, store.port) for rank in range(PAIR)]
+    with killed_at_the_end(workers):
         errors = [workers[0].communicate(timeout=600)[1]]
         workers[1].kill()  # it stands still
         errors.append(workers[1].communicate()[1])
-    finally:
-        for worker in workers:
-            worker.kill()
     assert [worker.returncode for worker in workers] == [0, -signal.SIGKILL], "\n".join(errors)
     assert not re.search("Warning|Error", "".join(errors)), errors
     return folder, [json.loads((folder / f"results{rank}.json").read_text()) for rank in range(PAIR)]
