@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flashgau.distributed.agreement import ranges, shares
+from flashgau.distributed.scan import Chain
 from flashgau.distributed.sight import Sight
 from flashgau.distributed.ways import Sent, Widths, bytes_of_gau, bytes_of_mixed_chunk, bytes_sent
 
@@ -77,9 +78,10 @@ def gau(gpus: int, tokens: int) -> Load:
 
 def mixed_chunk(gpus: int, tokens: int) -> Load:
     """Causal; its backward computes twice what the forward does."""
-    sent = bytes_of_mixed_chunk(1, (NARROW, WIDE), HALF, gpus, packed=False)
+    # The busiest process sends in every round, always to another node if there is one: the last of its own does.
+    sent = bytes_of_mixed_chunk(1, (NARROW, WIDE), HALF, len(Chain(tuple(range(gpus)), 1).rounds))
     per_token = 2 * CHUNK * (NARROW + WIDE) + 4 * NARROW * WIDE
-    return Load(3 * per_token * tokens / gpus, _of_one(sent, gpus), min(1, (NODE - 1) / (gpus - 1)))
+    return Load(3 * per_token * tokens / gpus, sum(sent), 0 if gpus > NODE else 1)
 
 
 def _slices(gpus: int, tokens: int) -> tuple[tuple[int, int], ...]:

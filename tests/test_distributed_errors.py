@@ -28,12 +28,17 @@ world = distributed_world.world
 
 
 def several_calls(group: str, *names: tuple[str, int]) -> list[list[Any]]:
-    """For each process of the group, the arguments of `several`: a call of each name, of this many tokens in all."""
+    """For each process of the group, the arguments of `several`: a call of each name, of this many tokens in all.
+
+    Behind the name of attention, by which way it goes.
+    """
     processes: list[list[Any]] = [[] for _ in MEMBERS[group]]
-    for place, (name, tokens) in enumerate(names):
-        call = example(name, torch.float64)
+    for place, (named, tokens) in enumerate(names):
+        name, *way = named.split(" by ")
+        call = example(name, torch.float64, **({"window": (5, None)} if way == ["window"] else {}))
         axis, kinds = AXES[name]
         options = {key: x for key, x in call.kwargs.items() if key not in ("lengths", "rel_bias")}
+        options |= {"by": way[0]} if way else {}
         cuts = CUTS[group]["q"]
         args = [torch.cat([x] * (tokens // 16), axis) * (place + 1) for x in call.args]
         for own, parts in zip(
@@ -51,6 +56,8 @@ TWICE = [
     (("mixed_chunk_attention", 16), ("mixed_chunk_attention", 32)),  # what is sent is of one size
     (("attention", 16), ("attention", 32)),
     (("gau_attention", 16), ("mixed_chunk_attention", 16)),
+    (("attention by window", 16), ("attention by window", 16)),
+    (("attention by ring", 16), ("attention by ring", 16)),
 ]
 
 

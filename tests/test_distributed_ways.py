@@ -13,7 +13,7 @@ import distributed_world
 import pytest
 import torch
 from checks import close, outputs
-from distributed_world import CUTS, FUNCTIONS, MEMBERS, World, example, spread
+from distributed_world import AXES, CUTS, FUNCTIONS, MEMBERS, World, example, pieces, spread
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import Call, attention_calls, randn
@@ -28,6 +28,7 @@ from test_distributed_equality import (
 )
 
 from flashgau.distributed.agreement import ranges
+from flashgau.distributed.mixed_chunk import Cuts
 from flashgau.distributed.ring import merged
 from flashgau.distributed.sight import Sight
 from flashgau.distributed.ways import (
@@ -187,7 +188,10 @@ def test_what_gated_attention_and_sums_send(world: World, group: str) -> None:
         for causal, offsets in product((True, False), (None, torch.tensor([0, 4, sum(tokens)]))):
             args = [[randn(0, 1, n, w) for w in (*[narrow] * 4, wide, wide)] for n in tokens]
             options = {"of": "mixed_chunk_attention", "chunk_size": 4, "causal": causal, "cu_seqlens": offsets}
-            formula = bytes_of_mixed_chunk(1, (narrow, wide), 4, len(tokens), offsets is not None)
+            bounds = (0, sum(tokens)) if offsets is None else tuple(offsets.tolist())
+            cuts = Cuts(bounds, ranges(tokens), offsets is not None)
+            messages = cuts.before.messages + (0 if causal else cuts.behind.messages)
+            formula = bytes_of_mixed_chunk(1, (narrow, wide), 4, messages)
             assert counted(world, group, args, options) == formula
 
 
@@ -216,12 +220,13 @@ ORDERS = [  # of three processes with 8 tokens each: what each does in the call,
     ("attention", LEFT | {"window": (8, None)}, ["scw scw", "swc csw", "swc csw"]),  # no query sees its slice alone
     ("attention", {"causal": True, "by": "ring"}, ["scwsw scwswswsw", "scwscw scwscwswsw", "scwscwc scwscwscwsw"]),
     ("attention", {"by": "ring"}, ["scwscwc scwscwscwsw"] * 3),
-    ("mixed_chunk_attention", {"chunk_size": 4}, ["scw scw"] * 3),
-    ("mixed_chunk_attention", {"chunk_size": 4, "causal": True}, ["swc csw"] * 3),  # from a state, which has to come
+    # In two rounds, of which the first is begun before.
+    ("mixed_chunk_attention", {"chunk_size": 4}, ["scwsw scwsw"] * 3),
+    ("mixed_chunk_attention", {"chunk_size": 4, "causal": True}, ["swswc cswsw"] * 3),  # a state has to come first
     (  # in the first process a sequence begins that needs none
         "mixed_chunk_attention",
         {"chunk_size": 4, "causal": True, "cu_seqlens": torch.tensor([0, 4, 24])},
-        ["scwc cscw", "swc csw", "swc csw"],
+        ["scwswc cscwsw", "swswc cswsw", "swswc cswsw"],
     ),
 ]
 
@@ -254,6 +259,18 @@ def test_low_precision_errs_no_more_than_one_process(world: World, way: str, dty
 @pytest.mark.parametrize("way", EXAMPLE)
 def test_gradients_that_one_process_alone_wants(world: World, way: str) -> None:
     check_alone(world, example("attention", torch.float64, **EXAMPLE[way]), by=way)
+
+
+@pytest.mark.parametrize("way", EXAMPLE)
+def test_results_without_gradients_are_the_same(world: World, way: str) -> None:
+    call = example("attention", torch.float64, **EXAMPLE[way])
+    axis, kinds = AXES[call.name]
+    parts = [pieces(x, axis, CUTS["all"][kind]) for x, kind in zip(call.args, kinds, strict=False)]
+    args, options = [list(own) for own in zip(*parts, strict=True)], [call.kwargs | {"by": way}] * 3
+    found = world.results(call.name, args, options, grad=[False] * 3)
+    expected, _, _ = spread(world, call, CUTS["all"], "all", own=[{"by": way}] * 3)
+    for place, whole in enumerate(expected):
+        close(torch.cat([results[place] for results, _ in found], axis), whole, ulps=0)
 
 
 @pytest.mark.parametrize("way", EXAMPLE)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, pairwise
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -180,46 +180,94 @@ def begin_exchange(
     Returns:
         The tensors' parts in each range, and what waits and returns what came. `reaching` must lead to some of it.
     """
-    traffic = _Traffic(meeting, tuple(turns), tuple(needed), tuple(kept), tuple(x.shape for x in tensors))
-    # A process that needs no gradient itself has a part in those of the others.
-    anchor = torch.zeros((), requires_grad=torch.is_grad_enabled() and any(needed))
-    token, *own = _Departure.apply(anchor, traffic, *tensors)
+    traffic = _Turns(meeting, tuple(needed), tuple(turns), tuple(kept), tuple(x.shape for x in tensors))
+    own, arrival = begin(traffic, tensors)
     count = len(tensors)
-    parts = [tuple(own[at : at + count]) for at in range(0, count * len(kept), count)]
-    return parts, lambda: list(_Arrival.apply(token, traffic))
+    return [tuple(own[at : at + count]) for at in range(0, count * len(kept), count)], arrival
 
 
-@dataclass
-class _Traffic:
-    """What the two ends of an exchange have in common.
+class Traffic(Protocol):
+    """What leaves this process, and what comes instead; backward, gradients of what came leave, and others come.
 
     Attributes:
         meeting: of the processes in the backward.
-        turns: of each tensor.
-        needs: for each, whether any process needs its gradient.
+        needs: for each tensor, whether any process needs its gradient.
+    """
+
+    meeting: Meeting
+    needs: tuple[bool, ...]
+
+    def leave(self, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        """Begin to send; what this process uses of its own tensors, one of each or several times one of each."""
+
+    def come(self) -> list[Tensor]:
+        """Wait for what others have sent, and make one result for each tensor of it."""
+
+    def leave_again(self, grads: tuple[Tensor, ...]) -> None:
+        """Begin to send gradients of the results."""
+
+    def come_again(self, own: tuple[Tensor, ...]) -> list[Tensor | None]:
+        """Wait for the others', and make those of the tensors of them and of those of what this process has used."""
+
+
+def begin(traffic: Traffic, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
+    """Send tensors; what this process uses of its own, and what waits and returns what came. Differentiable once."""
+    # A process that needs no gradient itself has a part in those of the others.
+    anchor = torch.zeros((), requires_grad=torch.is_grad_enabled() and any(traffic.needs))
+    token, *own = _Departure.apply(anchor, traffic, *tensors)
+    return own, lambda: list(_Arrival.apply(token, traffic))
+
+
+@dataclass
+class _Turns:
+    """The traffic of `begin_exchange`.
+
+    Attributes:
+        meeting: of the processes in the backward.
+        needs: for each tensor, whether any process needs its gradient.
+        turns: of each.
         kept: ranges that this process uses itself.
         shapes: of this process's tensors.
         under_way: what waits for what others have sent.
     """
 
     meeting: Meeting
-    turns: tuple[Turn, ...]
     needs: tuple[bool, ...]
+    turns: tuple[Turn, ...]
     kept: tuple[Range, ...]
     shapes: tuple[torch.Size, ...]
     under_way: Callable[[], list[list[Tensor]]] | None = None
 
+    def leave(self, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        both = list(zip(self.turns, tensors, strict=True))
+        self._send([turn.cut_up(self.meeting.context, x) for turn, x in both])
+        return [x.narrow(turn.cut, a, b - a) for a, b in self.kept for turn, x in both]
+
+    def come(self) -> list[Tensor]:
+        return [turn.joined(parts) for turn, parts in zip(self.turns, self._arrived(), strict=True)]
+
+    def leave_again(self, grads: tuple[Tensor, ...]) -> None:
+        plan = [(self.turns[place], grads[place], self.shapes[place]) for place in self._wanted]
+        parcels = [turn.cut_up_gradient(grad, shape) for turn, grad, shape in plan]
+        self.meeting.wait()
+        self._send(parcels)
+
+    def come_again(self, own: tuple[Tensor, ...]) -> list[Tensor | None]:
+        found: list[Tensor | None] = [None] * len(self.needs)
+        for place, parts in zip(self._wanted, self._arrived(), strict=True):
+            parts = [*own[place :: len(self.needs)], *parts]
+            found[place] = self.turns[place].joined_gradient(parts, self.shapes[place], self.kept)
+        return found
+
     @property
-    def wanted(self) -> list[int]:
+    def _wanted(self) -> list[int]:
         """The tensors whose gradients are sent."""
         return [place for place, need in enumerate(self.needs) if need]
 
-    def send(self, parcels: list[Parcel]) -> None:
-        """Begin to send each process its pieces."""
+    def _send(self, parcels: list[Parcel]) -> None:
         self.under_way = begin_all_to_all(self.meeting.context, parcels)
 
-    def arrived(self) -> list[list[Tensor]]:
-        """For each tensor, what came from each process."""
+    def _arrived(self) -> list[list[Tensor]]:
         assert self.under_way is not None
         wait, self.under_way = self.under_way, None  # a graph that is kept may be run backwards again
         return wait()
@@ -229,52 +277,36 @@ class _Departure(torch.autograd.Function):
     """Forward, tensors leave; backward, their gradients have come, after those of what was kept are computed."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, traffic: _Traffic, *tensors: Tensor) -> Any:
-        ctx.traffic = traffic
-        traffic.send([turn.cut_up(traffic.meeting.context, x) for turn, x in zip(traffic.turns, tensors, strict=True)])
-        own = [
-            x.narrow(turn.cut, a, b - a)
-            for a, b in traffic.kept
-            for turn, x in zip(traffic.turns, tensors, strict=True)
-        ]
-        needs = traffic.needs * len(traffic.kept)
-        ctx.mark_non_differentiable(*(x for x, need in zip(own, needs, strict=True) if not need))
+    def forward(ctx: Any, anchor: Tensor, traffic: Traffic, *tensors: Tensor) -> Any:
+        ctx.traffic, own = traffic, traffic.leave(tensors)
+        ctx.mark_non_differentiable(*(x for x, need in zip(own, cycle(traffic.needs), strict=False) if not need))
         return tensors[0].new_zeros(()), *own  # the first says that what is sent is a function of the tensors
 
     @staticmethod
     def backward(ctx: Any, token: Tensor, *own: Tensor) -> tuple[Tensor | None, ...]:
-        traffic: _Traffic = ctx.traffic
+        traffic: Traffic = ctx.traffic
 
-        def add(token: Tensor, *own: Tensor) -> tuple[Tensor | None, ...]:
-            count = len(traffic.needs)
-            found: list[Tensor | None] = [None] * count
-            for place, parts in zip(traffic.wanted, traffic.arrived(), strict=True):
-                turn, of_kept = traffic.turns[place], own[place::count]
-                found[place] = turn.joined_gradient([*of_kept, *parts], traffic.shapes[place], traffic.kept)
-            return tuple(found)
+        def compute(token: Tensor, *own: Tensor) -> tuple[Tensor | None, ...]:
+            return tuple(traffic.come_again(own))
 
-        return None, None, *once(traffic.meeting.context.op, add, token, *own)
+        return None, None, *once(traffic.meeting.context.op, compute, token, *own)
 
 
 class _Arrival(torch.autograd.Function):
     """Forward, what others have sent has come; backward, its gradients leave."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, traffic: _Traffic) -> Any:
-        ctx.traffic = traffic
-        results = tuple(turn.joined(parts) for turn, parts in zip(traffic.turns, traffic.arrived(), strict=True))
+    def forward(ctx: Any, token: Tensor, traffic: Traffic) -> Any:
+        ctx.traffic, results = traffic, tuple(traffic.come())
         ctx.mark_non_differentiable(*(x for x, need in zip(results, traffic.needs, strict=True) if not need))
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        traffic: _Traffic = ctx.traffic
+        traffic: Traffic = ctx.traffic
 
         def send(*grads: Tensor) -> tuple[Tensor]:
-            plan = [(traffic.turns[place], grads[place], traffic.shapes[place]) for place in traffic.wanted]
-            parcels = [turn.cut_up_gradient(grad, shape) for turn, grad, shape in plan]
-            traffic.meeting.wait()
-            traffic.send(parcels)
+            traffic.leave_again(grads)
             return (grads[0].new_zeros(()),)
 
         (token,) = once(traffic.meeting.context.op, send, *grads)

@@ -20,7 +20,8 @@ from flashgau.ops.state import MixedChunkState
 
 from .agreement import GroupContext, digest, not_compiled, ranges, stand_in
 from .call import Call
-from .exchange import Meeting, Range, Turn, begin_exchange, reaching
+from .exchange import Meeting, Range, reaching
+from .scan import Chain, begin_scan
 
 _OP = "context_parallel_mixed_chunk"
 
@@ -49,10 +50,10 @@ def context_parallel_mixed_chunk(
     """`flashgau.mixed_chunk_attention` over sequences whose tokens are spread over the processes of a group.
 
     Each process holds a slice of the tokens, in the order of ranks, which ends with a sequence or with one of its
-    chunks. The quadratic part never leaves a chunk. For the linear part each process sums lin_k^T v over its tokens,
-    all get the sums (B, S, E) of all, and add up those of the slices before (causal: their sum is the state from
-    which `flashgau.mixed_chunk_attention` continues) or of all. So what is sent does not depend on the length, and
-    work is shared as the tokens are.
+    chunks. The quadratic part never leaves a chunk. For the linear part each process sums lin_k^T v (B, S, E) over its
+    tokens, and gets the sum of the slices before it (causal: the state from which `flashgau.mixed_chunk_attention`
+    continues), and else of those behind it too, in log2 of the number of processes rounds. So what is sent does not
+    depend on the length, and work is shared as the tokens are.
 
     Every process of the group must call this, and run the backward if any of them does, and all in the same order:
     processes that do different things all raise an error, but one that does nothing leaves the others waiting for the
@@ -143,13 +144,13 @@ def context_parallel_mixed_chunk(
     own = None if lengths is None else (lengths.to(torch.int64) - start).clamp(0, stop - start)
     needs = call.needed(agreed)
     needed = needs["lin_k"] or needs["v"]
-    # Everyone gets the sums of all, along a first axis that is not cut.
-    sums = torch.stack([linear_sums(lin_k[:, rows], v[:, rows], own) for rows in cuts.shared(context.rank)])
-    turn = Turn(1, ((0, v.shape[0]),) * context.size, 0, (len(sums),) * context.size)
+    ends = [linear_sums(lin_k[:, rows], v[:, rows], own) for rows in cuts.ends(context.rank)]
+    # What goes on behind this process is of its last sequence, and before it of its first one.
+    chains, terms = ([cuts.before], [ends[-1]]) if causal else ([cuts.before, cuts.behind], [ends[-1], ends[0]])
     meeting = Meeting(call.context, 1)
-    _, arrival = begin_exchange(meeting, (sums,), [turn], [needed])
-    out, everyone = (_causal if causal else _bidirectional)(call, _Whole(cuts, context.rank, lengths, own), arrival)
-    return reaching(meeting, [out], everyone)[0] if needed else out
+    arrival = begin_scan(meeting, chains, terms, needed)
+    out, came = (_causal if causal else _bidirectional)(call, _Whole(cuts, context.rank, lengths, own, ends), arrival)
+    return reaching(meeting, [out], came)[0] if needed else out
 
 
 @wraps(mixed_chunk_attention)  # errors speak of that
@@ -175,53 +176,48 @@ class _Whole(NamedTuple):
         rank: of the process.
         lengths: valid tokens of each whole row, or None.
         own: the same of this process's slice.
+        ends: sums (B, S, E) over its tokens of its first sequence and, if that is another, of its last one.
     """
 
     cuts: Cuts
     rank: int
     lengths: Tensor | None
     own: Tensor | None
-
-    def total(self, sums: Tensor, sequence: int, ranks: range) -> Tensor:
-        """Of those of all processes (R or 2R, B, S, E), the sums over a sequence's tokens in some, in their order."""
-        owners = [owner for rank in ranks for owner in self.cuts.owners(rank)]
-        first = ranks.start * len(sums) // len(self.cuts.slices)
-        return sums[[first + place for place, owner in enumerate(owners) if owner == sequence]].sum(0)
+    ends: list[Tensor]
 
 
 def _causal(call: Call, whole: _Whole, arrival: Callable[[], list[Tensor]]) -> tuple[Tensor, Tensor]:
     """The first sequence from the state that the processes before leave of it, once that has come; before, all others.
 
     Returns:
-        The result, and the sums of all processes.
+        The result, and the sums that have come.
     """
     cuts, rank = whole.cuts, whole.rank
-    (first, last), (start, stop), head = cuts.sequences(rank), cuts.slices[rank], cuts.shared(rank)[0].stop
+    (first, last), (start, stop), head = cuts.sequences(rank), cuts.slices[rank], cuts.ends(rank)[0].stop
     own, rest = _split(call, [head, stop - start - head])
     others = [_packed(call, whole, rest, (first + 1, last + 1), head)] if last > first else []
-    (sums,) = arrival()
+    (before,) = arrival()
     lin_k, v = own[3:5]
     assert lin_k is not None
     assert v is not None
     size = call.options["chunk_size"]
     state = MixedChunkState.empty(len(v), lin_k.shape[-1], v.shape[-1], size, dtype=v.dtype, device=v.device)
     position = torch.full_like(state.position, start - cuts.bounds[first])
-    state = replace(state, kv=whole.total(sums, first, range(rank)), position=position)
+    state = replace(state, kv=before, position=position)
     options = {**call.options, **call.parameters, "lengths": whole.own, "initial_state": state}
     out: Tensor = call.operation(*own, **options)
-    return torch.cat([out, *others], 1) if others else out, sums
+    return torch.cat([out, *others], 1) if others else out, before
 
 
 def _bidirectional(call: Call, whole: _Whole, arrival: Callable[[], list[Tensor]]) -> tuple[Tensor, Tensor]:
     """The local part of the first and of the last sequence, to which the sums add theirs; others as ever, before.
 
     Returns:
-        The result, and the sums of all processes.
+        The result, and the sums that have come.
     """
     cuts, rank = whole.cuts, whole.rank
-    (first, last), shared = cuts.sequences(rank), cuts.shared(rank)
-    (start, stop), head = cuts.slices[rank], shared[0].stop
-    tail = shared[-1].start if last > first else stop - start
+    (first, last), (start, stop), rows = cuts.sequences(rank), cuts.slices[rank], cuts.ends(rank)
+    head, tail = rows[0].stop, rows[1].start if last > first else stop - start
     parts = _split(call, [head, tail - head, stop - start - tail])
     options = {**call.options, **call.parameters}
     ends = {0: first, 2: last} if last > first else {0: first}
@@ -233,16 +229,16 @@ def _bidirectional(call: Call, whole: _Whole, arrival: Callable[[], list[Tensor]
         found[place] = call.operation(quad_q, quad_k, nothing, nothing, v, **options, lengths=whole.own)
     if last > first + 1:
         found[1] = _packed(call, whole, parts[1], (first + 1, last), head)
-    (sums,) = arrival()
-    for place, sequence in ends.items():
+    before, behind = arrival()
+    totals = [before + whole.ends[0], whole.ends[-1] + behind] if last > first else [before + whole.ends[0] + behind]
+    for (place, sequence), kv in zip(ends.items(), totals, strict=True):
         _, _, lin_q, _, _, gate = parts[place]
         assert lin_q is not None
-        kv = whole.total(sums, sequence, range(len(cuts.slices)))
         tokens = cuts.bounds[sequence + 1] - cuts.bounds[sequence]
         factor = linear_factor(options["lin_normalizer"], tokens, whole.lengths, kv)
         activation = options["gate_activation"]
         found[place] = add_linear_part(found[place], lin_q, kv, gate, factor, whole.own, activation)
-    return torch.cat([found[place] for place in sorted(found)], 1) if len(found) > 1 else found[0], sums
+    return torch.cat([found[place] for place in sorted(found)], 1) if len(found) > 1 else found[0], before
 
 
 def _split(call: Call, sizes: list[int]) -> list[tuple[Tensor | None, ...]]:
@@ -290,20 +286,31 @@ class Cuts:
             return 0, 0
         return bisect_right(self.bounds, start) - 1, bisect_left(self.bounds, stop) - 1
 
-    def shared(self, rank: int) -> list[slice]:
-        """A process's tokens of its first sequence, and if the row is packed of its last one, if that is another."""
+    def ends(self, rank: int) -> list[slice]:
+        """A process's tokens of its first sequence, and of its last one if that is another."""
         (start, stop), (first, last) = self.slices[rank], self.sequences(rank)
-        count = stop - start
-        if not self.packed:
-            return [slice(0, count)]
-        head = min(count, max(0, self.bounds[first + 1] - start)) if count else 0
-        return [slice(0, head), slice(max(0, self.bounds[last] - start) if last > first else count, count)]
+        head = slice(0, min(stop, self.bounds[first + 1]) - start if start < stop else 0)
+        return [head, slice(self.bounds[last] - start, stop - start)] if last > first else [head]
 
-    def owners(self, rank: int) -> list[int]:
-        """The sequence of each of them; -1 for no tokens."""
-        (start, stop), (first, last) = self.slices[rank], self.sequences(rank)
-        owners = [first if start < stop else -1, last if last > first else -1]
-        return owners if self.packed else owners[:1]
+    @property
+    def before(self) -> Chain:
+        """For each process, over how many before it its first sequence reaches: those whose sums it adds up."""
+        return Chain(self._reach([start for start, _ in self.slices]), 1)
+
+    @property
+    def behind(self) -> Chain:
+        """The same of those behind it, and of its last sequence."""
+        return Chain(self._reach([stop for _, stop in self.slices][::-1])[::-1], -1)
+
+    def _reach(self, borders: list[int]) -> tuple[int, ...]:
+        """For each process in an order, how many before it the sequence reaches that its border lies in."""
+        reach: list[int] = []
+        for place, border in enumerate(borders):
+            # One may end at the border, or within the process before this one, or else reaches as far as from there.
+            between = sorted((border, borders[place - 1])) if place else [border, border]
+            inside = bisect_left(self.bounds, between[1]) > bisect_right(self.bounds, between[0])
+            reach.append(0 if border in self.bounds else 1 if inside else reach[-1] + 1)
+        return tuple(reach)
 
     def offsets(self, rank: int, sequences: Range, skipped: int) -> list[int]:
         """Of these sequences in a process's tokens without the first few."""

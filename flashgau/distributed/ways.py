@@ -114,9 +114,9 @@ def bytes_of_gau(batch: int, widths: tuple[int, int], itemsize: int, sight: Sigh
     return Sent(batch * itemsize * total, batch * itemsize * total)
 
 
-def bytes_of_mixed_chunk(batch: int, widths: tuple[int, int], itemsize: int, processes: int, packed: bool) -> Sent:
-    """The same for `context_parallel_mixed_chunk`: sums (S, E) to all, two of each process if the row is packed."""
-    total = batch * widths[0] * widths[1] * max(4, itemsize) * processes * (processes - 1) * (2 if packed else 1)
+def bytes_of_mixed_chunk(batch: int, widths: tuple[int, int], itemsize: int, messages: int) -> Sent:
+    """The same for `context_parallel_mixed_chunk`, of so many sums (S, E): those of its chains (`Cuts`)."""
+    total = batch * widths[0] * widths[1] * max(4, itemsize) * messages
     return Sent(total, total)
 
 
