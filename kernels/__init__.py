@@ -16,6 +16,7 @@ NO_INTERPRETED_BF16 = "this version of Triton's interpreter, which runs kernels 
 SUPPORTED: dict[str, int | None] = {
     "attention": 256, "glu": None, "gau": 256, "mixed_chunk": 256, "projection": None,
     "norms": 8192,  # whose programs hold whole rows, and in the backward five numbers for each of a row's
+    "rank_form": None,
 }  # fmt: skip
 
 

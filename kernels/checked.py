@@ -406,6 +406,24 @@ def _norm_backward(args: Arguments, dy: Tensor, x: Tensor, **rest: Any) -> None:
     _like(args, "dy", dy, x.shape, "`x` has")
 
 
+def _rank_form(args: Arguments, a: Tensor, b: Tensor, turns: Tensor) -> None:
+    for name, x in (("a", a), ("b", b)):
+        args.tensor(name, x, "S")
+        _fits(args, "rank_form", {name: x})
+    if args.sizes["S"] % 2:
+        args.fail("a", f"has shape {tuple(a.shape)}", "an even number of channels, two of a pair")
+    args.held("turns", turns)
+    args.shaped("turns", turns, "n S")
+    if turns.dtype != torch.float32 or not turns.is_contiguous():
+        got = f"has dtype {turns.dtype} and strides {turns.stride()}"
+        args.fail("turns", got, "contiguous float32", TypeError)
+
+
+def _rank_form_backward(args: Arguments, dbias: Tensor, **rest: Any) -> None:
+    _rank_form(args, **rest)
+    args.tensor("dbias", dbias, "n")
+
+
 def _flash_unit_token(
     args: Arguments, wide: Tensor, heads: TokenHeads, state: OpenChunk, options: MixedChunkOptions
 ) -> None:
@@ -455,6 +473,8 @@ CHECKS: dict[str, Callable[..., None]] = {
     "heads_backward": _heads_backward,
     "gated_projection_forward": _gated_projection,
     "gated_projection_backward": _gated_projection_backward,
+    "rank_form_forward": _rank_form,
+    "rank_form_backward": _rank_form_backward,
     "norm_forward": _norm,
     "norm_backward": _norm_backward,
     "flash_unit_token_": _flash_unit_token,

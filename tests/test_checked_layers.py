@@ -13,7 +13,7 @@ import torch
 from strategies import randn
 
 pytest.importorskip("triton")
-from flashgau.kernels import checked, flash_unit, glu, norms, projection
+from flashgau.kernels import checked, flash_unit, glu, norms, projection, rank_form
 
 from flashgau.options import Angles, NormOptions, OpenChunk, ProjectionWeights, TokenHeads
 
@@ -52,6 +52,12 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "gated_projection_backward": (projection.gated_projection_backward, lambda: {
         "du": randn(7, 2, 6, 5), "dv": randn(8, 2, 6, 5), "dheads": [randn(9, 2, 6, 4), randn(10, 2, 6, 4)],
         "x": randn(0, 2, 6, 7), "weights": RAW, "saved": [randn(11, 2, 6, 9)], "angles": ANGLES,
+    }),
+    "rank_form_forward": (rank_form.rank_form_forward, lambda: {
+        "a": randn(0, 6), "b": randn(1, 6), "turns": randn(2, 5, 6),
+    }),
+    "rank_form_backward": (rank_form.rank_form_backward, lambda: {
+        "dbias": randn(3, 5), "a": randn(0, 6), "b": randn(1, 6), "turns": randn(2, 5, 6),
     }),
     "flash_unit_token_": (flash_unit.flash_unit_token_, token),
 }  # fmt: skip
@@ -115,6 +121,10 @@ def test_a_good_call_has_the_same_result(name):
         ("gated_projection_backward", {"dv": randn(8, 2, 6, 4)}, "`dv` has shape (2, 6, 4)"),
         ("gated_projection_backward", {"dheads": []}, "`dheads` has 0 tensors"),
         ("gated_projection_backward", {"weights": WEIGHTS}, "`saved` has shape (2, 6, 9); expected (2, 6, 14)"),
+        ("rank_form_forward", {"b": randn(1, 4)}, "`b` has shape (4,); expected (S,) with S = 6 as in `a`"),
+        ("rank_form_forward", {"turns": randn(2, 6, 5).T}, "`turns` has dtype torch.float32 and strides (1, 5)"),
+        ("rank_form_forward", {"a": randn(0, 6).double()}, "`a` has dtype torch.float64"),
+        ("rank_form_backward", {"dbias": randn(3, 4)}, "`dbias` has shape (4,); expected (n,) with n = 5"),
         ("flash_unit_token_", {"wide": randn(0, 2, 2, 14)}, "`wide` has shape (2, 2, 14); expected one token"),
         ("flash_unit_token_", {"wide": randn(0, 2, 1, 15)}, "expected 2 E + S = 14 columns, as `state` has"),
         ("flash_unit_token_", {"chunk_size": 5}, "`open_quad_k` has shape (2, 4, 4)"),

@@ -26,6 +26,7 @@ MODULES = [
     "norms",
     "own_scores",
     "projection",
+    "rank_form",
     "sums",
     "tangent_kernels",
 ]

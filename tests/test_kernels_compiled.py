@@ -185,7 +185,7 @@ os.environ["TRITON_DEFAULT_FP_FUSION"] = "0"
 from unittest import mock
 import torch, triton
 from flashgau.kernels import attention_kernels, gated, gau, gau_kernels, glu, mixed_chunk_kernels, norms
-from flashgau.kernels import projection, sums, tangent_kernels
+from flashgau.kernels import projection, rank_form, sums, tangent_kernels
 from flashgau.options import ProjectionWeights
 from flashgau.tables import configured
 from flashgau.tuning import compiler, lookup
@@ -211,7 +211,10 @@ with mock.patch.object(triton.JITFunction, "__getitem__", launch):
     gau.gau_attention_forward(q, k, v, config=choose)  # whose keys are split
     options = {"interleaved": False, "save": False, "config": choose}
     projection.gated_projection_forward(x, ProjectionWeights(w, None, gamma, None), **options)
-for module in (attention_kernels, gated, gau_kernels, glu, mixed_chunk_kernels, norms, projection, sums,
+    a, turns = torch.empty(8, device="meta"), torch.empty(5, 8, device="meta")
+    rank_form.rank_form_forward(a, a, turns)
+    rank_form.rank_form_backward(turns[:, 0], a, a, turns)
+for module in (attention_kernels, gated, gau_kernels, glu, mixed_chunk_kernels, norms, projection, rank_form, sums,
                tangent_kernels):
     for name, kernel in vars(module).items():
         if name.endswith("_kernel") and kernel.fn.__module__ == module.__name__:

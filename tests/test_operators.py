@@ -75,11 +75,11 @@ def layers(form: str) -> None:
         out = layer(x)
         if form == "training":
             out.sum().backward()
-    with dispatch.use_backend_in_layers("triton"):  # elsewhere norms are PyTorch's
+    with dispatch.use_backend_in_layers("triton"):  # elsewhere these are PyTorch's
         norm, x = nn.ScaleNorm(8), randn(0, 2, 9, 8).requires_grad_(form == "training")
-        out = norm(x)
-        if form == "training":
-            out.sum().backward()
+        for out in (norm(x), nn.RotaryBias(8)(5)):
+            if form == "training":
+                out.sum().backward()
     with torch.no_grad(), flashgau.use_backend("triton"):
         flashgau.mixed_chunk_step(*heads(1), state=state())  # where gradients are wanted it is a call of one token
         with dispatch.use_backend_in_layers("triton"):

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..bias import alibi_bias, rank_form, rank_turns, rotary_bias, t5_bias
+from ..bias import alibi_bias, rank_turns, rotary_bias, t5_bias
+from ..ops.rank_form import rank_form
 from .initialise import STD
 from .kept import Kept
 

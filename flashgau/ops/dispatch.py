@@ -36,7 +36,8 @@ FILES = {
 }
 
 # Fused pieces of layers, which no caller asks a backend for.
-_INNER = {"projection": "projection", "flash_unit": "flash_unit", "norm": "norms", "tangents": "tangents"}
+_INNER = {"projection": "projection", "flash_unit": "flash_unit", "norm": "norms", "rank_form": "rank_form",
+          "tangents": "tangents"}  # fmt: skip
 
 
 # The floors' files by name: the reference is one module for all. Loaded here and not at the first call, which
@@ -58,7 +59,17 @@ _FLOORS: dict[str, dict[str, ModuleType]] = {
 
 def _floor(backend: str) -> dict[str, ModuleType]:
     if backend == "triton" and backend not in _FLOORS:  # which nobody wants to load who has no use for it
-        from flashgau.kernels import attention, flash_unit, gau, glu, mixed_chunk, norms, projection, tangents
+        from flashgau.kernels import (
+            attention,
+            flash_unit,
+            gau,
+            glu,
+            mixed_chunk,
+            norms,
+            projection,
+            rank_form,
+            tangents,
+        )
 
         _FLOORS[backend] = {
             "attention": attention,
@@ -68,6 +79,7 @@ def _floor(backend: str) -> dict[str, ModuleType]:
             "mixed_chunk": mixed_chunk,
             "norms": norms,
             "projection": projection,
+            "rank_form": rank_form,
             "tangents": tangents,
         }
     return _FLOORS[backend]

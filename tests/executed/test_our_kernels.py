@@ -12,9 +12,10 @@ from own_functions import sigmoid, sigmoid_slope
 from strategies import randn
 
 import flashgau
-from flashgau import nn, tables
+from flashgau import bias, nn, tables
 from flashgau.integrations.flash_attn import flash_attn_with_kvcache
 from flashgau.ops import dispatch
+from flashgau.ops.rank_form import rank_form
 from flashgau.ptx import executing, numbers
 from flashgau.tables.config import Config
 
@@ -161,3 +162,19 @@ def test_a_decoded_token_reads_pages_in_parts(page, leftpad, target):
     assert report, str(report)
     assert [launch.kernel for launch in executed.launches] == ["forward_kernel", "merge_kernel"]
     assert executed.counts.matrix_flops > 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_a_rank_form_agrees_with_fp64(target, dtype):
+    """A relative bias of 100 distances and 12 pairs of channels, and the gradients of both vectors."""
+    turns = bias.rank_turns(randn(2, 24), 50)[:100]
+    vectors = draw((24,), (24,), dtype=dtype)
+    with executing(target, seed=0) as executed, dispatch.use_backend_in_layers("triton"):
+        report = flashgau.compare(
+            lambda a, b: rank_form(a, b, turns),
+            *vectors,
+            reference=lambda a, b: bias.rank_form(a, b, turns.double() if a.dtype == torch.float64 else turns),
+        )
+    assert report, str(report)
+    assert [x.kernel for x in executed.launches][-2:] == ["rank_form_backward_kernel", "rank_form_factors_kernel"]
