@@ -98,6 +98,11 @@ def seeded(*args: Tensor, seed: int, **options: Any) -> Any:
     return attend(*args, **options)
 
 
+def log_sum_exp(*args: Tensor, **options: Any) -> Tensor:
+    """Of attention that alone."""
+    return attend(*args, return_lse=True, **options)[1]
+
+
 def meshed(*args: Tensor, group: Any, **options: Any) -> Any:
     """Attention over the processes of a device mesh of one dimension."""
     mesh = DeviceMesh.from_group(group or dist.group.WORLD, "cpu", mesh_dim_names=("context",))
@@ -189,6 +194,7 @@ FUNCTIONS |= {
     "several": several,
     "seeded": seeded,
     "meshed": meshed,
+    "log_sum_exp": log_sum_exp,
     "layered": layered,
     "kept": kept,
 }

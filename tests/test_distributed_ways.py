@@ -26,6 +26,7 @@ from test_distributed_equality import (
     drawn_needs,
     poison,
 )
+from torch import Tensor
 
 from flashgau.distributed.agreement import ranges
 from flashgau.distributed.mixed_chunk import Cuts
@@ -271,6 +272,22 @@ def test_results_without_gradients_are_the_same(world: World, way: str) -> None:
     expected, _, _ = spread(world, call, CUTS["all"], "all", own=[{"by": way}] * 3)
     for place, whole in enumerate(expected):
         close(torch.cat([results[place] for results, _ in found], axis), whole, ulps=0)
+
+
+@pytest.mark.parametrize("way", EXAMPLE)
+def test_gradients_of_the_log_sum_exp_alone(world: World, way: str) -> None:
+    """Also in the first process, which needs nothing of the others by window."""
+    whole = example("attention", torch.float64, lengths=None, **EXAMPLE[way]).leaves()
+    _, lse = outputs(whole())
+    weight = randn(0, *lse.shape, dtype=torch.float64)
+    expected = torch.autograd.grad((lse * weight).sum(), whole.args[:2])
+    args = list(zip(*(pieces(x.detach(), 2, CUTS["all"]["q"]) for x in whole.args[:3]), strict=True))
+    options = [{key: x for key, x in whole.kwargs.items() if key != "return_lse"} | {"by": way}] * 3
+    options = [{key: x.detach() if isinstance(x, Tensor) else x for key, x in own.items()} for own in options]
+    weights = [[part] for part in pieces(weight, 2, CUTS["all"]["q"])]
+    found = world.results("log_sum_exp", [list(own) for own in args], options, weights=weights)
+    for place, right in enumerate(expected):
+        close(torch.cat([grads[place] for _, grads in found], 2), right, 256, float(right.abs().max()))
 
 
 @pytest.mark.parametrize("way", EXAMPLE)
