@@ -324,6 +324,15 @@ def load_keys(
     return block
 
 
+@triton.jit
+def as_computed(b_p, WHOLE: tl.constexpr, SIZES: tl.constexpr):
+    """P that a loop hands on, bit for bit, as if it were made here: a left factor that Triton then leaves in registers,
+    which saves its way through shared memory. Masks and wide values need these registers: there it goes that way."""
+    if WHOLE and b_p.dtype.primitive_bitwidth == 16 and SIZES.BE <= 128:
+        b_p = b_p.to(tl.int16, bitcast=True).to(b_p.dtype, bitcast=True)
+    return b_p
+
+
 @guarded
 @triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
@@ -393,7 +402,7 @@ def forward_kernel(
                 if SIZES.ASYNCHRONOUS is not None:
                     before = tl.where(j > start, j - BN, tl.maximum(n, 1))
                     b_v = load_keys(v, p_v, before, n, pages, SIZES.E, SIZES.BE, False, SIZES)
-                    b_acc = tl.dot(b_p, b_v, b_acc, input_precision=SIZES.PRECISION)
+                    b_acc = tl.dot(as_computed(b_p, phase == 1, SIZES), b_v, b_acc, input_precision=SIZES.PRECISION)
                 b_s, _ = scores(
                     b_qk, rule, p_bias[:, None], o_head[:, None], o_position[:, None], o_key[None, :], n, phase != 1,
                     SIZES,

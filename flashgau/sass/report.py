@@ -107,7 +107,8 @@ def _unrolled_wholly(code: list[Instruction], tiles: TileLoop, warps: int) -> li
 
 
 def _products(tiles: TileLoop | None, loop: HotLoop) -> Any:
-    return tuple(sorted(loop.matrix.items())) if tiles is None else tuple(sorted(tiles.products))
+    """A loop's products, wherever their factors stand: with a mask the same product may have them elsewhere."""
+    return tuple(sorted(loop.matrix.items())) if tiles is None else tuple(sorted(p[:3] for p in tiles.products))
 
 
 def _matched(bodies: list[list[Instruction]], asked: list[TileLoop], warps: int) -> list[TileLoop | None]:
