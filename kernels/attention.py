@@ -273,11 +273,12 @@ def _backward(
         n_blocks = blocks_of(sequences, n, 1, config.block_n)
         # Two accumulators of wide heads do not fit into registers: dK and dV are then launches of their own.
         apart = q.element_size() == 2 and width > 128
+        ahead = {"ASYNCHRONOUS": True} if apart and config.asynchronous else {}
         for which in ({"ONLY": "dk"}, {"ONLY": "dv"}) if apart else ({},):
             dkv_kernel[(n_blocks * n_kv_heads * rows,)](
                 heads(q), heads(k), heads(v), heads(dout), *statistics, heads(dk), heads(dv), *sequences, *rule,
                 n_blocks, n_kv_heads,
-                Sizes(**sizes, **which, BM=config.block_m, BN=config.block_n),
+                Sizes(**sizes, **which, **ahead, BM=config.block_m, BN=config.block_n),
                 **config.launch(),
             )  # fmt: skip
     if rel_bias is not None and dbias is not None and dbias.numel():

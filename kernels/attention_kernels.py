@@ -325,10 +325,10 @@ def load_keys(
 
 
 @triton.jit
-def as_computed(b_p, WHOLE: tl.constexpr, SIZES: tl.constexpr):
+def as_computed(b_p, WANTED: tl.constexpr):
     """P that a loop hands on, bit for bit, as if it were made here: a left factor that Triton then leaves in registers,
-    which saves its way through shared memory. Masks and wide values need these registers: there it goes that way."""
-    if WHOLE and b_p.dtype.primitive_bitwidth == 16 and SIZES.BE <= 128:
+    which saves its way through shared memory."""
+    if WANTED and b_p.dtype.primitive_bitwidth == 16:
         b_p = b_p.to(tl.int16, bitcast=True).to(b_p.dtype, bitcast=True)
     return b_p
 
@@ -402,7 +402,8 @@ def forward_kernel(
                 if SIZES.ASYNCHRONOUS is not None:
                     before = tl.where(j > start, j - BN, tl.maximum(n, 1))
                     b_v = load_keys(v, p_v, before, n, pages, SIZES.E, SIZES.BE, False, SIZES)
-                    b_acc = tl.dot(as_computed(b_p, phase == 1, SIZES), b_v, b_acc, input_precision=SIZES.PRECISION)
+                    b_p = as_computed(b_p, phase == 1 and SIZES.BE <= 128)  # masks and wide values need the registers
+                    b_acc = tl.dot(b_p, b_v, b_acc, input_precision=SIZES.PRECISION)
                 b_s, _ = scores(
                     b_qk, rule, p_bias[:, None], o_head[:, None], o_position[:, None], o_key[None, :], n, phase != 1,
                     SIZES,
@@ -664,9 +665,13 @@ def dkv_kernel(
     # Out-of-range keys are masked at the store, and need no mask here.
     last = tl.minimum(i_block * BN + BN, n) - 1
     start, full_start, full_stop, stop = rows_seeing(rule, i_block * BN, last, m, n, BM)
+    # A launch of dV alone has no other product beside its exponentials: where products run beside other instructions,
+    # that of a block is begun with the scores of the next one, as in the forward. The first is one of zeros.
+    SKEWED: tl.constexpr = SIZES.ONLY == "dv" and SIZES.ASYNCHRONOUS is not None
     for i_group in range(SIZES.GROUPS):
         o_head = i_head * SIZES.GROUPS + i_group
         p_bias = bias_pointers(rule, row, o_head)
+        b_held = tl.zeros([BN, BM], dout.pointer.dtype.element_ty)
         for phase in tl.static_range(3):
             if phase != 0 or rule.right is not None:
                 lo = start if phase == 0 else (full_start if phase == 1 else full_stop)
@@ -678,7 +683,12 @@ def dkv_kernel(
                     p_q = row_pointers(q, row, o_head, first_m + o_query)
                     b_q = load_rows(q, p_q, m_row, SIZES.D, SIZES.BD, phase == 1)
                     p_dout = row_pointers(dout, row, o_head, first_m + o_query)
-                    b_dout = load_rows(dout, p_dout, m_row, SIZES.E, SIZES.BE, phase == 1)
+                    if SKEWED:
+                        o_before = tl.maximum(i - BM, start) + tl.arange(0, BM)
+                        p_dout = row_pointers(dout, row, o_head, first_m + o_before)
+                        b_dout = load_rows(dout, p_dout, o_before < m, SIZES.E, SIZES.BE, phase == 1)
+                    else:
+                        b_dout = load_rows(dout, p_dout, m_row, SIZES.E, SIZES.BE, phase == 1)
                     if SIZES.WEIGHT_MOD is None:
                         o_flat = row_offsets(
                             sequences, i_seq, i_head, n_kv_heads * SIZES.GROUPS, o_query, o_head, first_m, row
@@ -687,6 +697,9 @@ def dkv_kernel(
                         b_delta = load_numbers(delta + o_flat, m_row, 0.0, phase == 1)
                     # S^T, keys by rows: P^T and dS^T are then left operands of tl.dot without a transposition.
                     b_kq = tl.dot(b_k, b_q.T, input_precision=SIZES.PRECISION)
+                    if SKEWED:
+                        b_held = as_computed(b_held, phase == 1)
+                        b_dv = tl.dot(b_held, b_dout, b_dv, input_precision=SIZES.PRECISION)
                     if SIZES.ONLY != "dv":
                         b_dp = tl.dot(b_v, b_dout.T, input_precision=SIZES.PRECISION)
                     b_s, b_slope = scores(
@@ -700,7 +713,9 @@ def dkv_kernel(
                     if rule.seed is not None:
                         m_kept = kept(rule, i_seq, o_head, o_query, i_block * BN, BM, BN).T
                         b_weight = tl.where(m_kept, b_p * rule.dropout_scale, 0.0)
-                    if SIZES.ONLY != "dk":
+                    if SKEWED:
+                        b_held = b_weight.to(b_held.dtype)
+                    elif SIZES.ONLY != "dk":
                         b_dv = tl.dot(b_weight.to(b_dout.dtype), b_dout, b_dv, input_precision=SIZES.PRECISION)
                     if SIZES.ONLY != "dv":
                         if rule.seed is not None:
@@ -710,6 +725,12 @@ def dkv_kernel(
                         else:
                             b_ds = b_p * (b_dp - b_delta[None, :]) * b_slope
                         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=SIZES.PRECISION)
+        if SKEWED:
+            o_last = start + tl.maximum(stop - start - 1, 0) // BM * BM + tl.arange(0, BM)
+            p_dout = row_pointers(dout, row, o_head, first_m + o_last)
+            m_last = o_last < tl.where(start < stop, m, 0)  # no row may see these keys
+            b_dout = load_rows(dout, p_dout, m_last, SIZES.E, SIZES.BE, False)
+            b_dv = tl.dot(b_held, b_dout, b_dv, input_precision=SIZES.PRECISION)
     if SIZES.ONLY != "dv":
         b_dk = tl.where(m_key[:, None], b_dk * rule.scale, 0.0)
         store_rows(dk, row_pointers(dk, row, i_head, first_n + o_key), o_key < stored, b_dk, SIZES.D, SIZES.BD)

@@ -21,8 +21,9 @@ class Config:
     Blocks of what is multiplied are of 16 at least. A kernel without products takes smaller ones, too.
 
     `asynchronous` is for devices whose products and copies run beside other instructions, as Hopper's do: attention's
-    forward begins the product of a block together with the scores of the next, whose softmax hides it, and forward and
-    dQ copy keys and values through descriptors where their strides allow. Other kernels ignore it.
+    forward, and dV of heads wider than 128 in half precision, begin the product of a block together with the scores of
+    the next, whose exponentials hide it; forward and dQ copy keys and values through descriptors where their strides
+    allow. Other kernels ignore it.
 
     `maxnreg` is the largest number of registers that a thread may have, on NVIDIA GPUs: fewer let more programs share a
     multiprocessor, and may spill. None leaves it to the compiler.
