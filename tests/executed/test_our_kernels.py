@@ -57,6 +57,16 @@ def test_operations_agree_with_fp64(op, target):
         assert executed.counts.matrix_flops > 0
 
 
+def test_wide_heads_that_begin_products_ahead_agree_with_fp64():
+    """dV has a launch of its own. Of a group of heads, each begins with a product of zeros, and ends with one more."""
+    ahead = Config(32, 64, 4, 3, asynchronous=True)
+    tensors = draw((1, 2, 140, 16), (1, 1, 140, 16), (1, 1, 140, 136))
+    with executing("sm_90", seed=0) as executed, tables.configured(lambda *_, **__: ahead):
+        report = flashgau.compare(flashgau.attention, *tensors, backend="triton", causal=True, window=(90, 0))
+    assert report, str(report)
+    assert [launch.kernel for launch in executed.launches].count("dkv_kernel") == 2
+
+
 def gradients(seed):
     """Of attention, in some order of warps and blocks."""
     tensors, options = calls()["attention"]
