@@ -205,7 +205,15 @@ LINE = "flashgau-training is not installed: pip install ./wheels/training, in a 
 
 
 @pytest.mark.parametrize(
-    "arguments", [["train", "--steps", "1", "--out", "nowhere"], ["train", "--help"], ["eval"], ["demo", "-h"]]
+    "arguments",
+    [
+        ["train", "--steps", "1", "--out", "nowhere"],
+        ["train", "--help"],
+        ["sample"],
+        ["eval"],
+        ["export", "a", "b"],
+        ["demo", "-h"],
+    ],
 )
 def test_commands_tell_that_training_is_missing(arguments):
     done = run_without(TRAINING, COMMAND.format(arguments=["flashgau", *arguments], name="flashgau"))
@@ -213,29 +221,23 @@ def test_commands_tell_that_training_is_missing(arguments):
 
 
 def test_everything_else_does_without_training(tmp_path):
-    """The help names every command; models that were saved are read, and of the checkpoint of a run it is told."""
+    """The help names every command, and models are saved and read."""
     code = f"""
 import torch
-from pathlib import Path
 from flashgau import *
 from flashgau.cli import main
-from flashgau.models import CausalLM, ModelConfig
+from flashgau.models import CausalLM, ModelConfig, load
 try:
     from flashgau import training
 except ImportError as error:
     assert str(error) == {LINE!r}
 CausalLM(ModelConfig(dim=16, depth=1, key_dim=16, chunk_size=16)).save("model.safetensors")
-Path("other.safetensors").write_bytes(b"of a run")
-assert main(["--help"]) == 0
-assert main(["sample", "model.safetensors", "--max-new", "3"]) == 0
-raise SystemExit(main(["sample", "other.safetensors"]))
+assert load("model.safetensors").config.dim == 16
+raise SystemExit(main(["--help"]))
 """
     done = run_without(TRAINING, f"import os; os.chdir({str(tmp_path)!r})\n{code}", PYTHONPATH=str(ROOT))
-    assert done.returncode == 1, done.stderr
-    assert re.search(r"(?m)^  train  .*(?s:.*)^  eval  ", done.stdout), done.stdout
-    assert done.stderr.startswith("flashgau sample: load: other.safetensors is damaged"), done.stderr
-    assert done.stderr.endswith(f"; for checkpoints of runs: {LINE}\n"), done.stderr
-    assert done.stderr.count("\n") == 1
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"(?m)^  train  .*(?s:.*)^  sample  .*(?s:.*)^  eval  ", done.stdout), done.stdout
 
 
 @pytest.mark.parametrize(("module", "extra"), [("rich", "bench"), ("matplotlib", "bench"), ("typer", "cli")])

@@ -190,7 +190,6 @@ def test_what_needs_another_wheel_says_so():
         ("instruments", "flashgau/cli/tune.py"),
         ("instruments", "flashgau/tuning/ahead.py"),
         ("training", "flashgau/cli/__init__.py"),
-        ("training", "flashgau/cli/sample.py"),
     }
 
 

@@ -16,7 +16,7 @@ with extra("cli"):
     import rich  # noqa: F401  # which commands import when they print
     import typer
 
-from flashgau.cli import check, compile, convert, doctor, export, new_kernel, sample, tune
+from flashgau.cli import check, compile, convert, doctor, new_kernel, tune
 from flashgau.cli.console import FAILURE, INTERRUPTED, USAGE, with_outputs
 
 __all__ = ["app", "main"]
@@ -68,16 +68,20 @@ def flashgau(
 
 
 _train: Callable[..., None]
+_sample: Callable[..., None]
 _evaluate: Callable[..., None]
+_export: Callable[..., None]
 _demo: Callable[..., None]
 _here: dict[str, Any] = {}
 try:
     with wheel("training"):
         from flashgau.cli.training.demo import demo as _demo
         from flashgau.cli.training.eval import evaluate as _evaluate
+        from flashgau.cli.training.export import export as _export
+        from flashgau.cli.training.sample import sample as _sample
         from flashgau.cli.training.train import train as _train
 except MissingExtra:
-    _train = _evaluate = _demo = _elsewhere
+    _train = _sample = _evaluate = _export = _demo = _elsewhere
     _anything = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
     _here = {"context_settings": _anything}
 
@@ -87,9 +91,9 @@ app.command(short_help="Compile every kernel for GPUs that are not there.")(comp
 app.command(short_help="Find the fastest launch configurations for this GPU.")(tune.tune)
 app.command("new-kernel", short_help="A Triton kernel of your own to begin from, and its test.")(new_kernel.new_kernel)
 app.command("train", short_help="Train a byte-level language model.", **_here)(_train)
-app.command(short_help="Text that a trained model writes.")(sample.sample)
+app.command("sample", short_help="Text that a trained model writes.", **_here)(_sample)
 app.command("eval", short_help="Bits per byte of a text under a trained model.", **_here)(_evaluate)
-app.command(short_help="A trained model as a folder of transformers.")(export.export)
+app.command("export", short_help="A trained model as a folder of transformers.", **_here)(_export)
 app.command(short_help="Weights of FLASH-pytorch and GAU-alpha, from file to file.")(convert.convert)
 app.command("demo", short_help="All of it in five minutes, with a report.", **_here)(_demo)
 

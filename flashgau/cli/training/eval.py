@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from flashgau.cli.console import dump_json, fail, failing, make_console, seconds
-from flashgau.cli.sample import open_checkpoint
+from flashgau.cli.training.sample import open_checkpoint
 
 
 def evaluate(

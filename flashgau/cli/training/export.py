@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flashgau.cli.console import fail, failing
-from flashgau.cli.sample import open_checkpoint
+from flashgau.cli.training.sample import open_checkpoint
 
 
 def export(

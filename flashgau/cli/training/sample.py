@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashgau.cli.console import USAGE, advancing, dump_json, fail, failing, output_lost, printable, usable_device
-from flashgau.extras import MissingExtra, wheel
 
 if TYPE_CHECKING:
     import torch
@@ -30,13 +29,13 @@ def open_checkpoint(command: str, path: Path, device: str) -> tuple[Any, TrainCo
 
     Args:
         command: whose message that is.
-        path: what `save` of a model wrote; or a checkpoint of `flashgau train`, or the folder of a run (for its best
-            weights), which need flashgau-training.
+        path: a checkpoint of `flashgau train`, the folder of a run (for its best weights), or what `save` of a model
+            wrote.
         device: where to put the model; "auto" is a GPU if there is one.
     """
     import torch
 
-    from flashgau import models
+    from flashgau import models, training
 
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     where = usable_device(command, automatic if device == "auto" else device)
@@ -46,14 +45,13 @@ def open_checkpoint(command: str, path: Path, device: str) -> tuple[Any, TrainCo
             names = ("best.safetensors", "last.safetensors")
             path = next((path / name for name in names if (path / name).exists()), path)
         try:
-            model: Any = models.load(path, where)
-        except (OSError, ValueError) as error:  # it is no model by itself
+            model: Any = training.load_model(path, where)
+            config = training.load_config(path)
+        except training.CheckpointError as error:
             try:
-                with wheel("training"):
-                    from flashgau import training
-            except MissingExtra as missing:
-                fail(command, f"{error}; for checkpoints of runs: {missing}")
-            model, config = training.load_model(path, where), training.load_config(path)
+                model = models.load(path, where)
+            except (OSError, ValueError):
+                raise error from None  # the file is no model by itself either
     if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
         fail(command, f"{path} holds weights that are infinite or no numbers")
     tokens = model.config.vocab_size
