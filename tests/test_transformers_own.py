@@ -54,6 +54,7 @@ def test_logits_files_and_greedy_tokens_are_those_of_the_native_model(kind, chan
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config.native() == native.config
     assert again.dtype == torch.float64
+    assert not any(x.data_ptr() % 64 for x in again.parameters())
     assert torch.equal(again(text).logits, native(text))
     base = transformers.AutoModel.from_pretrained(tmp_path)
     assert torch.equal(base(text).last_hidden_state, native.stack(text)[0])

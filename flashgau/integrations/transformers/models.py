@@ -21,6 +21,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 from transformers.utils import can_return_tuple
 
+from ...eager.common import VECTOR_BYTES
 from ...models import CausalLM, Encoder, MaskedLM, ModelConfig, ModelState
 from ...models.stack import Stack
 from ...nn.biases import AlibiBias
@@ -122,6 +123,19 @@ class _Base(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["FLASH", "GAU", "TransformerBlock"]  # noqa: RUF012
     _is_stateful = True  # no guesses of an assistant, which would have to be taken back
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers loads it, with weights in memory of their own, so that it is the saved model bit for bit.
+
+        In a file they begin anywhere, and the last bits of a processor's products depend on that.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for x in (*model.parameters(), *model.buffers()):
+            if type(x) in (nn.Parameter, Tensor) and x.device.type == "cpu" and x.data_ptr() % VECTOR_BYTES:
+                x.data = x.data.clone()
+        return loaded
 
     def _init_weights(self, module: nn.Module) -> None:
         """Begin as `flashgau.models` does, what a file lacks."""
