@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashgau.distributed import scan
+from flashgau.distributed import exchange
 from flashgau.distributed.mixed_chunk import Cuts
 from flashgau.distributed.scan import Chain, _Rounds
 
@@ -49,7 +49,7 @@ def in_threads(chains: tuple[Chain, ...], terms: list[list[Tensor]], backwards: 
             results[rank] = rounds.come()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan, "begin_all_to_all", send)
+        patch.setattr(exchange, "begin_all_to_all", send)
         threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
         for thread in threads:
             thread.start()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle, pairwise
 from math import prod
 from typing import Any, Protocol
@@ -219,42 +219,61 @@ def begin(traffic: Traffic, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Ca
 
 
 @dataclass
-class _Turns:
-    """The traffic of `begin_exchange`.
+class Messages:
+    """What any traffic has.
 
     Attributes:
         meeting: of the processes in the backward.
         needs: for each tensor, whether any process needs its gradient.
-        turns: of each.
-        kept: ranges that this process uses itself.
-        shapes: of this process's tensors.
         under_way: what waits for what others have sent.
     """
 
     meeting: Meeting
     needs: tuple[bool, ...]
+    under_way: Callable[[], list[list[Tensor]]] | None = field(default=None, init=False)
+
+    def send(self, parcels: list[Parcel]) -> None:
+        """Begin to send each process its pieces."""
+        self.under_way = begin_all_to_all(self.meeting.context, parcels)
+
+    def arrived(self) -> list[list[Tensor]]:
+        """Wait for it; for each tensor, what came from each process."""
+        assert self.under_way is not None
+        wait, self.under_way = self.under_way, None  # a graph that is kept may be run backwards again
+        return wait()
+
+
+@dataclass
+class _Turns(Messages):
+    """The traffic of `begin_exchange`.
+
+    Attributes:
+        turns: of each tensor.
+        kept: ranges that this process uses itself.
+        shapes: of this process's tensors.
+    """
+
     turns: tuple[Turn, ...]
     kept: tuple[Range, ...]
     shapes: tuple[torch.Size, ...]
-    under_way: Callable[[], list[list[Tensor]]] | None = None
 
     def leave(self, tensors: tuple[Tensor, ...]) -> list[Tensor]:
         both = list(zip(self.turns, tensors, strict=True))
-        self._send([turn.cut_up(self.meeting.context, x) for turn, x in both])
+        self.send([turn.cut_up(self.meeting.context, x) for turn, x in both])
         return [x.narrow(turn.cut, a, b - a) for a, b in self.kept for turn, x in both]
 
     def come(self) -> list[Tensor]:
-        return [turn.joined(parts) for turn, parts in zip(self.turns, self._arrived(), strict=True)]
+        return [turn.joined(parts) for turn, parts in zip(self.turns, self.arrived(), strict=True)]
 
     def leave_again(self, grads: tuple[Tensor, ...]) -> None:
         plan = [(self.turns[place], grads[place], self.shapes[place]) for place in self._wanted]
         parcels = [turn.cut_up_gradient(grad, shape) for turn, grad, shape in plan]
         self.meeting.wait()
-        self._send(parcels)
+        self.send(parcels)
 
     def come_again(self, own: tuple[Tensor, ...]) -> list[Tensor | None]:
         found: list[Tensor | None] = [None] * len(self.needs)
-        for place, parts in zip(self._wanted, self._arrived(), strict=True):
+        for place, parts in zip(self._wanted, self.arrived(), strict=True):
             parts = [*own[place :: len(self.needs)], *parts]
             found[place] = self.turns[place].joined_gradient(parts, self.shapes[place], self.kept)
         return found
@@ -263,14 +282,6 @@ class _Turns:
     def _wanted(self) -> list[int]:
         """The tensors whose gradients are sent."""
         return [place for place, need in enumerate(self.needs) if need]
-
-    def _send(self, parcels: list[Parcel]) -> None:
-        self.under_way = begin_all_to_all(self.meeting.context, parcels)
-
-    def _arrived(self) -> list[list[Tensor]]:
-        assert self.under_way is not None
-        wait, self.under_way = self.under_way, None  # a graph that is kept may be run backwards again
-        return wait()
 
 
 class _Departure(torch.autograd.Function):

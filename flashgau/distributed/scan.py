@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .exchange import Meeting, Parcel, begin, begin_all_to_all
+from .exchange import Meeting, Messages, Parcel, begin
 
 
 @dataclass(frozen=True)
@@ -69,24 +69,18 @@ def begin_scan(
 
 
 @dataclass
-class _Rounds:
+class _Rounds(Messages):
     """The traffic of `begin_scan`.
 
     Attributes:
-        meeting: of the processes in the backward.
-        needs: for each term, whether any process needs its gradient.
-        chains: of each.
+        chains: of each term.
         sums: of a process and what it has got that is of the sums of those behind it; backward their gradients.
         results: of what it has got; backward their gradients.
-        under_way: what waits for what others have sent in this round.
     """
 
-    meeting: Meeting
-    needs: tuple[bool, ...]
     chains: tuple[Chain, ...]
     sums: list[Tensor] = field(default_factory=list)
     results: list[Tensor] = field(default_factory=list)
-    under_way: Callable[[], list[list[Tensor]]] | None = None
 
     def leave(self, tensors: tuple[Tensor, ...]) -> list[Tensor]:
         self.sums, self.results = list(tensors), [torch.zeros_like(x) for x in tensors]
@@ -98,7 +92,7 @@ class _Rounds:
         for number, distance in enumerate(self._rounds):
             if number:  # the first one has left
                 self._send(self.sums, distance)
-            for place, found in self._arrived(-distance):
+            for place, found in self._came(-distance):
                 self.results[place] = self.results[place] + found
                 if self._passes(place):
                     self.sums[place] = self.sums[place] + found
@@ -116,7 +110,7 @@ class _Rounds:
             if number:
                 both = enumerate(zip(self.results, self.sums, strict=True))
                 self._send([x + y if self._passes(place) else x for place, (x, y) in both], -distance)
-            for place, found in self._arrived(distance):
+            for place, found in self._came(distance):
                 self.sums[place] = self.sums[place] + found
         gradients, self.sums, self.results = self.sums, [], []
         return list(gradients)
@@ -130,15 +124,11 @@ class _Rounds:
 
     def _send(self, tensors: list[Tensor], distance: int) -> None:
         """Begin to send to those so far behind this process, or, if it is negative, before it."""
-        self.under_way = begin_all_to_all(
-            self.meeting.context, [self._parcel(*both, distance) for both in zip(self.chains, tensors, strict=True)]
-        )
+        self.send([self._parcel(*both, distance) for both in zip(self.chains, tensors, strict=True)])
 
-    def _arrived(self, distance: int) -> list[tuple[int, Tensor]]:
+    def _came(self, distance: int) -> list[tuple[int, Tensor]]:
         """What has come from those so far away, and of which term."""
-        assert self.under_way is not None
-        wait, self.under_way = self.under_way, None
-        found = wait()
+        found = self.arrived()
         sources = [(place, self._partner(chain, distance)) for place, chain in enumerate(self.chains)]
         return [(place, found[place][source]) for place, source in sources if source is not None]
 
