@@ -28,6 +28,7 @@ torch.set_num_threads(1)
 pytest.register_assert_rewrite("distributed_world", "transformers_models")
 
 try:
+    import quick_interpreter
     import triton
     import triton.runtime.interpreter
 except ImportError:
@@ -54,34 +55,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 _usual: dict[Any, settings] = {}
 
 
-def _patch_the_language_once(interpreter: Any) -> None:
-    """Spare Triton's interpreter a third of its time: at every call of a device function it searches all of
-    `triton.language` for what to patch, although the kernel's start has patched it; and for every type that it looks
-    up it makes the table anew. What a version of Triton calls otherwise stays as slow as it is."""
-    patch, first = getattr(interpreter, "_patch_builtin", None), {}
-    find, found = getattr(interpreter, "_get_np_dtype", None), {}
-    is_builtin = getattr(triton.language.core, "is_builtin", None)
-
-    def as_numpy(dtype):
-        name = dtype.scalar.name
-        if name not in found:
-            found[name] = find(dtype)
-        return found[name]
-
-    def once(package, *rest):
-        name = first.get(id(package))
-        if name is None:
-            names = (n for n in dir(package) if is_builtin(getattr(package, n)))
-            first[id(package)] = next(names, None)
-        if name is None or is_builtin(getattr(package, name)):
-            patch(package, *rest)
-
-    if patch is not None and is_builtin is not None:
-        interpreter._patch_builtin = once
-    if find is not None:
-        interpreter._get_np_dtype = as_numpy
-
-
 def _demand_masks_of_truth_values(interpreter: Any) -> None:
     """Refuse, in every version, what Triton 3.9 refuses: a mask of another type, such as a block & a number's mask."""
     builder = interpreter.InterpreterBuilder
@@ -100,5 +73,5 @@ def _demand_masks_of_truth_values(interpreter: Any) -> None:
 
 
 if triton is not None:
-    _patch_the_language_once(triton.runtime.interpreter)
+    quick_interpreter.hasten(triton.runtime.interpreter)
     _demand_masks_of_truth_values(triton.runtime.interpreter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import importlib.util
 import json
 import os
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import __main__ as command_line  # noqa: E402
-from bench import decode, flash_layer, harness, memory, mixed_chunk, report, timing, transformer  # noqa: E402
+from bench import decode, flash_layer, harness, machine, memory, mixed_chunk, report, timing, transformer  # noqa: E402
 from bench.cases import (  # noqa: E402
     BACKWARD,
     FORWARD,
@@ -43,6 +44,13 @@ from bench.cases import (  # noqa: E402
     prepare,
     runs,
 )
+
+product_speed = functools.cache(machine.product_speed)
+
+
+@pytest.fixture(autouse=True)
+def the_machine_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "product_speed", product_speed)
 
 
 class FakeTimer:

@@ -6,9 +6,9 @@ import ast
 import importlib
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import kernel_calls
-import numpy as np
 import pytest
 import torch
 from strategies import randn
@@ -18,6 +18,7 @@ from flashgau import kernels
 from flashgau.ops import dispatch
 
 pytest.importorskip("triton")
+import quick_interpreter
 import triton.language as tl
 from flashgau.kernels import common
 from flashgau.kernels.common import Sizes
@@ -62,27 +63,26 @@ def test_equal_sizes_share_a_compiled_kernel():
         assert repr(sizes) != repr(other)
 
 
-@pytest.mark.parametrize("hidden", ["_patch_builtin", "_get_np_dtype", "is_builtin", None])
-def test_interpreting_needs_none_of_the_names_that_make_it_faster(monkeypatch, hidden):
-    """The tests' patch of Triton's interpreter leaves alone what a version calls otherwise."""
-    from conftest import _patch_the_language_once
+NAMES = ["_get_np_dtype", "_patch_attr", "_patch_builtin", "_patch_lang", "_LangPatchScope", "interpreter_semantic"]
 
-    calls = []
-    plain = {"_patch_builtin": lambda *args: calls.append(args), "_get_np_dtype": lambda dtype: np.float32}
-    module = SimpleNamespace(**{name: value for name, value in plain.items() if name != hidden})
-    if hidden == "is_builtin":
-        monkeypatch.delattr(tl.core, "is_builtin")
-    _patch_the_language_once(module)
-    assert hidden is None or not hasattr(module, hidden)
+
+@pytest.mark.parametrize("hidden", NAMES)
+def test_interpreting_needs_none_of_the_names_that_make_it_faster(monkeypatch, hidden):
+    """What a version of Triton calls otherwise is left alone."""
+    for cls in (tl.core.block_type, tl.core.tensor):
+        monkeypatch.setattr(cls, "__init__", cls.__init__)  # and put back
+    monkeypatch.setattr(tl.core.dtype, "__eq__", tl.core.dtype.__eq__)
+    plain: dict[str, Any] = {name: lambda *args: None for name in NAMES if name != hidden}
+    module = SimpleNamespace(**plain)
+    quick_interpreter.hasten(module)
+    assert not hasattr(module, hidden)
     replaced = {name for name, value in vars(module).items() if value is not plain[name]}
-    assert replaced == {
-        None: set(plain), "_patch_builtin": {"_get_np_dtype"}, "_get_np_dtype": {"_patch_builtin"},
-        "is_builtin": {"_get_np_dtype"},
-    }[hidden]  # fmt: skip
-    if "_patch_builtin" in replaced:  # with a scope, or as Triton 3.5 without
-        module._patch_builtin(SimpleNamespace(), "builder", "scope")
-        module._patch_builtin(SimpleNamespace(), "builder")
-        assert [args[1:] for args in calls] == [("builder", "scope"), ("builder",)]
+    needed = {
+        "_get_np_dtype": {"_get_np_dtype"},
+        "_patch_builtin": {"_patch_attr", "_patch_builtin"},
+        "_patch_lang": {"_patch_lang", "_LangPatchScope"},
+    }
+    assert replaced == {name for name, names in needed.items() if hidden not in names}
 
 
 LAUNCHERS = [
