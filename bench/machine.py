@@ -68,8 +68,8 @@ def copy_speed() -> float:
 
 
 def product_speed() -> dict[str, float]:
-    """Operations per second of PyTorch's own product of two 1024 x 1024 matrices here, by dtype: the median of 15, or of
-    what a second holds, as a processor without units for bf16 may take seconds for one."""
+    """Operations per second of PyTorch's own product of two 1024 x 1024 matrices here, by dtype: the median of 15, or
+    of what a second holds, as a processor without units for bf16 may take seconds for one."""
     speeds = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a, out = torch.ones(1024, 1024, dtype=dtype), torch.empty(1024, 1024, dtype=dtype)
