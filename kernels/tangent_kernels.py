@@ -10,12 +10,13 @@ gradients of <g, tO> + <gamma, mu>. With dA = D (g v^T) and tdA = D (g tv^T), th
     dtS = f'(S) (dA - delta)         dS = f''(S) (tS - mu) (dA - delta) + f'(S) (tdA - kappa)
 
 Of a softmax f, f' and f'' are all P, delta = rowsum(P dA) - gamma, and kappa = rowsum(P ((tS - mu) dA + tdA)); of
-elementwise weights delta and kappa are 0. What dtS and dS say of q k^T and of its tangent gives the results:
+elementwise weights delta and kappa are 0. P is exp(S - LSE) over its sum: the rounding of an LSE moves a whole row alike,
+which differences such as tS - mu would not survive. What dtS and dS say of q k^T and of its tangent gives the results:
 
     d(tq k^T + q tk^T) = scale s' dtS         d(q k^T) = scale (s' dS + s'' tS dtS), where tS is without s' and bias
 
     tangent       rows, over the keys they see: tO and mu, a tile of columns at a time
-    statistics    rows of a softmax: mu, delta and kappa
+    statistics    rows of a softmax: 1 / sum of exp(S - LSE), mu, delta and kappa
     second_dq     rows, over the keys they see
     second_dk     keys, over the rows that see them
     second_dv     the same, a tile of columns at a time
@@ -79,6 +80,7 @@ class Statistics(NamedTuple):
     """Of the rows of a softmax, pointers to (B, Hq, M) in fp32. What is None is 0."""
 
     lse: Any = None
+    inverse: Any = None  # of the sum of exp(S - LSE), which is 1 but for rounding
     mu: Any = None
     delta: Any = None
     kappa: Any = None
@@ -199,9 +201,11 @@ def scores_along(rows, keys, tensors, rule, n, SIZES: tl.constexpr):
 
 
 @triton.jit
-def weights(b_s, b_lse, SCORE: tl.constexpr):
+def weights(rows, statistics, b_s, SCORE: tl.constexpr):
     """f(S), f'(S) and f''(S) of a block of scores."""
-    b_a = probs(b_s, b_lse, SCORE)
+    b_a = probs(b_s, lse_of(rows, statistics.lse)[:, None], SCORE)
+    if statistics.inverse is not None:
+        b_a *= numbers_of(rows, statistics.inverse)[:, None]
     b_first = b_a
     b_second = b_a
     if SCORE == "relu2":
@@ -240,12 +244,20 @@ def weight_gradients(rows, keys, tensors, rule, i_seq, SIZES: tl.constexpr, COLU
 
 @triton.jit
 def sink_along(rows, b_lse, tensors, rule):
-    """What a sink adds to mu: its probability times its tangent."""
-    b_mu = tl.zeros(rows.o_query.shape, tl.float32)
-    if tensors.tsinks is not None:
+    """The probability of a sink, and its tangent."""
+    b_p = tl.zeros(rows.o_query.shape, tl.float32)
+    b_ts = tl.zeros(rows.o_query.shape, tl.float32)
+    if rule.sinks is not None:
         b_p = probs(tl.load(rule.sinks + rows.o_head).to(tl.float32), b_lse, "softmax")
-        b_mu = b_p * tl.load(tensors.tsinks + rows.o_head).to(tl.float32)
-    return b_mu
+    if tensors.tsinks is not None:
+        b_ts += tl.load(tensors.tsinks + rows.o_head).to(tl.float32)
+    return b_p, b_ts
+
+
+@triton.jit
+def over(b_x, b_sum):
+    """x / sum; of rows that see nothing x."""
+    return b_x / tl.where(b_sum == 0, 1.0, b_sum)
 
 
 @triton.jit
@@ -253,7 +265,7 @@ def score_gradients(rows, keys, tensors, statistics, rule, i_seq, n, SIZES: tl.c
     """Gradients of a block of S, of q k^T and of its tangent."""
     b_s, b_ts, b_slope, b_bend = scores_along(rows, keys, tensors, rule, n, SIZES)
     b_da, b_tda = weight_gradients(rows, keys, tensors, rule, i_seq, SIZES, COLUMNS)
-    _, b_first, b_second = weights(b_s, lse_of(rows, statistics.lse)[:, None], SIZES.SCORE)
+    _, b_first, b_second = weights(rows, statistics, b_s, SIZES.SCORE)
     b_ts -= numbers_of(rows, statistics.mu)[:, None]
     b_da -= numbers_of(rows, statistics.delta)[:, None]
     b_tda -= numbers_of(rows, statistics.kappa)[:, None]
@@ -297,19 +309,20 @@ def tangent_kernel(
         tensors, rule, sequences, i_seq, row, first_m, n, o_query, o_head, o_position, m_row,
         n_kv_heads * SIZES.GROUPS, SIZES,
     )  # fmt: skip
-    b_lse = lse_of(rows, lse)
     o_column = tl.program_id(1) * SIZES.BE + tl.arange(0, SIZES.BE)
     b_out = tl.zeros([BM, SIZES.BE], tl.float32)
     b_tout = tl.zeros([BM, SIZES.BE], tl.float32)
-    b_mu = sink_along(rows, b_lse, tensors, rule)
+    b_sum, b_mu = sink_along(rows, lse_of(rows, lse), tensors, rule)
+    b_mu *= b_sum
     start, _whole, _last, stop = keys_of_block(rule, i_block, m, n, SIZES)
     for j in range(start, stop, BN):
         o_key = j + tl.arange(0, BN)
         keys = keys_along(tensors, row, i_head, first_n, o_key, o_key < n, SIZES)
         b_s, b_ts, _slope, _bend = scores_along(rows, keys, tensors, rule, n, SIZES)
-        b_a, b_ta, _second = weights(b_s, b_lse[:, None], SIZES.SCORE)
+        b_a, b_ta, _second = weights(rows, Statistics(lse), b_s, SIZES.SCORE)
         b_ta *= b_ts
         if SIZES.SCORE == "softmax":
+            b_sum += tl.sum(b_a + 0.0, 1)
             b_mu += tl.sum(b_ta + 0.0, 1)
         b_a = dropped(b_a, rows, keys, rule, i_seq, SIZES, BN)
         b_ta = dropped(b_ta, rows, keys, rule, i_seq, SIZES, BN)
@@ -320,7 +333,8 @@ def tangent_kernel(
         if SIZES.SCORE == "softmax":
             b_out = add_product(b_a, b_v, b_out, SIZES)
     if SIZES.SCORE == "softmax":
-        b_tout -= b_mu[:, None] * b_out
+        b_mu = over(b_mu, b_sum)
+        b_tout = over(b_tout - b_mu[:, None] * b_out, b_sum[:, None])
     m_stored = o_query < stored
     b_tout = tl.where(m_row[:, None], b_tout, 0.0)
     store_tile(out, row_pointers(out, row, o_head, first_m + o_query), m_stored, o_column, b_tout, SIZES.E, SIZES.BE)
@@ -335,13 +349,13 @@ def tangent_kernel(
 @guarded
 @triton.jit(do_not_specialize=VARYING)
 def statistics_kernel(
-    tensors, lse, dlse, mu, delta, kappa,
+    tensors, lse, dlse, inverse, mu, delta, kappa,
     lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k,
     scale, left, right, softcap, bias, bias_batch, bias_head, max_distance,
     sinks, seed, threshold, dropout_scale, aux, n_blocks, n_kv_heads,
     SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION, SCORE, SCALING
 ):  # fmt: skip
-    """mu, delta and kappa of a block of rows of a softmax, in fp32 sums over the keys they see."""
+    """The `Statistics` of a block of rows of a softmax, in fp32 sums over the keys they see."""
     BM: tl.constexpr = SIZES.BM
     BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
@@ -358,7 +372,7 @@ def statistics_kernel(
         n_kv_heads * SIZES.GROUPS, SIZES,
     )  # fmt: skip
     b_lse = lse_of(rows, lse)
-    b_mu = sink_along(rows, b_lse, tensors, rule)
+    b_sum, b_mu = sink_along(rows, b_lse, tensors, rule)
     b_delta = tl.zeros([BM], tl.float32)
     b_kappa = tl.zeros([BM], tl.float32)
     start, _whole, _last, stop = keys_of_block(rule, i_block, m, n, SIZES)
@@ -368,13 +382,25 @@ def statistics_kernel(
         b_s, b_ts, _slope, _bend = scores_along(rows, keys, tensors, rule, n, SIZES)
         b_da, b_tda = weight_gradients(rows, keys, tensors, rule, i_seq, SIZES, BN)
         b_p = probs(b_s, b_lse[:, None], SIZES.SCORE)
-        b_mu += tl.sum(products(b_p, b_ts), 1)
-        b_delta += tl.sum(products(b_p, b_da), 1)
-        b_kappa += tl.sum(products(b_p, b_ts * b_da + b_tda), 1)
-    b_kappa -= b_mu * b_delta
+        # Means of this block, and from there on sums of differences: those of uncentred products would cancel.
+        b_more = tl.sum(b_p + 0.0, 1)
+        b_ahead = over(tl.sum(products(b_p, b_ts), 1), b_more)
+        b_level = over(tl.sum(products(b_p, b_da), 1), b_more)
+        b_change = products(b_ts - b_ahead[:, None], b_da - b_level[:, None]) + b_tda
+        b_kappa += tl.sum(products(b_p, b_change), 1)
+        b_ahead -= b_mu
+        b_level -= b_delta
+        b_share = over(b_more, b_sum + b_more)
+        b_kappa += b_sum * b_share * b_ahead * b_level
+        b_mu += b_share * b_ahead
+        b_delta += b_share * b_level
+        b_sum += b_more
+    b_inverse = over(1.0, b_sum)
+    b_kappa *= b_inverse
     if dlse is not None:  # it may be NaN for a row without visible keys
         b_delta -= tl.load(dlse + rows.o_flat, mask=m_row & (b_lse != -float("inf")), other=0.0)
     m_stored = o_query < stored
+    tl.store(inverse + rows.o_flat, b_inverse, mask=m_stored)
     tl.store(mu + rows.o_flat, b_mu, mask=m_stored)
     tl.store(delta + rows.o_flat, b_delta, mask=m_stored)
     tl.store(kappa + rows.o_flat, b_kappa, mask=m_stored)
@@ -493,7 +519,7 @@ def second_dv_kernel(
                 n_kv_heads * SIZES.GROUPS, SIZES,
             )  # fmt: skip
             b_s, b_ts, _slope, _bend = scores_along(rows, keys, tensors, rule, n, SIZES)
-            _a, b_ta, _second = weights(b_s, lse_of(rows, statistics.lse)[:, None], SIZES.SCORE)
+            _a, b_ta, _second = weights(rows, statistics, b_s, SIZES.SCORE)
             b_ta *= b_ts - numbers_of(rows, statistics.mu)[:, None]
             b_ta = dropped(b_ta, rows, keys, rule, i_seq, SIZES, BN)
             b_g = load_tile(tensors.g, rows.p_g, rows.m_row, o_column, SIZES.E, SIZES.BE)

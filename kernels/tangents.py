@@ -127,10 +127,10 @@ def attention_second(
     dbias = _second(call, numbers, (heads(dq), heads(dk), heads(dv)), rel_bias, choose)
     dsinks = None
     if sinks is not None and call.lse is not None and numbers is not None:
-        mu, delta, kappa = numbers
+        inverse, mu, delta, kappa = numbers
         share = torch.exp(sinks.float()[:, None] - torch.where(call.lse == -math.inf, math.inf, call.lse))
         ahead = mu if tsinks is None else mu - tsinks.float()[:, None]
-        dsinks = (share * (ahead * delta - kappa)).sum((0, 2)).to(sinks.dtype)
+        dsinks = (share * inverse * (ahead * delta - kappa)).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, sums_like(dbias, rel_bias), dsinks
 
 
@@ -279,10 +279,10 @@ def _tangent(call: _Call, out: Heads, tlse: Tensor | None, choose: Choose) -> No
 
 
 def _statistics(call: _Call, dlse: Tensor | None, choose: Choose) -> tuple[Tensor, ...] | None:
-    """mu, delta and kappa of the rows of a softmax."""
+    """1 / sum of P, mu, delta and kappa of the rows of a softmax."""
     if call.lse is None:
         return None
-    numbers = tuple(torch.empty_like(call.lse) for _ in range(3))
+    numbers = tuple(torch.empty_like(call.lse) for _ in range(4))
     if call.lse.numel():
         config: Config = choose("second_statistics", call.q, call.width)
         n_blocks, programs = _programs(call, call.sizes["GROUPS"], config.block_m)

@@ -1,5 +1,7 @@
 """Half precision on a CPU: by instructions of its own or through fp32, whatever this processor has."""
 
+import copy
+
 import pytest
 import torch
 from backends import backend_fixture
@@ -9,7 +11,12 @@ from hypothesis import strategies as st
 from strategies import attention_calls, gau_calls, glu_calls, glu_linear_calls, mixed_chunk_calls, randn
 
 import flashgau
+from flashgau import nn
 from flashgau.eager import common
+from flashgau.nn.initialise import embedding
+from flashgau.nn.norms import LayerNorm, RMSNorm, ScaleNorm
+from flashgau.nn.offset_scale import OffsetScale
+from flashgau.nn.sinusoidal import ScaledSinusoidal
 
 CALLS = {
     "attention": attention_calls,
@@ -97,3 +104,38 @@ def test_the_gradient_of_sinks_does_not_round_its_terms(backend):
     terms = (sinks[:, None] - lse).exp() * (dlse - (dout * exact).sum(-1))
     allowed = 32 * torch.finfo(torch.float32).eps * terms.abs().sum((0, 2))
     assert ((dsinks - terms.sum((0, 2))).abs() <= allowed).all()
+
+
+LAYERS = {
+    "LayerNorm": lambda: LayerNorm(8),
+    "RMSNorm": lambda: RMSNorm(8),
+    "ScaleNorm": lambda: ScaleNorm(8),
+    "OffsetScale": lambda: OffsetScale(8, 2),
+    "embedding": lambda: embedding(2, 8),
+    "positions": lambda: ScaledSinusoidal(8),
+    "GAU": lambda: nn.GAU(8, key_dim=8, norm="layernorm"),
+    "FLASH": lambda: nn.FLASH(8, key_dim=8, chunk_size=32, norm="layernorm"),
+    "MultiHeadAttention": lambda: nn.MultiHeadAttention(8, 2),
+    "MultiHeadMixedChunk": lambda: nn.MultiHeadMixedChunk(8, 2, chunk_size=32),
+    "GatedFeedForward": lambda: nn.GatedFeedForward(8),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_parameters_get_gradients_of_many_tokens_summed_in_fp32(layer):
+    """PyTorch's own CPU kernels of LayerNorm and of embeddings would sum those of halves in their type."""
+    torch.manual_seed(0)
+    n, half = 4096, LAYERS[layer]().to(torch.bfloat16)
+    exact, x = copy.deepcopy(half).double(), (torch.ones(1, n, 8) + randn(0, 1, n, 8) / 8).to(torch.bfloat16)
+    if layer == "embedding":
+        x = torch.arange(n)[None] % 2
+    if layer == "positions":
+        x = torch.arange(n).expand(2, n)
+    for model in (half, exact):
+        given = x.double() if model is exact and x.is_floating_point() else x
+        outs = model(given)
+        sum((out.sum() for out in outs), torch.zeros((), dtype=outs[0].dtype)).backward()
+    for (name, ours), theirs in zip(half.named_parameters(), exact.parameters(), strict=True):
+        assert ours.grad is not None
+        error = (ours.grad.double() - theirs.grad).abs().max()
+        assert error <= 2**-6 * theirs.grad.abs().max(), name

@@ -117,12 +117,14 @@ def attention_second(
             gamma = torch.zeros_like(mu) if dlse is None else part.rows(dlse)[:, :, i].to(acc)
 
             # Where these cancel the rounding of O stays, so they are sums of what they cancel against.
-            delta, kappa = torch.zeros_like(mu), torch.zeros_like(mu)
+            delta, kappa, total = (torch.zeros_like(mu) for _ in range(3))
             for j in key_blocks:
                 p, ts, dp, tdp, _ = rows.terms(j, g_factor, mu)
+                total += p.sum(-1)
                 delta += (p * dp).sum(-1)
                 kappa += (p * (ts * dp + tdp)).sum(-1)
-            level = delta - gamma
+            inverse = rows.normalise(total)
+            level, kappa = delta * inverse - gamma, kappa * inverse
             if moving.sinks is not None and dsinks is not None:
                 of_sink = -mu if moving.tsinks is None else moving.tsinks[:, None] - mu
                 dsinks -= (rows.sink() * (of_sink * level + kappa)).sum((0, 2))
@@ -189,11 +191,21 @@ class _Rows:
         self.tq = None if moving.tq is None else moving.tq[:, :, i].to(moving.acc)
         lse = self.part.rows(results.lse)[:, :, i]
         self.lse = torch.where(lse == -math.inf, math.inf, lse)  # of a row that sees nothing: P is 0
+        self.inverse: Tensor | None = None
+
+    def normalise(self, total: Tensor) -> Tensor:
+        """From now on divide P by its sum: over keys `total`, and what a sink adds. The rounding of an LSE moves a whole
+        row alike, which the differences of second derivatives would not survive. Returns 1 / sum."""
+        if self.moving.sinks is not None:
+            total = total + self.sink()
+        self.inverse = 1 / torch.where(total == 0, 1.0, total)
+        return self.inverse
 
     def sink(self) -> Tensor:
         """The probability of the sink (b, Hq, bm)."""
         assert self.moving.sinks is not None
-        return torch.exp(self.moving.sinks[:, None] - self.lse)
+        p = torch.exp(self.moving.sinks[:, None] - self.lse)
+        return p if self.inverse is None else p.mul_(self.inverse)
 
     def terms(
         self, j: slice, g: Tensor, mu: Tensor
@@ -212,6 +224,8 @@ class _Rows:
         part, moving = self.part, self.moving
         s, t = part.scores(self.q, self.i, j)
         p = s.sub_(self.lse[..., None]).exp_()
+        if self.inverse is not None:
+            p *= self.inverse[..., None]
         ts = torch.zeros_like(p)
         if self.tq is not None:
             ts += (part.fold(self.tq) @ part.k[:, :, j].to(self.q.dtype).mT).view_as(p)

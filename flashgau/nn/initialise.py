@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 STD = 0.02
 
@@ -26,8 +27,19 @@ def is_plain(*layers: nn.Module) -> bool:
     return all(type(layer) is nn.Linear for layer in layers)
 
 
+class Embedding(nn.Embedding):
+    """`torch.nn.Embedding`, whose gradient is summed in fp32: on a CPU PyTorch adds halves up in their own type."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (...) -> (..., dim)."""
+        weight = self.weight
+        if weight.device.type == "cpu" and weight.element_size() == 2 and torch.is_grad_enabled():
+            return nn.functional.embedding(input, weight.float()).to(weight.dtype)
+        return super().forward(input)
+
+
 def embedding(count: int, dim: int, **factory: Any) -> nn.Embedding:
     """An `nn.Embedding` that starts as N(0, 0.02); `factory` holds device and dtype."""
-    table = nn.Embedding(count, dim, **factory)
+    table = Embedding(count, dim, **factory)
     nn.init.normal_(table.weight, std=STD)
     return table

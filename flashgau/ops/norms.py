@@ -10,7 +10,7 @@ from flashgau.options import NormOptions
 from flashgau.reference import norm as naive
 
 from .. import pytorch
-from . import dispatch
+from . import autograd, dispatch
 from .operation import Operation
 
 
@@ -27,14 +27,16 @@ def norm(
     # PyTorch's forward mode of layer_norm takes mean and deviation for constants where it is differentiated.
     if name == "reference" or (kind == "layernorm" and pytorch.in_forward_mode()):
         return naive(x, weight, bias, kind=kind, eps=eps, clamp=clamp)
-    if name == "eager":
-        return eager.norm(x, weight, bias, kind, eps, clamp)
+    options = NormOptions(kind, eps, clamp)
+    sums = kind == "layernorm" and x.element_size() == 2 and autograd.needs_grad(weight, bias)
+    if name == "eager" and not sums:
+        return eager.norm(x, weight, bias, *options)
     args = Arguments(caller)
     args.tensor("x", x, "... d")
     for what, w in (("weight", weight), ("bias", bias)):
         if w is not None:
             args.held(what, w)
-    out: Tensor = _norm(x, weight, bias, options=NormOptions(kind, eps, clamp), backend=name)[0]
+    out: Tensor = _norm(x, weight, bias, options=options, backend=name)[0]
     return out
 
 
@@ -46,5 +48,5 @@ _norm = Operation(
     tuples={"options": NormOptions},
     op="norm",
     error="norm",
-    others=lambda x, weight, bias, options, backend: [eager.norm(x, weight, bias, *options)],
+    others=lambda x, weight, bias, options, backend: [eager.widened_norm(x, weight, bias, options)],
 )
