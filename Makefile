@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test matrix lint types completeness docs kernels check clean
+.PHONY: run test matrix lint types completeness docs kernels every-kernel check clean
 
 run: $(INSTALLED)
 	$(BIN)/flashgau demo
@@ -34,15 +34,19 @@ completeness: types
 docs: $(INSTALLED)
 	$(BIN)/mkdocs build --strict
 
-# Compiled code, without a GPU: every kernel on sm_90, its hot loops no worse than recorded; on other architectures in bf16 and
-# fp32 (fp16 takes the blocks of bf16), but for the kernels of derivatives, which take as long as all others; and a part of it executed.
+# Compiled code, without a GPU, in bf16: on sm_90 every kernel, its hot loops no worse than recorded; on other architectures
+# heads of 128, but for the kernels of derivatives, which take as long as all others; and a part of it executed.
 DERIVATIVES := tangent,second_statistics,second_dq,second_dk,second_dv,second_dbias
 OTHERS := from flashgau import tables; print(*sorted(tables.shipped_kernels() - {tables.FUSED} - set("$(DERIVATIVES)".split(","))), sep=",")
 LOOPS := $(BIN)/flashgau compile --loops --against bench/results/loops/sm_90.json
 kernels: $(INSTALLED)
-	$(LOOPS) --target sm_90
-	$(LOOPS) --target sm_80,sm_100,gfx942 --dtype bf16,fp32 --kernel "$$($(BIN)/python -c '$(OTHERS)')"
+	$(LOOPS) --target sm_90 --dtype bf16
+	$(LOOPS) --target sm_80,sm_100,gfx942 --dtype bf16 --shapes 128 --kernel "$$($(BIN)/python -c '$(OTHERS)')"
 	$(BIN)/flashgau check --execute sm_80,sm_90 --quick
+
+# All of it, for a release or a change to many kernels: every kernel, width and dtype on every architecture (an hour or more).
+every-kernel: $(INSTALLED)
+	$(LOOPS)
 
 check: lint types test docs kernels
 

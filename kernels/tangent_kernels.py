@@ -10,8 +10,8 @@ gradients of <g, tO> + <gamma, mu>. With dA = D (g v^T) and tdA = D (g tv^T), th
     dtS = f'(S) (dA - delta)         dS = f''(S) (tS - mu) (dA - delta) + f'(S) (tdA - kappa)
 
 Of a softmax f, f' and f'' are all P, delta = rowsum(P dA) - gamma, and kappa = rowsum(P ((tS - mu) dA + tdA)); of
-elementwise weights delta and kappa are 0. P is exp(S - LSE) over its sum: the rounding of an LSE moves a whole row alike,
-which differences such as tS - mu would not survive. What dtS and dS say of q k^T and of its tangent gives the results:
+elementwise weights delta and kappa are 0. There P is exp(S - LSE) over its sum: the rounding of an LSE moves a whole row
+alike, which differences such as tS - mu would not survive. What dtS and dS say of q k^T and of its tangent gives the results:
 
     d(tq k^T + q tk^T) = scale s' dtS         d(q k^T) = scale (s' dS + s'' tS dtS), where tS is without s' and bias
 
@@ -312,8 +312,8 @@ def tangent_kernel(
     o_column = tl.program_id(1) * SIZES.BE + tl.arange(0, SIZES.BE)
     b_out = tl.zeros([BM, SIZES.BE], tl.float32)
     b_tout = tl.zeros([BM, SIZES.BE], tl.float32)
-    b_sum, b_mu = sink_along(rows, lse_of(rows, lse), tensors, rule)
-    b_mu *= b_sum
+    b_sink, b_mu = sink_along(rows, lse_of(rows, lse), tensors, rule)
+    b_mu *= b_sink
     start, _whole, _last, stop = keys_of_block(rule, i_block, m, n, SIZES)
     for j in range(start, stop, BN):
         o_key = j + tl.arange(0, BN)
@@ -322,7 +322,6 @@ def tangent_kernel(
         b_a, b_ta, _second = weights(rows, Statistics(lse), b_s, SIZES.SCORE)
         b_ta *= b_ts
         if SIZES.SCORE == "softmax":
-            b_sum += tl.sum(b_a + 0.0, 1)
             b_mu += tl.sum(b_ta + 0.0, 1)
         b_a = dropped(b_a, rows, keys, rule, i_seq, SIZES, BN)
         b_ta = dropped(b_ta, rows, keys, rule, i_seq, SIZES, BN)
@@ -333,8 +332,7 @@ def tangent_kernel(
         if SIZES.SCORE == "softmax":
             b_out = add_product(b_a, b_v, b_out, SIZES)
     if SIZES.SCORE == "softmax":
-        b_mu = over(b_mu, b_sum)
-        b_tout = over(b_tout - b_mu[:, None] * b_out, b_sum[:, None])
+        b_tout -= b_mu[:, None] * b_out
     m_stored = o_query < stored
     b_tout = tl.where(m_row[:, None], b_tout, 0.0)
     store_tile(out, row_pointers(out, row, o_head, first_m + o_query), m_stored, o_column, b_tout, SIZES.E, SIZES.BE)
