@@ -264,6 +264,8 @@ def pieces(*tensors: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, 
     views = [_as_rows(t, width) for t in tensors]
     if all(v is not None for v in views):
         yield from zip(*(v.split(max(1, step // width)) for v in views if v is not None), strict=True)
+    elif first[0].nbytes <= size:
+        yield from zip(*(t.split(size // first[0].nbytes) for t in tensors), strict=True)
     else:
         for parts in zip(*(t.unbind(0) for t in tensors), strict=True):
             yield from pieces(*parts, size=size)
