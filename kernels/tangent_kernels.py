@@ -10,8 +10,9 @@ gradients of <g, tO> + <gamma, mu>. With dA = D (g v^T) and tdA = D (g tv^T), th
     dtS = f'(S) (dA - delta)         dS = f''(S) (tS - mu) (dA - delta) + f'(S) (tdA - kappa)
 
 Of a softmax f, f' and f'' are all P, delta = rowsum(P dA) - gamma, and kappa = rowsum(P ((tS - mu) dA + tdA)); of
-elementwise weights delta and kappa are 0. There P is exp(S - LSE) over its sum: the rounding of an LSE moves a whole row
-alike, which differences such as tS - mu would not survive. What dtS and dS say of q k^T and of its tangent gives the results:
+elementwise weights delta and kappa are 0. There P is exp(S - LSE) over its sum: the rounding of an LSE moves all of a
+row alike, which differences such as tS - mu would not survive. What dtS and dS say of q k^T and of its tangent gives
+the results:
 
     d(tq k^T + q tk^T) = scale s' dtS         d(q k^T) = scale (s' dS + s'' tS dtS), where tS is without s' and bias
 

@@ -194,8 +194,8 @@ class _Rows:
         self.inverse: Tensor | None = None
 
     def normalise(self, total: Tensor) -> Tensor:
-        """From now on divide P by its sum: over keys `total`, and what a sink adds. The rounding of an LSE moves a whole
-        row alike, which the differences of second derivatives would not survive. Returns 1 / sum."""
+        """From now on divide P by its sum: over keys `total`, and what a sink adds. The rounding of an LSE moves all of
+        a row alike, which the differences of second derivatives would not survive. Returns 1 / sum."""
         if self.moving.sinks is not None:
             total = total + self.sink()
         self.inverse = 1 / torch.where(total == 0, 1.0, total)
