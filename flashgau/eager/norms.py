@@ -33,9 +33,9 @@ def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: 
 
 def widened_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: NormOptions) -> Tensor:
     """`norm` in fp32, rounded to x's type: all its derivatives sum in fp32."""
-    x32, *parameters = (None if t is None else t.to(accumulator(t.dtype)) for t in (x, weight, bias))
-    assert x32 is not None
-    return norm(x32, *parameters, *options).to(x.dtype)
+    acc = accumulator(x.dtype)
+    w, b = (None if t is None else t.to(acc) for t in (weight, bias))
+    return norm(x.to(acc), w, b, *options).to(x.dtype)
 
 
 def norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: NormOptions) -> Tensor:
@@ -61,5 +61,6 @@ def norm_backward(
     for part, part_x, part_mean, part_inverse in zip(*flat, strict=True):
         wide = part.to(acc)
         dbias += wide.sum(0)
-        dweight += wide.mul_(part_x.to(acc).sub_(part_mean).mul_(part_inverse)).sum(0)
-    return dx, *(None if t is None else d.to(t.dtype) for t, d in ((weight, dweight), (bias, dbias)))
+        dweight += part_x.to(acc).sub(part_mean).mul_(part_inverse).mul_(wide).sum(0)
+    dw, db = (None if t is None else d.to(t.dtype) for t, d in ((weight, dweight), (bias, dbias)))
+    return dx, dw, db
