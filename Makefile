@@ -44,7 +44,7 @@ kernels: $(INSTALLED)
 	$(LOOPS) --target sm_80,sm_100,gfx942 --dtype bf16 --shapes 128 --kernel "$$($(BIN)/python -c '$(OTHERS)')"
 	$(BIN)/flashgau check --execute sm_80,sm_90 --quick
 
-# All of it, for a release or a change to many kernels: every kernel, width and dtype on every architecture (an hour or more).
+# All of it, for a release or a change to many kernels: every kernel, width and dtype on every architecture.
 every-kernel: $(INSTALLED)
 	$(LOOPS)
 

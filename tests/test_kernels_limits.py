@@ -66,23 +66,31 @@ def test_equal_sizes_share_a_compiled_kernel():
 NAMES = ["_get_np_dtype", "_patch_attr", "_patch_builtin", "_patch_lang", "_LangPatchScope", "interpreter_semantic"]
 
 
-@pytest.mark.parametrize("hidden", NAMES)
+@pytest.mark.parametrize("hidden", [*NAMES, "is_builtin", None])
 def test_interpreting_needs_none_of_the_names_that_make_it_faster(monkeypatch, hidden):
     """What a version of Triton calls otherwise is left alone."""
     for cls in (tl.core.block_type, tl.core.tensor):
         monkeypatch.setattr(cls, "__init__", cls.__init__)  # and put back
     monkeypatch.setattr(tl.core.dtype, "__eq__", tl.core.dtype.__eq__)
-    plain: dict[str, Any] = {name: lambda *args: None for name in NAMES if name != hidden}
-    module = SimpleNamespace(**plain)
+    calls = []
+    plain: dict[str, Any] = {name: lambda *args: calls.append(args) for name in NAMES if name != hidden}
+    module, package = SimpleNamespace(**plain), SimpleNamespace(exp=tl.exp, other=len)
+    if hidden == "is_builtin":
+        monkeypatch.delattr(tl.core, "is_builtin")
     quick_interpreter.hasten(module)
-    assert not hasattr(module, hidden)
+    assert hidden is None or not hasattr(module, hidden)
     replaced = {name for name, value in vars(module).items() if value is not plain[name]}
     needed = {
         "_get_np_dtype": {"_get_np_dtype"},
-        "_patch_builtin": {"_patch_attr", "_patch_builtin"},
+        "_patch_builtin": {"_patch_attr", "_patch_builtin", "is_builtin"},
         "_patch_lang": {"_patch_lang", "_LangPatchScope"},
     }
     assert replaced == {name for name, names in needed.items() if hidden not in names}
+    if "_patch_builtin" in replaced:  # with a scope, or as Triton 3.5 without
+        member = package.exp
+        module._patch_builtin(package, "builder", "scope")
+        module._patch_builtin(package, "builder")
+        assert calls == [(package, "exp", member, "builder", "scope"), (package, "exp", member, "builder")]
 
 
 LAUNCHERS = [

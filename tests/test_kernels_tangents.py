@@ -11,7 +11,7 @@ import pytest
 import torch
 from backends import fresh_memory_is_nan
 from checks import REST
-from hypothesis import assume, given
+from hypothesis import given, reject
 from hypothesis import strategies as st
 from strategies import Call, attention_calls, gau_calls, lay_out, randn
 from torch import Tensor
@@ -128,7 +128,9 @@ def check(case: Along) -> None:
         ours = by_kernels(case)
     formula: Any = getattr(reference, case.call.name)
     exact, dtype = by_pytorch(case, torch.float64, formula), case.call.args[0].dtype
-    assume(exact["tout"].any())  # where no row sees two keys and v stands still, only rounding would be left
+    softmax = case.call.name == "attention" or case.call.kwargs.get("score", "relu2").startswith("softmax")
+    if softmax and not exact["tout"].any():  # rows see one key and v stands still: only rounding would be left
+        reject()
     rows = held(ours, exact, [by_pytorch(case, dtype, formula.__wrapped__)], dtype)
     assert ours.keys() == exact.keys()
     assert all(row.ok for row in rows), "\n".join(map(str, rows))

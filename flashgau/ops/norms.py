@@ -6,6 +6,7 @@ from torch import Tensor
 
 from flashgau.contract.validate import Arguments
 from flashgau.eager import norms as eager
+from flashgau.eager.common import HALVES
 from flashgau.options import NormOptions
 from flashgau.reference import norm as naive
 
@@ -20,7 +21,8 @@ def norm(
     """Rows of x (..., d) over their deviation, times `weight` (d,) or (1,), plus `bias` (d,), in x's type.
 
     Statistics are fp32 (fp64 for fp64); `kind`, `eps` and `clamp` are those of `NormOptions`. On a CPU, and for rows
-    wider than 8192, it is PyTorch's own or a formula that PyTorch differentiates. What is wrong is refused in the name
+    wider than 8192, it is PyTorch's own or a formula that PyTorch differentiates,
+    but for LayerNorm's gradients in half precision. What is wrong is refused in the name
     of `caller`, a layer.
     """
     name = dispatch.resolve_inner("norm", x.device, x.dtype, x.shape[-1])
@@ -28,7 +30,7 @@ def norm(
     if name == "reference" or (kind == "layernorm" and pytorch.in_forward_mode()):
         return naive(x, weight, bias, kind=kind, eps=eps, clamp=clamp)
     options = NormOptions(kind, eps, clamp)
-    sums = kind == "layernorm" and x.element_size() == 2 and autograd.needs_grad(weight, bias)
+    sums = kind == "layernorm" and x.dtype in HALVES and autograd.needs_grad(weight, bias)
     if name == "eager" and not sums:
         return eager.norm(x, weight, bias, *options)
     args = Arguments(caller)
