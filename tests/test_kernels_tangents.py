@@ -23,7 +23,6 @@ from flashgau.kernels import tangents as launchers
 from flashgau.kernels.attention import attention_forward
 
 from flashgau import tables
-from flashgau.ops.compare import held
 from flashgau.options import (
     AttentionOptions,
     AttentionTangents,
@@ -32,7 +31,7 @@ from flashgau.options import (
     Layout,
 )
 from flashgau.tables.config import Config
-from flashgau.verification.derivatives import differentiated
+from flashgau.verification.derivatives import differentiated, held_derivatives
 
 pytestmark = kernel_calls.pytestmark
 
@@ -82,13 +81,13 @@ def along(call: Call, *, seed: int = 0, layout: str = "contiguous", without: tup
     return Along(call, tangents, tuple(weights))
 
 
-def by_pytorch(case: Along, dtype: torch.dtype, formula: Callable[..., Any]) -> dict[str, Tensor]:
-    """Tangents and second derivatives of the reference, differentiated twice, in one dtype."""
-    operands = case.operands()
+def by_pytorch(case: Along, dtype: torch.dtype, *change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Tangents and second derivatives of the reference, differentiated twice, in one dtype, of changed operands."""
+    operands, formula = case.operands(), getattr(reference, case.call.name).__wrapped__
     fixed = {name: x for name, x in case.call.kwargs.items() if name not in operands}
     if case.call.name == "attention":
         fixed["return_lse"] = True
-    return differentiated(partial(formula, **fixed), operands, case.tangents, case.weights, dtype)
+    return differentiated(partial(formula, **fixed), operands, case.tangents, case.weights, dtype, *change)
 
 
 def by_kernels(case: Along) -> dict[str, Tensor]:
@@ -126,13 +125,12 @@ def check(case: Along) -> None:
     """Held to the reference in fp64, beside plain PyTorch in the dtype of the call, by the rule of `compare`."""
     with tables.configured(small):
         ours = by_kernels(case)
-    formula: Any = getattr(reference, case.call.name)
-    exact, dtype = by_pytorch(case, torch.float64, formula), case.call.args[0].dtype
+    exact = by_pytorch(case, torch.float64)
     softmax = case.call.name == "attention" or case.call.kwargs.get("score", "relu2").startswith("softmax")
     if softmax and not exact["tout"].any():  # rows see one key and v stands still: only rounding would be left
         reject()
-    rows = held(ours, exact, [by_pytorch(case, dtype, formula.__wrapped__)], dtype)
     assert ours.keys() == exact.keys()
+    rows = held_derivatives(ours, partial(by_pytorch, case), exact, case.call.args[0].dtype)
     assert all(row.ok for row in rows), "\n".join(map(str, rows))
 
 

@@ -226,27 +226,22 @@ class Standard:
             self._exact = self._runs.naive(self._naive, torch.float64)
         return self._exact
 
-    def others(self, moves: int) -> list[dict[str, Tensor]]:
-        """Those in the arguments' dtype, then those in fp64 of so many random moves of the arguments."""
-        if not self._others:
-            self._others.append(self._runs.naive(self._plain, None))
-        for place in range(len(self._others) - 1, moves):
-            moved = _nudged(self.seed + place, self.dtype)
-            self._others.append(self._runs.naive(self._naive, torch.float64, moved))
-        return self._others[: moves + 1]
+    def _other(self, place: int) -> dict[str, Tensor]:
+        """Those in the arguments' dtype, then those in fp64 of random moves of the arguments."""
+        if place == len(self._others):
+            if place == 0:
+                self._others.append(self._runs.naive(self._plain, None))
+            else:
+                moved = nudged(self.seed + place - 1, self.dtype)
+                self._others.append(self._runs.naive(self._naive, torch.float64, moved))
+        return self._others[place]
 
     def hold(self, fn: Callable[..., Any], **changes: Any) -> list[Row]:
         """The rows of one function, which is called with the arguments and `changes`."""
         ours = self._runs.ours(fn, **changes)  # first: it checks the arguments
         if ours.keys() != self.exact.keys():
             raise ValueError(f"compare: `fn` gives {', '.join(ours)}; its reference gives {', '.join(self.exact)}")
-        # Plain PyTorch may be right by luck where terms cancel: it gets no better than the last places of fp32 allow.
-        # So may one random move of the inputs have no effect; hence others before a miss is one.
-        for moves in range(1, _MOVES + 1):
-            rows = held(ours, self.exact, self.others(moves), self.dtype)
-            if all(row.ok for row in rows):
-                break
-        return rows
+        return held_beside_moves(ours, self.exact, self._other, self.dtype)
 
 
 _HEADS = {"attention": 3, "gau_attention": 2, "mixed_chunk_attention": 4, "mixed_chunk_step": 4}
@@ -402,7 +397,7 @@ class _Runs:
         return found
 
 
-def _nudged(seed: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def nudged(seed: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Moves every element at random by up to `_ULPS` units in the last place of what sums are kept in."""
     generator = torch.Generator().manual_seed(seed)
     unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
@@ -464,6 +459,23 @@ def held(
     """Results and gradients ("d" and a name) held to the exact ones, beside the worst of plain PyTorch's."""
     steepest = max((_scale(x) for key, x in exact.items() if key.startswith("d")), default=0.0)
     return [_row(key, ours[key], exact[key], [x[key] for x in plain], steepest, dtype) for key in exact]
+
+
+def held_beside_moves(
+    ours: dict[str, Tensor], exact: dict[str, Tensor], other: Callable[[int], dict[str, Tensor]], dtype: torch.dtype
+) -> list[Row]:
+    """`held` beside plain PyTorch's run, which is `other(0)`, and the exact one of `nudged` arguments, `other(1)`.
+
+    Plain PyTorch may be right by luck where terms cancel: it gets no better than the last places of fp32 allow. So may
+    one random move of the arguments have no effect; hence up to `other(4)` before a miss is one.
+    """
+    others = [other(0)]
+    for place in range(1, _MOVES + 1):
+        others.append(other(place))
+        rows = held(ours, exact, others, dtype)
+        if all(row.ok for row in rows):
+            break
+    return rows
 
 
 def _row(

@@ -12,8 +12,10 @@ from torch import Tensor
 from flashgau import reference
 from flashgau.kernels import tangents as launchers
 from flashgau.kernels.attention import attention_forward
-from flashgau.ops.compare import Report, held
+from flashgau.ops.compare import Report, Row, held_beside_moves, nudged
 from flashgau.options import AttentionOptions, AttentionTangents, Layout
+
+_formula: Any = reference.attention.__wrapped__  # in the dtype of its arguments
 
 
 def differentiated(
@@ -22,6 +24,7 @@ def differentiated(
     tangents: Mapping[str, Tensor],
     weights: Sequence[Tensor],
     dtype: torch.dtype,
+    change: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> dict[str, Tensor]:
     """Tangents of a formula's results, and gradients of their weighted sum, by PyTorch in one dtype.
 
@@ -31,13 +34,14 @@ def differentiated(
         tangents: of operands, by their names; one that is not there is zero.
         weights: of the tangents of the results.
         dtype: in which all is computed.
+        change: of operands and tangents, in that dtype.
 
     Returns:
         "tout", "tlse" if there is an LSE, and "d" with the name of each operand. An LSE of -inf has no derivatives.
     """
 
     def whole(x: Tensor) -> Tensor:
-        return x.detach().to(dtype).clone(memory_format=torch.contiguous_format)
+        return change(x.detach().to(dtype)).clone(memory_format=torch.contiguous_format)
 
     leaves = {name: whole(x).requires_grad_() for name, x in operands.items()}
     moving = {name: whole(tangents[name]) if name in tangents else torch.zeros_like(x) for name, x in leaves.items()}
@@ -58,6 +62,24 @@ def differentiated(
     return found
 
 
+def held_derivatives(
+    ours: dict[str, Tensor], naive: Callable[..., dict[str, Tensor]], exact: dict[str, Tensor], dtype: torch.dtype
+) -> list[Row]:
+    """What kernels give for `differentiated`, held to the reference's by the rule of `flashgau.compare`.
+
+    Args:
+        ours: by name.
+        naive: what the reference gives in a dtype, called with it and, in fp64, with a change of the arguments.
+        exact: what it gives in fp64.
+        dtype: of the arguments.
+    """
+
+    def other(place: int) -> dict[str, Tensor]:
+        return naive(torch.float64, nudged(place, dtype)) if place else naive(dtype)
+
+    return held_beside_moves(ours, exact, other, dtype)
+
+
 def hold_derivatives(*tensors: Tensor) -> Report:
     """Hold the kernels to the reference in fp64, beside plain PyTorch in the dtype of the tensors, for causal attention
     with a bias: q, k, v and rel_bias (B, Hq, 2P-1), their tangents, and weights of the tangents of O and of its LSE."""
@@ -70,9 +92,6 @@ def hold_derivatives(*tensors: Tensor) -> Report:
     moved = launchers.attention_jvp(q, k, v, results, moving, Layout(), options)
     grads = launchers.attention_second(*weights, q, k, v, results, moving, moved, Layout(), options)
     ours = moved._asdict() | {f"d{name}": x for name, x in zip(names, grads[:4], strict=True)}
-    naive: Any = reference.attention
-    exact, plain = (
-        differentiated(partial(formula, causal=True, return_lse=True), operands, tangents, weights, dtype)
-        for formula, dtype in zip((naive, naive.__wrapped__), (torch.float64, q.dtype), strict=True)
-    )
-    return Report("derivatives", "triton", q.dtype, held(ours, exact, [plain], q.dtype))
+    naive = partial(differentiated, partial(_formula, causal=True, return_lse=True), operands, tangents, weights)
+    rows = held_derivatives(ours, naive, naive(torch.float64), q.dtype)
+    return Report("derivatives", "triton", q.dtype, rows)
