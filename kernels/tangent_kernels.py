@@ -294,7 +294,11 @@ def tangent_kernel(
     sinks, seed, threshold, dropout_scale, aux, n_blocks, n_kv_heads,
     SIZES: tl.constexpr,  # GROUPS, D, E, BD, BE, BM, BN, PRECISION, FACTORS, SCORE, SCALING
 ):  # fmt: skip
-    """tO of a block of rows and a tile of columns, and tLSE: for a softmax O is summed beside, and tO -= mu O."""
+    """tO of a block of rows and a tile of columns, and tLSE.
+
+    For a softmax O is summed beside, and tO about the mean of tS so far: of a sum about zero, which mu O would be taken
+    from in the end, only the rounding would be left where one key has all weight.
+    """
     BM: tl.constexpr = SIZES.BM
     BN: tl.constexpr = SIZES.BN
     sequences = Sequences(lengths, cu_seqlens_q, cu_seqlens_k, n_sequences, max_seqlen_q, max_seqlen_k)
@@ -313,17 +317,24 @@ def tangent_kernel(
     o_column = tl.program_id(1) * SIZES.BE + tl.arange(0, SIZES.BE)
     b_out = tl.zeros([BM, SIZES.BE], tl.float32)
     b_tout = tl.zeros([BM, SIZES.BE], tl.float32)
-    b_sink, b_mu = sink_along(rows, lse_of(rows, lse), tensors, rule)
-    b_mu *= b_sink
+    b_sum, b_mu = sink_along(rows, lse_of(rows, lse), tensors, rule)
+    b_mu = tl.where(b_sum == 0, 0.0, b_mu)  # of what is no row
+    b_rest = tl.zeros([BM], tl.float32)
     start, _whole, _last, stop = keys_of_block(rule, i_block, m, n, SIZES)
     for j in range(start, stop, BN):
         o_key = j + tl.arange(0, BN)
         keys = keys_along(tensors, row, i_head, first_n, o_key, o_key < n, SIZES)
         b_s, b_ts, _slope, _bend = scores_along(rows, keys, tensors, rule, n, SIZES)
         b_a, b_ta, _second = weights(rows, Statistics(lse), b_s, SIZES.SCORE)
-        b_ta *= b_ts
         if SIZES.SCORE == "softmax":
-            b_mu += tl.sum(b_ta + 0.0, 1)
+            b_more = tl.sum(b_a + 0.0, 1)
+            b_step = over(tl.sum(products(b_a, b_ts), 1) - b_mu * b_more, b_sum + b_more)
+            b_mu += b_step
+            b_tout -= b_step[:, None] * b_out
+            b_ts -= b_mu[:, None]
+            b_rest += tl.sum(products(b_a, b_ts), 1) - b_step * b_sum
+            b_sum += b_more
+        b_ta *= b_ts
         b_a = dropped(b_a, rows, keys, rule, i_seq, SIZES, BN)
         b_ta = dropped(b_ta, rows, keys, rule, i_seq, SIZES, BN)
         b_v = load_tile(tensors.v, keys.p_v, keys.m_key, o_column, SIZES.E, SIZES.BE)
@@ -333,13 +344,13 @@ def tangent_kernel(
         if SIZES.SCORE == "softmax":
             b_out = add_product(b_a, b_v, b_out, SIZES)
     if SIZES.SCORE == "softmax":
-        b_tout -= b_mu[:, None] * b_out
+        b_tout -= b_rest[:, None] * b_out
     m_stored = o_query < stored
     b_tout = tl.where(m_row[:, None], b_tout, 0.0)
     store_tile(out, row_pointers(out, row, o_head, first_m + o_query), m_stored, o_column, b_tout, SIZES.E, SIZES.BE)
     if tlse is not None:
         m_first = 0 * o_query + tl.program_id(1) == 0  # of a row's programs
-        tl.store(tlse + rows.o_flat, b_mu, mask=m_stored & m_first)
+        tl.store(tlse + rows.o_flat, b_mu + b_rest, mask=m_stored & m_first)
 
 
 # ---------------------------------------------------------------- second derivatives

@@ -127,8 +127,9 @@ def check(case: Along) -> None:
         ours = by_kernels(case)
     exact = by_pytorch(case, torch.float64)
     softmax = case.call.name == "attention" or case.call.kwargs.get("score", "relu2").startswith("softmax")
-    if softmax and not exact["tout"].any():  # rows see one key and v stands still: only rounding would be left
-        reject()
+    gradients = [x for name, x in exact.items() if name.startswith("d")]
+    if softmax and not (exact["tout"].any() and any(x.any() for x in gradients)):
+        reject()  # rows see one key, and v or q and k stand still: all cancels, and only rounding would be left
     assert ours.keys() == exact.keys()
     rows = held_derivatives(ours, partial(by_pytorch, case), exact, case.call.args[0].dtype)
     assert all(row.ok for row in rows), "\n".join(map(str, rows))

@@ -59,13 +59,20 @@ def attention_jvp(
         moving = _Moving(part, tangents)
         for i, key_blocks in part.blocks():
             rows = _Rows(moving, i, results)
-            mu, total = torch.zeros_like(rows.lse), torch.zeros_like(rows.lse)
+            total, level = rows.start()
+            rest = torch.zeros_like(level)
             along, plain = (rows.q.new_zeros(*rows.lse.shape, v.shape[-1]) for _ in range(2))
             for j in key_blocks:
                 p, ts, _, _ = rows.scores(j)
-                change = p * ts
-                mu += change.sum(-1)
-                total += p.sum(-1)
+                # About the mean so far: of sums about zero that are mu O apart only their rounding would be left.
+                more = p.sum(-1)
+                ahead, before = (p * ts).sum(-1) - level * more, total
+                total = total + more
+                step = ahead / above_zero(total)
+                level = level + step
+                along -= plain * step[..., None]
+                change = p * ts.sub_(level[..., None])
+                rest += change.sum(-1) - step * before
                 kept = part.kept(i, j)
                 if kept is not None:
                     p, change = p * kept, change * kept
@@ -73,17 +80,12 @@ def attention_jvp(
                 plain += moving.times(p, part.v, j)
                 if moving.tv is not None:
                     along += moving.times(p, moving.tv, j)
-            if moving.sinks is not None:
-                total += rows.sink()
-            if moving.tsinks is not None:
-                mu += rows.sink() * moving.tsinks[:, None]
             # 1, but for the exponentials of PyTorch's kernel, which in half precision are good for 20 bits.
-            total = torch.where(total == 0, 1.0, total)
-            mu /= total
-            # The output as it is before it is rounded: where mu is large the rest is a difference.
-            along = along.sub_(plain.mul_(mu[..., None])).div_(total[..., None])
+            total = above_zero(total)
+            rest /= total
+            along = along.sub_(plain.mul_(rest[..., None])).div_(total[..., None])
             part.rows(tout)[:, :, i] = along.to(tout.dtype)
-            part.rows(tlse)[:, :, i] = mu
+            part.rows(tlse)[:, :, i] = level + rest
     return AttentionAlong(tout, tlse)
 
 
@@ -161,6 +163,11 @@ def attention_second(
     )
 
 
+def above_zero(total: Tensor) -> Tensor:
+    """Sums of P to divide by: 1 of rows that see nothing."""
+    return torch.where(total == 0, 1.0, total)
+
+
 class _Moving:
     """One sequence's views of the tangents."""
 
@@ -193,12 +200,21 @@ class _Rows:
         self.lse = torch.where(lse == -math.inf, math.inf, lse)  # of a row that sees nothing: P is 0
         self.inverse: Tensor | None = None
 
+    def start(self) -> tuple[Tensor, Tensor]:
+        """What a sink gives to the sum of P (b, Hq, bm), and to the mean of tS."""
+        total, level = torch.zeros_like(self.lse), torch.zeros_like(self.lse)
+        if self.moving.sinks is not None:
+            total += self.sink()
+        if self.moving.tsinks is not None:
+            level += self.moving.tsinks[:, None]
+        return total, level
+
     def normalise(self, total: Tensor) -> Tensor:
         """From now on divide P by its sum: over keys `total`, and what a sink adds. The rounding of an LSE moves all of
         a row alike, which the differences of second derivatives would not survive. Returns 1 / sum."""
         if self.moving.sinks is not None:
             total = total + self.sink()
-        self.inverse = 1 / torch.where(total == 0, 1.0, total)
+        self.inverse = 1 / above_zero(total)
         return self.inverse
 
     def sink(self) -> Tensor:
