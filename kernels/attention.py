@@ -79,9 +79,9 @@ def gated_attention_forward(
     save: bool = False,
     *,
     config: Config | Choose | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """act(gate) * O, the log-sum-exp of the scores and, if `save`, O."""
-    return _forward(q, k, v, layout, options, BUILT_IN, config, gating=gating, save=save)
+) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    """act(gate) * O, the log-sum-exp of the scores and, if `save`, O; act(gate) is never kept."""
+    return *_forward(q, k, v, layout, options, BUILT_IN, config, gating=gating, save=save), None
 
 
 def _forward(
@@ -192,6 +192,7 @@ def gated_attention_backward(
     v: Tensor,
     lse: Tensor,
     product: Tensor,
+    activated: Tensor | None,
     gating: Gating,
     layout: Layout = Layout(),
     options: AttentionOptions = AttentionOptions(),
@@ -199,6 +200,7 @@ def gated_attention_backward(
     config: Config | Choose | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, gate, rel_bias (B, Hq, 2P-1) and sinks (Hq,); None where there is no such input."""
+    del activated  # the kernels read the gate
     results = AttentionResults(product, lse)
     dq, dk, dv, dbias, dsinks, dgate = _backward(
         (dout, dlse), q, k, v, results, layout, options, BUILT_IN, config, gating

@@ -101,8 +101,9 @@ def _gated_attention(
 
 def _gated_attention_backward(
     args: Arguments, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, product: Tensor,
-    gating: Gating, **rest: Any,
+    activated: Tensor | None, gating: Gating, **rest: Any,
 ) -> None:  # fmt: skip
+    """`activated` is not read."""
     _attention_backward(args, dout, dlse, q, k, v, (product, lse), **rest)
     operands.attention_gate(args, *gating)
 

@@ -23,7 +23,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # How the eager floor cuts its work: its own sizes, and the smallest, at which small inputs cross borders.
 _SMALLEST = {
-    "attention_scores": 1, "attention_widened": 1, "gau_scores": 1, "glu_bytes": 64, "gate_bytes": 64, "panel_rows": 4,
+    "attention_scores": 1, "attention_widened": 1, "attention_short": 0,
+    "gau_scores": 1, "glu_bytes": 64, "gate_bytes": 64, "panel_rows": 4,
     "chunk_elements": 1, "glu_kept_bytes": 0,
 }  # fmt: skip
 # Gated attention of any width by panels of one block, which Triton takes for wide values only; and all the chunks of

@@ -27,7 +27,7 @@ from .common import (
     toeplitz_sums,
     values_dtype,
 )
-from .glu import activated, gate_gradient, gated, gated_backward, pieces
+from .glu import activated, gate_gradient, gated, gated_backward, pieces, sigmoid_gated_backward
 from .sizes import SIZES
 
 
@@ -94,6 +94,17 @@ def attention_backward(
     )
 
 
+def keeps_activated(gate: Tensor, width: int, activation: str) -> bool:
+    """Whether the forward keeps act(gate) for the backward: of a small tensor, where the derivative is one of it."""
+    return (
+        activation == "sigmoid"
+        and gate.device.type == "cpu"
+        and gate.dtype != torch.float16  # which is computed in fp32
+        and gate.shape[-1] == width
+        and gate.numel() * gate.itemsize <= SIZES.glu_kept_bytes  # `nbytes` cannot be traced
+    )
+
+
 @takes_fields
 def gated_attention_forward(
     q: Tensor,
@@ -103,20 +114,33 @@ def gated_attention_forward(
     layout: Layout = Layout(),
     options: AttentionOptions = AttentionOptions(),
     save: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """act(gate) * O, the log-sum-exp of the scores and, if `save`, O: else the first is written over it."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """act(gate) * O, the log-sum-exp of the scores and, if `save`, O, else the first is written over it; and act(gate),
+    if it is kept."""
+    gate, activation = gating
+    resolved = options.resolved(q.shape[-1])
+    if layout.is_dense and _is_widened_whole(q) and _is_plain(resolved, q, k, v):
+        out, lse = room_for_output(q, v), _room_for_lse(q)
+        kept = room_for_output(q, v) if save else None
+        for batch, rows, keys in _pieces(q, k):
+            *inputs, g = _wide(q[batch, rows], k[batch, keys], v[batch, keys], gate[batch, rows])
+            product, lse[batch, rows] = _forward_fused(resolved, *inputs)
+            if kept is not None:
+                kept[batch, rows] = product
+            out[batch, rows] = product.mul_(activated(g, activation, g.dtype))
+        return out, lse, kept, None
     product, lse = attention_forward(q, k, v, layout, options)
     out = room_for_output(q, v) if save else product
+    value = room_for_output(q, v) if save and keeps_activated(gate, v.shape[-1], activation) else None
     if layout.is_dense:
-        _gate(product, *gating, out)
-        return out, lse, product if save else None
-    if save:
-        out.zero_()
-    gate, activation = gating
-    for seq in sequences(q.shape[0], q.shape[2], k.shape[2], layout):  # not what padding holds
-        rows = seq.batch, slice(None), seq.queries
-        _gate(product[rows], gate[rows], activation, out[rows])
-    return out, lse, product if save else None
+        _gate(product, gate, activation, out, value)
+    else:
+        if save:
+            out.zero_()
+        for seq in sequences(q.shape[0], q.shape[2], k.shape[2], layout):  # not what padding holds
+            rows = seq.batch, slice(None), seq.queries
+            _gate(product[rows], gate[rows], activation, out[rows], None if value is None else value[rows])
+    return out, lse, product if save else None, value
 
 
 @takes_fields
@@ -128,36 +152,53 @@ def gated_attention_backward(
     v: Tensor,
     lse: Tensor,
     product: Tensor,
+    activated: Tensor | None,
     gating: Gating,
     layout: Layout = Layout(),
     options: AttentionOptions = AttentionOptions(),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, gate, rel_bias (B, Hq, 2P-1) and sinks (Hq,); None where there is no such input."""
     gate, activation = gating
-    dx, dgate = room_for_output(q, v), gate.new_empty(gate.shape)
+    dgate = gate.new_empty(gate.shape)
+    if layout.is_dense and dlse is None and _is_widened_whole(q) and _is_plain(options.resolved(q.shape[-1]), q, k, v):
+        dq, dk, dv = (room_by_tokens(x, x.shape[-1]) for x in (q, k, v))
+        for batch, rows, keys in _pieces(q, k):
+            d, q_wide, x, g = _wide(*(t[batch, rows] for t in (dout, q, product, gate)))
+            inputs = q_wide, *_wide(k[batch, keys], v[batch, keys])
+            kept = lse[batch, rows], x, None
+            found = gated_attention_backward(d, None, *inputs, *kept, Gating(g, activation), layout, options)
+            dq[batch, rows], dk[batch, keys], dv[batch, keys], dgate[batch, rows] = found[:4]
+        return dq, dk, dv, dgate, None, None
+    dx = room_for_output(q, v)
     if not layout.is_dense:  # padding
         dx, dgate = dx.zero_(), dgate.zero_()
-    workspace = Workspace()
+    workspace, is_kept = Workspace(), activated is not None and activated.shape == product.shape  # or it is empty
+    factor = activated if activated is not None and is_kept else gate
     for seq in sequences(q.shape[0], q.shape[2], k.shape[2], layout):
-        d, x, g, *targets = (_cut(t, seq.batch, seq.queries) for t in (dout, product, gate, dgate, dx))
+        d, x, g, dg, du = (_cut(t, seq.batch, seq.queries) for t in (dout, product, factor, dgate, dx))
         if gate.shape[-1] < v.shape[-1]:
-            _per_head_backward(d, x, g, activation, *targets)
+            _per_head_backward(d, x, g, activation, dg, du)
             continue
-        for d_piece, g_piece, dg, du, x_piece in pieces(*_as_stored(d, g, *targets, x), size=SIZES.gate_bytes):
-            gated_backward(d_piece, g_piece, x_piece, activation, "identity", dg, du, workspace)
+        for piece in pieces(*_as_stored(d, g, x, dg, du), size=SIZES.gate_bytes):
+            if is_kept:
+                sigmoid_gated_backward(*piece)
+            else:
+                d_piece, g_piece, x_piece, *targets = piece
+                gated_backward(d_piece, g_piece, x_piece, activation, "identity", *targets, workspace)
     dq, dk, dv, dbias, dsinks = attention_backward(dx, dlse, q, k, v, AttentionResults(product, lse), layout, options)
     return dq, dk, dv, dgate, dbias, dsinks
 
 
-def _gate(product: Tensor, gate: Tensor, activation: str, out: Tensor) -> None:
-    """Write act(gate) * product to `out`, which may be `product`."""
+def _gate(product: Tensor, gate: Tensor, activation: str, out: Tensor, value: Tensor | None = None) -> None:
+    """Write act(gate) * product to `out`, which may be `product`, and act(gate) to `value`."""
     if gate.shape[-1] < product.shape[-1] or gate.nbytes <= SIZES.glu_bytes:  # for which memory need not be thought of
         wide = torch.float32 if gate.dtype == torch.float16 else gate.dtype  # squares may leave the range of fp16
-        torch.mul(product, activated(gate, activation, wide), out=out)
+        torch.mul(product, activated(gate, activation, wide, value), out=out)
         return
     workspace = Workspace()
-    for g, x, o in pieces(*_as_stored(gate, product, out), size=SIZES.gate_bytes):
-        gated(g, x, activation, "identity", o, workspace)
+    tensors = (gate, product, out) if value is None else (gate, product, out, value)
+    for g, x, o, *kept in pieces(*_as_stored(*tensors), size=SIZES.gate_bytes):
+        gated(g, x, activation, "identity", o, workspace, *kept)
 
 
 def _per_head_backward(d: Tensor, product: Tensor, gate: Tensor, activation: str, dgate: Tensor, dx: Tensor) -> None:
@@ -396,43 +437,68 @@ def _backward_blocked(
 
 
 def _forward_fused(options: AttentionOptions, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return cpu_attention(*_fused_inputs(q, k, v), 0.0, _must_mask(options, q), scale=options.factor)
+    masked = _must_mask(options, q)
+    if not _is_widened_whole(q):
+        return cpu_attention(*_fused_inputs(q, k, v), 0.0, masked, scale=options.factor)
+    out, lse = room_for_output(q, v), _room_for_lse(q)
+    for batch, rows, keys in _pieces(q, k):
+        wide = _wide(q[batch, rows], k[batch, keys], v[batch, keys])
+        results = cpu_attention(*_fused_inputs(*wide), 0.0, masked, scale=options.factor)
+        out[batch, rows], lse[batch, rows] = results
+    return out, lse
+
+
+def _is_widened(q: Tensor) -> bool:
+    """Whether the processor multiplies fp32 faster than such numbers."""
+    return factor_dtype(q) != q.dtype
+
+
+def _is_widened_whole(q: Tensor) -> bool:
+    """Whether the forward, too, goes through PyTorch's kernel as fp32: that takes bf16 at the speed of fp32 on every
+    processor, and fp16 at half of it where no instruction multiplies that. Elementwise steps in fp16 are wide as well.
+    """
+    return q.dtype == torch.float16 and _is_widened(q)
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    return [x.to(accumulator(x.dtype)) for x in tensors]
 
 
 def _backward_fused(
     options: AttentionOptions, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PyTorch's kernel adds up all three gradients in the dtype of its inputs, block of scores by block of scores. So
-    half inputs go through it as fp32, or a few blocks at a time where the processor multiplies halves faster."""
+    half inputs go through it as fp32, or a few blocks at a time where the processor multiplies halves faster and there
+    are enough rows: each of its many small products in halves takes as long as one several times as large."""
     masked = _must_mask(options, q)
     if q.dtype == accumulator(q.dtype):
         return _fused_gradients(options, masked, q, k, v, dout, out, lse)
+    wide = _is_widened(q) or max(q.shape[2], k.shape[2]) <= SIZES.attention_short
     dq, dk, dv = (room_by_tokens(x, x.shape[-1]) for x in (q, k, v))
-    groups = q.shape[1] // k.shape[1]
-    for batch, heads in _pieces(q, k):
-        shared = slice(heads.start * groups, heads.stop * groups)
+    for batch, shared, heads in _pieces(q, k):
         targets = dq[batch, shared], dk[batch, heads], dv[batch, heads]
         rows, keys = [x[batch, shared] for x in (q, dout, out, lse)], [x[batch, heads] for x in (k, v)]
-        if factor_dtype(q) == q.dtype:
-            grads = _gradients_by_tiles(options, masked, rows, keys)
+        if wide:
+            q_wide, *others = _wide(*rows)
+            grads = _fused_gradients(options, masked, q_wide, *_wide(*keys), *others)
         else:
-            (q_wide, *others), keys = ([x.to(accumulator(q.dtype)) for x in tensors] for tensors in (rows, keys))
-            grads = _fused_gradients(options, masked, q_wide, *keys, *others)
+            grads = _gradients_by_tiles(options, masked, rows, keys)
         for target, grad in zip(targets, grads, strict=True):
             target.copy_(grad)
     return dq, dk, dv
 
 
-def _pieces(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Batch rows and heads of k, a few at a time: what is made of them in fp32 then takes little memory. Enough for
-    every thread, as the kernel gives each of them whole heads."""
+def _pieces(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Batch rows, heads of q and those of k, a few at a time: what is made of them in fp32 then takes little memory.
+    Enough for every thread, as the kernel gives each of them whole heads."""
     batch, heads, *_ = k.shape
     groups = q.shape[1] // heads
     size = (q.numel() + k.numel()) // (batch * heads)
     count = max(SIZES.attention_widened // size, -(-2 * torch.get_num_threads() // groups))
     rows, step = max(1, count // heads), min(count, heads)
     for b, h in product(range(0, batch, rows), range(0, heads, step)):
-        yield slice(b, min(b + rows, batch)), slice(h, min(h + step, heads))
+        end = min(h + step, heads)
+        yield slice(b, min(b + rows, batch)), slice(h * groups, end * groups), slice(h, end)
 
 
 def _gradients_by_tiles(
@@ -493,6 +559,10 @@ def room_for_output(q: Tensor, v: Tensor) -> Tensor:
     """Unwritten memory (B, Hq, M, E), stored as (B, M, Hq, E) if q is: joining the heads afterwards is then a view."""
     width = v.shape[-1]
     return room_by_tokens(q, width) if _is_by_tokens(q) else q.new_empty(*q.shape[:3], width)
+
+
+def _room_for_lse(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
 def room_by_tokens(x: Tensor, width: int) -> Tensor:

@@ -60,9 +60,9 @@ ACTIVATIONS: dict[str, tuple[Forward, Backward]] = {
 }
 
 
-def activated(gate: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
-    """act(gate), computed in that type; under the identity the gate itself."""
-    return gate if activation == "identity" else ACTIVATIONS[activation][0](gate.to(dtype), None)
+def activated(gate: Tensor, activation: str, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """act(gate), computed in that type, and into `out`; under the identity the gate itself."""
+    return gate if activation == "identity" else ACTIVATIONS[activation][0](gate.to(dtype), out)
 
 
 def gate_gradient(d: Tensor, gate: Tensor, activation: str) -> Tensor:
@@ -191,11 +191,21 @@ def _at_once(gate: Tensor, activation: str, up_activation: str) -> bool:
     return gate.dtype != torch.float16 and "identity" in (activation, up_activation)
 
 
-def gated(g: Tensor, u: Tensor, activation: str, up_activation: str, out: Tensor, workspace: Workspace) -> None:
-    """Write act(g) * up_act(u) to `out`, which may be u."""
+def gated(
+    g: Tensor,
+    u: Tensor,
+    activation: str,
+    up_activation: str,
+    out: Tensor,
+    workspace: Workspace,
+    value: Tensor | None = None,
+) -> None:
+    """Write act(g) * up_act(u) to `out`, which may be u, and act(g) to `value`, if it is given and no fp16."""
     apart = out.data_ptr() != u.data_ptr()
     g, u = _in_range(g, "g", workspace), _in_range(u, "u", workspace)
-    a = ACTIVATIONS[activation][0](g, out if apart and out.dtype == g.dtype else workspace.like("act(g)", g))
+    if value is None:
+        value = out if apart and out.dtype == g.dtype else workspace.like("act(g)", g)
+    a = ACTIVATIONS[activation][0](g, value)
     if up_activation != "identity":
         u = ACTIVATIONS[up_activation][0](u, workspace.like("act(u)", u))
     torch.mul(a, u, out=out)
@@ -208,9 +218,8 @@ def gated_backward(
     d, g, u = _in_range(d, "d", workspace), _in_range(g, "g", workspace), _in_range(u, "u", workspace)
     if (activation, up_activation) == ("sigmoid", "identity"):  # whose derivative is one of its value
         value = torch.sigmoid(g, out=workspace.like("value", g))
-        torch.mul(d, value, out=du)
         target = dg if dg.dtype == d.dtype else workspace.like("grad", d)
-        _aten.sigmoid_backward.grad_input(torch.mul(d, u, out=target), value, grad_input=target)
+        sigmoid_gated_backward(d, value, u, target, du)
         if target is not dg:
             dg.copy_(target)
         return
@@ -223,6 +232,12 @@ def gated_backward(
         result = ACTIVATIONS[act][1](incoming, x, target)
         if result is not grad:
             grad.copy_(result)
+
+
+def sigmoid_gated_backward(d: Tensor, value: Tensor, u: Tensor, dg: Tensor, du: Tensor) -> None:
+    """Write the gradients of g and u, from that of value * u, value being sigmoid(g), to `dg` and `du`."""
+    torch.mul(d, value, out=du)
+    _aten.sigmoid_backward.grad_input(torch.mul(d, u, out=dg), value, grad_input=dg)
 
 
 def _in_range(x: Tensor, name: str, workspace: Workspace) -> Tensor:

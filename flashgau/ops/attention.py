@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashgau.contract import operands
 from flashgau.contract.validate import Arguments, autocast, widened
+from flashgau.eager.attention import keeps_activated
 from flashgau.options import (
     AttentionAlong,
     AttentionOptions,
@@ -137,7 +138,7 @@ def attend(
     else:
         save = autograd.needs_grad(q, k, v, gate, options.rel_bias, options.sinks)
         gating = Gating(gate, gate_activation)
-        out, lse, _ = _gated_attention(q, k, v, gating=gating, options=options, layout=layout, save=save, backend=name)
+        out, lse, *_ = _gated_attention(q, k, v, gating=gating, options=options, layout=layout, save=save, backend=name)
     return (out, lse) if return_lse else out
 
 
@@ -198,6 +199,14 @@ def _gradients(
     return [*like, *(None if t is None else t.new_empty(t.shape) for t in (rel_bias, sinks))]
 
 
+def _gated_results(
+    v: Tensor, gate: Tensor, gate_activation: str, save: bool, backend: str, **named: Any
+) -> list[Tensor | None]:
+    keeps = save and backend == "eager" and keeps_activated(gate, v.shape[-1], gate_activation)
+    kept = [_results(v=v, **named)[0] if is_kept else None for is_kept in (save, keeps)]
+    return [*_results(v=v, **named), *kept]
+
+
 def _with_gate(gradients: list[Tensor | None], gate: Tensor) -> list[Tensor | None]:
     return [*gradients[:3], gate.new_empty(gate.shape), *gradients[3:]]
 
@@ -235,10 +244,10 @@ _gated_attention = Operation(
     inputs="q k v gate rel_bias? sinks?",
     data="lengths? cu_seqlens? cu_seqlens_k? dropout_seed?",
     results="out lse?",
-    saved="product",
+    saved="product activated",
     reads="lse",
     tuples={"gating": Gating, "layout": Layout, "options": AttentionOptions},
-    shapes=lambda save, **named: [*_results(**named), _results(**named)[0] if save else None],
+    shapes=_gated_results,
     gradients=lambda gate, **named: _with_gate(_gradients(**named), gate),
     op="attention",
     rows=_ROWS,
