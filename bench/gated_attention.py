@@ -24,11 +24,11 @@ def cases(device: str, quick: bool) -> list[BenchCase]:
 
 
 def _case(shape: dict[str, int], n: int, dtype: str, mine: str) -> BenchCase:
-    # Memory bounds the time of many short rows, but not the backward of halves on a CPU, in PyTorch's kernel.
-    bound = shape["B"] * n >= MANY and n == SHORT
-    by_memory = {FORWARD: bound, TRAINING: bound and (dtype, mine) != ("bf16", "eager")}
+    # Memory bounds the time of many short rows, but not of halves on a CPU: their forward in PyTorch's kernel, on two
+    # cores with AVX2, moves 1.1 GB/s where a sum into fresh memory moves 4.6.
+    by_memory = shape["B"] * n >= MANY and n == SHORT and (dtype, mine) != ("bf16", "eager")
     goals = tuple(
-        Goal(f"flashgau-{mine}", f"flashgau-{mine}-unfused", "speed", run, 1.05 if by_memory[run] else 1.0)
+        Goal(f"flashgau-{mine}", f"flashgau-{mine}-unfused", "speed", run, 1.05 if by_memory else 1.0)
         for run in (FORWARD, TRAINING)
     )
     forward = 2.0 * shape["B"] * shape["H"] * n * n * shape["D"]  # two products of 2 N^2 D, of which half is seen
