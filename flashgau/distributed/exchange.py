@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashgau.ops.once import once
+from flashgau.ops.autograd import once
 
 from .agreement import GroupContext
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from flashgau.contract.validate import Arguments
 from flashgau.eager.common import accumulator
 from flashgau.ops.attention import attend
-from flashgau.ops.once import once
+from flashgau.ops.autograd import once
 from flashgau.ops.plain import gated
 from flashgau.options import AttentionOptions, AttentionResults, Layout
 

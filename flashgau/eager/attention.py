@@ -164,27 +164,27 @@ def gated_attention_backward(
         dq, dk, dv = (room_by_tokens(x, x.shape[-1]) for x in (q, k, v))
         for batch, rows, keys in _pieces(q, k):
             d, q_wide, x, g = _wide(*(t[batch, rows] for t in (dout, q, product, gate)))
-            inputs = q_wide, *_wide(k[batch, keys], v[batch, keys])
-            kept = lse[batch, rows], x, None
-            found = gated_attention_backward(d, None, *inputs, *kept, Gating(g, activation), layout, options)
+            inputs = q_wide, *_wide(k[batch, keys], v[batch, keys]), lse[batch, rows], x
+            found = gated_attention_backward(d, None, *inputs, None, Gating(g, activation), layout, options)
             dq[batch, rows], dk[batch, keys], dv[batch, keys], dgate[batch, rows] = found[:4]
         return dq, dk, dv, dgate, None, None
     dx = room_for_output(q, v)
     if not layout.is_dense:  # padding
         dx, dgate = dx.zero_(), dgate.zero_()
-    workspace, is_kept = Workspace(), activated is not None and activated.shape == product.shape  # or it is empty
-    factor = activated if activated is not None and is_kept else gate
+    workspace = Workspace()
+    if activated is not None and activated.shape != product.shape:
+        activated = None  # the dispatcher's empty tensor
+    factor = gate if activated is None else activated
     for seq in sequences(q.shape[0], q.shape[2], k.shape[2], layout):
         d, x, g, dg, du = (_cut(t, seq.batch, seq.queries) for t in (dout, product, factor, dgate, dx))
         if gate.shape[-1] < v.shape[-1]:
             _per_head_backward(d, x, g, activation, dg, du)
             continue
         for piece in pieces(*_as_stored(d, g, x, dg, du), size=SIZES.gate_bytes):
-            if is_kept:
-                sigmoid_gated_backward(*piece)
+            if activated is None:
+                gated_backward(*piece[:3], activation, "identity", *piece[3:], workspace)
             else:
-                d_piece, g_piece, x_piece, *targets = piece
-                gated_backward(d_piece, g_piece, x_piece, activation, "identity", *targets, workspace)
+                sigmoid_gated_backward(*piece)
     dq, dk, dv, dbias, dsinks = attention_backward(dx, dlse, q, k, v, AttentionResults(product, lse), layout, options)
     return dq, dk, dv, dgate, dbias, dsinks
 

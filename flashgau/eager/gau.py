@@ -21,14 +21,14 @@ from .common import (
     accumulator,
     add_product,
     power_of_two_below,
+    score_slope,
     sequences,
     toeplitz_block,
     toeplitz_sums,
     values_dtype,
 )
+from .common import score as elementwise_score
 from .glu import activated, gate_gradient
-from .scores import score as elementwise_score
-from .scores import score_slope
 from .sizes import SIZES
 
 

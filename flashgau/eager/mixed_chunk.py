@@ -23,14 +23,14 @@ from .common import (
     Workspace,
     accumulator,
     as_type,
+    score_slope,
     sequences,
     toeplitz_block,
     toeplitz_sums,
     values_dtype,
 )
+from .common import score as elementwise_score
 from .glu import activated, gate_gradient
-from .scores import score as elementwise_score
-from .scores import score_slope
 from .sizes import SIZES
 
 

@@ -34,10 +34,18 @@ from ..options import (
     takes_fields,
 )
 from .attention import Part, parts_of, room_by_tokens, room_for_output
-from .common import Sequence, accumulator, sequences, toeplitz_block, toeplitz_sums, values_dtype
+from .common import (
+    Sequence,
+    accumulator,
+    score_bend,
+    score_slope,
+    sequences,
+    toeplitz_block,
+    toeplitz_sums,
+    values_dtype,
+)
 from .gau import Part as Panels
 from .gau import keys_seen, times_transposed
-from .scores import score_bend, score_slope
 
 # ---------------------------------------------------------------- softmax attention
 

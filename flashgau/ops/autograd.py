@@ -1,9 +1,9 @@
-"""Running one floor's function, and whether a derivative may be asked for."""
+"""Running one floor's function, and whether a derivative may be asked for, once or again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -39,3 +39,19 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 def bias_rows(bias: Tensor | None, batch: int) -> Tensor | None:
     """A bias (..., 2P-1) as (B, 2P-1), a view; a single row's gradient is one too, with nothing to sum."""
     return None if bias is None else bias.reshape(-1, bias.shape[-1]).expand(batch, -1)
+
+
+def once(op: str, compute: Callable[..., tuple[Tensor | None, ...]], *tensors: Tensor | None) -> Any:
+    """The gradients that `compute` makes of tensors; differentiating them again raises an error, which says so."""
+    return _Once.apply(op, compute, *tensors)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: str, compute: Callable[..., Any], *tensors: Tensor) -> Any:
+        ctx.op = op
+        return compute(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise RuntimeError(f"{ctx.op}: differentiable once; over several processes there are no second derivatives")

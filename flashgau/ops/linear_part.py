@@ -15,7 +15,7 @@ from torch import Tensor
 from flashgau.eager.common import accumulator
 from flashgau.eager.glu import activated, gate_gradient
 
-from .once import once
+from .autograd import once
 
 _OP = "context_parallel_mixed_chunk"  # whose second derivatives are refused
 _BLOCK_ELEMENTS = 2**22  # of values that are worked on together, in the type of sums
