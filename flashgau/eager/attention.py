@@ -138,8 +138,8 @@ def gated_attention_forward(
         if save:
             out.zero_()
         for seq in sequences(q.shape[0], q.shape[2], k.shape[2], layout):  # not what padding holds
-            rows = seq.batch, slice(None), seq.queries
-            _gate(product[rows], gate[rows], activation, out[rows], None if value is None else value[rows])
+            own = seq.batch, slice(None), seq.queries
+            _gate(product[own], gate[own], activation, out[own], None if value is None else value[own])
     return out, lse, product if save else None, value
 
 
@@ -162,11 +162,11 @@ def gated_attention_backward(
     dgate = gate.new_empty(gate.shape)
     if layout.is_dense and dlse is None and _is_widened_whole(q) and _is_plain(options.resolved(q.shape[-1]), q, k, v):
         dq, dk, dv = (room_by_tokens(x, x.shape[-1]) for x in (q, k, v))
-        for batch, rows, keys in _pieces(q, k):
-            d, q_wide, x, g = _wide(*(t[batch, rows] for t in (dout, q, product, gate)))
-            inputs = q_wide, *_wide(k[batch, keys], v[batch, keys]), lse[batch, rows], x
+        for batch, shared, heads in _pieces(q, k):
+            d, q_wide, x, g = _wide(*(t[batch, shared] for t in (dout, q, product, gate)))
+            inputs = q_wide, *_wide(k[batch, heads], v[batch, heads]), lse[batch, shared], x
             found = gated_attention_backward(d, None, *inputs, None, Gating(g, activation), layout, options)
-            dq[batch, rows], dk[batch, keys], dv[batch, keys], dgate[batch, rows] = found[:4]
+            dq[batch, shared], dk[batch, heads], dv[batch, heads], dgate[batch, shared] = found[:4]
         return dq, dk, dv, dgate, None, None
     dx = room_for_output(q, v)
     if not layout.is_dense:  # padding
@@ -176,15 +176,15 @@ def gated_attention_backward(
         activated = None  # the dispatcher's empty tensor
     factor = gate if activated is None else activated
     for seq in sequences(q.shape[0], q.shape[2], k.shape[2], layout):
-        d, x, g, dg, du = (_cut(t, seq.batch, seq.queries) for t in (dout, product, factor, dgate, dx))
+        rows = tuple(_cut(t, seq.batch, seq.queries) for t in (dout, factor, product, dgate, dx))
         if gate.shape[-1] < v.shape[-1]:
-            _per_head_backward(d, x, g, activation, dg, du)
+            _per_head_backward(activation, *rows)
             continue
-        for piece in pieces(*_as_stored(d, g, x, dg, du), size=SIZES.gate_bytes):
+        for d, f, x, dg, du in pieces(*_as_stored(*rows), size=SIZES.gate_bytes):
             if activated is None:
-                gated_backward(*piece[:3], activation, "identity", *piece[3:], workspace)
+                gated_backward(d, f, x, activation, "identity", dg, du, workspace)
             else:
-                sigmoid_gated_backward(*piece)
+                sigmoid_gated_backward(d, f, x, dg, du)
     dq, dk, dv, dbias, dsinks = attention_backward(dx, dlse, q, k, v, AttentionResults(product, lse), layout, options)
     return dq, dk, dv, dgate, dbias, dsinks
 
@@ -201,7 +201,7 @@ def _gate(product: Tensor, gate: Tensor, activation: str, out: Tensor, value: Te
         gated(g, x, activation, "identity", o, workspace, *kept)
 
 
-def _per_head_backward(d: Tensor, product: Tensor, gate: Tensor, activation: str, dgate: Tensor, dx: Tensor) -> None:
+def _per_head_backward(activation: str, d: Tensor, gate: Tensor, product: Tensor, dgate: Tensor, dx: Tensor) -> None:
     """Write the gradients of gate (b, Hq, m, 1) and product, from that of act(gate) * product."""
     acc = accumulator(d.dtype)
     d = d.to(acc)
